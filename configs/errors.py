@@ -1,0 +1,34 @@
+"""Errors that the user can mend, and how an entry point ends."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """Wrong input. The message is one line: it names the file, key or value, and the way out."""
+
+
+def nearest(wrong: str, valid: Iterable[str]) -> str:
+    """A hint `(nearest: x)` for a misspelt name, or all the valid names if none is close."""
+    names = sorted(valid)
+    close = get_close_matches(wrong, names, n=1, cutoff=0.5)
+    return f"(nearest: {close[0]})" if close else f"(one of: {', '.join(names)})"
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run an entry point. A `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    Of several ranks on a machine only the first prints, so that an error common to all appears once.
+    """
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C; what was saved stays, and the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

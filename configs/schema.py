@@ -1,0 +1,317 @@
+"""The settings of both stages: every default stands here once, and its meaning in `--help` is the text beside it.
+
+A recipe (`configs/pretrain/*.yaml`, `configs/finetune/*.yaml`) is a YAML file of these keys; the command line
+overrides single keys by their dotted names (`--optim.lr 1e-3`). What one key alone can tell about its own validity is
+checked here; what needs the model or the data is checked by their owners.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from configs.errors import UserError
+
+PATCH_PER_STEM_STRIDE = 8  # three 2x2 downsamplings follow the stem: the last stage has one token for a patch
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def require(ok: bool, key: str, value: object, rule: str) -> None:
+    """Raise a `UserError` that names the key and its value unless `ok`."""
+    if not ok:
+        raise UserError(f"{key} is {value}: it must be {rule}")
+
+
+def visible_patches(patches: int, mask_ratio: float) -> int:
+    """Number of visible patches of each image, at least one. The paper's .6 keeps int(49 x .4) = 19 of 49."""
+    return max(1, int(patches * (1 - mask_ratio) + 1e-6))  # 1 - .6 is a little under .4 in floating point
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A ConvNeXt.
+
+    Args:
+        name: model, as timm names it: convnextv2_{atto,...,huge} or convnext_{tiny,...,xlarge}
+        channels: input channels: 1 grey, 3 RGB, any number from .npy images
+        stem_stride: 1, 2 or 4; a masked patch has 8 x stem_stride pixels a side; small images need a small one
+        depths: blocks of the four stages, where they differ from the named model's
+        dims: widths of the four stages, where they differ from the named model's
+    """
+
+    name: str | None = None
+    channels: int | None = None
+    stem_stride: Literal[1, 2, 4] | None = None
+    depths: tuple[int, int, int, int] | None = None
+    dims: tuple[int, int, int, int] | None = None
+
+    def __post_init__(self):
+        require(self.channels is None or self.channels > 0, "model.channels", self.channels, "positive")
+
+
+@dataclass(frozen=True)
+class PretrainModel(Encoder):
+    """The masked autoencoder.
+
+    Args:
+        mask_ratio: share of the patches that are hidden
+        decoder_dim: width of the decoder
+        decoder_depth: ConvNeXt V2 blocks of the decoder
+        norm_pix: predict pixels normalised patch by patch (the paper's target)
+        backend: packed = visible tokens only (fast); masked = dense convolutions and a mask (plain reference)
+        grad_checkpointing: recompute each block in the backward pass: less memory, about a third more time
+    """
+
+    mask_ratio: float = 0.6
+    decoder_dim: int = 512
+    decoder_depth: int = 1
+    norm_pix: bool = True
+    backend: Literal["packed", "masked"] = "packed"
+    grad_checkpointing: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 < self.mask_ratio < 1, "model.mask_ratio", self.mask_ratio, "between 0 and 1")
+        require(self.decoder_dim > 0, "model.decoder_dim", self.decoder_dim, "positive")
+        require(self.decoder_depth > 0, "model.decoder_depth", self.decoder_depth, "positive")
+
+
+@dataclass(frozen=True)
+class FinetuneModel(Encoder):
+    """The dense classifier. Keys left null are read from the file of --init.
+
+    Args:
+        like: pretraining recipe whose model is built with --init none, for the keys left null
+        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first
+        head_init: scale of the classifier's initial weights: .001 to fine-tune, 1 from scratch
+        grad_checkpointing: recompute each block in the backward pass: less memory, about a third more time
+    """
+
+    like: str | None = None
+    drop_path: float = 0.0
+    head_init: float = 0.001
+    grad_checkpointing: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Shards made or indexed by `python data/prepare.py`.
+
+    Args:
+        path: folder with the shards and their index.json
+        split: which split to train on
+        size: height and width in pixels of the images the model sees; one number for a square
+        crop_scale: least and greatest share of the image's area in a random crop
+        hflip: probability of a horizontal flip
+        mean: mean of each channel (pixels are 0 to 1); null = ImageNet's for 3 channels, else .5; from --init if given
+        std: standard deviation of each channel, likewise
+        workers: loader processes of each rank; 0 loads in the training process
+    """
+
+    path: str = "shards/digits"
+    split: str = "train"
+    size: int | tuple[int, int] = 224
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    hflip: float = 0.5
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    workers: int = 4
+
+    def __post_init__(self):
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares with 0 < least <= greatest <= 1")
+        require(0 <= self.hflip <= 1, "data.hflip", self.hflip, "a probability")
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(min(self.height_width) > 0, "data.size", self.size, "positive")
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Image height and width, pixels."""
+        return (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+
+    def grid(self, stem_stride: int) -> tuple[int, int]:
+        """Rows and columns of patches. Raises `UserError` if the patch does not divide the image."""
+        patch = PATCH_PER_STEM_STRIDE * stem_stride
+        height, width = self.height_width
+        if height % patch or width % patch:
+            near = [max(patch, round(side / patch) * patch) for side in (height, width)]
+            raise UserError(
+                f"data.size {height}x{width} is not a multiple of the patch, {patch} pixels (8 x model.stem_stride "
+                f"{stem_stride}): use {near[0]}x{near[1]} or another model.stem_stride"
+            )
+        return height // patch, width // patch
+
+    def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel. Raises `UserError` where their number is not `channels`."""
+        default = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+        mean, std = self.mean or default[0], self.std or default[1]
+        for key, values in (("data.mean", mean), ("data.std", std)):
+            require(len(values) == channels, key, list(values), f"{channels} numbers, one a channel (model.channels)")
+        return tuple(mean), tuple(std)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW, linear warm-up, cosine decay; the learning rate changes every step.
+
+    Args:
+        lr: base learning rate for a batch of 256; the one used is lr x batch_size / 256
+        batch_size: images in one optimizer step, over all ranks
+        micro_batch: images that a rank takes at once; the rest is accumulated; null = batch_size / ranks
+        epochs: passes over the data
+        warmup_epochs: epochs in which the learning rate rises from 0
+        min_lr: learning rate at the end, for a batch of 256
+        weight_decay: decay of weights; biases, norms, GRN, layer scale and mask token have none
+        betas: AdamW's
+        clip_grad: greatest norm of the gradient; 0 = off
+        precision: fp32, bf16 (autocast; weights stay fp32), or auto = bf16 on a GPU and fp32 on a CPU
+        zero_stage: DeepSpeed's ZeRO stage
+    """
+
+    lr: float = 1.5e-4
+    batch_size: int = 4096
+    micro_batch: int | None = None
+    epochs: int = 800
+    warmup_epochs: float = 40
+    min_lr: float = 0.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_grad: float = 0.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    zero_stage: Literal[0, 1] = 1
+
+    def __post_init__(self):
+        require(self.lr > 0, "optim.lr", self.lr, "positive")
+        require(self.batch_size > 0, "optim.batch_size", self.batch_size, "positive")
+        require(self.epochs > 0, "optim.epochs", self.epochs, "positive")
+        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
+        require(self.clip_grad >= 0, "optim.clip_grad", self.clip_grad, "0 or more")
+
+    def lr_at(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of a step (counted from 0), before layer decay: linear warm-up, then half a cosine."""
+        scale = self.batch_size / 256
+        warmup, total = self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch
+        if step < warmup:
+            return self.lr * scale * step / warmup
+        progress = (step - warmup) / max(1, total - warmup)
+        return scale * (self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def accumulation(self, ranks: int) -> tuple[int, int]:
+        """Micro batch of a rank and number of accumulated micro batches. Raises `UserError` if they do not divide."""
+        micro = self.micro_batch or self.batch_size // ranks
+        if micro == 0 or self.batch_size % (micro * ranks):
+            raise UserError(
+                f"optim.batch_size {self.batch_size} is not a whole number of micro batches: optim.micro_batch "
+                f"{micro} x {ranks} ranks = {micro * ranks}; choose a multiple of it"
+            )
+        return micro, self.batch_size // (micro * ranks)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes, and how often.
+
+    Args:
+        name: the run's name; it writes into FOLDER/NAME
+        folder: parent folder of runs
+        seed: of everything random
+        log_every: steps between two log lines
+        picture_every: epochs between two reconstruction pictures (pretraining)
+        save_every: epochs between two checkpoints
+        keep: how many checkpoints to keep
+        device: auto = GPU where there is one
+    """
+
+    name: str = "digits"
+    folder: str = "runs"
+    seed: int = 0
+    log_every: int = 10
+    picture_every: int = 10
+    save_every: int = 1
+    keep: int = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self):
+        for key in ("log_every", "picture_every", "save_every", "keep"):
+            require(getattr(self, key) > 0, f"run.{key}", getattr(self, key), "positive")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """FCMAE pretraining.
+
+    Args:
+        resume: auto = continue the run's newest checkpoint if there is one; must = fail without; never = fail with
+        data: Images
+        model: Masked autoencoder
+        optim: Optimisation
+        run: The run
+    """
+
+    resume: Literal["auto", "must", "never"] = "auto"
+    data: Data = field(default_factory=Data)
+    model: PretrainModel = field(default_factory=lambda: PretrainModel("convnextv2_atto", 3, 4))
+    optim: Optim = field(default_factory=Optim)
+    run: Run = field(default_factory=Run)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Augmentations and regularisers, timm's.
+
+    Args:
+        rand_augment: RandAugment policy in timm's notation, like rand-m9-mstd0.5-inc1; null = off; needs 3 channels
+        erase: probability of random erasing
+        mixup: mixup's alpha; 0 = off
+        cutmix: cutmix's alpha; 0 = off
+        smoothing: label smoothing
+        ema: decay of the exponential moving average of the weights; 0 = off
+        eval_crop: share of the image's side in the centre crop of an evaluation; 1 = squash without crop
+    """
+
+    rand_augment: str | None = None
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    smoothing: float = 0.1
+    ema: float = 0.0
+    eval_crop: float = 0.875
+
+    def __post_init__(self):
+        require(0 <= self.erase <= 1, "augment.erase", self.erase, "a probability")
+        require(0 <= self.smoothing < 1, "augment.smoothing", self.smoothing, "at least 0 and below 1")
+        require(0 <= self.ema < 1, "augment.ema", self.ema, "at least 0 and below 1")
+        require(0 < self.eval_crop <= 1, "augment.eval_crop", self.eval_crop, "above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Supervised fine-tuning.
+
+    Args:
+        init: weights to start from: an fcmae.pt; none = from scratch
+        resume: auto = continue the run's newest checkpoint if there is one; must = fail without; never = fail with
+        eval_split: split that is evaluated after each epoch
+        layer_decay: factor of the learning rate from one layer group to the one below it; 1 = off
+        data: Images
+        model: Classifier
+        optim: Optimisation
+        augment: Augmentation
+        run: The run
+    """
+
+    init: str = "none"
+    resume: Literal["auto", "must", "never"] = "auto"
+    eval_split: str = "val"
+    layer_decay: float = 1.0
+    data: Data = field(default_factory=Data)
+    model: FinetuneModel = field(default_factory=FinetuneModel)
+    optim: Optim = field(default_factory=Optim)
+    augment: Augment = field(default_factory=Augment)
+    run: Run = field(default_factory=Run)
+
+    def __post_init__(self):
+        require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0 and at most 1")

@@ -1,0 +1,184 @@
+"""ConvNeXt V1 (arXiv 2201.03545) and V2 (arXiv 2301.00808): every size, dense or on visible patches only.
+
+Parameter names are timm's. A layout (models/sparse) says where tokens lie; x is channels-last in all of them.
+"""
+
+import dataclasses
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from configs.errors import UserError, nearest
+from configs.schema import Encoder
+from models.sparse.layouts import Dense
+
+EPS = 1e-6  # of LayerNorm and GRN
+LAYER_SCALE = 1e-6  # V1's initial layer scale
+
+# name: depths and first width; the width doubles from stage to stage
+SIZES = {
+    "convnextv2_atto": ((2, 2, 6, 2), 40),
+    "convnextv2_femto": ((2, 2, 6, 2), 48),
+    "convnextv2_pico": ((2, 2, 6, 2), 64),
+    "convnextv2_nano": ((2, 2, 8, 2), 80),
+    "convnextv2_tiny": ((3, 3, 9, 3), 96),
+    "convnextv2_base": ((3, 3, 27, 3), 128),
+    "convnextv2_large": ((3, 3, 27, 3), 192),
+    "convnextv2_huge": ((3, 3, 27, 3), 352),
+    "convnext_tiny": ((3, 3, 9, 3), 96),
+    "convnext_small": ((3, 3, 27, 3), 96),
+    "convnext_base": ((3, 3, 27, 3), 128),
+    "convnext_large": ((3, 3, 27, 3), 192),
+    "convnext_xlarge": ((3, 3, 27, 3), 256),
+}
+
+
+def resolve(arch: Encoder) -> Encoder:
+    """Fill what the name implies (depths, widths). Raises `UserError` for an unknown name or none."""
+    if arch.name not in SIZES:
+        raise UserError(f"model.name {arch.name!r} is not a model {nearest(str(arch.name), SIZES)}")
+    depths, width = SIZES[arch.name]
+    return Encoder(
+        name=arch.name,
+        channels=arch.channels or 3,
+        stem_stride=arch.stem_stride or 4,
+        depths=arch.depths or depths,
+        dims=arch.dims or tuple(width * 2**i for i in range(4)),
+    )
+
+
+class GRN(nn.Module):
+    """Global response normalisation (2301.00808, section 3.3), over the tokens of each image."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, layout: Dense) -> Tensor:
+        norm = layout.image_norm(x)  # fp32: fp16 overflows here
+        norm = norm / (norm.mean(-1, keepdim=True) + EPS)
+        return torch.addcmul(self.bias, x, 1 + self.weight * norm).to(x.dtype)
+
+
+class Mlp(nn.Module):
+    """Pointwise layer to 4 C, GELU, GRN (V2 only), pointwise layer back."""
+
+    def __init__(self, dim: int, grn: bool):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.grn = GRN(4 * dim) if grn else None
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor, layout: Dense) -> Tensor:
+        x = nn.functional.gelu(self.fc1(x))
+        if self.grn is not None:
+            x = self.grn(x, layout)
+        return self.fc2(x)
+
+
+class Block(nn.Module):
+    """Depthwise 7x7, LayerNorm, MLP with GRN (V2) or layer scale (V1), residual with drop path."""
+
+    def __init__(self, dim: int, v2: bool, drop_path: float = 0.0):
+        super().__init__()
+        self.conv_dw = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, EPS)
+        self.mlp = Mlp(dim, grn=v2)
+        self.gamma = None if v2 else nn.Parameter(torch.full((dim,), LAYER_SCALE))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, layout: Dense) -> Tensor:
+        y = self.mlp(self.norm(layout.depthwise(x, self.conv_dw)), layout)
+        if self.gamma is not None:
+            y = y * self.gamma
+        return x + self.drop_path(y)
+
+
+class Stage(nn.Module):
+    """Downsampling (LayerNorm, 2x2 convolution; not in the first stage), then blocks."""
+
+    def __init__(self, dim_in: int, dim: int, v2: bool, drop_paths: list[float]):
+        super().__init__()
+        first = dim_in == 0
+        self.downsample = None if first else nn.Sequential(nn.LayerNorm(dim_in, EPS), nn.Conv2d(dim_in, dim, 2, 2))
+        self.blocks = nn.ModuleList(Block(dim, v2, rate) for rate in drop_paths)
+
+    def forward(self, x: Tensor, layout: Dense, recompute: bool) -> Tensor:
+        if self.downsample is not None:
+            norm, conv = self.downsample
+            x = layout.downsample(norm(x), conv)
+        for block in self.blocks:
+            x = checkpoint(block, x, layout, use_reentrant=False) if recompute else block(x, layout)
+        return x
+
+
+class Head(nn.Module):
+    """LayerNorm and linear classifier on the image's mean token."""
+
+    def __init__(self, dim: int, classes: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, EPS)
+        self.fc = nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(x.mean((1, 2))))
+
+
+class ConvNeXt(nn.Module):
+    """The encoder, and with `classes` the classifier.
+
+    Args:
+        arch: which one; `arch` of the instance is the resolved form
+        classes: outputs of the classifier; 0 = no head (for the masked autoencoder)
+        drop_path: stochastic depth of the last block, growing linearly from 0
+        grad_checkpointing: recompute blocks in the backward pass
+    Raises:
+        UserError: unknown model name
+    """
+
+    def __init__(self, arch: Encoder, classes: int = 0, drop_path: float = 0.0, grad_checkpointing: bool = False):
+        super().__init__()
+        self.arch = arch = resolve(arch)
+        self.grad_checkpointing = grad_checkpointing
+        v2 = arch.name.startswith("convnextv2")
+        self.stem = nn.Sequential(
+            nn.Conv2d(arch.channels, arch.dims[0], arch.stem_stride, arch.stem_stride),
+            nn.LayerNorm(arch.dims[0], EPS),
+        )
+        rates = torch.linspace(0, drop_path, sum(arch.depths)).split(arch.depths)
+        self.stages = nn.ModuleList(
+            Stage(dim_in, dim, v2, stage_rates.tolist())
+            for dim_in, dim, stage_rates in zip((0, *arch.dims), arch.dims, rates, strict=False)
+        )
+        self.head = Head(arch.dims[-1], classes) if classes else None
+        self.apply(init_weights)
+
+    def forward_features(self, image: Tensor, layout: Dense) -> Tensor:
+        """Images [B, C, H, W] to the last stage's tokens, as the layout lays them."""
+        conv, norm = self.stem
+        x = norm(layout.embed(image, conv))
+        for stage in self.stages:
+            x = stage(x, layout, self.grad_checkpointing and self.training)
+        return x
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Images [B, C, H, W] to logits [B, classes]."""
+        return self.head(self.forward_features(image, Dense()))
+
+
+def init_weights(module: nn.Module) -> None:
+    """The project's only initialiser: weights from a normal of std .02 cut at +-2, biases zero (2201.03545, A.1).
+
+    LayerNorm, GRN and layer scale start as their constructors leave them: identity, 0 and 1e-6.
+    """
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def arch_dict(arch: Encoder) -> dict:
+    """The resolved architecture as plain values, for files."""
+    return {f.name: getattr(arch, f.name) for f in dataclasses.fields(Encoder)}

@@ -1,0 +1,91 @@
+"""Fully convolutional masked autoencoder (arXiv 2301.00808, section 3.1).
+
+The encoder sees the visible patches. A decoder fills mask tokens in for the hidden ones and predicts their pixels;
+the loss is the mean squared error on hidden patches only. Letters as in models/sparse/layouts.py; D decoder width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from configs.schema import PATCH_PER_STEM_STRIDE, PretrainModel, visible_patches
+from models.convnext import Block, ConvNeXt, init_weights
+from models.sparse.layouts import Dense, Masked, Packed, patchify
+
+VARIANCE_EPS = 1e-6  # of the per-patch pixel normalisation
+
+
+class Output(NamedTuple):
+    """What a forward pass of the autoencoder gives. m = gy * gx - n hidden patches of an image."""
+
+    prediction: Tensor  # [B, m, P * P * C], ordered (row, column, channel); normalised if norm_pix
+    hidden: Tensor  # [B, m] index of each hidden patch in its image's grid
+
+
+class FCMAE(nn.Module):
+    """Encoder, projection, mask token, ConvNeXt V2 decoder, prediction.
+
+    Args:
+        config: encoder, decoder, mask ratio and backend. Masks are not drawn here: they come with the images.
+    """
+
+    def __init__(self, config: PretrainModel):
+        super().__init__()
+        self.config = config
+        self.encoder = ConvNeXt(config, grad_checkpointing=config.grad_checkpointing)
+        arch = self.encoder.arch
+        self.patch = PATCH_PER_STEM_STRIDE * arch.stem_stride
+        self.proj = nn.Linear(arch.dims[-1], config.decoder_dim)
+        self.mask_token = nn.Parameter(torch.empty(config.decoder_dim))
+        self.decoder = nn.ModuleList(Block(config.decoder_dim, v2=True) for _ in range(config.decoder_depth))
+        self.pred = nn.Linear(config.decoder_dim, self.patch**2 * arch.channels)
+        for part in (self.proj, self.decoder, self.pred):
+            part.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def layout(self, visible: Tensor) -> Masked | Packed:
+        """The backend's layout for masks [B, gy, gx]."""
+        if self.config.backend == "masked":
+            return Masked(visible)
+        return Packed(visible, visible_patches(visible[0].numel(), self.config.mask_ratio))
+
+    def predict(self, image: Tensor, visible: Tensor) -> Output:
+        """Encode the visible patches of images [B, C, H, W] and predict the hidden ones' pixels."""
+        layout = self.layout(visible)
+        x = layout.to_grid(self.proj(self.encoder.forward_features(image, layout)), self.mask_token)
+        for block in self.decoder:
+            x = block(x, Dense())
+        patches = visible[0].numel()
+        n = visible_patches(patches, self.config.mask_ratio)
+        hidden = visible.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)[:, : patches - n]
+        rows = hidden + torch.arange(len(x), device=x.device)[:, None] * patches
+        prediction = self.pred(x.flatten(0, 2).index_select(0, rows.flatten()))
+        return Output(prediction.view(*hidden.shape, -1), hidden)
+
+    def target(self, image: Tensor, hidden: Tensor) -> Tensor:
+        """True pixels of hidden patches, [B, m, P * P * C] fp32; with norm_pix zero mean, unit variance in a patch."""
+        patches = patchify(image, (image.shape[2] // self.patch, image.shape[3] // self.patch))
+        columns = patches.shape[2]
+        batch = torch.arange(len(image), device=image.device)[:, None]
+        target = patches[batch, hidden // columns, hidden % columns].flatten(2).float()
+        if not self.config.norm_pix:
+            return target
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        return (target - mean) / (var + VARIANCE_EPS).sqrt()
+
+    def forward(self, image: Tensor, visible: Tensor) -> Tensor:
+        """Loss (a scalar, fp32) of images [B, C, H, W], normalised, under masks [B, gy, gx] of bool."""
+        output = self.predict(image, visible)
+        return (output.prediction.float() - self.target(image, output.hidden)).square().mean()
+
+
+def check_size(config: PretrainModel, grid: tuple[int, int]) -> None:
+    """Raise `UserError` where a mask of this ratio hides nothing on this grid."""
+    patches = grid[0] * grid[1]
+    if visible_patches(patches, config.mask_ratio) == patches:
+        raise UserError(
+            f"data.size gives {patches} patch(es) of {PATCH_PER_STEM_STRIDE * (config.stem_stride or 4)} pixels: none "
+            f"is hidden at model.mask_ratio {config.mask_ratio}; use larger images or a smaller model.stem_stride"
+        )

@@ -1,0 +1,173 @@
+"""Layouts: where the tokens of a batch lie in memory, and the few operations that depend on it.
+
+A ConvNeXt is local to a token except for four things: the stem and the downsampling (local to a patch), the depthwise
+convolution (sees neighbours) and GRN's norm (sees the whole image). A layout owns these four; blocks own the rest, and
+the same block code and weights serve every layout.
+
+    Dense    x [B, H, W, C]      every token of the image                   fine-tuning, decoder
+    Masked   x [B, H, W, C]      the same and a mask; the plain reference   tests
+    Packed   x [B, n, s, s, C]   the n visible patches, s x s tokens each   pretraining
+
+Letters: B images, H W token rows and columns, C channels, g patch grid (gy x gx), n visible patches of an image,
+s tokens along a patch's side (8, 4, 2, 1 in the four stages), P pixels along it. Channels are last everywhere.
+`visible` [B, gy, gx] is True where the encoder sees the patch; every image has the same number n of them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def patchify(image: Tensor, grid: tuple[int, int]) -> Tensor:
+    """View images [B, C, H, W] as patches [B, gy, gx, P, P, C] (no copy)."""
+    gy, gx = grid
+    return image.unflatten(3, (gx, -1)).unflatten(2, (gy, -1)).permute(0, 2, 4, 3, 5, 1)
+
+
+def unpatchify(patches: Tensor) -> Tensor:
+    """Put patches [B, gy, gx, P, P, C] together to images [B, C, H, W]."""
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def local_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A convolution whose stride is its kernel size, on images [..., H, W, C] with any leading dimensions."""
+    y = F.conv2d(x.flatten(0, -4).permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride)
+    return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:-3])
+
+
+def depthwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The block's depthwise convolution on a dense grid [B, H, W, C]; outside counts as zero."""
+    y = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)
+    return y.permute(0, 2, 3, 1)
+
+
+class Dense:
+    """All tokens of an image, row by row: x [B, H, W, C]."""
+
+    def embed(self, image: Tensor, stem: nn.Conv2d) -> Tensor:
+        """Stem: images [B, C, H, W] to tokens."""
+        return local_conv(image.permute(0, 2, 3, 1), stem)
+
+    def downsample(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        """2x2 convolution with stride 2: half the rows and columns."""
+        return local_conv(x, conv)
+
+    def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        """7x7 depthwise convolution."""
+        return depthwise_conv(x, conv)
+
+    def image_norm(self, x: Tensor) -> Tensor:
+        """Euclidean norm of each channel over an image's tokens, fp32, shaped to broadcast against x."""
+        return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+
+
+class Masked(Dense):
+    """All positions and a mask, x [B, H, W, C]: what a submanifold sparse convolution computes, in plain dense code.
+
+    Hidden positions hold numbers nobody reads: each operation that looks beyond one token zeroes them first.
+    """
+
+    def __init__(self, visible: Tensor):
+        self.visible = visible
+
+    def zero_hidden(self, x: Tensor) -> Tensor:
+        """x with zeros at hidden positions, whatever stood there (NaN too)."""
+        scale_y, scale_x = x.shape[1] // self.visible.shape[1], x.shape[2] // self.visible.shape[2]
+        at_stage = self.visible.repeat_interleave(scale_y, 1).repeat_interleave(scale_x, 2)
+        return x.masked_fill(~at_stage[..., None], 0)
+
+    def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        return super().depthwise(self.zero_hidden(x), conv)
+
+    def image_norm(self, x: Tensor) -> Tensor:
+        return super().image_norm(self.zero_hidden(x))
+
+    def to_grid(self, x: Tensor, fill: Tensor) -> Tensor:
+        """Last stage's tokens on the patch grid [B, gy, gx, C], with `fill` [C] at hidden patches."""
+        return torch.where(self.visible[..., None], x, fill.to(x.dtype))
+
+
+class Packed:
+    """The visible patches only: x [B, n, s, s, C].
+
+    Submanifold sparse convolution as ordinary dense code: every operation but the depthwise convolution is local to a
+    patch. That one scatters the tokens to a canvas of zeros, convolves, and gathers them again.
+    """
+
+    def __init__(self, visible: Tensor, n: int):
+        """`n`: visible patches of each image, given so that no GPU has to be asked for it."""
+        batch, gy, gx = visible.shape
+        self.grid = gy, gx
+        torch._assert_async((visible.flatten(1).sum(1) == n).all(), "images differ in their number of visible patches")
+        order = visible.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        self.patch = order[:, :n]  # [B, n] index of each visible patch in its image's grid, ascending
+        self.image = torch.arange(batch, device=visible.device)[:, None]
+        self._rows: dict[int, Tensor] = {}
+
+    def gather(self, patches: Tensor) -> Tensor:
+        """The visible ones [B, n, ...] of patches [B, gy, gx, ...]."""
+        return patches[self.image, self.patch // self.grid[1], self.patch % self.grid[1]]
+
+    def rows(self, s: int) -> Tensor:
+        """Row of every packed token in the canvas [B * H * W, C] of a stage, H = gy * s and W = gx * s."""
+        if s not in self._rows:
+            gy, gx = self.grid
+            y, x = self.patch // gx * s, self.patch % gx * s
+            offset = torch.arange(s, device=self.patch.device)
+            y, x = y[..., None, None] + offset[:, None], x[..., None, None] + offset
+            self._rows[s] = ((self.image[..., None, None] * gy * s + y) * gx * s + x).flatten()
+        return self._rows[s]
+
+    def embed(self, image: Tensor, stem: nn.Conv2d) -> Tensor:
+        """Stem: images [B, C, H, W] to tokens [B, n, 8, 8, C1]; hidden pixels are not read."""
+        return local_conv(self.gather(patchify(image, self.grid)), stem)
+
+    def downsample(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        """2x2 convolution with stride 2: s becomes s / 2."""
+        return local_conv(x, conv)
+
+    def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        """7x7 depthwise convolution; hidden patches and the outside count as zero."""
+        batch, s, (gy, gx) = len(x), x.shape[2], self.grid
+        rows = self.rows(s)
+        canvas = ScatterRows.apply(x.flatten(0, 3), rows, batch * gy * s * gx * s)
+        y = depthwise_conv(canvas.view(batch, gy * s, gx * s, -1), conv)
+        return GatherRows.apply(y.flatten(0, 2), rows).view_as(x)
+
+    def image_norm(self, x: Tensor) -> Tensor:
+        """Euclidean norm of each channel over an image's visible tokens, fp32, shaped to broadcast against x."""
+        return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
+
+    def to_grid(self, x: Tensor, fill: Tensor) -> Tensor:
+        """Last stage's tokens on the patch grid [B, gy, gx, C], with `fill` [C] at hidden patches."""
+        grid = fill.to(x.dtype).expand(len(x), *self.grid, -1)
+        return grid.flatten(0, 2).index_copy(0, self.rows(1), x.flatten(0, 3)).view_as(grid)
+
+
+class ScatterRows(torch.autograd.Function):
+    """Rows [T, C] to a zero canvas [R, C] at distinct `rows`. Its gradient is `GatherRows`, not an addition."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x.new_zeros(size, x.shape[1]).index_copy_(0, rows, x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (rows,) = ctx.saved_tensors
+        return GatherRows.apply(grad, rows), None, None
+
+
+class GatherRows(torch.autograd.Function):
+    """Distinct `rows` of a canvas [R, C]. Its gradient is `ScatterRows`."""
+
+    @staticmethod
+    def forward(ctx, canvas: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.size = len(canvas)
+        return canvas.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (rows,) = ctx.saved_tensors
+        return ScatterRows.apply(grad, rows, ctx.size), None

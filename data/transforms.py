@@ -1,0 +1,132 @@
+"""From bytes to tensors: decoding, crop, flip, mask. Images are [C, H, W], uint8 until they are on the device.
+
+What is random is drawn from the generator handed in, one for each (seed, epoch, sample).
+"""
+
+import io
+import math
+import random
+import warnings
+
+import numpy as np
+import torch
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from configs.errors import UserError
+
+CROP_RATIO = (3 / 4, 4 / 3)  # least and greatest aspect ratio of a random crop
+MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA}
+NPY_MAGIC = b"\x93NUMPY"
+
+
+def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
+    """The generator of one sample in one epoch."""
+    return np.random.default_rng([seed, epoch, sample])
+
+
+def decode(data: bytes, channels: int | None = None) -> Tensor:
+    """Decode an image to [C, H, W]: uint8, or float32 for .npy arrays of more than 8 bits (integers scaled to 0..1).
+
+    Args:
+        data: JPEG, PNG, WebP, GIF (its first frame), or .npy of shape [H, W] or [H, W, C]
+        channels: convert pictures to 1 (grey), 3 (RGB) or 4 (RGBA); None = as stored; .npy is never converted
+    Raises:
+        UserError: damaged, of an unknown type, or a .npy with another number of channels
+    """
+    if data.startswith(NPY_MAGIC):
+        image = _decode_npy(data)
+    elif channels is not None and channels not in MODES:
+        raise UserError(f"a picture cannot be read with {channels} channels: use .npy images or model.channels 1, 3 or 4")
+    else:
+        mode = MODES[channels] if channels else ImageReadMode.UNCHANGED
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "the given buffer is not writable": it is only read
+                image = decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"not a readable image ({str(error).splitlines()[0]})") from None
+        if image.ndim == 4:  # an animation
+            image = image[0]
+    if channels is not None and image.shape[0] != channels:
+        raise UserError(f"a .npy image has {image.shape[0]} channels, model.channels is {channels}")
+    return image
+
+
+def _decode_npy(data: bytes) -> Tensor:
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"not a readable .npy image ({error})") from None
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.dtype.kind not in "uif" or 0 in array.shape:
+        raise UserError(f"a .npy image must be numbers of shape [H, W] or [H, W, C], this one is {array.dtype} {array.shape}")
+    if array.dtype.kind in "ui" and array.dtype != np.uint8:
+        array = array / np.iinfo(array.dtype).max
+    if array.dtype != np.uint8:
+        array = array.astype(np.float32)
+    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+
+
+def random_box(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop, distributed like torchvision's RandomResizedCrop."""
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w = min(width, round(height * CROP_RATIO[1]))  # the largest centred crop of an allowed shape
+    h = min(height, round(width / CROP_RATIO[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_crop_flip(
+    image: Tensor, rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float], hflip: float
+) -> Tensor:
+    """A random crop of the image at `size` (bicubic, antialiased), mirrored with probability `hflip`."""
+    box = random_box(rng, image.shape[1], image.shape[2], scale)
+    image = F.resized_crop(image, *box, list(size), InterpolationMode.BICUBIC, antialias=True)
+    return image.flip(2) if rng.random() < hflip else image
+
+
+def center_crop(image: Tensor, size: tuple[int, int], share: float) -> Tensor:
+    """The image at `size` for evaluation: its centre, `share` of the side long; 1 = the whole image, squashed."""
+    if share == 1:
+        return F.resize(image, list(size), InterpolationMode.BICUBIC, antialias=True)
+    scale = max(size[0] / share / image.shape[1], size[1] / share / image.shape[2])
+    resized = [max(target, round(side * scale)) for target, side in zip(size, image.shape[1:], strict=True)]
+    return F.center_crop(F.resize(image, resized, InterpolationMode.BICUBIC, antialias=True), list(size))
+
+
+def draw_visible(rng: np.random.Generator, grid: tuple[int, int], n: int) -> Tensor:
+    """A mask [gy, gx] of bool with exactly n True: the patches that the encoder sees."""
+    visible = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
+    visible[torch.from_numpy(rng.permutation(len(visible))[:n])] = True
+    return visible.view(grid)
+
+
+class RandAugment:
+    """timm's RandAugment on a uint8 tensor of 3 channels. Raises `UserError` for a policy timm does not know."""
+
+    def __init__(self, policy: str, mean: tuple[float, ...]):
+        fill = tuple(round(255 * m) for m in mean)
+        try:
+            self.transform = rand_augment_transform(policy, {"img_mean": fill, "translate_const": 100})
+        except (AssertionError, ValueError, KeyError):
+            raise UserError(f"augment.rand_augment {policy!r} is not a policy: write it like rand-m9-mstd0.5-inc1") from None
+
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        random.seed(int(rng.integers(2**32)))  # timm draws from the global generators
+        np.random.seed(int(rng.integers(2**32)))
+        return F.pil_to_tensor(self.transform(F.to_pil_image(image)))
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Images [B, C, H, W] as loaded (uint8, or float32 from 0 to 1) to fp32 with the given statistics [C]."""
+    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+    return (pixels - mean[:, None, None]) / std[:, None, None]

@@ -1,0 +1,134 @@
+"""DeepSpeed: the only module that imports it. Starting ranks, the optimizer, the engine, and sums over ranks."""
+
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from configs.schema import Optim
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, how many there are, and its device."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+
+def start(device: str) -> World:
+    """Join the process group; alone where no launcher (deepspeed, torchrun, srun) has set its variables.
+
+    Args:
+        device: auto, cpu or cuda
+    Raises:
+        UserError: cuda asked for and not there
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device is cuda, but torch sees no GPU: install a driver, or use auto or cpu")
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    os.environ["DS_ACCELERATOR"] = "cuda" if use_cuda else "cpu"  # else DeepSpeed picks, and may not agree
+    if "RANK" not in os.environ:  # without a launcher DeepSpeed would look for MPI
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ |= {key: str(value) for key, value in alone.items()}
+    local, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if use_cuda:
+        torch.cuda.set_device(local)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    _deepspeed().init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
+    where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), where)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _deepspeed():
+    """DeepSpeed, imported when it is needed (seconds) and without its chatter."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def precision(optim: Optim, device: torch.device) -> str:
+    """fp32 or bf16. Raises `UserError` for bf16 on a GPU that has none."""
+    if optim.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("optim.precision is bf16, but this GPU has no bf16: use fp32")
+    if optim.precision == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return optim.precision
+
+
+def build_engine(model: nn.Module, groups: list[dict], optim: Optim, world: World):
+    """Wrap a model into a DeepSpeed engine with AdamW.
+
+    Args:
+        model: on any device; its forward returns the loss of a micro batch
+        groups: parameter groups with `weight_decay` and `lr_scale`
+        optim: batch sizes, betas, clipping, precision, ZeRO stage
+    Raises:
+        UserError: the global batch is not a whole number of micro batches
+    """
+    micro, accumulation = optim.accumulation(world.ranks)
+    config = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": optim.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": optim.clip_grad,  # set, because DeepSpeed's own default is 1
+        "steps_per_print": 1 << 40,
+        # weights stay fp32, and so does the reduction of gradients
+        "torch_autocast": {
+            "enabled": precision(optim, world.device) == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+    }
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
+    engine, *_ = _deepspeed().initialize(model=model.to(world.device), optimizer=optimizer, config=config)
+    return engine
+
+
+def no_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is exempt from weight decay: biases, norms, GRN, layer scale, mask token."""
+    return parameter.ndim == 1 or name.endswith("bias")
+
+
+def set_lr(engine, lr: float) -> None:
+    """Set the learning rate of every group, times the group's own scale (layer decay)."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks."""
+    torch.distributed.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    torch.distributed.barrier()
+
+
+def stop() -> None:
+    """Leave the process group, so that nothing complains at exit."""
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,110 @@
+"""What a run tells while it runs: a progress line, log.jsonl, TensorBoard. Only the first rank writes."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from data.shards import replace_with
+
+
+class RunLog:
+    """The log of one run.
+
+    Args:
+        folder: runs/NAME
+        config: resolved configuration, written to config.yaml
+        steps: optimizer steps of the whole run
+        first_step: steps already done; later entries of an earlier, interrupted process are removed
+        images_per_step: global batch, for images/s
+        active: whether this rank writes
+    """
+
+    def __init__(self, folder: Path, config: dict, steps: int, first_step: int, images_per_step: int, active: bool):
+        self.active, self.steps, self.images_per_step = active, steps, images_per_step
+        self.last_step, self.last_time = first_step, time.perf_counter()
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_with(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+        self.path = folder / "log.jsonl"
+        kept = [line for line in self.path.read_text().splitlines() if _step(line) <= first_step] if self.path.exists() else []
+        replace_with(self.path, "".join(f"{line}\n" for line in kept).encode())
+        self.file = self.path.open("a", buffering=1)
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
+        self.console = Console()
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("", total=steps, completed=first_step, text="")
+        self.bar.start()
+
+    def rate(self, step: int) -> float:
+        """Images per second, over all ranks, since the last call."""
+        now = time.perf_counter()
+        images, seconds = (step - self.last_step) * self.images_per_step, now - self.last_time
+        self.last_step, self.last_time = step, now
+        return images / max(seconds, 1e-9)
+
+    def log(self, step: int, title: str, shown: str, **values: float) -> None:
+        """Record values after a step. `shown` is what the terminal says of them."""
+        if not self.active:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.bar.update(self.task, completed=step, description=title, text=shown)
+        if not self.console.is_terminal:
+            left = (self.steps - step) * self.images_per_step / max(values.get("images_per_s", 0), 1e-9)
+            time_left = f"  {_duration(left)} left" if values.get("images_per_s") else ""
+            print(f"{title}  step {step}/{self.steps}  {shown}{time_left}", flush=True)
+
+    def picture(self, step: int, name: str, image: Tensor) -> None:
+        """Show a picture [3, H, W], uint8, in TensorBoard."""
+        if self.active:
+            self.board.add_image(name, image, step)
+
+    def say(self, message: str) -> None:
+        """Print a line beside the progress bar."""
+        if self.active:
+            self.console.print(message, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Flush everything; also after an error."""
+        if self.active:
+            self.bar.stop()
+            self.board.close()
+            self.file.close()
+
+
+class Mean:
+    """A mean of values on the device, read (with a sync) only when it is asked for."""
+
+    def __init__(self, device: torch.device):
+        self.sum_count = torch.zeros(2, device=device)
+
+    def add(self, value: Tensor) -> None:
+        """Add a scalar."""
+        self.sum_count += torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])
+
+    def take(self) -> Tensor:
+        """(sum, count) so far, on the device; starts anew."""
+        taken, self.sum_count = self.sum_count, torch.zeros_like(self.sum_count)
+        return taken
+
+
+def _step(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # the last line of a killed process may be cut
+        return 1 << 62
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f"{hours}:{minutes:02}:{int(seconds) % 60:02}"

@@ -1,0 +1,105 @@
+"""Weight files: fcmae.pt (pretraining) and classifier files (fine-tuning). Strict, atomic, and without code.
+
+A file is a dict of tensors and plain values that `torch.load(weights_only=True)` reads:
+
+    format, kind        "convnext-fcmae/1"; "fcmae" or "classifier"
+    arch                name, channels, stem_stride, depths, dims: what it takes to build the encoder
+    image               size [H, W], mean and std of each channel
+    encoder             tensors under timm's names
+    decoder             fcmae: proj, mask_token, decoder, pred;  decoder_config: its settings
+    head, ema, classes  classifier: head's tensors, averaged weights (or None), class names; eval_crop
+"""
+
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from configs.schema import Encoder
+
+FORMAT = "convnext-fcmae/1"
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Weights:
+    """What a weight file holds."""
+
+    kind: str
+    arch: Encoder
+    image: dict
+    encoder: Tensors
+    decoder: Tensors = field(default_factory=dict)
+    decoder_config: dict = field(default_factory=dict)
+    head: Tensors = field(default_factory=dict)
+    ema: Tensors | None = None
+    classes: list[str] | None = None
+
+
+def split_state(model: nn.Module, prefix: str) -> tuple[Tensors, Tensors]:
+    """State of `model` as (names under `prefix`, without it; all other names), on the CPU."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return inside, {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+
+
+def save(path: Path, weights: Weights) -> None:
+    """Write a weight file: it is there whole or not at all."""
+    content = {name: value for name, value in vars(weights).items() if name != "arch"}
+    content |= {"format": FORMAT, "arch": {name: value for name, value in vars(weights.arch).items()}}
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def load(path: str | Path) -> Weights:
+    """Read a weight file.
+
+    Raises:
+        UserError: missing, truncated, of another format, or holding anything but tensors and plain values
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give the fcmae.pt that pretraining wrote")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds code or objects besides tensors and plain values: refused, nothing was run") from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is truncated or not a weight file ({str(error).splitlines()[0]}): copy it again") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a weight file of this project (format {FORMAT})")
+    del content["format"]
+    try:
+        content["arch"] = Encoder(**content["arch"])
+        return Weights(**content)
+    except TypeError as error:
+        raise UserError(f"{path} is a damaged weight file ({error}): write it again") from None
+
+
+def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: str = "\0") -> None:
+    """Load tensors into a module; names that begin with `ignore` keep their values.
+
+    Raises:
+        UserError: lists what is missing, unexpected or misshapen; the module is then unchanged
+    """
+    own = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(ignore)}
+    problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
+    problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, needed {list(own[name].shape)}"
+        for name in own.keys() & tensors.keys()
+        if own[name].shape != tensors[name].shape
+    ]
+    if problems:
+        shown = ", ".join(sorted(problems)[:8]) + (f", and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise UserError(f"{path} is of another model: {shown}")
+    module.load_state_dict(tensors, strict=False)

@@ -1,5 +1,6 @@
 """Batches for training and evaluation: shards -> sampler -> transforms -> torch DataLoader."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from configs.errors import UserError
-from configs.schema import Data
+from configs.schema import Data, Optim
 from data.sampler import EpochOrder, EvalBatches, TrainBatches
 from data.shards import Split
 from data.transforms import decode, sample_rng
@@ -44,8 +45,9 @@ class Loader:
     Iterating raises `UserError` for damaged data, also when a loader process met it.
     """
 
-    def __init__(self, samples: Samples, batches: TrainBatches | EvalBatches, workers: int, pin: bool):
+    def __init__(self, samples: Samples, batches: TrainBatches | EvalBatches, workers: int):
         self.samples, self.batches = samples, batches
+        pin = torch.cuda.is_available()
         self.torch_loader = DataLoader(
             samples, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=_quiet_worker
         )
@@ -59,8 +61,6 @@ class Loader:
 
 def _quiet_worker(_: int) -> None:
     """Loader processes leave Ctrl-C to the training process, which ends them."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
@@ -71,22 +71,22 @@ def open_split(data: Data, name: str | None = None) -> Split:
 
 
 def train_loader(
-    split: Split, transform: Transform, channels: int, seed: int, data: Data, batch_size: int, micro: int,
-    rank: int, ranks: int, epochs: int, pin: bool,
-) -> Loader:  # fmt: skip
+    split: Split, transform: Transform, channels: int, seed: int, data: Data, optim: Optim, rank: int, ranks: int
+) -> Loader:
     """All micro batches of a rank, over all epochs. Raises `UserError` if there is not one global batch of samples."""
-    batches = TrainBatches(EpochOrder(split.counts, seed), batch_size, micro, rank, ranks, epochs)
+    micro, _ = optim.accumulation(ranks)
+    batches = TrainBatches(EpochOrder(split.counts, seed), optim.batch_size, micro, rank, ranks, optim.epochs)
     if batches.steps_per_epoch == 0:
         raise UserError(
             f"{split.folder} has {len(split)} samples in split {split.name}, fewer than one batch: "
-            f"lower optim.batch_size (now {batch_size})"
+            f"lower optim.batch_size (now {optim.batch_size})"
         )
-    return Loader(Samples(split, channels, seed, transform), batches, data.workers, pin)
+    return Loader(Samples(split, channels, seed, transform), batches, data.workers)
 
 
 def eval_loader(
-    split: Split, transform: Transform, channels: int, data: Data, batch: int, rank: int, ranks: int, pin: bool
+    split: Split, transform: Transform, channels: int, data: Data, batch: int, rank: int, ranks: int
 ) -> Loader:
     """Every sample of a split once, in batches of `batch` for each rank."""
     batches = EvalBatches(len(split), batch, rank, ranks)
-    return Loader(Samples(split, channels, 0, transform), batches, data.workers, pin)
+    return Loader(Samples(split, channels, 0, transform), batches, data.workers)

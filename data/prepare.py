@@ -23,9 +23,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 import numpy as np
 
 from configs.errors import UserError, run_main
+from configs.files import write_whole
 from data.convert import Options, convert
 from data.pool import count, run_tasks
-from data.shards import Index, Shard, index_file, index_tar, read_index, read_rows, replace_with, sha256, write_index, write_tar
+from data.shards import Index, Shard, index_file, index_tar, read_index, read_rows, sha256, write_index, write_tar
 from data.sources import Item, open_source
 
 ORDER_SEED = 0  # of the order in which images go into shards, and of the held-out ones
@@ -128,7 +129,7 @@ def claim(out: Path, args: argparse.Namespace, items: list[Item]) -> None:
     if not mark.exists():
         if any(file for file in out.iterdir() if not file.name.startswith(".")):
             raise UserError(f"{out} is not empty and was not made by this command: choose another folder")
-        replace_with(mark, json.dumps(wanted, indent=1).encode())
+        write_whole(mark, json.dumps(wanted, indent=1).encode())
         return
     held = json.loads(mark.read_bytes())
     differences = [f"{key} {held.get(key)} there, {wanted[key]} here" for key in wanted if held.get(key) != wanted[key]]
@@ -168,11 +169,9 @@ def write_shard(task: Task, options: Options) -> dict:
                 yield _sample(i, kind, data, label, item)
             count(1)
 
-    part = task.path.with_name(f".{task.path.name}.part")
-    write_tar(part, samples())
-    part.replace(task.path)
+    write_tar(task.path, samples())
     record = {"shard": asdict(index_tar(task.path)), "skipped": skipped}
-    replace_with(record_file, json.dumps(record).encode())
+    write_whole(record_file, json.dumps(record).encode())
     return record
 
 
@@ -191,7 +190,7 @@ def finish(out: Path, tasks: list[Task], records: list[dict], classes: list[str]
     if not any(shard.samples for shards in splits.values() for shard in shards):
         raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
     if skipped:
-        replace_with(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
+        write_whole(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
         print(f"{len(skipped):,} damaged images were left out, listed in {out / 'skipped.txt'}")
     write_index(out, Index(dict(splits), classes))
     for task in tasks:

@@ -22,6 +22,7 @@ import numpy as np
 import webdataset
 
 from configs.errors import UserError, nearest
+from configs.files import whole_file, write_whole
 
 FORMAT = "convnext-fcmae-shards/1"
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "npy")  # what the loader decodes
@@ -62,19 +63,9 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def replace_with(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
     """Write WebDataset samples ({"__key__": ..., "jpg": ..., ...}, values bytes) to a tar, byte for byte repeatable."""
-    with path.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+    with whole_file(path) as file, webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
         for sample in samples:
             tar.write(sample)
 
@@ -129,10 +120,8 @@ def _label(data: bytes, tar: Path, member: str) -> int:
 def index_tar(tar: Path) -> Shard:
     """Write the index of a finished tar beside it, and describe the shard."""
     rows = read_rows(tar)
-    part = index_file(tar).with_name(f".{index_file(tar).name}.part")
-    with part.open("wb") as file:
+    with whole_file(index_file(tar)) as file:
         np.save(file, rows, allow_pickle=False)
-    part.replace(index_file(tar))
     return Shard(tar.name, len(rows), tar.stat().st_size, sha256(tar), sha256(index_file(tar)))
 
 
@@ -140,7 +129,7 @@ def write_index(folder: Path, index: Index) -> None:
     """Write index.json, the mark that a folder of shards is complete."""
     splits = {split: [asdict(shard) for shard in shards] for split, shards in index.splits.items()}
     content = {"format": FORMAT, "classes": index.classes, "splits": splits}
-    replace_with(folder / "index.json", json.dumps(content, indent=1).encode())
+    write_whole(folder / "index.json", json.dumps(content, indent=1).encode())
 
 
 def read_index(folder: Path) -> Index:

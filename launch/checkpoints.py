@@ -14,7 +14,7 @@ from pathlib import Path
 
 from configs.command import differences, say
 from configs.errors import UserError
-from data.shards import replace_with
+from configs.files import write_whole
 from launch.engine import World, barrier
 
 MAY_CHANGE = {  # keys that may differ on resume: they do not change what is learnt
@@ -44,7 +44,7 @@ def save(engine, run: Path, step: int, state: dict, config: dict, world: World, 
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         manifest = {"step": step, "ranks": world.ranks, "config": config, "files": sizes}
-        replace_with(part / "manifest.json", json.dumps(manifest, indent=1).encode())
+        write_whole(part / "manifest.json", json.dumps(manifest, indent=1).encode())
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         for old in complete(run)[:-keep]:

@@ -2,10 +2,13 @@
 
 import logging
 import os
+import random
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -107,9 +110,26 @@ def build_engine(model: nn.Module, groups: list[dict], optim: Optim, world: Worl
     return engine
 
 
-def no_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is exempt from weight decay: biases, norms, GRN, layer scale, mask token."""
-    return parameter.ndim == 1 or name.endswith("bias")
+def parameter_groups(model: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] | None = None) -> list[dict]:
+    """AdamW's parameter groups, one for each pair of decay and learning rate scale.
+
+    Biases, norms, GRN, layer scale and mask token have no weight decay: they are the parameters with one dimension.
+    `lr_scale` gives a parameter's factor of the learning rate from its name (layer decay).
+    """
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        decay = 0.0 if parameter.ndim == 1 else weight_decay
+        scale = lr_scale(name) if lr_scale else 1.0
+        group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def set_lr(engine, lr: float) -> None:

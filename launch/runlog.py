@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from data.shards import replace_with
+from configs.files import write_whole
 
 
 class RunLog:
@@ -32,10 +32,10 @@ class RunLog:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        replace_with(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+        write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
         self.path = folder / "log.jsonl"
         kept = [line for line in self.path.read_text().splitlines() if _step(line) <= first_step] if self.path.exists() else []
-        replace_with(self.path, "".join(f"{line}\n" for line in kept).encode())
+        write_whole(self.path, "".join(f"{line}\n" for line in kept).encode())
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
         self.console = Console()
@@ -63,6 +63,11 @@ class RunLog:
             left = (self.steps - step) * self.images_per_step / max(values.get("images_per_s", 0), 1e-9)
             time_left = f"  {_duration(left)} left" if values.get("images_per_s") else ""
             print(f"{title}  step {step}/{self.steps}  {shown}{time_left}", flush=True)
+
+    def scalar(self, step: int, name: str, value: float) -> None:
+        """Record a value in TensorBoard only."""
+        if self.active:
+            self.board.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Show a picture [3, H, W], uint8, in TensorBoard."""

@@ -3,8 +3,6 @@
 Parameter names are timm's. A layout (models/sparse) says where tokens lie; x is channels-last in all of them.
 """
 
-import dataclasses
-
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -178,7 +176,3 @@ def init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
-
-def arch_dict(arch: Encoder) -> dict:
-    """The resolved architecture as plain values, for files."""
-    return {f.name: getattr(arch, f.name) for f in dataclasses.fields(Encoder)}

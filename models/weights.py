@@ -10,16 +10,16 @@ A file is a dict of tensors and plain values that `torch.load(weights_only=True)
     head, ema, classes  classifier: head's tensors, averaged weights (or None), class names; eval_crop
 """
 
-import os
 import pickle
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from configs.files import whole_file
 from configs.schema import Encoder
 
 FORMAT = "convnext-fcmae/1"
@@ -50,14 +50,9 @@ def split_state(model: nn.Module, prefix: str) -> tuple[Tensors, Tensors]:
 
 def save(path: Path, weights: Weights) -> None:
     """Write a weight file: it is there whole or not at all."""
-    content = {name: value for name, value in vars(weights).items() if name != "arch"}
-    content |= {"format": FORMAT, "arch": {name: value for name, value in vars(weights.arch).items()}}
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
+    content = vars(weights) | {"format": FORMAT, "arch": asdict(weights.arch)}
+    with whole_file(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def load(path: str | Path) -> Weights:

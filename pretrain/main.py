@@ -1,0 +1,72 @@
+"""FCMAE pretraining of a ConvNeXt on shards of images; writes runs/NAME/fcmae.pt.
+
+    deepspeed pretrain/main.py                                              built-in digits
+    deepspeed pretrain/main.py --config configs/pretrain/cifar10.yaml
+    deepspeed pretrain/main.py --config R.yaml --data.path shards/mine --run.name mine
+    python pretrain/main.py ...                                             one process
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
+
+from configs.command import parse, to_dict
+from configs.errors import run_main
+from configs.schema import Pretrain, visible_patches
+from data.loader import open_split, train_loader
+from data.transforms import draw_visible, random_crop_flip
+from launch import checkpoints
+from launch.engine import build_engine, parameter_groups, seed_everything, start, stop
+from launch.runlog import RunLog
+from models.fcmae import FCMAE, check_size
+from models.weights import Weights, save, split_state
+from pretrain.loop import pretrain
+
+
+def main() -> None:
+    """Entry point: parse, build, run."""
+    config = parse(Pretrain, "pretrain/digits.yaml", __doc__)
+    data, optim = config.data, config.optim
+    grid = data.grid(config.model.stem_stride)
+    check_size(config.model, grid)
+    mean, std = data.statistics(config.model.channels)
+    split = open_split(data)
+    world = start(config.run.device)
+    seed_everything(config.run.seed)
+    model = FCMAE(config.model)
+    engine = build_engine(model, parameter_groups(model, optim.weight_decay), optim, world)
+
+    n = visible_patches(grid[0] * grid[1], config.model.mask_ratio)
+
+    def transform(image, rng):
+        image = random_crop_flip(image, rng, data.height_width, data.crop_scale, data.hflip)
+        return {"image": image, "visible": draw_visible(rng, grid, n)}
+
+    loader = train_loader(split, transform, config.model.channels, config.run.seed, data, optim, world.rank, world.ranks)
+    run = Path(config.run.folder) / config.run.name
+    identity = to_dict(config) | {"data_digest": split.digest}
+    step, _ = checkpoints.resume(engine, run, identity, config.resume, world)
+    loader.batches.first_step = step
+    log = RunLog(run, to_dict(config), optim.epochs * loader.batches.steps_per_epoch, step, optim.batch_size, world.first)
+    parameters = sum(p.numel() for p in model.encoder.parameters())
+    log.say(
+        f"{config.model.name}, {parameters / 1e6:.1f}M encoder parameters, {config.model.backend} backend on {world.device.type}"
+        f" x {world.ranks}; {len(split):,} images; {n} of {grid[0] * grid[1]} patches visible"
+        f" ({100 - 100 * n / (grid[0] * grid[1]):.1f} % hidden)"
+    )
+    try:
+        pretrain(config, engine, loader, step, log, world, identity, (mean, std))
+    finally:
+        log.close()
+    if world.first:
+        encoder, decoder = split_state(model, "encoder.")
+        image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}
+        settings = to_dict(config.model)
+        save(run / "fcmae.pt", Weights("fcmae", model.encoder.arch, image, encoder, decoder, settings, classes=split.classes))
+        print(f"wrote {run / 'fcmae.pt'}; next: python finetune/main.py --init {run / 'fcmae.pt'}")
+    stop()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -295,7 +295,8 @@ class Finetune:
         init: weights to start from: an fcmae.pt; none = from scratch
         resume: auto = continue the run's newest checkpoint if there is one; must = fail without; never = fail with
         eval_split: split that is evaluated after each epoch
-        layer_decay: factor of the learning rate from one layer group to the one below it; 1 = off
+        layer_decay: factor of the learning rate from one layer to the one below it; 1 = off
+        layer_decay_kind: what a layer is: single = each block; group = a twelfth of the network
         data: Images
         model: Classifier
         optim: Optimisation
@@ -307,6 +308,7 @@ class Finetune:
     resume: Literal["auto", "must", "never"] = "auto"
     eval_split: str = "val"
     layer_decay: float = 1.0
+    layer_decay_kind: Literal["single", "group"] = "single"
     data: Data = field(default_factory=Data)
     model: FinetuneModel = field(default_factory=FinetuneModel)
     optim: Optim = field(default_factory=Optim)

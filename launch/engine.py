@@ -68,6 +68,8 @@ def _deepspeed():
         warnings.simplefilter("ignore")
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # An op for inference that would be compiled at the first start on a CPU: half a minute, and a compiler
+    deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
     return deepspeed
 
 

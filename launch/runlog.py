@@ -64,10 +64,12 @@ class RunLog:
             time_left = f"  {_duration(left)} left" if values.get("images_per_s") else ""
             print(f"{title}  step {step}/{self.steps}  {shown}{time_left}", flush=True)
 
-    def scalar(self, step: int, name: str, value: float) -> None:
-        """Record a value in TensorBoard only."""
+    def scores(self, step: int, name: str, values: dict[str, float]) -> None:
+        """Record an evaluation after a step, its values under `name`."""
         if self.active:
-            self.board.add_scalar(name, value, step)
+            self.file.write(json.dumps({"step": step, name: values}) + "\n")
+            for key, value in values.items():
+                self.board.add_scalar(f"{name}/{key}", value, step)
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Show a picture [3, H, W], uint8, in TensorBoard."""

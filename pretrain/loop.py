@@ -67,5 +67,5 @@ def show(model, image, visible, statistics, run: Path, step: int, log: RunLog) -
     picture = reconstruction_grid(model, image, visible, *statistics)
     write_png(run / "reconstruction.png", picture)
     log.picture(step, "input, visible patches, reconstruction", picture)
-    log.scalar(step, "feature_distance", feature_distance(model.encoder, image))
+    log.scores(step, "features", {"channel_distance": feature_distance(model.encoder, image)})
     model.train()

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning of a pretrained encoder, as a dense model."""

@@ -1,0 +1,44 @@
+"""Exact evaluation, on any number of ranks."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.loader import Loader
+from data.transforms import normalize
+from launch.engine import World, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracies in 0 to 1, mean cross entropy, and the number of images they are over."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Loader, world: World, mean: Tensor, std: Tensor, autocast: bool) -> Score:
+    """Score a classifier on every sample of a split, each counted once (label -1 is a batch's filling).
+
+    Every rank calls this, with its own part of the samples, and gets the same score.
+    """
+    training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
+    for batch in loader:
+        label = batch["label"].to(world.device)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=autocast):
+            logits = model(normalize(batch["image"].to(world.device), mean, std)).float()
+        real = label >= 0
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = (best == label[:, None]) & real[:, None]
+        losses = F.cross_entropy(logits, label.clamp(min=0), reduction="none") * real
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), losses.sum(), real.sum()]).double()
+    model.train(training)
+    top1, top5, loss, images = sum_over_ranks(sums).tolist()
+    return Score(top1 / images, top5 / images, loss / images, int(images))

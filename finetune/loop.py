@@ -20,7 +20,7 @@ from data.loader import Loader
 from data.transforms import normalize
 from finetune.evaluate import Score, evaluate
 from launch import checkpoints
-from launch.engine import World, precision, seed_everything, set_lr, sum_over_ranks
+from launch.engine import World, precision, seed_everything, set_lr
 from launch.runlog import Mean, RunLog
 from models.weights import Weights, save, split_state
 
@@ -107,24 +107,20 @@ def finetune(
     optim, engine, world = config.optim, classifier.engine, classifier.world
     run = Path(config.run.folder) / config.run.name
     steps_per_epoch = loader.batches.steps_per_epoch
-    loss_mean = Mean(world.device)
+    losses = Mean(world.device)
     batches = iter(loader)
     engine.train()
     while step < optim.epochs * steps_per_epoch:
         lr = optim.lr_at(step, steps_per_epoch)
         set_lr(engine, lr)
         for loss in micro_losses(classifier, batches, step):
-            loss_mean.add(loss)
+            losses.add(loss)
         if classifier.ema:
             classifier.ema.update(engine.module)
         step += 1
         epoch, epoch_ends = (step - 1) // steps_per_epoch + 1, step % steps_per_epoch == 0
         if step % config.run.log_every == 0 or epoch_ends:
-            total, count = sum_over_ranks(loss_mean.take()).tolist()
-            values = {"loss": total / count, "lr": lr, "grad_norm": float(engine.get_global_grad_norm())}
-            rate = log.rate(step)
-            shown = f"loss {values['loss']:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
-            log.log(step, f"epoch {epoch}/{optim.epochs}", shown, **values, images_per_s=rate)
+            log.train(step, f"epoch {epoch}/{optim.epochs}", losses, lr, engine.get_global_grad_norm())
         if epoch_ends:
             end_epoch(config, classifier, val_loader, run, epoch, step, log)
             if epoch % config.run.save_every == 0 or epoch == optim.epochs:

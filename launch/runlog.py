@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from configs.files import write_whole
+from launch.engine import sum_over_ranks
 
 
 class RunLog:
@@ -44,25 +45,23 @@ class RunLog:
         self.task = self.bar.add_task("", total=steps, completed=first_step, text="")
         self.bar.start()
 
-    def rate(self, step: int) -> float:
-        """Images per second, over all ranks, since the last call."""
-        now = time.perf_counter()
-        images, seconds = (step - self.last_step) * self.images_per_step, now - self.last_time
-        self.last_step, self.last_time = step, now
-        return images / max(seconds, 1e-9)
-
-    def log(self, step: int, title: str, shown: str, **values: float) -> None:
-        """Record values after a step. `shown` is what the terminal says of them."""
+    def train(self, step: int, epoch: str, losses: "Mean", lr: float, grad_norm: Tensor) -> None:
+        """Report the training since the last report. Every rank calls this: the loss is the mean over all ranks."""
+        total, count = sum_over_ranks(losses.take()).tolist()
         if not self.active:
             return
+        now = time.perf_counter()
+        rate = (step - self.last_step) * self.images_per_step / max(now - self.last_time, 1e-9)
+        self.last_step, self.last_time = step, now
+        values = {"loss": total / count, "lr": lr, "grad_norm": float(grad_norm), "images_per_s": rate}
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
-        self.bar.update(self.task, completed=step, description=title, text=shown)
+        shown = f"loss {values['loss']:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
+        self.bar.update(self.task, completed=step, description=epoch, text=shown)
         if not self.console.is_terminal:
-            left = (self.steps - step) * self.images_per_step / max(values.get("images_per_s", 0), 1e-9)
-            time_left = f"  {_duration(left)} left" if values.get("images_per_s") else ""
-            print(f"{title}  step {step}/{self.steps}  {shown}{time_left}", flush=True)
+            left = _duration((self.steps - step) * self.images_per_step / rate)
+            print(f"{epoch}  step {step}/{self.steps}  {shown}  {left} left", flush=True)
 
     def scores(self, step: int, name: str, values: dict[str, float]) -> None:
         """Record an evaluation after a step, its values under `name`."""

@@ -8,7 +8,7 @@ from configs.schema import Pretrain
 from data.loader import Loader
 from data.transforms import normalize
 from launch import checkpoints
-from launch.engine import World, set_lr, sum_over_ranks
+from launch.engine import World, set_lr
 from launch.runlog import Mean, RunLog
 from pretrain.pictures import feature_distance, reconstruction_grid, write_png
 
@@ -30,7 +30,7 @@ def pretrain(
     steps_per_epoch = loader.batches.steps_per_epoch
     _, accumulation = optim.accumulation(world.ranks)
     mean, std = (torch.tensor(values, device=world.device) for values in statistics)
-    loss_mean = Mean(world.device)
+    losses = Mean(world.device)
     batches = iter(loader)
     engine.train()
     while step < optim.epochs * steps_per_epoch:
@@ -43,16 +43,12 @@ def pretrain(
             loss = engine(image, visible)
             engine.backward(loss)
             engine.step()
-            loss_mean.add(loss)
+            losses.add(loss)
         step += 1
         epoch_ends = step % steps_per_epoch == 0
         epoch = (step - 1) // steps_per_epoch + 1
         if step % config.run.log_every == 0 or epoch_ends:
-            total, count = sum_over_ranks(loss_mean.take()).tolist()
-            values = {"loss": total / count, "lr": lr, "grad_norm": float(engine.get_global_grad_norm())}
-            rate = log.rate(step)
-            shown = f"loss {values['loss']:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
-            log.log(step, f"epoch {epoch}/{optim.epochs}", shown, **values, images_per_s=rate)
+            log.train(step, f"epoch {epoch}/{optim.epochs}", losses, lr, engine.get_global_grad_norm())
         last = step == optim.epochs * steps_per_epoch
         if epoch_ends and (epoch % config.run.picture_every == 0 or last) and world.first:
             show(engine.module, image[:PICTURES], visible[:PICTURES], (mean, std), run, step, log)

@@ -32,7 +32,9 @@ def parse(schema: type[Config], recipe: str, about: str, argv: list[str] | None 
     parser = ArgumentParser(
         description=about, exit_on_error=False, allow_abbrev=False, prog=os.path.relpath(sys.argv[0]), default_env=False
     )
-    parser.add_argument("--config", action="config", help="recipe, a YAML file of the keys below (default: built-in digits)")
+    parser.add_argument(
+        "--config", action="config", help="recipe, a YAML file of the keys below (default: built-in digits)"
+    )
     parser.add_class_arguments(schema, None)
     if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
         built_in = RECIPES / recipe

@@ -42,7 +42,9 @@ def convert(data: bytes, name: str, options: Options) -> tuple[str, bytes]:
         image = decode(data)
         if options.resize is None or min(image.shape[1:]) <= options.resize:
             return kind, data
-        raise UserError(f"--resize does not apply to .npy images, this one is {tuple(image.shape)}: resize it beforehand")
+        raise UserError(
+            f"--resize does not apply to .npy images, this one is {tuple(image.shape)}: resize it beforehand"
+        )
     picture = open_picture(data)
     if picture.mode not in EIGHT_BIT:
         return "npy", _to_npy(np.asarray(picture))
@@ -67,7 +69,7 @@ def convert(data: bytes, name: str, options: Options) -> tuple[str, bytes]:
 
 def _to_npy(pixels: np.ndarray) -> bytes:
     """A picture of 16 or 32 bits, as an array the loader reads."""
-    if pixels.dtype == np.int32 and 0 <= pixels.min() and pixels.max() < 2**16:
+    if pixels.dtype == np.int32 and pixels.min() >= 0 and pixels.max() < 2**16:
         pixels = pixels.astype(np.uint16)  # PIL opens 16-bit files as 32-bit integers
     out = io.BytesIO()
     np.save(out, pixels, allow_pickle=False)

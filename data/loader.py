@@ -20,7 +20,7 @@ Transform = Callable[[Tensor, np.random.Generator], dict[str, Tensor]]
 
 
 class Samples(Dataset):
-    """The samples of a split, decoded and transformed; indexed by (epoch, sample). Sample -1 fills a batch, label -1."""
+    """The samples of a split, decoded and transformed, by (epoch, sample). Sample -1 fills a batch; its label is -1."""
 
     def __init__(self, split: Split, channels: int, seed: int, transform: Transform):
         self.split, self.channels, self.seed, self.transform = split, channels, seed, transform

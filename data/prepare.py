@@ -1,11 +1,11 @@
 """Turn any collection of images into WebDataset shards with an index.
 
-    python data/prepare.py digits shards/digits                               built-in example
-    python data/prepare.py photos/ shards/photos --val-fraction 0.1           a folder; sub-folders are the classes
-    python data/prepare.py ILSVRC2012_img_train.tar shards/imagenet --resize 512
-    python data/prepare.py cifar10.tar.xz shards/cifar10 --val-fraction 0.1   tar (gz, bz2, xz) or zip
-    python data/prepare.py shards/made-elsewhere --index                      index WebDataset tars where they are
-    python data/prepare.py shards/photos --verify                             check every byte
+python data/prepare.py digits shards/digits                               built-in example
+python data/prepare.py photos/ shards/photos --val-fraction 0.1           a folder; sub-folders are the classes
+python data/prepare.py ILSVRC2012_img_train.tar shards/imagenet --resize 512
+python data/prepare.py cifar10.tar.xz shards/cifar10 --val-fraction 0.1   tar (gz, bz2, xz) or zip
+python data/prepare.py shards/made-elsewhere --index                      index WebDataset tars where they are
+python data/prepare.py shards/photos --verify                             check every byte
 """
 
 import argparse
@@ -44,20 +44,35 @@ class Task:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="`digits`, a folder, a zip, a tar (plain, gz, bz2, xz), the ILSVRC2012 train tar")
+    parser.add_argument(
+        "source", help="`digits`, a folder, a zip, a tar (plain, gz, bz2, xz), the ILSVRC2012 train tar"
+    )
     parser.add_argument("out", nargs="?", help="folder for the shards; not given with --index and --verify")
-    parser.add_argument("--resize", type=int, metavar="PIXELS", help="shrink images whose shorter side is longer than this")
+    parser.add_argument(
+        "--resize", type=int, metavar="PIXELS", help="shrink images whose shorter side is longer than this"
+    )
     parser.add_argument("--quality", type=int, metavar="Q", help="re-encode as JPEG of this quality, 1 to 100")
-    parser.add_argument("--shard-size", type=int, default=5000, metavar="N", help="images in a shard (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)")
-    parser.add_argument("--val-fraction", type=float, default=0.0, metavar="F", help="hold out this share of each class")
+    parser.add_argument(
+        "--shard-size", type=int, default=5000, metavar="N", help="images in a shard (default %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)"
+    )
+    parser.add_argument(
+        "--val-fraction", type=float, default=0.0, metavar="F", help="hold out this share of each class"
+    )
     parser.add_argument("--no-labels", action="store_true", help="folders are not classes: make label-free shards")
     parser.add_argument("--index", action="store_true", help="index the .tar files in SOURCE, made by other tools")
     parser.add_argument("--verify", action="store_true", help="check every byte of the shards in SOURCE")
     args = parser.parse_args(argv)
     if bool(args.out) == (args.index or args.verify):
         parser.error("give SOURCE OUT, or one folder of shards with --index or --verify")
-    for name, low, high in (("resize", 1, 1 << 16), ("quality", 1, 100), ("shard_size", 1, 1 << 30), ("workers", 1, 1 << 12)):
+    for name, low, high in (
+        ("resize", 1, 1 << 16),
+        ("quality", 1, 100),
+        ("shard_size", 1, 1 << 30),
+        ("workers", 1, 1 << 12),
+    ):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value}: must be {low} to {high}")
@@ -124,7 +139,9 @@ def claim(out: Path, args: argparse.Namespace, items: list[Item]) -> None:
     """Mark the folder with what goes into it, or raise `UserError` if it already holds something else."""
     names = hashlib.sha256("\n".join(f"{item.name} {item.size}" for item in items).encode()).hexdigest()[:16]
     keys = ("resize", "quality", "shard_size", "val_fraction", "no_labels")
-    wanted = {"source": Path(args.source).name, "images": len(items), "names": names} | {k: getattr(args, k) for k in keys}
+    wanted = {"source": Path(args.source).name, "images": len(items), "names": names} | {
+        k: getattr(args, k) for k in keys
+    }
     mark = out / "source.json"
     if not mark.exists():
         if any(file for file in out.iterdir() if not file.name.startswith(".")):
@@ -224,7 +241,9 @@ def index_folder(folder: Path, workers: int) -> None:
         raise UserError(f"{folder}: its tars hold no image; a sample needs KEY.jpg, KEY.png, KEY.webp or KEY.npy")
     classes = _names(folder) or ([str(i) for i in range(top + 1)] or None)
     if classes is not None and top >= len(classes):
-        raise UserError(f"{folder / 'classes.txt'} names {len(classes)} classes, but a label is {top}: one line a class")
+        raise UserError(
+            f"{folder / 'classes.txt'} names {len(classes)} classes, but a label is {top}: one line a class"
+        )
     write_index(folder, Index(dict(splits), classes))
     describe(folder)
 
@@ -250,7 +269,9 @@ def verify(folder: Path, workers: int) -> None:
     damage = [line for line in found if line]
     if damage:
         print("\n".join(damage))
-        raise UserError(f"{folder}: {len(damage)} of {len(shards)} shards are damaged, listed above: prepare or fetch them again")
+        raise UserError(
+            f"{folder}: {len(damage)} of {len(shards)} shards are damaged, listed above: prepare or fetch them again"
+        )
     print(f"{folder}: {len(shards):,} shards, {samples:,} images, every byte as indexed")
 
 

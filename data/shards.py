@@ -114,7 +114,9 @@ def _label(data: bytes, tar: Path, member: str) -> int:
     try:
         return int(data)
     except ValueError:
-        raise UserError(f"{tar}: the label in {member} is {data[:20]!r}; a .cls member must hold a whole number") from None
+        raise UserError(
+            f"{tar}: the label in {member} is {data[:20]!r}; a .cls member must hold a whole number"
+        ) from None
 
 
 def index_tar(tar: Path) -> Shard:
@@ -191,7 +193,9 @@ class Split:
         path = self.folder / shard.file
         rows = np.load(index_file(path), allow_pickle=False)
         if rows.dtype != ROW or len(rows) != shard.samples:
-            raise UserError(f"{index_file(path)} disagrees with index.json: run `python data/prepare.py {self.folder} --index`")
+            raise UserError(
+                f"{index_file(path)} disagrees with index.json: run `python data/prepare.py {self.folder} --index`"
+            )
         self._open[number] = os.open(path, os.O_RDONLY), rows
         if len(self._open) > OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1][0])

@@ -46,7 +46,7 @@ class Item:
         if self.container == "digits":
             return _digits()[self.name][0]
         if self.offset is not None:
-            with open(self.container, "rb") as file:
+            with Path(self.container).open("rb") as file:
                 return os.pread(file.fileno(), self.size, self.offset)
         if self.size is not None:
             return _zip(self.container).read(self.name)
@@ -104,7 +104,9 @@ def _list_tar(path: Path) -> Iterator[Item]:
                                 offset = member.offset_data + image.offset_data
                                 yield Item(f"{folder}/{image.name}", str(path), offset, image.size)
                 elif member.isreg() and member.name.endswith(".cls"):
-                    raise UserError(f"{path} holds WebDataset shards already: run `python data/prepare.py {path.parent} --index`")
+                    raise UserError(
+                        f"{path} holds WebDataset shards already: run `python data/prepare.py {path.parent} --index`"
+                    )
                 elif member.isreg() and _is_image(member.name):
                     yield Item(member.name.removeprefix("./"), str(path), member.offset_data, member.size)
     except tarfile.TarError as error:
@@ -198,4 +200,3 @@ def open_picture(data: bytes) -> Image.Image:
         return picture
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"not a readable image ({error})") from None
-

@@ -40,7 +40,9 @@ def decode(data: bytes, channels: int | None = None) -> Tensor:
     if data.startswith(NPY_MAGIC):
         image = _decode_npy(data)
     elif channels is not None and channels not in MODES:
-        raise UserError(f"a picture cannot be read with {channels} channels: use .npy images or model.channels 1, 3 or 4")
+        raise UserError(
+            f"a picture cannot be read with {channels} channels: use .npy images or model.channels 1, 3 or 4"
+        )
     else:
         mode = MODES[channels] if channels else ImageReadMode.UNCHANGED
         try:
@@ -64,7 +66,9 @@ def _decode_npy(data: bytes) -> Tensor:
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.dtype.kind not in "uif" or 0 in array.shape:
-        raise UserError(f"a .npy image must be numbers of shape [H, W] or [H, W, C], this one is {array.dtype} {array.shape}")
+        raise UserError(
+            f"a .npy image must be numbers of shape [H, W] or [H, W, C], this one is {array.dtype} {array.shape}"
+        )
     if array.dtype.kind in "ui" and array.dtype != np.uint8:
         array = array / np.iinfo(array.dtype).max
     if array.dtype != np.uint8:
@@ -72,7 +76,9 @@ def _decode_npy(data: bytes) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
 
 
-def random_box(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+def random_box(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random crop, distributed like torchvision's RandomResizedCrop."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -118,7 +124,9 @@ class RandAugment:
         try:
             self.transform = rand_augment_transform(policy, {"img_mean": fill, "translate_const": 100})
         except (AssertionError, ValueError, KeyError):
-            raise UserError(f"augment.rand_augment {policy!r} is not a policy: write it like rand-m9-mstd0.5-inc1") from None
+            raise UserError(
+                f"augment.rand_augment {policy!r} is not a policy: write it like rand-m9-mstd0.5-inc1"
+            ) from None
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         random.seed(int(rng.integers(2**32)))  # timm draws from the global generators

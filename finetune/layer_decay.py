@@ -29,7 +29,7 @@ def single_layer(name: str, depths: tuple[int, ...]) -> int:
 
 
 def group_layer(name: str, depths: tuple[int, ...]) -> int:
-    """Layer of a parameter in 12 groups: 0 stem, 1 and 2 the first stages, 3 to 11 the third, 12 the fourth, 13 head."""
+    """Layer of a parameter in 12 groups: 0 stem, 1 and 2 the first stages, 3 to 11 the third, 12 the last, 13 head."""
     if name.startswith("stem."):
         return 0
     if not name.startswith("stages."):

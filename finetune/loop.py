@@ -70,7 +70,8 @@ class Classifier:
         """Scores of the raw weights and, if there are any, of the averaged ones."""
         models = {"raw": self.engine.module} | ({"ema": self.ema.module} if self.ema else {})
         return {
-            kind: evaluate(model, loader, self.world, self.mean, self.std, self.autocast) for kind, model in models.items()
+            kind: evaluate(model, loader, self.world, self.mean, self.std, self.autocast)
+            for kind, model in models.items()
         }
 
     def weights(self, kind: str) -> Weights:

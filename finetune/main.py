@@ -1,8 +1,8 @@
 """Supervised fine-tuning of a pretrained ConvNeXt; writes runs/NAME/best.pt, last.pt and summary.json.
 
-    python finetune/main.py --init runs/digits/fcmae.pt                     built-in digits
-    python finetune/main.py --init none                                     the same from scratch
-    deepspeed finetune/main.py --config configs/finetune/cifar10.yaml --init runs/cifar10/fcmae.pt
+python finetune/main.py --init runs/digits/fcmae.pt                     built-in digits
+python finetune/main.py --init none                                     the same from scratch
+deepspeed finetune/main.py --config configs/finetune/cifar10.yaml --init runs/cifar10/fcmae.pt
 """
 
 import sys
@@ -71,10 +71,12 @@ def main() -> None:
     if state:
         classifier.load_state(state)
     loader.batches.first_step = step
-    log = RunLog(run, to_dict(config), optim.epochs * loader.batches.steps_per_epoch, step, optim.batch_size, world.first)
+    log = RunLog(
+        run, to_dict(config), optim.epochs * loader.batches.steps_per_epoch, step, optim.batch_size, world.first
+    )
     log.say(
-        f"{arch.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(classes)} classes, from "
-        f"{'scratch' if init is None else config.init}; {len(train_split):,} images, evaluated on {len(eval_split):,}"
+        f"{arch.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(classes)} classes, "
+        f"from {'scratch' if init is None else config.init}; {len(train_split):,} images, evaluated on {len(eval_split):,}"
     )
     try:
         finetune(config, classifier, loader, val_loader, step, log, identity)
@@ -95,11 +97,15 @@ def architecture(config: Finetune, init: Weights | None) -> Encoder:
         for key, value in given.items():
             held = getattr(init.arch, key)
             if value != held:
-                raise UserError(f"{config.init} has model.{key} {held}, the configuration says {value}: leave the key out")
+                raise UserError(
+                    f"{config.init} has model.{key} {held}, the configuration says {value}: leave the key out"
+                )
         return init.arch
     if "name" not in given and config.model.like:
         recipe = load_recipe(Path(config.model.like)).get("model", {})
-        shape = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items() if key in keys}
+        shape = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items() if key in keys
+        }
         given = shape | given
         say(f"--init none: the model of {config.model.like}, from scratch")
     if "name" not in given:

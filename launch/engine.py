@@ -45,7 +45,10 @@ def start(device: str) -> World:
     if "RANK" not in os.environ:  # without a launcher DeepSpeed would look for MPI
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         os.environ |= {key: str(value) for key, value in alone.items()}
-    local, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    local, local_ranks = (
+        int(os.environ["LOCAL_RANK"]),
+        int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
+    )
     if use_cuda:
         torch.cuda.set_device(local)
     else:
@@ -112,7 +115,9 @@ def build_engine(model: nn.Module, groups: list[dict], optim: Optim, world: Worl
     return engine
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] | None = None) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] | None = None
+) -> list[dict]:
     """AdamW's parameter groups, one for each pair of decay and learning rate scale.
 
     Biases, norms, GRN, layer scale and mask token have no weight decay: they are the parameters with one dimension.

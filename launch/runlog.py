@@ -35,12 +35,21 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
         self.path = folder / "log.jsonl"
-        kept = [line for line in self.path.read_text().splitlines() if _step(line) <= first_step] if self.path.exists() else []
+        kept = (
+            [line for line in self.path.read_text().splitlines() if _step(line) <= first_step]
+            if self.path.exists()
+            else []
+        )
         write_whole(self.path, "".join(f"{line}\n" for line in kept).encode())
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
         self.console = Console()
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+        )
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("", total=steps, completed=first_step, text="")
         self.bar.start()

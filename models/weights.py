@@ -67,9 +67,13 @@ def load(path: str | Path) -> Weights:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path} holds code or objects besides tensors and plain values: refused, nothing was run") from None
+        raise UserError(
+            f"{path} holds code or objects besides tensors and plain values: refused, nothing was run"
+        ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is truncated or not a weight file ({str(error).splitlines()[0]}): copy it again") from None
+        raise UserError(
+            f"{path} is truncated or not a weight file ({str(error).splitlines()[0]}): copy it again"
+        ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a weight file of this project (format {FORMAT})")
     del content["format"]

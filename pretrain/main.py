@@ -1,9 +1,9 @@
 """FCMAE pretraining of a ConvNeXt on shards of images; writes runs/NAME/fcmae.pt.
 
-    deepspeed pretrain/main.py                                              built-in digits
-    deepspeed pretrain/main.py --config configs/pretrain/cifar10.yaml
-    deepspeed pretrain/main.py --config R.yaml --data.path shards/mine --run.name mine
-    python pretrain/main.py ...                                             one process
+deepspeed pretrain/main.py                                              built-in digits
+deepspeed pretrain/main.py --config configs/pretrain/cifar10.yaml
+deepspeed pretrain/main.py --config R.yaml --data.path shards/mine --run.name mine
+python pretrain/main.py ...                                             one process
 """
 
 import sys
@@ -43,17 +43,21 @@ def main() -> None:
         image = random_crop_flip(image, rng, data.height_width, data.crop_scale, data.hflip)
         return {"image": image, "visible": draw_visible(rng, grid, n)}
 
-    loader = train_loader(split, transform, config.model.channels, config.run.seed, data, optim, world.rank, world.ranks)
+    loader = train_loader(
+        split, transform, config.model.channels, config.run.seed, data, optim, world.rank, world.ranks
+    )
     run = Path(config.run.folder) / config.run.name
     identity = to_dict(config) | {"data_digest": split.digest}
     step, _ = checkpoints.resume(engine, run, identity, config.resume, world)
     loader.batches.first_step = step
-    log = RunLog(run, to_dict(config), optim.epochs * loader.batches.steps_per_epoch, step, optim.batch_size, world.first)
-    parameters = sum(p.numel() for p in model.encoder.parameters())
+    log = RunLog(
+        run, to_dict(config), optim.epochs * loader.batches.steps_per_epoch, step, optim.batch_size, world.first
+    )
+    patches, parameters = grid[0] * grid[1], sum(p.numel() for p in model.encoder.parameters())
     log.say(
-        f"{config.model.name}, {parameters / 1e6:.1f}M encoder parameters, {config.model.backend} backend on {world.device.type}"
-        f" x {world.ranks}; {len(split):,} images; {n} of {grid[0] * grid[1]} patches visible"
-        f" ({100 - 100 * n / (grid[0] * grid[1]):.1f} % hidden)"
+        f"{config.model.name}, {parameters / 1e6:.1f}M encoder parameters, {config.model.backend} backend on "
+        f"{world.device.type} x {world.ranks}; {len(split):,} images; {n} of {patches} patches visible "
+        f"({1 - n / patches:.1%} hidden)"
     )
     try:
         pretrain(config, engine, loader, step, log, world, identity, (mean, std))
@@ -63,7 +67,10 @@ def main() -> None:
         encoder, decoder = split_state(model, "encoder.")
         image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}
         settings = to_dict(config.model)
-        save(run / "fcmae.pt", Weights("fcmae", model.encoder.arch, image, encoder, decoder, settings, classes=split.classes))
+        save(
+            run / "fcmae.pt",
+            Weights("fcmae", model.encoder.arch, image, encoder, decoder, settings, classes=split.classes),
+        )
         print(f"wrote {run / 'fcmae.pt'}; next: python finetune/main.py --init {run / 'fcmae.pt'}")
     stop()
 

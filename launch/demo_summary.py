@@ -1,0 +1,35 @@
+"""Sum up the demo's three runs: FOLDER/summary.json, and the reconstruction picture beside it."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
+
+from configs.files import write_whole
+
+RUNS = ("finetune", "scratch")
+
+
+def main(folder: Path) -> None:
+    """Write the summary of the runs in `folder` and print it."""
+    losses = [json.loads(line) for line in (folder / "pretrain/log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in losses if "loss" in entry]
+    top1 = {name: json.loads((folder / name / "summary.json").read_text())["last"]["raw"]["top1"] for name in RUNS}
+    summary = {
+        "pretrain_loss_first": losses[0],
+        "pretrain_loss_last": losses[-1],
+        "finetune_top1": top1["finetune"],
+        "scratch_top1": top1["scratch"],
+        "seconds": round(time.time() - int((folder / "started").read_text())),
+    }
+    shutil.copyfile(folder / "pretrain/reconstruction.png", folder / "reconstruction.png")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    print(json.dumps(summary, indent=1))
+    print(f"pictures and curves: {folder}/reconstruction.png; tensorboard --logdir {folder}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

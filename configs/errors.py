@@ -18,6 +18,11 @@ def nearest(wrong: str, valid: Iterable[str]) -> str:
     return f"(nearest: {close[0]})" if close else f"(one of: {', '.join(names)})"
 
 
+def reason(error: Exception) -> str:
+    """The first line of a library's error message, or the error's name if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point. A `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 

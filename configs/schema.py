@@ -108,7 +108,8 @@ class Data:
         hflip: probability of a horizontal flip
         mean: mean of each channel (pixels are 0 to 1); null = ImageNet's for 3 channels, else .5; from --init if given
         std: standard deviation of each channel, likewise
-        workers: loader processes of each rank; 0 loads in the training process
+        workers: loader processes of each rank; 0 = none, load in the training process; null = a rank's share of the
+            machine's cores, at most 8
     """
 
     path: str = "shards/digits"
@@ -118,13 +119,13 @@ class Data:
     hflip: float = 0.5
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    workers: int = 4
+    workers: int | None = None
 
     def __post_init__(self):
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares with 0 < least <= greatest <= 1")
         require(0 <= self.hflip <= 1, "data.hflip", self.hflip, "a probability")
-        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(min(self.height_width) > 0, "data.size", self.size, "positive")
 
     @property

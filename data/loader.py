@@ -1,5 +1,6 @@
 """Batches for training and evaluation: shards -> sampler -> transforms -> torch DataLoader."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from configs.schema import Data, Optim
 from data.sampler import EpochOrder, EvalBatches, TrainBatches
 from data.shards import Split
 from data.transforms import decode, sample_rng
+
+MOST_WORKERS = 8
 
 # (image [C, H, W] as decoded, the sample's generator) -> what goes into the batch, by name
 Transform = Callable[[Tensor, np.random.Generator], dict[str, Tensor]]
@@ -45,9 +48,12 @@ class Loader:
     Iterating raises `UserError` for damaged data, also when a loader process met it.
     """
 
-    def __init__(self, samples: Samples, batches: TrainBatches | EvalBatches, workers: int):
+    def __init__(self, samples: Samples, batches: TrainBatches | EvalBatches, workers: int | None):
         self.samples, self.batches = samples, batches
         pin = torch.cuda.is_available()
+        if workers is None:
+            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            workers = min(MOST_WORKERS, max(1, cores))
         self.torch_loader = DataLoader(
             samples, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=_quiet_worker
         )

@@ -294,7 +294,8 @@ def _which(tar: Path) -> str:
         return f" ({error})"
     if len(rows) != len(known):
         return f" ({len(rows)} images, {len(known)} indexed)"
-    return f" (images {', '.join(map(str, np.flatnonzero(rows != known)[:10]))} differ)"
+    differ = np.flatnonzero(rows != known)
+    return f" (images {', '.join(map(str, differ[:10]))} differ)" if len(differ) else " (its images are whole)"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class EpochOrder:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
             ends = np.cumsum(self.counts[order])
             starts = np.concatenate([[0], ends[self.window - 1 :: self.window], ends[-1:]])
-            self._shards = epoch, order, np.unique(starts)
+            self._shards = epoch, order, starts
         return self._shards[1:]
 
     def _window_ids(self, epoch: int, number: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from configs.errors import UserError
+from configs.errors import UserError, reason
 
 CROP_RATIO = (3 / 4, 4 / 3)  # least and greatest aspect ratio of a random crop
 MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA}
@@ -50,12 +50,29 @@ def decode(data: bytes, channels: int | None = None) -> Tensor:
                 warnings.simplefilter("ignore")  # "the given buffer is not writable": it is only read
                 image = decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"not a readable image ({str(error).splitlines()[0]})") from None
+            raise UserError(f"not a readable image ({reason(error)})") from None
         if image.ndim == 4:  # an animation
             image = image[0]
+        if channels is not None:
+            image = _to_channels(image, channels)
     if channels is not None and image.shape[0] != channels:
         raise UserError(f"a .npy image has {image.shape[0]} channels, model.channels is {channels}")
     return image
+
+
+def _to_channels(image: Tensor, channels: int) -> Tensor:
+    """A picture as grey, RGB or RGBA, where its decoder did not convert it (WebP, GIF)."""
+    have = image.shape[0]
+    if have == channels:
+        return image
+    if have in (2, 4) and channels in (1, 3):  # without alpha
+        return _to_channels(image[: have - 1], channels)
+    if channels == 1:
+        return F.rgb_to_grayscale(image)
+    if channels == 3:
+        return image.expand(3, -1, -1)
+    opaque = torch.full_like(image[:1], 255)
+    return torch.cat([_to_channels(image, 3), opaque])
 
 
 def _decode_npy(data: bytes) -> Tensor:
@@ -120,6 +137,8 @@ class RandAugment:
     """timm's RandAugment on a uint8 tensor of 3 channels. Raises `UserError` for a policy timm does not know."""
 
     def __init__(self, policy: str, mean: tuple[float, ...]):
+        if len(mean) != 3:
+            raise UserError(f"augment.rand_augment needs images of 3 channels, these have {len(mean)}: leave it null")
         fill = tuple(round(255 * m) for m in mean)
         try:
             self.transform = rand_augment_transform(policy, {"img_mean": fill, "translate_const": 100})

@@ -38,6 +38,7 @@ def main() -> None:
     statistics = data.statistics(arch.channels)
     train_split, eval_split = open_split(data), open_split(data, config.eval_split)
     classes = train_split.classes
+    randaugment = RandAugment(augment.rand_augment, statistics[0]) if augment.rand_augment else None
     if not classes:
         raise UserError(f"{data.path} has no labels: fine-tuning needs shards whose images lie in one folder a class")
 
@@ -50,8 +51,6 @@ def main() -> None:
         parameter.data.mul_(config.model.head_init if init is not None else 1)
     decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
     engine = build_engine(model, parameter_groups(model, optim.weight_decay, decay), optim, world)
-
-    randaugment = RandAugment(augment.rand_augment, statistics[0]) if augment.rand_augment else None
 
     def train_transform(image, rng):
         image = random_crop_flip(image, rng, data.height_width, data.crop_scale, data.hflip)
@@ -76,7 +75,7 @@ def main() -> None:
     )
     log.say(
         f"{arch.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(classes)} classes, "
-        f"from {'scratch' if init is None else config.init}; {len(train_split):,} images, evaluated on {len(eval_split):,}"
+        f"from {'scratch' if init is None else config.init}; {len(train_split):,} images, scored on {len(eval_split):,}"
     )
     try:
         finetune(config, classifier, loader, val_loader, step, log, identity)

@@ -45,10 +45,8 @@ def start(device: str) -> World:
     if "RANK" not in os.environ:  # without a launcher DeepSpeed would look for MPI
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         os.environ |= {key: str(value) for key, value in alone.items()}
-    local, local_ranks = (
-        int(os.environ["LOCAL_RANK"]),
-        int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
-    )
+    local, ranks_here = int(os.environ["LOCAL_RANK"]), os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])
+    local_ranks = int(os.environ.setdefault("LOCAL_WORLD_SIZE", ranks_here))  # DeepSpeed says LOCAL_SIZE, torchrun this
     if use_cuda:
         torch.cuda.set_device(local)
     else:

@@ -3,6 +3,7 @@
 Parameter names are timm's. A layout (models/sparse) says where tokens lie; x is channels-last in all of them.
 """
 
+import numpy as np
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -146,7 +147,7 @@ class ConvNeXt(nn.Module):
             nn.Conv2d(arch.channels, arch.dims[0], arch.stem_stride, arch.stem_stride),
             nn.LayerNorm(arch.dims[0], EPS),
         )
-        rates = torch.linspace(0, drop_path, sum(arch.depths)).split(arch.depths)
+        rates = np.split(np.linspace(0, drop_path, sum(arch.depths)), np.cumsum(arch.depths[:-1]))
         self.stages = nn.ModuleList(
             Stage(dim_in, dim, v2, stage_rates.tolist())
             for dim_in, dim, stage_rates in zip((0, *arch.dims), arch.dims, rates, strict=False)

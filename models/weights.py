@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.errors import UserError, reason
 from configs.files import whole_file
 from configs.schema import Encoder
 
@@ -71,9 +71,7 @@ def load(path: str | Path) -> Weights:
             f"{path} holds code or objects besides tensors and plain values: refused, nothing was run"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is truncated or not a weight file ({str(error).splitlines()[0]}): copy it again"
-        ) from None
+        raise UserError(f"{path} is truncated or not a weight file ({reason(error)}): copy it again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a weight file of this project (format {FORMAT})")
     del content["format"]

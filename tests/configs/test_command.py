@@ -1,0 +1,143 @@
+"""The command line: recipes, overrides, and one clear line for every mistake."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from configs.command import RECIPES, differences, keys, parse, to_dict
+from configs.errors import UserError, nearest
+from configs.schema import Data, Finetune, Optim, Pretrain
+
+STAGES = {"pretrain": Pretrain, "finetune": Finetune}
+
+
+def parsed(*argv, schema=Pretrain, recipe="pretrain/digits.yaml"):
+    return parse(schema, recipe, "about", list(argv))
+
+
+def test_without_config_the_built_in_recipe_is_named(capsys):
+    config = parsed()
+    assert "no --config: using the built-in recipe" in capsys.readouterr().out
+    assert config.data.path == "shards/digits" and config.model.dims == (24, 48, 96, 192)
+
+
+def test_overrides_go_over_the_recipe_and_it_over_defaults(tmp_path):
+    (tmp_path / "r.yaml").write_text("optim: {lr: 0.5, epochs: 3}\nmodel: {name: convnext_tiny}\n")
+    config = parsed("--config", str(tmp_path / "r.yaml"), "--optim.epochs", "4", "--data.size=[32,64]")
+    assert (config.optim.lr, config.optim.epochs, config.optim.weight_decay) == (0.5, 4, Optim().weight_decay)
+    assert config.data.height_width == (32, 64)
+
+
+def test_deepspeeds_local_rank_and_a_bare_resume():
+    assert parsed("--local_rank=3", "--resume", "--optim.lr", "1").resume == "must"
+    assert parsed("--resume", "never").resume == "never"
+    assert parsed().resume == "auto"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--model.nam", "x"], r"unknown key --model\.nam \(nearest: model\.name\)"),
+        (["--optm.lr", "1"], r"unknown key --optm\.lr \(nearest: optim\.lr\)"),
+        (["--optim.lr", "abc"], r"optim\.lr.*abc"),
+        (["--optim.lr"], r"optim\.lr.*expected one argument"),
+        (["--optim.lr", "-1"], r"optim\.lr is -1\.0: it must be positive"),
+        (["--model.stem_stride", "3"], r"model\.stem_stride.*3"),
+        (["--model.mask_ratio", "1"], r"model\.mask_ratio is 1\.0: it must be between 0 and 1"),
+        (["--resume", "maybe"], "resume.*maybe"),
+        (["--config", "nowhere.yaml"], r"nowhere\.yaml: no such file"),
+        (["stray"], "stray"),
+    ],
+)
+def test_mistakes(argv, says):
+    with pytest.raises(UserError, match=says) as error:
+        parsed(*argv)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("optim: {lrr: 1}", r"r\.yaml: unknown key optim\.lrr \(nearest: optim\.lr\)"),
+        ("modl: {name: x}", r"r\.yaml: unknown key modl\.name \(nearest: model\.name\)"),
+        ("optim: [1", r"r\.yaml is not YAML"),
+        ("just text", r"r\.yaml holds no keys"),
+        ("optim: {lr: fast}", r"optim\.lr.*fast"),
+    ],
+)
+def test_mistakes_in_a_recipe(text, says, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=says):
+        parsed("--config", str(tmp_path / "r.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_is_valid_and_says_how_to_run_it(path):
+    schema = STAGES[path.parent.name]
+    assert dataclasses.is_dataclass(parse(schema, "", "", ["--config", str(path)]))
+    text = path.read_text()
+    assert text.startswith("#") and "# Command:" in text and "# Hardware:" in text
+    assert not any(value is None for value in yaml.safe_load(text).values())
+
+
+def test_print_config_is_a_recipe(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parsed("--optim.lr", "0.25", "--print_config")
+    (tmp_path / "r.yaml").write_text(capsys.readouterr().out)
+    assert parsed("--config", str(tmp_path / "r.yaml")) == parsed("--optim.lr", "0.25")
+
+
+def test_help_explains_every_key(capsys):
+    for stage, schema in STAGES.items():
+        with pytest.raises(SystemExit) as stop:
+            parse(schema, f"{stage}/digits.yaml", "about", ["--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        lines = " ".join(text.split())
+        for key in keys(schema):
+            assert f"--{key} " in lines
+        for section in [schema, *(f.type for f in dataclasses.fields(schema) if dataclasses.is_dataclass(f.type))]:
+            for field in dataclasses.fields(section):
+                assert f"{field.name}:" in section.__doc__ or any(
+                    f"{field.name}:" in (b.__doc__ or "") for b in section.__mro__
+                )
+
+
+def test_differences():
+    old, new = to_dict(parsed("--optim.lr", "1")), to_dict(parsed("--optim.lr", "2", "--run.name", "x"))
+    assert differences(old, new) == ["optim.lr 1.0 -> 2.0", "run.name digits -> x"]
+
+
+def test_nearest():
+    assert nearest("learning", ["a", "b"]) == "(one of: a, b)"
+
+
+def test_image_and_patch_sizes():
+    assert Data(size=224).grid(4) == (7, 7)
+    assert Data(size=(64, 96)).grid(2) == (4, 6)
+    with pytest.raises(UserError, match=r"data\.size 100x100 is not a multiple of the patch, 32 pixels .* use 96x96"):
+        Data(size=100).grid(4)
+
+
+def test_statistics():
+    assert Data().statistics(3)[0] == (0.485, 0.456, 0.406)
+    assert Data().statistics(2) == ((0.5, 0.5), (0.5, 0.5))
+    with pytest.raises(UserError, match=r"data\.mean is \[0\.5\]: it must be 3 numbers"):
+        Data(mean=(0.5,)).statistics(3)
+
+
+def test_learning_rate():
+    optim = Optim(lr=1e-3, batch_size=512, epochs=10, warmup_epochs=2, min_lr=1e-5)
+    lrs = [optim.lr_at(step, 4) for step in range(41)]
+    assert lrs[0] == 0 and lrs[4] == pytest.approx(1e-3) and lrs[8] == pytest.approx(2e-3)  # 512 / 256 x 1e-3
+    assert max(lrs) == lrs[8] and lrs[8:] == sorted(lrs[8:], reverse=True)
+    assert lrs[24] == pytest.approx((2e-3 + 2e-5) / 2) and lrs[40] == pytest.approx(2e-5)
+
+
+def test_accumulation():
+    assert Optim(batch_size=64).accumulation(2) == (32, 1)
+    assert Optim(batch_size=64, micro_batch=8).accumulation(2) == (8, 4)
+    for optim, ranks in ((Optim(batch_size=64, micro_batch=7), 1), (Optim(batch_size=3), 2), (Optim(batch_size=1), 2)):
+        with pytest.raises(UserError, match=r"optim\.batch_size"):
+            optim.accumulation(ranks)

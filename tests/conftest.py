@@ -1,0 +1,69 @@
+"""Shared by all tests: shards of the built-in digits, tiny models, and entry points as subprocesses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--model.decoder_dim", "16"]  # pretraining
+QUICK = [
+    "--optim.batch_size",
+    "240",
+    "--data.workers",
+    "0",
+    "--run.log_every",
+    "1",
+    "--run.device",
+    "cpu",
+]  # 6 steps an epoch
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str, cwd: Path = ROOT, code: int = 0) -> subprocess.CompletedProcess:
+    """Run a command of the README in the project's folder, and demand an exit code."""
+    words = [str(word) for word in command]
+    program = [sys.executable, *words[1:]] if words[0] == "python" else [str(BIN / words[0]), *words[1:]]
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        program, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """(step, loss) of a run's log."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+
+
+def names(folder: Path) -> set[str]:
+    """What a folder holds."""
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """Shards of the built-in digits."""
+    folder = tmp_path_factory.mktemp("shards") / "digits"
+    run("python", "data/prepare.py", "digits", folder, "--shard-size", "500")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(digits, tmp_path_factory) -> Path:
+    """Folder of a tiny pretraining run, started as the README says, on one rank."""
+    runs = tmp_path_factory.mktemp("runs")
+    command = ["--data.path", digits, "--run.folder", runs, "--run.name", "one", "--optim.epochs", "2", *TINY, *QUICK]
+    run("deepspeed", "--num_gpus", "1", "pretrain/main.py", *command)
+    return runs / "one"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,286 @@
+"""`data/prepare.py`: every kind of source, options, interruption, verification, foreign shards, bad input."""
+
+import gc
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from configs.errors import UserError
+from data import prepare
+from data.shards import Split, index_file, read_index
+from data.transforms import decode
+from tests.conftest import ROOT, names, run
+from tests.data.helpers import as_folder, as_ilsvrc, as_tar, as_zip, collection, picture
+
+
+def prepared(*args) -> None:
+    prepare.prepare(prepare.parse([str(arg) for arg in (*args, "--workers", "1")]))
+
+
+def content(folder, split="train") -> dict[bytes, int]:
+    """Image bytes -> label of a split."""
+    samples = Split(folder, split)
+    return dict(samples.read(i) for i in range(len(samples)))
+
+
+CATS = collection({"cat": 5, "dog": 3})
+MAKERS = {
+    "folder": as_folder,
+    "x.zip": as_zip,
+    "x.tar": as_tar,
+    "x.tar.gz": lambda images, path: as_tar(images, path, "w:gz"),
+    "x.tar.xz": lambda images, path: as_tar(images, path, "w:xz"),
+    "x.tar.bz2": lambda images, path: as_tar(images, path, "w:bz2"),
+    "ILSVRC2012_img_train.tar": as_ilsvrc,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_kind_of_source(name, tmp_path):
+    source = MAKERS[name](CATS, tmp_path / name)
+    prepared(source, tmp_path / "out", "--shard-size", "3")
+    index = read_index(tmp_path / "out")
+    assert index.classes == ["cat", "dog"]
+    assert [shard.samples for shard in index.splits["train"]] == [3, 3, 2]
+    expected = {data: ["cat", "dog"].index(key.split("/")[0]) for key, data in CATS.items()}
+    assert content(tmp_path / "out") == expected
+    assert not [name for name in names(tmp_path / "out") if name.startswith(".")]
+
+
+def test_digits(digits):
+    index = read_index(digits)
+    assert index.classes == [str(i) for i in range(10)]
+    assert {split: sum(s.samples for s in shards) for split, shards in index.splits.items()} == {
+        "train": 1442,
+        "val": 355,
+    }
+    train, val = Split(digits, "train"), Split(digits, "val")
+    assert decode(train.read(0)[0]).shape == (1, 8, 8)
+    assert np.bincount(val.labels()).min() >= 34  # each class, a fifth
+
+
+def test_splits_of_the_source(tmp_path):
+    images = collection({"data/train/a": 4, "data/train/b": 4, "data/test/a": 2, "data/test/b": 1})
+    prepared(as_tar(images, tmp_path / "x.tar"), tmp_path / "out")
+    assert len(content(tmp_path / "out")) == 8
+    assert sorted(content(tmp_path / "out", "test").values()) == [0, 0, 1]
+
+
+def test_val_fraction_takes_its_share_of_each_class(tmp_path):
+    source = as_folder(collection({"a": 20, "b": 10}), tmp_path / "in")
+    for out in ("one", "two"):
+        prepared(source, tmp_path / out, "--val-fraction", "0.2")
+    train, val = content(tmp_path / "one"), content(tmp_path / "one", "val")
+    assert sorted(val.values()) == [0] * 4 + [1] * 2
+    assert len(train) == 24
+    assert not train.keys() & val.keys()
+    assert content(tmp_path / "two", "val") == val  # the same ones every time
+
+
+@pytest.mark.parametrize("classes", [{"": 4}, {"patient1": 2, "patient2": 2}])
+def test_label_free(classes, tmp_path):
+    source = as_folder(collection(classes), tmp_path / "in")
+    prepared(source, tmp_path / "out", *(["--no-labels"] if len(classes) > 1 else []))
+    assert read_index(tmp_path / "out").classes is None
+    assert set(content(tmp_path / "out").values()) == {-1}
+
+
+def test_resize_and_quality(tmp_path):
+    source = as_folder({"a.png": picture(0, (80, 40), kind="png"), "b.jpg": picture(1, (10, 20))}, tmp_path / "in")
+    prepared(source, tmp_path / "small", "--resize", "20")
+    shapes = sorted(tuple(decode(data).shape) for data in content(tmp_path / "small"))
+    assert shapes == [(3, 20, 10), (3, 20, 40)]
+    prepared(source, tmp_path / "jpeg", "--quality", "50")
+    assert all(data.startswith(b"\xff\xd8") for data in content(tmp_path / "jpeg"))
+
+
+def test_types_the_loader_cannot_read_are_converted_without_loss(tmp_path):
+    deep = np.arange(20 * 16, dtype=np.uint16).reshape(16, 20) * 200
+    out = io.BytesIO()
+    Image.fromarray(deep).save(out, "png")
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 5), np.uint8)
+    array = io.BytesIO()
+    np.save(array, pixels)
+    tiff = picture(0, kind="tiff")
+    source = as_folder({"0.tiff": tiff, "1.png": out.getvalue(), "2.npy": array.getvalue()}, tmp_path / "in")
+    prepared(source, tmp_path / "out")
+    images = sorted((decode(data) for data in content(tmp_path / "out")), key=len)
+    assert torch.allclose(images[0][0], torch.from_numpy(deep.astype(np.float32) / 65535))
+    assert np.array_equal(images[1].permute(1, 2, 0).numpy(), np.asarray(Image.open(io.BytesIO(tiff))))
+    assert np.array_equal(images[2].permute(1, 2, 0).numpy(), pixels)
+
+
+def test_damaged_images_are_left_out_and_listed(tmp_path, capsys):
+    whole = picture(0)
+    images = {
+        "a/good.jpg": whole,
+        "a/cut.jpg": whole[: len(whole) // 2],
+        "a/page.jpg": b"<html>404</html>",
+        "a/none.png": b"",
+    }
+    prepared(as_folder(images, tmp_path / "in"), tmp_path / "out")
+    assert content(tmp_path / "out") == {whole: 0}
+    listed = (tmp_path / "out/skipped.txt").read_text()
+    assert all(name in listed for name in ("a/cut.jpg", "a/page.jpg", "a/none.png"))
+    assert "3 damaged images" in capsys.readouterr().out
+
+
+def test_webdataset_reads_our_shards(digits):
+    files = [str(digits / shard.file) for shard in read_index(digits).splits["train"]]
+    assert len(files) == 3
+    split = Split(digits, "train")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves closing its files to the collector
+        read = list(webdataset.WebDataset(files, shardshuffle=False, empty_check=False))
+        gc.collect()
+    assert len(read) == len(split)
+    for i, sample in enumerate(read):
+        assert (sample["png"], int(sample["cls"])) == split.read(i)
+    assert json.loads(read[0]["json"])["name"].startswith("train/")
+
+
+def test_reads_a_webdataset_tar_made_elsewhere(tmp_path):
+    data = [picture(i) for i in range(5)]
+    members = {}
+    for i, image in enumerate(data):
+        members |= {
+            f"photos/{i:03}.txt": b"a caption",
+            f"photos/{i:03}.jpg": image,
+            f"photos/{i:03}.cls": b"%d" % (i % 3),
+        }
+    as_tar(members, tmp_path / "set-train-0001.tar")
+    as_tar({"9.seg.png": b"x", "9.jpeg": data[0]}, tmp_path / "set-val-0000.tar")
+    prepare.index_folder(tmp_path, 1)
+    assert content(tmp_path, "set-train") == {image: i % 3 for i, image in enumerate(data)}
+    assert content(tmp_path, "set-val") == {data[0]: -1}
+    assert read_index(tmp_path).classes == ["0", "1", "2"]
+    (tmp_path / "classes.txt").write_text("x\ny\nz\n")
+    prepare.index_folder(tmp_path, 1)
+    assert read_index(tmp_path).classes == ["x", "y", "z"]
+
+
+def test_same_input_same_bytes(tmp_path):
+    source = as_folder(CATS, tmp_path / "in")
+    for out in ("one", "two"):
+        prepared(source, tmp_path / out)
+    assert (tmp_path / "one/index.json").read_bytes() == (tmp_path / "two/index.json").read_bytes()
+
+
+def test_killed_and_run_again(tmp_path):
+    """Killed in the middle, it leaves no index; run again it goes on, and ends as if nothing had happened."""
+    source = as_folder(collection({"a": 1500}), tmp_path / "in")
+    words = [sys.executable, "data/prepare.py", source, tmp_path / "out", "--shard-size", "20", "--workers", "1"]
+    first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").glob(".train-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out/index.json").exists()
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("train-*.tar")}
+    assert 0 < len(before) < 75
+    run(*map(str, ["python", *words[1:]]))
+    assert all(file.stat().st_mtime_ns == time for file, time in list(before.items())[:-1])
+    prepared(source, tmp_path / "whole", "--shard-size", "20")
+    assert (tmp_path / "out/index.json").read_bytes() == (tmp_path / "whole/index.json").read_bytes()
+
+
+def test_verify_names_the_damage(tmp_path, capsys):
+    prepared(as_folder(collection({"a": 8}), tmp_path / "in"), tmp_path / "out", "--shard-size", "4")
+    prepare.verify(tmp_path / "out", 1)
+    assert "every byte as indexed" in capsys.readouterr().out
+    shard = tmp_path / "out/train-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[int(np.load(index_file(shard))["offset"][0]) + 50] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="1 of 2 shards"):
+        prepare.verify(tmp_path / "out", 1)
+    assert "train-000001.tar is not what was indexed (images 0 differ)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"train-000001\.tar is damaged.*--verify"):
+        content(tmp_path / "out")
+
+
+@pytest.mark.parametrize("harm", ["payload", "header", "boundary", "zeroed"])
+def test_a_damaged_foreign_tar_is_not_indexed(harm, tmp_path):
+    path = as_tar({f"{i}.jpg": picture(i) for i in range(4)}, tmp_path / "x-0.tar")
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[2]
+    data = bytearray(path.read_bytes())
+    cuts = {
+        "payload": third.offset_data + 100,
+        "header": third.offset + 100,
+        "boundary": third.offset,
+        "zeroed": len(data),
+    }
+    if harm == "zeroed":
+        data[third.offset : third.offset_data] = bytes(512)
+    path.write_bytes(data[: cuts[harm]])
+    with pytest.raises(UserError, match=r"x-0\.tar"):
+        prepare.index_folder(tmp_path, 1)
+    assert not (tmp_path / "index.json").exists()
+
+
+def bad(tmp_path, *args) -> str:
+    """The one line that a wrong call ends with."""
+    done = run("python", "data/prepare.py", *args, code=2)
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_bad_input_as_a_command(tmp_path):
+    (tmp_path / "empty").mkdir()
+    line = bad(tmp_path, tmp_path / "empty", tmp_path / "out")
+    assert line.startswith("error: ") and line.count("\n") == 1 and "has no image" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: path / "nowhere", "does not exist"),
+        (lambda path: as_folder({"notes.txt": b"x"}, path / "in"), "has no image"),
+        (lambda path: as_folder({"x.tar": b"not a tar" * 99}, path / "in") / "x.tar", "not a folder, a zip or a tar"),
+        (lambda path: as_tar({"1.jpg": picture(0), "1.cls": b"0"}, path / "x.tar"), "--index"),
+        (lambda path: as_folder({"x.jpg": b"broken"}, path / "in"), "no image of the source could be read"),
+    ],
+)
+def test_bad_source(make, says, tmp_path):
+    with pytest.raises(UserError, match=says):
+        prepared(make(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out/index.json").exists()
+
+
+def test_a_folder_with_another_data_set_is_left_alone(tmp_path):
+    first = as_folder(CATS, tmp_path / "in")
+    prepared(first, tmp_path / "out")
+    before = sorted((file.name, file.read_bytes()) for file in (tmp_path / "out").iterdir())
+    with pytest.raises(UserError, match=r"another data set .*images 8 there, 9 here.*choose another folder"):
+        prepared(as_folder(CATS | {"x.jpg": picture(1)}, tmp_path / "more"), tmp_path / "out")
+    with pytest.raises(UserError, match="resize None there, 10 here"):
+        prepared(first, tmp_path / "out", "--resize", "10")
+    with pytest.raises(UserError, match="not empty"):
+        prepared(first, first)
+    assert sorted((file.name, file.read_bytes()) for file in (tmp_path / "out").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["a"], ["a", "b", "--verify"], ["a", "b", "--resize", "0"], ["a", "b", "--val-fraction", "1"],
+     ["a", "b", "--quality", "101"]]
+)  # fmt: skip
+def test_bad_arguments(args):
+    with pytest.raises(SystemExit) as stop:
+        prepare.parse(args)
+    assert stop.value.code == 2

@@ -1,0 +1,75 @@
+"""The order of an epoch is a permutation, a pure function, and independent of ranks."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.sampler import EpochOrder, EvalBatches, TrainBatches
+
+COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(lambda counts: sum(counts) > 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(COUNTS, st.integers(1, 7), st.integers(0, 5))
+def test_an_epoch_has_every_sample_once(counts, window, epoch):
+    order = EpochOrder(np.array(counts), seed=3, window=window)
+    assert sorted(order.ids(epoch, 0, len(order))) == list(range(sum(counts)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(COUNTS, st.integers(1, 7), st.data())
+def test_any_part_equals_that_part_of_the_whole(counts, window, data):
+    order, fresh = (EpochOrder(np.array(counts), seed=3, window=window) for _ in range(2))
+    start = data.draw(st.integers(0, len(order)))
+    stop = data.draw(st.integers(start, len(order)))
+    assert np.array_equal(fresh.ids(1, start, stop), order.ids(1, 0, len(order))[start:stop])
+
+
+def test_epochs_and_seeds_differ():
+    orders = {
+        (seed, epoch): tuple(EpochOrder(np.full(8, 50), seed).ids(epoch, 0, 400)) for seed in (0, 1) for epoch in (0, 1)
+    }
+    assert len(set(orders.values())) == 4
+
+
+def test_a_window_mixes_its_shards():
+    ids = EpochOrder(np.full(8, 100), 0, window=8).ids(0, 0, 100)
+    assert len(set(ids // 100)) == 8
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (2, 8), (4, 2), (1, 2)])
+def test_global_batches_do_not_depend_on_ranks(ranks, micro):
+    def batches(ranks, micro):
+        order = EpochOrder(np.array([7, 20, 13]), 5)
+        parts = [list(TrainBatches(order, 16, micro, rank, ranks, epochs=3)) for rank in range(ranks)]
+        per_step = 16 // (micro * ranks)
+        steps = len(parts[0]) // per_step
+        return [
+            [index for part in parts for batch in part[s * per_step : (s + 1) * per_step] for index in batch]
+            for s in range(steps)
+        ]
+
+    assert batches(ranks, micro) == batches(1, 16)
+    assert len(batches(ranks, micro)) == 3 * (40 // 16)
+
+
+def test_a_resumed_run_sees_the_rest():
+    def make(first):
+        batches = TrainBatches(EpochOrder(np.array([30, 30]), 5), 8, 4, 0, 1, epochs=4)
+        batches.first_step = first
+        return list(batches)
+
+    whole = make(0)
+    for step in (0, 1, 6, 7, 8, 20, 28):
+        assert make(step) == whole[2 * step :]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 6))
+def test_evaluation_sees_every_sample_once(samples, batch, ranks):
+    parts = [list(EvalBatches(samples, batch, rank, ranks)) for rank in range(ranks)]
+    assert len({len(part) for part in parts}) == 1  # no rank waits for another
+    assert all(len(part) == len(EvalBatches(samples, batch, 0, ranks)) for part in parts)
+    seen = [sample for part in parts for b in part for _, sample in b if sample >= 0]
+    assert sorted(seen) == list(range(samples))

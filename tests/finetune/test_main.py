@@ -1,0 +1,128 @@
+"""Fine-tuning as a command: from pretrained weights and from scratch, resuming, bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from configs.schema import Encoder
+from models.convnext import ConvNeXt
+from models.weights import load, load_strict
+from tests.conftest import QUICK, ROOT, losses, names, run
+
+SHAPE = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]"]
+RECIPE = [
+    "--augment.mixup",
+    "0.5",
+    "--augment.cutmix",
+    "0.5",
+    "--augment.erase",
+    "0.5",
+    "--augment.ema",
+    "0.9",
+    "--layer_decay",
+    "0.8",
+]
+
+
+def words(digits, runs, name, *more, epochs=2):
+    return ["--data.path", digits, "--run.folder", runs, "--run.name", name, "--optim.epochs", epochs, *QUICK, *more]
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_from_pretrained_weights(digits, pretrained, tmp_path):
+    done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", "--init", pretrained / "fcmae.pt", *RECIPE))
+    assert "val raw top-1" in done.stdout and "ema top-1" in done.stdout
+    assert names(tmp_path / "x") == {
+        "config.yaml", "log.jsonl", "tensorboard", "checkpoints", "best.pt", "last.pt", "summary.json",
+    }  # fmt: skip
+    found = summary(tmp_path / "x")
+    assert found["last"]["raw"]["images"] == found["last"]["ema"]["images"] == 355
+    assert found["best"]["top1"] >= max(found["last"]["raw"]["top1"], found["last"]["ema"]["top1"])
+    last = load(tmp_path / "x/last.pt")
+    model = ConvNeXt(last.arch, classes=10)
+    load_strict(model, last.encoder | last.head, "last.pt")
+    load_strict(model, last.ema, "last.pt")
+    assert last.classes == [str(i) for i in range(10)]
+    assert load(tmp_path / "x/best.pt").ema is None
+
+
+def test_starts_from_the_pretrained_encoder(digits, pretrained, tmp_path):
+    """With a learning rate of nearly zero, the weights stay those of the file."""
+    run(
+        "python",
+        "finetune/main.py",
+        *words(digits, tmp_path, "x", "--init", pretrained / "fcmae.pt", "--optim.lr", "1e-12", epochs=1),
+    )
+    init, last = load(pretrained / "fcmae.pt"), load(tmp_path / "x/last.pt")
+    assert all(torch.allclose(last.encoder[name], tensor, atol=1e-9) for name, tensor in init.encoder.items())
+    assert last.head["head.fc.weight"].std() == pytest.approx(0.02 * 0.001, rel=0.2)
+
+
+def test_from_scratch_takes_the_recipes_model(digits, tmp_path):
+    done = run(
+        "deepspeed", "--num_gpus", "2", "finetune/main.py", *words(digits, tmp_path, "x", "--init", "none", epochs=1)
+    )
+    assert "from scratch" in done.stdout
+    arch = load(tmp_path / "x/last.pt").arch
+    assert arch == Encoder("convnextv2_atto", 1, 1, (1, 1, 2, 1), (24, 48, 96, 192))
+    assert summary(tmp_path / "x")["last"]["raw"]["images"] == 355  # exact on two ranks
+
+
+def test_killed_and_resumed_equals_uninterrupted(digits, pretrained, tmp_path):
+    more = ["--init", pretrained / "fcmae.pt", *RECIPE, "--model.drop_path", "0.2", "--optim.micro_batch", "120"]
+    run("python", "finetune/main.py", *words(digits, tmp_path, "whole", *more, epochs=5))
+    command = [sys.executable, "finetune/main.py", *map(str, words(digits, tmp_path, "killed", *more, epochs=5))]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    assert summary(tmp_path / "killed")["epoch"] < 5
+    run("python", *command[1:], "--resume")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    whole, killed = (load(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    assert all(torch.equal(tensor, killed.ema[name]) for name, tensor in whole.ema.items())
+    assert summary(tmp_path / "killed") == summary(tmp_path / "whole")
+
+
+def test_randaugment_needs_three_channels(digits, tmp_path):
+    policy = ["--augment.rand_augment", "rand-m9-mstd0.5-inc1"]
+    done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", *policy), code=2)
+    assert "augment.rand_augment needs images of 3 channels, these have 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--init", "nowhere.pt"], "nowhere.pt does not exist"),
+        (
+            ["--init", "{pretrained}/fcmae.pt", "--model.name", "convnext_tiny"],
+            "has model.name convnextv2_atto, the configuration says",
+        ),
+        (["--model.like", "none.yaml"], "none.yaml"),
+        (["--eval_split", "test"], "has no split test (one of: train, val)"),
+        (["--augment.mixup", "1", "--optim.batch_size", "3", "--optim.micro_batch", "3"], "must be even"),
+        (["--layer_decay", "2"], "layer_decay is 2.0"),
+        (["--augment.mixp", "1"], "(nearest: augment.mixup)"),
+    ],
+)
+def test_bad_input(more, says, digits, pretrained, tmp_path):
+    more = [word.format(pretrained=pretrained) for word in more]
+    done = run("python", "finetune/main.py", *words(digits, tmp_path, "bad", *more), code=2)
+    assert done.stderr.splitlines()[-1].startswith("error: ") and says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "bad").exists()
+
+
+def test_shards_without_labels(pretrained, tmp_path):
+    run("python", "data/prepare.py", "digits", tmp_path / "shards", "--no-labels")
+    done = run("python", "finetune/main.py", *words(tmp_path / "shards", tmp_path, "x", *SHAPE), code=2)
+    assert "has no labels" in done.stderr

@@ -1,0 +1,40 @@
+"""Small models and masks for the tests of this folder."""
+
+import torch
+
+from configs.schema import PretrainModel, visible_patches
+from models.fcmae import FCMAE
+
+
+def tiny(name: str = "convnextv2_atto", **settings) -> PretrainModel:
+    """Settings of a small autoencoder."""
+    small = {"channels": 3, "stem_stride": 1, "depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64), "decoder_dim": 32}
+    return PretrainModel(name, **(small | settings))
+
+
+def random_weights(model: torch.nn.Module) -> None:
+    """Move every parameter away from its initial value: zeros and ones hide errors."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def masks(batch: int, grid: tuple[int, int], ratio: float) -> torch.Tensor:
+    """Random masks [B, gy, gx] with the same number of visible patches in each image."""
+    patches = grid[0] * grid[1]
+    n = visible_patches(patches, ratio)
+    return torch.stack([torch.randperm(patches) < n for _ in range(batch)]).view(batch, *grid)
+
+
+def pair(**settings) -> tuple[FCMAE, FCMAE]:
+    """The same autoencoder with the packed and with the masked backend."""
+    packed, masked = FCMAE(tiny(**settings)), FCMAE(tiny(backend="masked", **settings))
+    random_weights(packed)
+    masked.load_state_dict(packed.state_dict())
+    return packed, masked
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, what: str = "", tolerance: float = 1e-5) -> None:
+    """Largest difference relative to the largest expected value."""
+    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    assert error <= tolerance, f"{what}: relative error {error:.1e}"

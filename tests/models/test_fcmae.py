@@ -1,0 +1,75 @@
+"""The autoencoder's loss, computed by hand, and its published settings."""
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import UserError
+from configs.schema import visible_patches
+from models.fcmae import FCMAE, check_size
+from tests.models.helpers import masks, random_weights, tiny
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_loss_by_hand(norm_pix):
+    model = FCMAE(tiny(channels=2, norm_pix=norm_pix))
+    random_weights(model)
+    visible, image = masks(3, (2, 3), 0.6), torch.randn(3, 2, 16, 24)
+    with torch.no_grad():
+        loss, output = float(model(image, visible)), model.predict(image, visible)
+    pixels, errors = image.numpy().astype(np.float64), []
+    for b in range(3):
+        hidden = [(y, x) for y in range(2) for x in range(3) if not visible[b, y, x]]
+        assert len(hidden) == 4  # int(6 * .4) = 2 are visible
+        for k, (y, x) in enumerate(hidden):
+            patch = [pixels[b, c, 8 * y + i, 8 * x + j] for i in range(8) for j in range(8) for c in range(2)]
+            target = np.array(patch)
+            if norm_pix:
+                variance = ((target - target.mean()) ** 2).sum() / (len(target) - 1)  # unbiased
+                target = (target - target.mean()) / np.sqrt(variance + 1e-6)
+            errors.append(((output.prediction[b, k].numpy() - target) ** 2).mean())
+    assert loss == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_visible_pixels_are_no_target():
+    """The loss reads hidden pixels only; the visible ones act through the encoder alone."""
+    model = FCMAE(tiny())
+    random_weights(model)
+    visible, image = masks(2, (4, 4), 0.6), torch.randn(2, 3, 32, 32)
+    hidden = model.predict(image, visible).hidden
+    shown = visible.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+    assert torch.equal(model.target(image, hidden), model.target(image.masked_fill(shown, 7.0), hidden))
+
+
+def test_the_published_mask_keeps_19_of_49():
+    assert visible_patches(49, 0.6) == 19
+    assert visible_patches(10, 0.9) == 1  # 10 * (1 - .9) is a little under 1 in floating point
+    assert visible_patches(4, 0.9) == 1
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_decoder_depth_and_width(depth):
+    model = FCMAE(tiny(decoder_depth=depth, decoder_dim=24))
+    assert len(model.decoder) == depth
+    assert model.pred.weight.shape == (8 * 8 * 3, 24)
+    model(torch.randn(2, 3, 32, 32), masks(2, (4, 4), 0.6)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_grid_of_one_patch_is_refused():
+    with pytest.raises(UserError, match=r"1 patch.*data\.size|data\.size.*1 patch"):
+        check_size(tiny(), (1, 1))
+
+
+def test_training_lowers_the_loss():
+    model = FCMAE(tiny(channels=1))
+    image = torch.linspace(-1, 1, 32)[None, None, None] * torch.randn(8, 1, 32, 1).sign()
+    visible = masks(8, (4, 4), 0.6)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    first = float(model(image, visible))
+    for _ in range(60):
+        loss = model(image, visible)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss) < 0.5 * first

@@ -1,0 +1,83 @@
+"""Weight files: round trip, and every way a file can be wrong."""
+
+import os
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from configs.schema import Encoder
+from models.convnext import ConvNeXt, resolve
+from models.weights import Weights, load, load_strict, save, split_state
+from tests.conftest import names
+
+ARCH = resolve(Encoder("convnextv2_atto", stem_stride=1, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)))
+
+
+def write(path, **changes):
+    encoder, _ = split_state(ConvNeXt(ARCH), "")
+    save(path, Weights(**({"kind": "fcmae", "arch": ARCH, "image": {"size": [8, 8]}, "encoder": encoder} | changes)))
+    return path
+
+
+def test_round_trip(tmp_path):
+    weights = load(write(tmp_path / "x.pt", classes=["a", "b"]))
+    assert weights.arch == ARCH
+    assert weights.classes == ["a", "b"]
+    model = ConvNeXt(ARCH)
+    load_strict(model, weights.encoder, "x.pt")
+    assert all(torch.equal(tensor, weights.encoder[name]) for name, tensor in model.state_dict().items())
+    assert names(tmp_path) == {"x.pt"}
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.pt does not exist"):
+        load(tmp_path / "nothing.pt")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_truncated(tmp_path, keep):
+    path = write(tmp_path / "x.pt")
+    size = path.stat().st_size
+    os.truncate(path, keep if keep >= 1 or keep == 0 else int(size * keep))
+    with pytest.raises(UserError, match=r"x\.pt"):
+        load(path)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_code_is_refused_and_does_not_run(tmp_path):
+    trap = tmp_path / "ran"
+    torch.save({"format": "convnext-fcmae/1", "encoder": Payload(str(trap))}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="holds code"):
+        load(tmp_path / "x.pt")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, [1, 2], {"format": "convnext-fcmae/9"}])
+def test_other_format(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="not a weight file of this project"):
+        load(tmp_path / "x.pt")
+
+
+def test_another_model_is_refused_and_changes_nothing(tmp_path):
+    model = ConvNeXt(resolve(Encoder("convnextv2_atto", stem_stride=1, depths=(1, 1, 2, 1), dims=(8, 8, 8, 16))))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"x\.pt is of another model: missing stages\.2\.blocks\.1.* more"):
+        load_strict(model, load(write(tmp_path / "x.pt")).encoder, "x.pt")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_head_may_stay(tmp_path):
+    model = ConvNeXt(ARCH, classes=3)
+    tensors = load(write(tmp_path / "x.pt")).encoder
+    with pytest.raises(UserError, match="head"):
+        load_strict(model, tensors, "x.pt")
+    load_strict(model, tensors, "x.pt", ignore="head.")

@@ -1,0 +1,160 @@
+"""Pretraining as a command: what it writes, ranks, resuming, bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from models.weights import load
+from tests.conftest import QUICK, ROOT, TINY, losses, names, run
+
+
+def words(digits, runs, name, *more, epochs=2):
+    return [
+        "--data.path",
+        digits,
+        "--run.folder",
+        runs,
+        "--run.name",
+        name,
+        "--optim.epochs",
+        epochs,
+        *TINY,
+        *QUICK,
+        *more,
+    ]
+
+
+def test_what_a_run_writes(pretrained):
+    assert names(pretrained) == {
+        "config.yaml",
+        "log.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "fcmae.pt",
+        "reconstruction.png",
+    }
+    assert [step for step, _ in losses(pretrained)] == list(range(1, 13))
+    assert all(np.isfinite(loss) and 0.1 < loss < 3 for _, loss in losses(pretrained))
+    assert yaml.safe_load((pretrained / "config.yaml").read_text())["model"]["dims"] == [8, 16, 16, 16]
+    assert np.asarray(Image.open(pretrained / "reconstruction.png")).std() > 20
+    weights = load(pretrained / "fcmae.pt")
+    assert weights.arch.dims == (8, 16, 16, 16) and weights.arch.name == "convnextv2_atto"
+    assert weights.decoder_config["mask_ratio"] == 0.6 and {"mask_token", "pred.weight"} < weights.decoder.keys()
+
+
+def test_tensorboard(pretrained):
+    events = EventAccumulator(str(pretrained / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss", "lr", "grad_norm", "images_per_s", "features/channel_distance"} <= set(tags["scalars"])
+    assert len(events.Scalars("loss")) == 12 and all(event.value > 0 for event in events.Scalars("grad_norm"))
+    assert tags["images"] == ["input, visible patches, reconstruction"]
+
+
+def test_two_ranks_and_accumulation_give_the_losses_of_one(digits, pretrained, tmp_path):
+    run(
+        "deepspeed", "--num_gpus", "2", "pretrain/main.py", *words(digits, tmp_path, "two", "--optim.micro_batch", "60")
+    )
+    one, two = losses(pretrained), losses(tmp_path / "two")
+    assert [step for step, _ in one] == [step for step, _ in two]
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
+
+
+def test_the_masked_backend_gives_the_same_losses(digits, pretrained, tmp_path):
+    run("python", "pretrain/main.py", *words(digits, tmp_path, "masked", "--model.backend", "masked"))
+    assert [x for _, x in losses(tmp_path / "masked")] == pytest.approx([x for _, x in losses(pretrained)], rel=1e-4)
+
+
+def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path):
+    run("python", "pretrain/main.py", *words(digits, tmp_path, "whole", epochs=6))
+    command = [sys.executable, "pretrain/main.py", *map(str, words(digits, tmp_path, "killed", epochs=6))]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    checkpoints, deadline = tmp_path / "killed/checkpoints", time.monotonic() + 120
+    while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed/fcmae.pt").exists()
+    done = run("python", *command[1:], "--resume", "must")
+    assert "resuming from" in done.stdout
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    whole, killed = (load(tmp_path / name / "fcmae.pt") for name in ("whole", "killed"))
+    assert all(torch.equal(tensor, killed.encoder[name]) for name, tensor in whole.encoder.items())
+    assert len(list(checkpoints.glob("step-*"))) == 2  # run.keep
+
+    again = run("python", *command[1:])  # finished: nothing more to do
+    assert "wrote" in again.stdout and losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    (checkpoints / "step-00000036/manifest.json").unlink()  # a checkpoint that is not complete does not count
+    done = run("python", *command[1:])
+    assert "step-00000030" in done.stdout and losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_bf16_autocast_trains(digits, tmp_path):
+    run("python", "pretrain/main.py", *words(digits, tmp_path, "bf16", "--optim.precision", "bf16", epochs=1))
+    assert load(tmp_path / "bf16/fcmae.pt").encoder["stem.0.weight"].dtype == torch.float32
+
+
+def test_rectangular_images_of_four_channels(tmp_path):
+    """A user's own .npy images of any shape, through every stage of the pipeline."""
+    (tmp_path / "in").mkdir()
+    for i in range(24):
+        np.save(tmp_path / f"in/{i}.npy", np.random.default_rng(i).integers(0, 256, (40, 60, 4), np.uint8))
+    run("python", "data/prepare.py", tmp_path / "in", tmp_path / "out")
+    command = words(
+        tmp_path / "out", tmp_path, "npy", "--data.size", "[32,48]", "--model.channels", "4", "--model.stem_stride", "2"
+    )
+    run("python", "pretrain/main.py", *command, "--optim.batch_size", "8", "--model.mask_ratio", "0.5")
+    assert load(tmp_path / "npy/fcmae.pt").arch.channels == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--data.path", "nowhere"], r"no shards at nowhere: make them with `python data/prepare.py"),
+        (["--data.size", "30"], "data.size 30x30 is not a multiple of the patch, 8 pixels"),
+        (["--model.name", "convnextv2_atom"], "model.name 'convnextv2_atom' is not a model (nearest: convnextv2_atto)"),
+        (["--modl.name", "x"], "unknown key --modl.name (nearest: model.name)"),
+        (["--data.split", "tran"], "has no split tran (nearest: train)"),
+        (["--data.size", "8"], "none is hidden"),
+        (["--optim.batch_size", "7", "--optim.micro_batch", "2"], "optim.batch_size 7 is not a whole number"),
+        (["--run.device", "cuda"], "torch sees no GPU"),
+        (["--resume"], "has no complete checkpoint"),
+    ],
+)
+def test_bad_input(more, says, digits, tmp_path):
+    if "cuda" in more and torch.cuda.is_available():
+        return
+    done = run("python", "pretrain/main.py", *words(digits, tmp_path, "bad"), *more, code=2)
+    assert done.stderr.splitlines()[-1].startswith("error: ") and says in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("fcmae.pt")) and not (tmp_path / "bad").exists()
+
+
+def test_resuming_with_another_configuration_shows_the_difference(digits, pretrained):
+    before = (pretrained / "log.jsonl").read_bytes()
+    command = words(digits, pretrained.parent, "one", "--optim.lr", "1", "--model.mask_ratio", "0.5")
+    done = run("python", "pretrain/main.py", *command, code=2)
+    assert "model.mask_ratio 0.6 -> 0.5; optim.lr 0.004 -> 1.0" in done.stderr
+    done = run("python", "pretrain/main.py", *words(digits, pretrained.parent, "one", "--resume", "never"), code=2)
+    assert "choose another --run.name" in done.stderr
+    assert (pretrained / "log.jsonl").read_bytes() == before
+
+
+def test_an_error_under_the_launcher_is_one_line_and_exit_code_2(digits, tmp_path):
+    command = words(digits, tmp_path, "bad", "--data.split", "x")
+    done = run("deepspeed", "--num_gpus", "2", "pretrain/main.py", *command, code=2)
+    assert (done.stdout + done.stderr).count("error: ") == 1
+
+
+def test_log_is_json(pretrained):
+    entries = [json.loads(line) for line in (pretrained / "log.jsonl").read_text().splitlines()]
+    assert entries[0].keys() == {"step", "loss", "lr", "grad_norm", "images_per_s"}

@@ -1,0 +1,52 @@
+"""The rules of docs/architecture.md: which way imports go, and who may import what."""
+
+import ast
+
+import pytest
+
+from tests.conftest import ROOT
+
+MAY_IMPORT = {
+    "configs": {"configs"},
+    "models": {"configs", "models"},
+    "data": {"configs", "data"},
+    "launch": {"configs", "models", "data", "launch"},
+    "pretrain": {"configs", "models", "data", "launch", "pretrain"},
+    "finetune": {"configs", "models", "data", "launch", "finetune"},
+    "bench": {"configs", "models", "data", "launch", "pretrain", "finetune", "bench"},
+}
+ONLY_IN = {"deepspeed": "launch/engine.py", "MinkowskiEngine": "models/sparse/minkowski.py"}
+
+
+def imports(path) -> set[str]:
+    """Top-level names of everything a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_imports_go_one_way(folder):
+    files = list((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        wrong = imports(path) & MAY_IMPORT.keys() - MAY_IMPORT[folder]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_only_one_file_imports(library):
+    users = [
+        p.relative_to(ROOT).as_posix() for f in MAY_IMPORT for p in (ROOT / f).rglob("*.py") if library in imports(p)
+    ]
+    assert set(users) <= {ONLY_IN[library]}
+
+
+def test_the_rule_sees_a_wrong_import(tmp_path):
+    (tmp_path / "x.py").write_text("def f():\n    from pretrain.loop import pretrain\n")
+    assert imports(tmp_path / "x.py") == {"pretrain"}

@@ -22,7 +22,7 @@ from finetune.evaluate import Score, evaluate
 from launch import checkpoints
 from launch.engine import World, precision, seed_everything, set_lr
 from launch.runlog import Mean, RunLog
-from models.weights import Weights, save, split_state
+from models.weights import Weights, save, state_of
 
 
 class Classifier:
@@ -76,7 +76,7 @@ class Classifier:
 
     def weights(self, kind: str) -> Weights:
         """The `raw` or `ema` weights as a file's content."""
-        head, encoder = split_state(self.ema.module if kind == "ema" else self.engine.module, "head.")
+        head, encoder = state_of(self.ema.module if kind == "ema" else self.engine.module, "head.")
         data = self.config.data
         image = {
             "size": list(data.height_width), "mean": self.mean.tolist(), "std": self.std.tolist(),

@@ -41,11 +41,11 @@ class Weights:
     classes: list[str] | None = None
 
 
-def split_state(model: nn.Module, prefix: str) -> tuple[Tensors, Tensors]:
-    """State of `model` as (names under `prefix`, without it; all other names), on the CPU."""
+def state_of(model: nn.Module, part: str) -> tuple[Tensors, Tensors]:
+    """State of a model on the CPU, divided into (names that begin with `part`, the others)."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    return inside, {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    inside = {name: tensor for name, tensor in state.items() if name.startswith(part)}
+    return inside, {name: tensor for name, tensor in state.items() if name not in inside}
 
 
 def save(path: Path, weights: Weights) -> None:

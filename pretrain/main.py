@@ -20,7 +20,7 @@ from launch import checkpoints
 from launch.engine import build_engine, parameter_groups, seed_everything, start, stop
 from launch.runlog import RunLog
 from models.fcmae import FCMAE, check_size
-from models.weights import Weights, save, split_state
+from models.weights import Weights, save, state_of
 from pretrain.loop import pretrain
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     finally:
         log.close()
     if world.first:
-        encoder, decoder = split_state(model, "encoder.")
+        (encoder, _), (_, decoder) = state_of(model.encoder, ""), state_of(model, "encoder.")
         image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}
         settings = to_dict(config.model)
         save(

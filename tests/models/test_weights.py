@@ -8,14 +8,14 @@ import torch
 from configs.errors import UserError
 from configs.schema import Encoder
 from models.convnext import ConvNeXt, resolve
-from models.weights import Weights, load, load_strict, save, split_state
+from models.weights import Weights, load, load_strict, save, state_of
 from tests.conftest import names
 
 ARCH = resolve(Encoder("convnextv2_atto", stem_stride=1, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)))
 
 
 def write(path, **changes):
-    encoder, _ = split_state(ConvNeXt(ARCH), "")
+    encoder, _ = state_of(ConvNeXt(ARCH), "")
     save(path, Weights(**({"kind": "fcmae", "arch": ARCH, "image": {"size": [8, 8]}, "encoder": encoder} | changes)))
     return path
 

@@ -95,6 +95,13 @@ def measure(encoder: ConvNeXt, runs: dict[str, Callable[[], Tensor]], rounds: in
     return times
 
 
+def cpu_name() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def main() -> None:
     """Entry point."""
     args = parse()
@@ -112,7 +119,7 @@ def main() -> None:
     median = {name: statistics.median(values) for name, values in times.items()}
     result = {
         "model": args.model, "batch": args.batch, "size": args.size, "visible": f"{n}/{grid[0] * grid[1]}",
-        "device": platform.processor() or platform.machine() if args.device == "cpu" else torch.cuda.get_device_name(),
+        "device": cpu_name() if args.device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "precision": "fp32",
         "max_relative_error": error,
         "milliseconds": {name: round(value, 2) for name, value in median.items()},

@@ -13,7 +13,7 @@ mkdir -p runs/demo
 step() { printf '\n\033[1m== %s\033[0m\n%s\n' "$1" "\$ ${*:2}"; "${@:2}"; }
 
 step "1/4  images -> shards" python data/prepare.py digits shards/digits
-step "2/4  FCMAE pretraining" deepspeed pretrain/main.py --run.folder runs/demo --run.name pretrain
+step "2/4  FCMAE pretraining" deepspeed --quiet pretrain/main.py --run.folder runs/demo --run.name pretrain
 step "3/4  fine-tuning from the pretrained weights" \
     python finetune/main.py --init runs/demo/pretrain/fcmae.pt --run.folder runs/demo --run.name finetune
 step "4/4  the same fine-tuning from scratch" \

@@ -109,8 +109,15 @@ def build_engine(model: nn.Module, groups: list[dict], optim: Optim, world: Worl
         },
     }
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
+    if optim.zero_stage == 0:  # the engine reports the norm that its optimizer measured; torch's own measures none
+        optimizer.register_step_pre_hook(_measure_norm)
     engine, *_ = _deepspeed().initialize(model=model.to(world.device), optimizer=optimizer, config=config)
     return engine
+
+
+def _measure_norm(optimizer: torch.optim.Optimizer, *_) -> None:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    optimizer._global_grad_norm = torch.nn.utils.get_total_norm(gradients)
 
 
 def parameter_groups(

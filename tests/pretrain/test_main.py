@@ -60,10 +60,10 @@ def test_tensorboard(pretrained):
     assert tags["images"] == ["input, visible patches, reconstruction"]
 
 
-def test_two_ranks_and_accumulation_give_the_losses_of_one(digits, pretrained, tmp_path):
-    run(
-        "deepspeed", "--num_gpus", "2", "pretrain/main.py", *words(digits, tmp_path, "two", "--optim.micro_batch", "60")
-    )
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_two_ranks_and_accumulation_give_the_losses_of_one(zero_stage, digits, pretrained, tmp_path):
+    more = ["--optim.micro_batch", "60", "--optim.zero_stage", zero_stage]
+    run("deepspeed", "--num_gpus", "2", "pretrain/main.py", *words(digits, tmp_path, "two", *more))
     one, two = losses(pretrained), losses(tmp_path / "two")
     assert [step for step, _ in one] == [step for step, _ in two]
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)

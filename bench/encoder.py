@@ -105,6 +105,7 @@ def cpu_name() -> str:
 def main() -> None:
     """Entry point."""
     args = parse()
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     torch.manual_seed(0)
     encoder = ConvNeXt(Encoder(args.model)).to(args.device)
     for parameter in encoder.parameters():  # no zeros: they would hide an error, and run faster

@@ -15,6 +15,7 @@ from configs.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent
 Config = TypeVar("Config")
+USAGE = "%(prog)s [--config RECIPE.yaml] [--KEY VALUE ...]"
 
 
 def parse(schema: type[Config], recipe: str, about: str, argv: list[str] | None = None) -> Config:
@@ -29,9 +30,7 @@ def parse(schema: type[Config], recipe: str, about: str, argv: list[str] | None 
         UserError: an unknown key (with the nearest valid one), a wrong value, a recipe that cannot be read
     """
     argv = _tidy(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(
-        description=about, exit_on_error=False, allow_abbrev=False, prog=os.path.relpath(sys.argv[0]), default_env=False
-    )
+    parser = ArgumentParser(description=about, exit_on_error=False, allow_abbrev=False, default_env=False, usage=USAGE)
     parser.add_argument(
         "--config", action="config", help="recipe, a YAML file of the keys below (default: built-in digits)"
     )
@@ -67,13 +66,17 @@ def check_keys(schema: type, argv: list[str]) -> None:
     valid = set(keys(schema))
     sections = {key.rsplit(".", 1)[0] for key in valid if "." in key}
     for i, arg in enumerate(argv):
+        if not arg.startswith("--"):
+            continue
         key, _, value = arg.removeprefix("--").partition("=")
         if key == "config":
             path = Path(value or (argv[i + 1] if i + 1 < len(argv) else ""))
             for name in _recipe_keys(path):
-                if name not in valid | sections:
+                if name in sections:
+                    raise UserError(f"{path}: section {name} holds no keys: give it some, or leave it out")
+                if name not in valid:
                     raise UserError(f"{path}: unknown key {name} {nearest(name, valid)}")
-        elif arg.startswith("--") and key not in valid | sections | {"help", "print_config"}:
+        elif key not in valid | sections | {"help", "print_config"}:
             raise UserError(f"unknown key --{key} {nearest(key, valid)}")
 
 

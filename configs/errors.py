@@ -3,8 +3,11 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+
+LAUNCHER_SECONDS = 4  # a launcher that polls each second has ended the other ranks by then
 
 
 class UserError(Exception):
@@ -26,13 +29,16 @@ def reason(error: Exception) -> str:
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point. A `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
-    Of several ranks on a machine only the first prints, so that an error common to all appears once.
+    An error common to all ranks appears once: the others wait, and the launcher ends them when the first has failed. An
+    error of one rank alone appears with its number.
     """
+    rank = os.environ.get("RANK", "0")
     try:
         main()
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if rank != "0":
+            time.sleep(LAUNCHER_SECONDS)
+        print(f"error: {error}" if rank == "0" else f"error: [rank {rank}] {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; what was saved stays, and the same command goes on from there", file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from configs.errors import UserError
 
+CHANNELS, STEM_STRIDE = 3, 4  # of a model where nothing else is said
 PATCH_PER_STEM_STRIDE = 8  # three 2x2 downsamplings follow the stem: the last stage has one token for a patch
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -46,6 +47,9 @@ class Encoder:
 
     def __post_init__(self):
         require(self.channels is None or self.channels > 0, "model.channels", self.channels, "positive")
+        for key in ("depths", "dims"):
+            values = getattr(self, key)
+            require(values is None or min(values) > 0, f"model.{key}", values, "four positive numbers")
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,9 @@ class PretrainModel(Encoder):
         grad_checkpointing: recompute each block in the backward pass: less memory, about a third more time
     """
 
+    name: str = "convnextv2_atto"
+    channels: int = CHANNELS
+    stem_stride: Literal[1, 2, 4] = STEM_STRIDE
     mask_ratio: float = 0.6
     decoder_dim: int = 512
     decoder_depth: int = 1
@@ -82,13 +89,13 @@ class FinetuneModel(Encoder):
     Args:
         like: pretraining recipe whose model is built with --init none, for the keys left null
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first
-        head_init: scale of the classifier's initial weights: .001 to fine-tune, 1 from scratch
+        head_init: scale of the classifier's initial weights; null = .001 with --init, 1 from scratch
         grad_checkpointing: recompute each block in the backward pass: less memory, about a third more time
     """
 
     like: str | None = None
     drop_path: float = 0.0
-    head_init: float = 0.001
+    head_init: float | None = None
     grad_checkpointing: bool = False
 
     def __post_init__(self):
@@ -106,7 +113,7 @@ class Data:
         size: height and width in pixels of the images the model sees; one number for a square
         crop_scale: least and greatest share of the image's area in a random crop
         hflip: probability of a horizontal flip
-        mean: mean of each channel (pixels are 0 to 1); null = ImageNet's for 3 channels, else .5; from --init if given
+        mean: mean of each channel (pixels are 0 to 1); null = that of --init; else ImageNet's for 3 channels, or .5
         std: standard deviation of each channel, likewise
         workers: loader processes of each rank; 0 = none, load in the training process; null = a rank's share of the
             machine's cores, at most 8
@@ -190,6 +197,10 @@ class Optim:
         require(self.epochs > 0, "optim.epochs", self.epochs, "positive")
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
         require(self.clip_grad >= 0, "optim.clip_grad", self.clip_grad, "0 or more")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(self.min_lr >= 0, "optim.min_lr", self.min_lr, "0 or more")
+        require(self.micro_batch is None or self.micro_batch > 0, "optim.micro_batch", self.micro_batch, "positive")
+        require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers from 0 to below 1")
 
     def lr_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of a step (counted from 0), before layer decay: linear warm-up, then half a cosine."""
@@ -238,6 +249,8 @@ class Run:
     def __post_init__(self):
         for key in ("log_every", "picture_every", "save_every", "keep"):
             require(getattr(self, key) > 0, f"run.{key}", getattr(self, key), "positive")
+        require(0 <= self.seed < 2**32, "run.seed", self.seed, "from 0 to below 2**32")
+        require(self.name not in ("", ".", ".."), "run.name", repr(self.name), "the name of a folder")
 
 
 @dataclass(frozen=True)
@@ -254,7 +267,7 @@ class Pretrain:
 
     resume: Literal["auto", "must", "never"] = "auto"
     data: Data = field(default_factory=Data)
-    model: PretrainModel = field(default_factory=lambda: PretrainModel("convnextv2_atto", 3, 4))
+    model: PretrainModel = field(default_factory=PretrainModel)
     optim: Optim = field(default_factory=Optim)
     run: Run = field(default_factory=Run)
 
@@ -285,6 +298,8 @@ class Augment:
         require(0 <= self.erase <= 1, "augment.erase", self.erase, "a probability")
         require(0 <= self.smoothing < 1, "augment.smoothing", self.smoothing, "at least 0 and below 1")
         require(0 <= self.ema < 1, "augment.ema", self.ema, "at least 0 and below 1")
+        for key in ("mixup", "cutmix"):
+            require(getattr(self, key) >= 0, f"augment.{key}", getattr(self, key), "0 or more")
         require(0 < self.eval_crop <= 1, "augment.eval_crop", self.eval_crop, "above 0 and at most 1")
 
 

@@ -20,7 +20,7 @@ class Options:
 
     Args:
         resize: longest allowed shorter side, pixels; larger images are shrunk, smaller ones kept; None = keep all
-        quality: JPEG quality to re-encode with; None = 95 where a JPEG has to be re-encoded
+        quality: JPEG quality to re-encode with; None = 95 where a JPEG has to be re-encoded; with alpha, PNG it stays
     """
 
     resize: int | None = None
@@ -28,7 +28,7 @@ class Options:
 
 
 def convert(data: bytes, name: str, options: Options) -> tuple[str, bytes]:
-    """Member type and bytes for a shard. Every image is decoded once, so that no damaged one gets in.
+    """Member type and bytes for a shard. Every image is decoded, so that no damaged one gets in.
 
     Pictures of types the loader does not read become PNG, those of more than 8 bits .npy; nothing loses precision
     unless --resize or --quality asks for it.
@@ -69,8 +69,6 @@ def convert(data: bytes, name: str, options: Options) -> tuple[str, bytes]:
 
 def _to_npy(pixels: np.ndarray) -> bytes:
     """A picture of 16 or 32 bits, as an array the loader reads."""
-    if pixels.dtype == np.int32 and pixels.min() >= 0 and pixels.max() < 2**16:
-        pixels = pixels.astype(np.uint16)  # PIL opens 16-bit files as 32-bit integers
     out = io.BytesIO()
     np.save(out, pixels, allow_pickle=False)
     return out.getvalue()

@@ -8,18 +8,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from configs.errors import UserError
 from configs.schema import Data, Optim
 from data.sampler import EpochOrder, EvalBatches, TrainBatches
 from data.shards import Split
-from data.transforms import decode, sample_rng
+from data.transforms import decode, sample_rng, to_float
 
 MOST_WORKERS = 8
 
 # (image [C, H, W] as decoded, the sample's generator) -> what goes into the batch, by name
 Transform = Callable[[Tensor, np.random.Generator], dict[str, Tensor]]
+
+
+def collate(samples: list[dict]) -> dict[str, Tensor]:
+    """A batch of samples. Where images of 8 bits meet such of more, all become float32."""
+    if len({sample["image"].dtype for sample in samples}) > 1:
+        samples = [{**sample, "image": to_float(sample["image"])} for sample in samples]
+    return default_collate(samples)
 
 
 class Samples(Dataset):
@@ -48,14 +55,18 @@ class Loader:
     Iterating raises `UserError` for damaged data, also when a loader process met it.
     """
 
-    def __init__(self, samples: Samples, batches: TrainBatches | EvalBatches, workers: int | None):
+    def __init__(self, samples: Samples, batches: TrainBatches | EvalBatches, workers: int | None, pin: bool):
         self.samples, self.batches = samples, batches
-        pin = torch.cuda.is_available()
         if workers is None:
             cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             workers = min(MOST_WORKERS, max(1, cores))
         self.torch_loader = DataLoader(
-            samples, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=_quiet_worker
+            samples,
+            batch_sampler=batches,
+            num_workers=workers,
+            pin_memory=pin,
+            collate_fn=collate,
+            worker_init_fn=_quiet_worker,
         )
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -77,7 +88,15 @@ def open_split(data: Data, name: str | None = None) -> Split:
 
 
 def train_loader(
-    split: Split, transform: Transform, channels: int, seed: int, data: Data, optim: Optim, rank: int, ranks: int
+    split: Split,
+    transform: Transform,
+    channels: int,
+    seed: int,
+    data: Data,
+    optim: Optim,
+    rank: int = 0,
+    ranks: int = 1,
+    pin: bool = False,
 ) -> Loader:
     """All micro batches of a rank, over all epochs. Raises `UserError` if there is not one global batch of samples."""
     micro, _ = optim.accumulation(ranks)
@@ -87,12 +106,19 @@ def train_loader(
             f"{split.folder} has {len(split)} samples in split {split.name}, fewer than one batch: "
             f"lower optim.batch_size (now {optim.batch_size})"
         )
-    return Loader(Samples(split, channels, seed, transform), batches, data.workers)
+    return Loader(Samples(split, channels, seed, transform), batches, data.workers, pin)
 
 
 def eval_loader(
-    split: Split, transform: Transform, channels: int, data: Data, batch: int, rank: int, ranks: int
+    split: Split,
+    transform: Transform,
+    channels: int,
+    data: Data,
+    batch: int,
+    rank: int = 0,
+    ranks: int = 1,
+    pin: bool = False,
 ) -> Loader:
     """Every sample of a split once, in batches of `batch` for each rank."""
     batches = EvalBatches(len(split), batch, rank, ranks)
-    return Loader(Samples(split, channels, 0, transform), batches, data.workers)
+    return Loader(Samples(split, channels, 0, transform), batches, data.workers, pin)

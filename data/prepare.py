@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import sys
+import zipfile
+import zlib
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,17 +24,18 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 
 import numpy as np
 
-from configs.errors import UserError, run_main
+from configs.errors import UserError, reason, run_main
 from configs.files import write_whole
 from data.convert import Options, convert
+from data.index import describe, index_folder, verify
 from data.pool import count, run_tasks
-from data.shards import Index, Shard, index_file, index_tar, read_index, read_rows, sha256, write_index, write_tar
+from data.shards import Index, Shard, index_file, index_tar, read_index, write_index, write_tar
 from data.sources import Item, open_source
 
 ORDER_SEED = 0  # of the order in which images go into shards, and of the held-out ones
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """One shard to write."""
 
@@ -40,10 +43,22 @@ class Task:
     items: list[tuple[Item, int | None]]  # with the label's number
     first: int  # number of its first image in the split
 
+    @property
+    def record(self) -> Path:
+        """Says that the shard is done, until index.json does."""
+        return self.path.with_name(f".{self.path.stem}.record.json")
+
+
+class Parser(argparse.ArgumentParser):
+    """Like its base, but a mistake is a `UserError`: one line."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see --help)")
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "source", help="`digits`, a folder, a zip, a tar (plain, gz, bz2, xz), the ILSVRC2012 train tar"
     )
@@ -95,24 +110,55 @@ def main() -> None:
 def prepare(args: argparse.Namespace) -> None:
     """Write the shards of a source. Run again after an interruption, it goes on with the shards that are missing."""
     out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose another folder")
+    if out.exists() and not (out / "source.json").exists() and any(not f.name.startswith(".") for f in out.iterdir()):
+        raise UserError(f"{out} is not empty and was not made by this command: choose another folder")
     created = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
     try:
-        with open_source(args.source, out) as items:
+        out.mkdir(parents=True, exist_ok=True)
+        with open_source(args.source, out, args.no_labels) as items:
             print(f"{args.source}: {len(items):,} images", flush=True)
-            classes = None if args.no_labels or items[0].label is None else sorted({item.label for item in items})
-            splits = hold_out(items, args.val_fraction)
-            claim(out, args, items)
-            if (out / "index.json").exists():
-                print(f"{out} is complete already")
-                return
-            tasks = plan(out, splits, classes, args.shard_size)
-            options = Options(args.resize, args.quality)
-            records = run_tasks(partial(write_shard, options=options), tasks, args.workers, len(items))
+            write_all(args, out, items)
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: permission denied: choose another folder") from None
     finally:
-        if created and not any(out.iterdir()):
+        if created and out.exists() and not any(out.iterdir()):
             out.rmdir()
-    finish(out, tasks, records, classes)
+
+
+def write_all(args: argparse.Namespace, out: Path, items: list[Item]) -> None:
+    """Write the shards that are missing, then the index."""
+    claim(out, args, items)
+    classes = None if args.no_labels or items[0].label is None else sorted({item.label for item in items})
+    tasks = plan(out, hold_out(items, args.val_fraction), classes, args.shard_size)
+    done = finished(out)
+    if all(task.path.name in done for task in tasks):
+        print(f"{out} is complete already")
+        return
+    missing = [task for task in tasks if task.path.name not in done]
+    write = partial(write_shard, options=Options(args.resize, args.quality))
+    records = dict(
+        zip(missing, run_tasks(write, missing, args.workers, sum(len(t.items) for t in missing)), strict=True)
+    )
+    finish(out, [records.get(task) or done[task.path.name] for task in tasks], tasks, classes)
+
+
+def finished(out: Path) -> dict[str, dict]:
+    """Records of the shards that are there: listed in index.json or in a record of an interrupted run."""
+    records = {}
+    if (out / "index.json").exists():
+        for shards in read_index(out).splits.values():
+            records |= {shard.file: {"shard": asdict(shard), "skipped": []} for shard in shards}
+    for file in out.glob(".*.record.json"):
+        record = json.loads(file.read_bytes())
+        records[record["shard"]["file"]] = record
+
+    def there(name: str, record: dict) -> bool:
+        tar = out / name
+        return tar.exists() and index_file(tar).exists() and tar.stat().st_size == record["shard"]["bytes"]
+
+    return {name: record for name, record in records.items() if there(name, record)}
 
 
 def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
@@ -137,18 +183,19 @@ def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
 
 def claim(out: Path, args: argparse.Namespace, items: list[Item]) -> None:
     """Mark the folder with what goes into it, or raise `UserError` if it already holds something else."""
-    names = hashlib.sha256("\n".join(f"{item.name} {item.size}" for item in items).encode()).hexdigest()[:16]
+    content = hashlib.sha256("\n".join(f"{item.name} {item.stamp}" for item in items).encode()).hexdigest()[:16]
     keys = ("resize", "quality", "shard_size", "val_fraction", "no_labels")
-    wanted = {"source": Path(args.source).name, "images": len(items), "names": names} | {
-        k: getattr(args, k) for k in keys
-    }
+    wanted = {"source": Path(args.source).name, "images": len(items), "content": content}
+    wanted |= {key: getattr(args, key) for key in keys}
     mark = out / "source.json"
     if not mark.exists():
-        if any(file for file in out.iterdir() if not file.name.startswith(".")):
-            raise UserError(f"{out} is not empty and was not made by this command: choose another folder")
+        hold_out(items, args.val_fraction)  # may refuse
         write_whole(mark, json.dumps(wanted, indent=1).encode())
         return
-    held = json.loads(mark.read_bytes())
+    try:
+        held = dict(json.loads(mark.read_bytes()))
+    except (ValueError, TypeError):
+        raise UserError(f"{mark} is damaged: delete {out} and run this again, or choose another folder") from None
     differences = [f"{key} {held.get(key)} there, {wanted[key]} here" for key in wanted if held.get(key) != wanted[key]]
     if differences:
         raise UserError(f"{out} holds another data set ({'; '.join(differences)}): choose another folder or delete it")
@@ -169,17 +216,13 @@ def plan(out: Path, splits: dict[str, list[Item]], classes: list[str] | None, sh
 
 
 def write_shard(task: Task, options: Options) -> dict:
-    """Write one shard and its index; skip it if it is there. Returns its record: the shard, and damaged images."""
-    record_file = task.path.with_name(f".{task.path.stem}.json")
-    if record_file.exists() and task.path.exists() and index_file(task.path).exists():
-        count(len(task.items))
-        return json.loads(record_file.read_bytes())
+    """Write one shard and its index. Returns its record: the shard, and what was left out because it is damaged."""
     skipped: list[str] = []
 
     def samples():
         for i, (item, label) in enumerate(task.items, task.first):
             try:
-                kind, data = convert(item.read(), item.name, options)
+                kind, data = convert(read(item), item.name, options)
             except UserError as error:
                 skipped.append(f"{item.name}: {error}")
             else:
@@ -188,8 +231,16 @@ def write_shard(task: Task, options: Options) -> dict:
 
     write_tar(task.path, samples())
     record = {"shard": asdict(index_tar(task.path)), "skipped": skipped}
-    write_whole(record_file, json.dumps(record).encode())
+    write_whole(task.record, json.dumps(record).encode())
     return record
+
+
+def read(item: Item) -> bytes:
+    """An image's bytes. Raises `UserError` for a damaged member of a zip; a source that is gone stops everything."""
+    try:
+        return item.read()
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:  # RuntimeError: encrypted
+        raise UserError(f"cannot be read from the zip ({reason(error)})") from None
 
 
 def _sample(number: int, kind: str, data: bytes, label: int | None, item: Item) -> dict[str, bytes | str]:
@@ -198,104 +249,25 @@ def _sample(number: int, kind: str, data: bytes, label: int | None, item: Item) 
     return members if label is None else members | {"cls": str(label).encode()}
 
 
-def finish(out: Path, tasks: list[Task], records: list[dict], classes: list[str] | None) -> None:
+def finish(out: Path, records: list[dict], tasks: list[Task], classes: list[str] | None) -> None:
     """Write index.json, list what was left out, and say what there is."""
     splits = defaultdict(list)
     for task, record in zip(tasks, records, strict=True):
         splits[task.path.name.rsplit("-", 1)[0]].append(Shard(**record["shard"]))
     skipped = [line for record in records for line in record["skipped"]]
     if not any(shard.samples for shards in splits.values() for shard in shards):
+        for task in tasks:
+            for file in (task.path, index_file(task.path), task.record):
+                file.unlink()
+        (out / "source.json").unlink()
         raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
     if skipped:
         write_whole(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
         print(f"{len(skipped):,} damaged images were left out, listed in {out / 'skipped.txt'}")
     write_index(out, Index(dict(splits), classes))
     for task in tasks:
-        task.path.with_name(f".{task.path.stem}.json").unlink()
+        task.record.unlink(missing_ok=True)
     describe(out)
-
-
-def describe(folder: Path) -> None:
-    """Print what a folder of shards holds, and how to go on."""
-    index = read_index(folder)
-    for split, shards in index.splits.items():
-        samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
-        print(f"  {split:6} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
-    print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
-    print(f"ready: deepspeed pretrain/main.py --data.path {folder}")
-
-
-def index_folder(folder: Path, workers: int) -> None:
-    """Index WebDataset tars made elsewhere. A split is a tar's name up to its number (train-0001.tar -> train)."""
-    tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise UserError(f"{folder} has no .tar: give the folder that holds the shards")
-    shards = run_tasks(_index_one, tars, workers, len(tars))
-    splits, top = defaultdict(list), -1
-    for tar, shard in zip(tars, shards, strict=True):
-        split = tar.stem.rstrip("0123456789").rstrip("-_.") or "train"
-        splits[split].append(shard)
-        if shard.samples:
-            top = max(top, int(np.load(index_file(tar), allow_pickle=False)["label"].max()))
-    if not any(shard.samples for shard in shards):
-        raise UserError(f"{folder}: its tars hold no image; a sample needs KEY.jpg, KEY.png, KEY.webp or KEY.npy")
-    classes = _names(folder) or ([str(i) for i in range(top + 1)] or None)
-    if classes is not None and top >= len(classes):
-        raise UserError(
-            f"{folder / 'classes.txt'} names {len(classes)} classes, but a label is {top}: one line a class"
-        )
-    write_index(folder, Index(dict(splits), classes))
-    describe(folder)
-
-
-def _names(folder: Path) -> list[str] | None:
-    """Class names of foreign shards: a line each in classes.txt, if there is one."""
-    path = folder / "classes.txt"
-    return path.read_text().splitlines() if path.exists() else None
-
-
-def _index_one(tar: Path) -> Shard:
-    shard = index_tar(tar)
-    count(1)
-    return shard
-
-
-def verify(folder: Path, workers: int) -> None:
-    """Check every byte against the index. Raises `UserError` that names the damaged shards."""
-    index = read_index(folder)
-    shards = [shard for shards in index.splits.values() for shard in shards]
-    samples = sum(shard.samples for shard in shards)
-    found = run_tasks(partial(_verify_one, folder=folder), shards, workers, samples)
-    damage = [line for line in found if line]
-    if damage:
-        print("\n".join(damage))
-        raise UserError(
-            f"{folder}: {len(damage)} of {len(shards)} shards are damaged, listed above: prepare or fetch them again"
-        )
-    print(f"{folder}: {len(shards):,} shards, {samples:,} images, every byte as indexed")
-
-
-def _verify_one(shard: Shard, folder: Path) -> str | None:
-    tar = folder / shard.file
-    count(shard.samples)
-    for path, digest in ((tar, shard.sha256), (index_file(tar), shard.index_sha256)):
-        if not path.exists():
-            return f"{path} is missing"
-        if sha256(path) != digest:
-            return f"{path} is not what was indexed{_which(tar) if path == tar else ''}"
-    return None
-
-
-def _which(tar: Path) -> str:
-    """Which samples of a damaged shard differ from its index."""
-    try:
-        rows, known = read_rows(tar), np.load(index_file(tar), allow_pickle=False)
-    except (UserError, OSError, ValueError) as error:
-        return f" ({error})"
-    if len(rows) != len(known):
-        return f" ({len(rows)} images, {len(known)} indexed)"
-    differ = np.flatnonzero(rows != known)
-    return f" (images {', '.join(map(str, differ[:10]))} differ)" if len(differ) else " (its images are whole)"
 
 
 if __name__ == "__main__":

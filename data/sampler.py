@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+# What a random number is for: the second word of every generator's key, so that no two purposes share a stream
+SHARDS, WINDOWS, SAMPLES, STEPS = 1, 2, 3, 4
 WINDOW = 16  # shards that are shuffled together
 
 
@@ -34,7 +36,7 @@ class EpochOrder:
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the shards, and the position at which each window starts (and the last one ends)."""
         if self._shards is None or self._shards[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
+            order = np.random.default_rng([self.seed, SHARDS, epoch]).permutation(len(self.counts))
             ends = np.cumsum(self.counts[order])
             starts = np.concatenate([[0], ends[self.window - 1 :: self.window], ends[-1:]])
             self._shards = epoch, order, starts
@@ -45,7 +47,7 @@ class EpochOrder:
             order, _ = self._shard_order(epoch)
             shards = order[number * self.window : (number + 1) * self.window]
             ids = np.concatenate([np.arange(self.first[s], self.first[s] + self.counts[s]) for s in shards])
-            self._window = (epoch, number), np.random.default_rng([self.seed, epoch, number]).permutation(ids)
+            self._window = (epoch, number), np.random.default_rng([self.seed, WINDOWS, epoch, number]).permutation(ids)
         return self._window[1]
 
     def ids(self, epoch: int, start: int, stop: int) -> np.ndarray:

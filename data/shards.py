@@ -17,12 +17,13 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import webdataset
 
 from configs.errors import UserError, nearest
-from configs.files import whole_file, write_whole
+from configs.files import sha256, whole_file, write_whole
 
 FORMAT = "convnext-fcmae-shards/1"
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "npy")  # what the loader decodes
@@ -52,15 +53,6 @@ class Index:
 def index_file(tar: Path) -> Path:
     """The index that belongs to a tar."""
     return tar.with_name(tar.name.removesuffix(".tar") + ".idx.npy")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
@@ -101,22 +93,34 @@ def read_rows(tar: Path) -> np.ndarray:
                     labels[key] = _label(data, tar, member.name)
                 else:
                     rows[key] = [member.offset_data, member.size, zlib.crc32(data)]
-            file.seek(end)
-            tail = file.read()
+            check_end(file, end, tar.stat().st_size, tar)
     except tarfile.TarError as error:
         raise UserError(f"{tar} is not a readable tar ({error}): fetch or write it again") from None
-    if len(tail) < 1024 or any(tail):  # tarfile stops without a word at a cut or zeroed header
-        raise UserError(f"{tar} is cut short or damaged after byte {end}: fetch or write it again")
     return np.array([(*row, labels.get(key, -1)) for key, row in rows.items()], ROW)
 
 
+def check_end(file: BinaryIO, end: int, limit: int, tar: Path) -> None:
+    """Raise `UserError` unless only zeros, two blocks or more, follow the last member of a tar.
+
+    Python's tarfile stops without a word at a cut or zeroed header, and takes the rest for the end of the archive.
+    """
+    file.seek(end)
+    tail = file.read(max(0, limit - end))
+    if len(tail) < 1024 or any(tail):
+        raise UserError(f"{tar} is cut short or damaged after byte {end}: fetch or write it again")
+
+
 def _label(data: bytes, tar: Path, member: str) -> int:
-    try:
-        return int(data)
-    except ValueError:
-        raise UserError(
-            f"{tar}: the label in {member} is {data[:20]!r}; a .cls member must hold a whole number"
-        ) from None
+    if not data.strip().isdigit() or len(data) > 9:
+        raise UserError(f"{tar}: the label in {member} is {data[:20]!r}; a .cls member must hold a whole number")
+    return int(data)
+
+
+def remedy(folder: Path) -> str:
+    """How to mend a folder of shards: ours are written again, foreign ones indexed again."""
+    if (folder / "source.json").exists():
+        return "delete that file and run the same data/prepare.py command again"
+    return f"fetch it again, or run `python data/prepare.py {folder} --index`"
 
 
 def index_tar(tar: Path) -> Shard:
@@ -148,7 +152,7 @@ def read_index(folder: Path) -> Index:
         splits = {split: [Shard(**shard) for shard in shards] for split, shards in content["splits"].items()}
         return Index(splits, content["classes"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: run `python data/prepare.py {folder} --index`") from None
+        raise UserError(f"{path} is damaged: {remedy(folder)}") from None
 
 
 class Split:
@@ -171,7 +175,7 @@ class Split:
             if size != shard.bytes or not index_file(folder / shard.file).exists():
                 found = "is missing" if size is None else f"has {size} bytes, its index says {shard.bytes}"
                 found = "has no .idx.npy" if size == shard.bytes else found
-                raise UserError(f"{folder / shard.file} {found}: prepare or fetch it again, or re-index with --index")
+                raise UserError(f"{folder / shard.file} {found}: {remedy(folder)}")
         self.counts = np.array([shard.samples for shard in self.shards], np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.counts)])  # id of each shard's first sample
         self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
@@ -191,11 +195,9 @@ class Split:
             return self._open[number]
         shard = self.shards[number]
         path = self.folder / shard.file
+        if sha256(index_file(path)) != shard.index_sha256:
+            raise UserError(f"{index_file(path)} disagrees with index.json: {remedy(self.folder)}")
         rows = np.load(index_file(path), allow_pickle=False)
-        if rows.dtype != ROW or len(rows) != shard.samples:
-            raise UserError(
-                f"{index_file(path)} disagrees with index.json: run `python data/prepare.py {self.folder} --index`"
-            )
         self._open[number] = os.open(path, os.O_RDONLY), rows
         if len(self._open) > OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1][0])
@@ -210,14 +212,13 @@ class Split:
         if zlib.crc32(data) != row["crc"]:
             raise UserError(
                 f"{self.folder / self.shards[number].file} is damaged at byte {row['offset']} (checksum): "
-                f"prepare it again; `python data/prepare.py {self.folder} --verify` lists all damage"
+                f"{remedy(self.folder)}; `python data/prepare.py {self.folder} --verify` lists all damage"
             )
         return data, int(row["label"])
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none."""
-        tables = [np.load(index_file(self.folder / shard.file), allow_pickle=False) for shard in self.shards]
-        return np.concatenate([table["label"] for table in tables])
+        return np.concatenate([self._shard(number)[1]["label"] for number in range(len(self.shards))])
 
     def __getstate__(self) -> dict:  # open files stay behind when a loader process starts
         return {**self.__dict__, "_open": OrderedDict()}

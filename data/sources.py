@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
+from typing import BinaryIO
 
 from PIL import Image
 
-from configs.errors import UserError
-from data.shards import IMAGE_TYPES
+from configs.errors import UserError, reason
+from data.shards import IMAGE_TYPES, check_end
 
 READABLE = (*IMAGE_TYPES, "bmp", "tif", "tiff", "ppm", "pgm")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -32,12 +33,14 @@ DIGITS_VAL_SHARE = 5  # every fifth image of a class is held out
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image of a source, and where its bytes are: a whole file, a part of one, or a member of a zip."""
+    """One image of a source, and where its bytes are: a whole file, a part of a tar, or a member of a zip."""
 
     name: str
-    container: str
-    offset: int | None = None  # with size: a part of the container
+    container: str  # file, tar or zip; `digits` for the built-in ones
+    stamp: str = ""  # changes when the image does: size and time, offset, or checksum
+    offset: int | None = None  # in a tar, with size
     size: int | None = None
+    zipped: bool = False
     split: str = "train"
     label: str | None = None
 
@@ -48,13 +51,13 @@ class Item:
         if self.offset is not None:
             with Path(self.container).open("rb") as file:
                 return os.pread(file.fileno(), self.size, self.offset)
-        if self.size is not None:
-            return _zip(self.container).read(self.name)
+        if self.zipped:
+            return _zip(self.container, os.getpid()).read(self.name)
         return Path(self.container).read_bytes()
 
 
 @contextmanager
-def open_source(source: str, scratch: Path) -> Iterator[list[Item]]:
+def open_source(source: str, scratch: Path, ignore_labels: bool = False) -> Iterator[list[Item]]:
     """List the images of a source, sorted by name. A compressed tar is unpacked to a file in `scratch` meanwhile.
 
     Raises:
@@ -68,9 +71,9 @@ def open_source(source: str, scratch: Path) -> Iterator[list[Item]]:
             path = Path(source)
             if not path.exists():
                 raise UserError(f"{source} does not exist: give a folder, a zip, a tar, or `digits`")
-            if path.is_file() and not zipfile.is_zipfile(path) and _is_compressed_tar(path):
+            if path.is_file() and not _is_tar(path) and not zipfile.is_zipfile(path):
                 path = unpacked = _unpack(path, scratch)
-            items = _from_paths(_list(path), source)
+            items = _from_paths(_list(path), source, ignore_labels)
         yield sorted(items, key=lambda item: item.name)
     finally:
         if unpacked is not None:
@@ -82,38 +85,56 @@ def _list(path: Path) -> Iterator[Item]:
     if path.is_dir():
         for file in path.rglob("*"):
             if _is_image(file.name) and file.is_file():
-                yield Item(file.relative_to(path).as_posix(), str(file))
-    elif zipfile.is_zipfile(path):
-        for entry in _zip(str(path)).infolist():
-            if _is_image(entry.filename) and not entry.is_dir():
-                yield Item(entry.filename, str(path), size=entry.file_size)
-    else:
+                about = file.stat()
+                yield Item(file.relative_to(path).as_posix(), str(file), f"{about.st_size} {about.st_mtime_ns}")
+    elif _is_tar(path):  # before zip: a tar that ends in a zip passes for one
         yield from _list_tar(path)
+    else:
+        for entry in _zip(str(path), os.getpid()).infolist():
+            if _is_image(entry.filename) and not entry.is_dir():
+                yield Item(entry.filename, str(path), f"{entry.CRC}", zipped=True)
 
 
 def _list_tar(path: Path) -> Iterator[Item]:
     """Images of a tar, and of the tars inside it (ILSVRC2012_img_train.tar: one tar a class, its name the class)."""
     try:
-        with tarfile.open(path, "r:") as outer:
+        with tarfile.open(path, "r:") as outer, path.open("rb") as file:
+            end = 0
             for member in outer:
+                end = _end(member)
                 if member.isreg() and member.name.endswith(".tar"):
-                    with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                        folder = member.name.removesuffix(".tar")
-                        for image in inner:
-                            if image.isreg() and _is_image(image.name):
-                                offset = member.offset_data + image.offset_data
-                                yield Item(f"{folder}/{image.name}", str(path), offset, image.size)
+                    yield from _list_inner_tar(path, file, outer, member)
                 elif member.isreg() and member.name.endswith(".cls"):
                     raise UserError(
-                        f"{path} holds WebDataset shards already: run `python data/prepare.py {path.parent} --index`"
+                        f"{path} holds WebDataset shards: run `python data/prepare.py {path.parent} --index`"
                     )
                 elif member.isreg() and _is_image(member.name):
-                    yield Item(member.name.removeprefix("./"), str(path), member.offset_data, member.size)
+                    yield _tar_item(member.name.removeprefix("./"), path, member.offset_data, member.size)
+            check_end(file, end, path.stat().st_size, path)
     except tarfile.TarError as error:
-        raise UserError(f"{path} is not a folder, a zip or a readable tar ({error})") from None
+        raise UserError(f"{path} is damaged ({error}): fetch it again") from None
 
 
-def _from_paths(items: Iterator[Item], source: str) -> list[Item]:
+def _list_inner_tar(path: Path, file: BinaryIO, outer: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[Item]:
+    folder, end = member.name.removesuffix(".tar"), 0
+    with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+        for image in inner:
+            end = _end(image)
+            if image.isreg() and _is_image(image.name):
+                yield _tar_item(f"{folder}/{image.name}", path, member.offset_data + image.offset_data, image.size)
+    check_end(file, member.offset_data + end, member.offset_data + member.size, path)
+
+
+def _tar_item(name: str, path: Path, offset: int, size: int) -> Item:
+    return Item(name, str(path), f"{offset} {size}", offset, size)
+
+
+def _end(member: tarfile.TarInfo) -> int:
+    """Where the next member's header begins."""
+    return member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _from_paths(items: Iterator[Item], source: str, ignore_labels: bool) -> list[Item]:
     """Read split and class off each image's path."""
     items = list(items)
     if not items:
@@ -128,6 +149,9 @@ def _from_paths(items: Iterator[Item], source: str) -> list[Item]:
         splits = [SPLITS[parts[0].lower()] for parts in folders]
         folders = [parts[1:] for parts in folders]
     labelled = all(folders)
+    if any(folders) and not labelled and not ignore_labels:
+        stray = next(item.name for item, parts in zip(items, folders, strict=True) if not parts)
+        raise UserError(f"{source}: some images lie in class folders, others like {stray} beside them: use --no-labels")
     return [
         replace(item, split=split, label=parts[0] if labelled else None)
         for item, split, parts in zip(items, splits, folders, strict=True)
@@ -139,12 +163,13 @@ def _is_image(name: str) -> bool:
     return not base.startswith(".") and base.rsplit(".", 1)[-1].lower() in READABLE
 
 
-def _is_compressed_tar(path: Path) -> bool:
+def _is_tar(path: Path) -> bool:
+    """Whether a file is a tar that is not compressed."""
     try:
         tarfile.open(path, "r:").close()
-        return False
     except tarfile.TarError:
-        return True
+        return False
+    return True
 
 
 def _unpack(path: Path, scratch: Path) -> Path:
@@ -172,7 +197,8 @@ def _unpack(path: Path, scratch: Path) -> Path:
 
 
 @lru_cache(4)
-def _zip(path: str) -> zipfile.ZipFile:
+def _zip(path: str, process: int) -> zipfile.ZipFile:
+    """A zip, opened by each process for itself: a forked one would share its parent's place in the file."""
     return zipfile.ZipFile(path)
 
 
@@ -198,5 +224,5 @@ def open_picture(data: bytes) -> Image.Image:
         picture = Image.open(io.BytesIO(data))
         picture.load()
         return picture
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"not a readable image ({error})") from None
+    except Exception as error:  # damaged files make PIL's decoders raise nearly anything
+        raise UserError(f"not a readable image ({reason(error)})") from None

@@ -7,6 +7,7 @@ import io
 import math
 import random
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from configs.errors import UserError, reason
+from data.sampler import SAMPLES
 
 CROP_RATIO = (3 / 4, 4 / 3)  # least and greatest aspect ratio of a random crop
 MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA}
@@ -25,7 +27,7 @@ NPY_MAGIC = b"\x93NUMPY"
 
 def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
     """The generator of one sample in one epoch."""
-    return np.random.default_rng([seed, epoch, sample])
+    return np.random.default_rng([seed, SAMPLES, epoch, sample])
 
 
 def decode(data: bytes, channels: int | None = None) -> Tensor:
@@ -53,6 +55,8 @@ def decode(data: bytes, channels: int | None = None) -> Tensor:
             raise UserError(f"not a readable image ({reason(error)})") from None
         if image.ndim == 4:  # an animation
             image = image[0]
+        if image.dtype == torch.uint16:  # a PNG of 16 bits
+            image = image.float() / 65535
         if channels is not None:
             image = _to_channels(image, channels)
     if channels is not None and image.shape[0] != channels:
@@ -133,6 +137,46 @@ def draw_visible(rng: np.random.Generator, grid: tuple[int, int], n: int) -> Ten
     return visible.view(grid)
 
 
+@dataclass(frozen=True)
+class PretrainTransform:
+    """A sample for the masked autoencoder: a random crop, and a mask with n visible patches."""
+
+    size: tuple[int, int]
+    crop_scale: tuple[float, float]
+    hflip: float
+    grid: tuple[int, int]
+    n: int
+
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+        image = random_crop_flip(image, rng, self.size, self.crop_scale, self.hflip)
+        return {"image": image, "visible": draw_visible(rng, self.grid, self.n)}
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """A sample for the classifier in training: a random crop, and RandAugment if asked for."""
+
+    size: tuple[int, int]
+    crop_scale: tuple[float, float]
+    hflip: float
+    rand_augment: "RandAugment | None"
+
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+        image = random_crop_flip(image, rng, self.size, self.crop_scale, self.hflip)
+        return {"image": self.rand_augment(image, rng) if self.rand_augment else image}
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """A sample for evaluation: the image's centre."""
+
+    size: tuple[int, int]
+    crop: float
+
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+        return {"image": center_crop(image, self.size, self.crop)}
+
+
 class RandAugment:
     """timm's RandAugment on a uint8 tensor of 3 channels. Raises `UserError` for a policy timm does not know."""
 
@@ -150,10 +194,16 @@ class RandAugment:
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         random.seed(int(rng.integers(2**32)))  # timm draws from the global generators
         np.random.seed(int(rng.integers(2**32)))
+        if image.dtype != torch.uint8:
+            raise UserError("augment.rand_augment needs images of 8 bits: leave it null")
         return F.pil_to_tensor(self.transform(F.to_pil_image(image)))
 
 
+def to_float(images: Tensor) -> Tensor:
+    """Images as loaded, uint8 or float32 from 0 to 1, as float32 from 0 to 1."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Images [B, C, H, W] as loaded (uint8, or float32 from 0 to 1) to fp32 with the given statistics [C]."""
-    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-    return (pixels - mean[:, None, None]) / std[:, None, None]
+    """Images [B, C, H, W] as loaded to fp32 with the given statistics [C]."""
+    return (to_float(images) - mean[:, None, None]) / std[:, None, None]

@@ -17,6 +17,7 @@ from configs.errors import UserError
 from configs.files import write_whole
 from configs.schema import Encoder, Finetune
 from data.loader import Loader
+from data.sampler import STEPS
 from data.transforms import normalize
 from finetune.evaluate import Score, evaluate
 from launch import checkpoints
@@ -30,6 +31,7 @@ class Classifier:
 
     Args:
         engine: DeepSpeed engine around a ConvNeXt with a head
+        ema: moving average of the weights, if asked for
         arch: resolved architecture
         classes: class names
         statistics: mean and standard deviation of each channel
@@ -37,7 +39,10 @@ class Classifier:
         UserError: mixup with an odd micro batch
     """
 
-    def __init__(self, config: Finetune, engine, world: World, arch: Encoder, classes: list[str], statistics: tuple):
+    def __init__(
+        self, config: Finetune, engine, ema: ModelEmaV3 | None, world: World, arch: Encoder, classes: list[str],
+        statistics: tuple,
+    ):  # fmt: skip
         self.config, self.engine, self.world, self.arch, self.classes = config, engine, world, arch, classes
         self.mean, self.std = (torch.tensor(values, device=world.device) for values in statistics)
         self.autocast = precision(config.optim, world.device) == "bf16"
@@ -53,7 +58,7 @@ class Classifier:
                 augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=len(classes)
             )
             self.criterion = SoftTargetCrossEntropy()
-        self.ema = ModelEmaV3(engine.module, augment.ema) if augment.ema else None
+        self.ema = ema
         self.best = {"top1": -1.0}
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -69,10 +74,7 @@ class Classifier:
     def evaluate(self, loader: Loader) -> dict[str, Score]:
         """Scores of the raw weights and, if there are any, of the averaged ones."""
         models = {"raw": self.engine.module} | ({"ema": self.ema.module} if self.ema else {})
-        return {
-            kind: evaluate(model, loader, self.world, self.mean, self.std, self.autocast)
-            for kind, model in models.items()
-        }
+        return evaluate(models, loader, self.world, self.mean, self.std, self.autocast)
 
     def weights(self, kind: str) -> Weights:
         """The `raw` or `ema` weights as a file's content."""
@@ -126,6 +128,7 @@ def finetune(
             end_epoch(config, classifier, val_loader, run, epoch, step, log)
             if epoch % config.run.save_every == 0 or epoch == optim.epochs:
                 checkpoints.save(engine, run, step, classifier.state(), identity, world, config.run.keep)
+            log.restart_clock(step)
 
 
 def micro_losses(classifier: Classifier, batches: Iterator, step: int) -> Iterator[Tensor]:
@@ -138,7 +141,7 @@ def micro_losses(classifier: Classifier, batches: Iterator, step: int) -> Iterat
     _, accumulation = config.optim.accumulation(world.ranks)
     for micro in range(accumulation):
         batch = next(batches)
-        key = np.random.SeedSequence([config.run.seed, step, world.rank, micro])
+        key = np.random.SeedSequence([config.run.seed, STEPS, step, world.rank, micro])
         seed_everything(int(key.generate_state(1)[0]))
         loss = classifier.loss(batch)
         engine.backward(loss)

@@ -9,13 +9,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # the project, not this folder
 
-from configs.command import load_recipe, parse, say, to_dict
+import numpy as np
+from timm.utils import ModelEmaV3
+
+from configs.command import parse, say, to_dict
 from configs.errors import UserError, run_main
-from configs.schema import Encoder, Finetune
+from configs.files import sha256
+from configs.schema import Data, Encoder, Finetune, Pretrain
 from data.loader import eval_loader, open_split, train_loader
-from data.transforms import RandAugment, center_crop, random_crop_flip
+from data.transforms import EvalTransform, RandAugment, TrainTransform
 from finetune.layer_decay import layer_decay
 from finetune.loop import Classifier, finetune
 from launch import checkpoints
@@ -30,42 +35,42 @@ def main() -> None:
     config = parse(Finetune, "finetune/digits.yaml", __doc__)
     init = None if config.init == "none" else load(config.init)
     arch = architecture(config, init)
-    if init is not None:  # the statistics belong to the weights
-        stored = init.image
-        data = replace(config.data, mean=config.data.mean or stored["mean"], std=config.data.std or stored["std"])
-        config = replace(config, data=data)
+    if init is not None:
+        config = replace(config, data=with_statistics(config, init))
     data, optim, augment = config.data, config.optim, config.augment
-    statistics = data.statistics(arch.channels)
+    data.grid(arch.stem_stride)  # may refuse the image size
+    mean, std = data.statistics(arch.channels)
     train_split, eval_split = open_split(data), open_split(data, config.eval_split)
     classes = train_split.classes
-    randaugment = RandAugment(augment.rand_augment, statistics[0]) if augment.rand_augment else None
-    if not classes:
-        raise UserError(f"{data.path} has no labels: fine-tuning needs shards whose images lie in one folder a class")
+    for split in (train_split, eval_split):
+        if not classes or (split.labels() < 0).any():
+            raise UserError(
+                f"{data.path}, split {split.name} has images without labels: fine-tuning needs one for each"
+            )
+    rand_augment = RandAugment(augment.rand_augment, mean) if augment.rand_augment else None
 
     world = start(config.run.device)
     seed_everything(config.run.seed)
     model = ConvNeXt(arch, len(classes), config.model.drop_path, config.model.grad_checkpointing)
     if init is not None:
         load_strict(model, init.encoder, config.init, ignore="head.")
+    head_init = config.model.head_init
     for parameter in model.head.fc.parameters():
-        parameter.data.mul_(config.model.head_init if init is not None else 1)
+        parameter.data.mul_((1.0 if init is None else 0.001) if head_init is None else head_init)
+    ema = ModelEmaV3(model.to(world.device), augment.ema) if augment.ema else None
     decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
     engine = build_engine(model, parameter_groups(model, optim.weight_decay, decay), optim, world)
 
-    def train_transform(image, rng):
-        image = random_crop_flip(image, rng, data.height_width, data.crop_scale, data.hflip)
-        return {"image": randaugment(image, rng) if randaugment else image}
-
-    def eval_transform(image, rng):
-        return {"image": center_crop(image, data.height_width, augment.eval_crop)}
-
-    ranks = world.rank, world.ranks
-    loader = train_loader(train_split, train_transform, arch.channels, config.run.seed, data, optim, *ranks)
+    train_transform = TrainTransform(data.height_width, data.crop_scale, data.hflip, rand_augment)
+    eval_transform = EvalTransform(data.height_width, augment.eval_crop)
+    place = world.rank, world.ranks, world.device.type == "cuda"
+    loader = train_loader(train_split, train_transform, arch.channels, config.run.seed, data, optim, *place)
     micro, _ = optim.accumulation(world.ranks)
-    val_loader = eval_loader(eval_split, eval_transform, arch.channels, data, micro, *ranks)
-    classifier = Classifier(config, engine, world, arch, classes, statistics)
+    val_loader = eval_loader(eval_split, eval_transform, arch.channels, data, micro, *place)
+    classifier = Classifier(config, engine, ema, world, arch, classes, (mean, std))
     run = Path(config.run.folder) / config.run.name
-    identity = to_dict(config) | {"data_digest": train_split.digest}
+    digests = {"data_digest": train_split.digest, "init_digest": sha256(Path(config.init))[:16] if init else "none"}
+    identity = to_dict(config) | digests
     step, state = checkpoints.resume(engine, run, identity, config.resume, world)
     if state:
         classifier.load_state(state)
@@ -82,6 +87,18 @@ def main() -> None:
     finally:
         log.close()
     stop()
+
+
+def with_statistics(config: Finetune, init: Weights) -> Data:
+    """The data section with the statistics of --init, which belong to its weights. Raises `UserError` for others."""
+    stored = {key: tuple(init.image[key]) for key in ("mean", "std")}
+    for key, held in stored.items():
+        given = getattr(config.data, key)
+        if given is not None and not np.allclose(given, held, atol=1e-4):
+            raise UserError(
+                f"{config.init} was trained with data.{key} {list(held)}, not {list(given)}: leave the key out"
+            )
+    return replace(config.data, **stored)
 
 
 def architecture(config: Finetune, init: Weights | None) -> Encoder:
@@ -101,11 +118,10 @@ def architecture(config: Finetune, init: Weights | None) -> Encoder:
                 )
         return init.arch
     if "name" not in given and config.model.like:
-        recipe = load_recipe(Path(config.model.like)).get("model", {})
-        shape = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items() if key in keys
-        }
-        given = shape | given
+        path = Path(config.model.like)
+        path = path if path.exists() or path.is_absolute() else ROOT / path
+        recipe = parse(Pretrain, "", "", ["--config", str(path)]).model
+        given = {key: getattr(recipe, key) for key in keys} | given
         say(f"--init none: the model of {config.model.like}, from scratch")
     if "name" not in given:
         raise UserError("--init none needs a model: give --model.name, like convnextv2_atto, or --init fcmae.pt")

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from configs.command import differences, say
 from configs.errors import UserError
-from configs.files import write_whole
-from launch.engine import World, barrier
+from configs.files import sync_folder, write_whole
+from launch.engine import World, agree, barrier
 
 MAY_CHANGE = {  # keys that may differ on resume: they do not change what is learnt
     "resume", "run.log_every", "run.picture_every", "run.save_every", "run.keep", "run.folder", "run.name",
-    "run.device", "data.path", "data.workers", "optim.micro_batch", "init",
-}  # fmt: skip
+    "data.path", "data.workers", "init",
+}  # fmt: skip  # the content behind data.path and init is compared by its digest
 
 
 def save(engine, run: Path, step: int, state: dict, config: dict, world: World, keep: int) -> None:
@@ -47,6 +47,7 @@ def save(engine, run: Path, step: int, state: dict, config: dict, world: World, 
         write_whole(part / "manifest.json", json.dumps(manifest, indent=1).encode())
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
+        sync_folder(folder)
         for old in complete(run)[:-keep]:
             shutil.rmtree(old)
     barrier()
@@ -75,17 +76,22 @@ def resume(engine, run: Path, config: dict, mode: str, world: World) -> tuple[in
     Returns:
         the number of optimizer steps done and the loop's state; (0, {}) for a fresh start
     Raises:
-        UserError: the mode forbids it, or the checkpoint is of another configuration (with the difference)
+        UserError: the mode forbids it, none is complete, or it is of another configuration (with the difference)
     """
-    found = complete(run)
-    if not found:
-        if mode == "must":
-            raise UserError(f"--resume must: {run / 'checkpoints'} has no complete checkpoint")
+    found = sorted((run / "checkpoints").glob("step-*"))
+    whole = complete(run)
+    newest = agree(str(whole[-1]) if whole else "")
+    if not newest:
+        if mode == "must" or found:
+            damaged = f"; incomplete: {', '.join(path.name for path in found)}" if found else ""
+            raise UserError(
+                f"{run / 'checkpoints'} has no complete checkpoint{damaged}; another --run.name starts afresh"
+            )
         return 0, {}
     if mode == "never":
         raise UserError(f"--resume never, but {run} has checkpoints: choose another --run.name or delete the folder")
-    newest = found[-1]
-    manifest = _manifest(newest)
+    skipped = [path.name for path in found if path.name > Path(newest).name]
+    manifest = _manifest(Path(newest))
     changed = [line for line in differences(manifest["config"], config) if line.split()[0] not in MAY_CHANGE]
     if changed:
         raise UserError(
@@ -94,6 +100,8 @@ def resume(engine, run: Path, config: dict, mode: str, world: World) -> tuple[in
         )
     if manifest["ranks"] != world.ranks:
         raise UserError(f"{newest} was made on {manifest['ranks']} ranks, this is {world.ranks}: use as many")
-    _, state = engine.load_checkpoint(str(newest), tag="engine")
-    say(f"resuming from {newest}")
+    path, state = engine.load_checkpoint(newest, tag="engine")
+    if path is None:
+        raise UserError(f"{newest} could not be loaded: delete it to go on from the one before")
+    say(f"resuming from {newest}" + (f" (incomplete, passed over: {', '.join(skipped)})" if skipped else ""))
     return manifest["step"], state

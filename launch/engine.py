@@ -31,17 +31,21 @@ class World:
 
 
 def start(device: str) -> World:
-    """Join the process group; alone where no launcher (deepspeed, torchrun, srun) has set its variables.
+    """Join the process group; alone where no launcher (deepspeed, torchrun) has set its variables.
 
     Args:
         device: auto, cpu or cuda
     Raises:
-        UserError: cuda asked for and not there
+        UserError: cuda asked for and not there; several tasks of srun
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device is cuda, but torch sees no GPU: install a driver, or use auto or cpu")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     os.environ["DS_ACCELERATOR"] = "cuda" if use_cuda else "cpu"  # else DeepSpeed picks, and may not agree
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise UserError(
+            "srun started several tasks that do not know each other: start torchrun or deepspeed in one task a node"
+        )
     if "RANK" not in os.environ:  # without a launcher DeepSpeed would look for MPI
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         os.environ |= {key: str(value) for key, value in alone.items()}
@@ -51,7 +55,10 @@ def start(device: str) -> World:
         torch.cuda.set_device(local)
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-    _deepspeed().init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
+    deepspeed = _deepspeed()
+    if not use_cuda:  # else an op for inference is compiled at the first start: half a minute, and needs a compiler
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
     where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), where)
 
@@ -69,17 +76,16 @@ def _deepspeed():
         warnings.simplefilter("ignore")
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # An op for inference that would be compiled at the first start on a CPU: half a minute, and a compiler
-    deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
     return deepspeed
 
 
 def precision(optim: Optim, device: torch.device) -> str:
     """fp32 or bf16. Raises `UserError` for bf16 on a GPU that has none."""
-    if optim.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if optim.precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise UserError("optim.precision is bf16, but this GPU has no bf16: use fp32")
     if optim.precision == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if has_bf16 else "fp32"
     return optim.precision
 
 
@@ -101,6 +107,7 @@ def build_engine(model: nn.Module, groups: list[dict], optim: Optim, world: Worl
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": optim.clip_grad,  # set, because DeepSpeed's own default is 1
         "steps_per_print": 1 << 40,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a step
         # weights stay fp32, and so does the reduction of gradients
         "torch_autocast": {
             "enabled": precision(optim, world.device) == "bf16",
@@ -154,6 +161,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of a tensor over all ranks."""
     torch.distributed.all_reduce(values)
     return values
+
+
+def agree(value: str) -> str:
+    """The first rank's value, on all ranks: what one machine sees of a file system another may not see yet."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def barrier() -> None:

@@ -1,6 +1,7 @@
 """What a run tells while it runs: a progress line, log.jsonl, TensorBoard. Only the first rank writes."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from configs.errors import UserError
 from configs.files import write_whole
 from launch.engine import sum_over_ranks
 
@@ -55,8 +57,16 @@ class RunLog:
         self.bar.start()
 
     def train(self, step: int, epoch: str, losses: "Mean", lr: float, grad_norm: Tensor) -> None:
-        """Report the training since the last report. Every rank calls this: the loss is the mean over all ranks."""
+        """Report the training since the last report. Every rank calls this: the loss is the mean over all ranks.
+
+        Raises:
+            UserError: the loss is not finite; on all ranks alike
+        """
         total, count = sum_over_ranks(losses.take()).tolist()
+        if not math.isfinite(total):
+            raise UserError(
+                f"the loss is {total / count} at step {step}: lower optim.lr or set optim.clip_grad, start afresh"
+            )
         if not self.active:
             return
         now = time.perf_counter()
@@ -71,6 +81,10 @@ class RunLog:
         if not self.console.is_terminal:
             left = _duration((self.steps - step) * self.images_per_step / rate)
             print(f"{epoch}  step {step}/{self.steps}  {shown}  {left} left", flush=True)
+
+    def restart_clock(self, step: int) -> None:
+        """Leave what was done since the last report (evaluation, pictures, checkpoints) out of images/s."""
+        self.last_step, self.last_time = step, time.perf_counter()
 
     def scores(self, step: int, name: str, values: dict[str, float]) -> None:
         """Record an evaluation after a step, its values under `name`."""
@@ -87,7 +101,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """Print a line beside the progress bar."""
         if self.active:
-            self.console.print(message, highlight=False, soft_wrap=True)
+            self.console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
         """Flush everything; also after an error."""

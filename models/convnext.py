@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.errors import UserError, nearest
-from configs.schema import Encoder
+from configs.schema import CHANNELS, STEM_STRIDE, Encoder
 from models.sparse.layouts import Dense
 
 EPS = 1e-6  # of LayerNorm and GRN
@@ -41,8 +41,8 @@ def resolve(arch: Encoder) -> Encoder:
     depths, width = SIZES[arch.name]
     return Encoder(
         name=arch.name,
-        channels=arch.channels or 3,
-        stem_stride=arch.stem_stride or 4,
+        channels=arch.channels or CHANNELS,
+        stem_stride=arch.stem_stride or STEM_STRIDE,
         depths=arch.depths or depths,
         dims=arch.dims or tuple(width * 2**i for i in range(4)),
     )
@@ -59,7 +59,7 @@ class GRN(nn.Module):
     def forward(self, x: Tensor, layout: Dense) -> Tensor:
         norm = layout.image_norm(x)  # fp32: fp16 overflows here
         norm = norm / (norm.mean(-1, keepdim=True) + EPS)
-        return torch.addcmul(self.bias, x, 1 + self.weight * norm).to(x.dtype)
+        return x * (1 + self.weight * norm).to(x.dtype) + self.bias.to(x.dtype)
 
 
 class Mlp(nn.Module):

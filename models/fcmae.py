@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.schema import PATCH_PER_STEM_STRIDE, PretrainModel, visible_patches
 from models.convnext import Block, ConvNeXt, init_weights
-from models.sparse.layouts import Dense, Masked, Packed, patchify
+from models.sparse.layouts import Dense, Masked, Packed, patchify, split_patches, take_patches
 
 VARIANCE_EPS = 1e-6  # of the per-patch pixel normalisation
 
@@ -45,35 +45,32 @@ class FCMAE(nn.Module):
             part.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def layout(self, visible: Tensor) -> Masked | Packed:
-        """The backend's layout for masks [B, gy, gx]."""
-        if self.config.backend == "masked":
-            return Masked(visible)
-        return Packed(visible, visible_patches(visible[0].numel(), self.config.mask_ratio))
+    def layout(self, visible: Tensor, n: int) -> Masked | Packed:
+        """The backend's layout for masks [B, gy, gx] with n visible patches."""
+        return Masked(visible) if self.config.backend == "masked" else Packed(visible, n)
 
     def predict(self, image: Tensor, visible: Tensor) -> Output:
         """Encode the visible patches of images [B, C, H, W] and predict the hidden ones' pixels."""
-        layout = self.layout(visible)
+        n = visible_patches(visible[0].numel(), self.config.mask_ratio)
+        layout = self.layout(visible, n)
         x = layout.to_grid(self.proj(self.encoder.forward_features(image, layout)), self.mask_token)
         for block in self.decoder:
             x = block(x, Dense())
-        patches = visible[0].numel()
-        n = visible_patches(patches, self.config.mask_ratio)
-        hidden = visible.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)[:, : patches - n]
-        rows = hidden + torch.arange(len(x), device=x.device)[:, None] * patches
-        prediction = self.pred(x.flatten(0, 2).index_select(0, rows.flatten()))
-        return Output(prediction.view(*hidden.shape, -1), hidden)
+        _, hidden = split_patches(visible, n)
+        return Output(self.pred(take_patches(x, hidden)), hidden)
+
+    def true_pixels(self, image: Tensor, hidden: Tensor) -> Tensor:
+        """Pixels of hidden patches, [B, m, P * P * C] fp32."""
+        patches = patchify(image, (image.shape[2] // self.patch, image.shape[3] // self.patch))
+        return take_patches(patches, hidden).flatten(2).float()
 
     def target(self, image: Tensor, hidden: Tensor) -> Tensor:
-        """True pixels of hidden patches, [B, m, P * P * C] fp32; with norm_pix zero mean, unit variance in a patch."""
-        patches = patchify(image, (image.shape[2] // self.patch, image.shape[3] // self.patch))
-        columns = patches.shape[2]
-        batch = torch.arange(len(image), device=image.device)[:, None]
-        target = patches[batch, hidden // columns, hidden % columns].flatten(2).float()
+        """What is to be predicted, [B, m, P * P * C] fp32: the pixels; with norm_pix normalised in each patch."""
+        pixels = self.true_pixels(image, hidden)
         if not self.config.norm_pix:
-            return target
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        return (target - mean) / (var + VARIANCE_EPS).sqrt()
+            return pixels
+        mean, std = patch_statistics(pixels)
+        return (pixels - mean) / std
 
     def forward(self, image: Tensor, visible: Tensor) -> Tensor:
         """Loss (a scalar, fp32) of images [B, C, H, W], normalised, under masks [B, gy, gx] of bool."""
@@ -81,11 +78,17 @@ class FCMAE(nn.Module):
         return (output.prediction.float() - self.target(image, output.hidden)).square().mean()
 
 
+def patch_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each patch [..., P * P * C], unbiased, as the loss normalises it."""
+    var, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
+    return mean, (var + VARIANCE_EPS).sqrt()
+
+
 def check_size(config: PretrainModel, grid: tuple[int, int]) -> None:
     """Raise `UserError` where a mask of this ratio hides nothing on this grid."""
     patches = grid[0] * grid[1]
     if visible_patches(patches, config.mask_ratio) == patches:
         raise UserError(
-            f"data.size gives {patches} patch(es) of {PATCH_PER_STEM_STRIDE * (config.stem_stride or 4)} pixels: none "
+            f"data.size gives {patches} patch(es) of {PATCH_PER_STEM_STRIDE * (config.stem_stride)} pixels: none "
             f"is hidden at model.mask_ratio {config.mask_ratio}; use larger images or a smaller model.stem_stride"
         )

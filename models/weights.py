@@ -64,6 +64,8 @@ def load(path: str | Path) -> Weights:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist: give the fcmae.pt that pretraining wrote")
+    if not zipfile.is_zipfile(path):  # what torch.save writes is a zip; nothing else is opened
+        raise UserError(f"{path} is truncated or not a weight file: copy it again")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -77,9 +79,13 @@ def load(path: str | Path) -> Weights:
     del content["format"]
     try:
         content["arch"] = Encoder(**content["arch"])
-        return Weights(**content)
-    except TypeError as error:
-        raise UserError(f"{path} is a damaged weight file ({error}): write it again") from None
+        weights = Weights(**content)
+        missing = {"size", "mean", "std"} - weights.image.keys()
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is a damaged weight file ({reason(error)}): write it again") from None
+    if missing:
+        raise UserError(f"{path} is a damaged weight file (no {', '.join(sorted(missing))}): write it again")
+    return weights
 
 
 def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: str = "\0") -> None:

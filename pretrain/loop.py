@@ -54,6 +54,8 @@ def pretrain(
             show(engine.module, image[:PICTURES], visible[:PICTURES], (mean, std), run, step, log)
         if epoch_ends and (epoch % config.run.save_every == 0 or last):
             checkpoints.save(engine, run, step, {}, identity, world, config.run.keep)
+        if epoch_ends:
+            log.restart_clock(step)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from configs.command import parse, to_dict
 from configs.errors import run_main
 from configs.schema import Pretrain, visible_patches
 from data.loader import open_split, train_loader
-from data.transforms import draw_visible, random_crop_flip
+from data.transforms import PretrainTransform
 from launch import checkpoints
 from launch.engine import build_engine, parameter_groups, seed_everything, start, stop
 from launch.runlog import RunLog
@@ -38,16 +38,12 @@ def main() -> None:
     engine = build_engine(model, parameter_groups(model, optim.weight_decay), optim, world)
 
     n = visible_patches(grid[0] * grid[1], config.model.mask_ratio)
-
-    def transform(image, rng):
-        image = random_crop_flip(image, rng, data.height_width, data.crop_scale, data.hflip)
-        return {"image": image, "visible": draw_visible(rng, grid, n)}
-
-    loader = train_loader(
-        split, transform, config.model.channels, config.run.seed, data, optim, world.rank, world.ranks
-    )
+    transform = PretrainTransform(data.height_width, data.crop_scale, data.hflip, grid, n)
+    place = world.rank, world.ranks, world.device.type == "cuda"
+    loader = train_loader(split, transform, config.model.channels, config.run.seed, data, optim, *place)
     run = Path(config.run.folder) / config.run.name
     identity = to_dict(config) | {"data_digest": split.digest}
+    del identity["optim"]["micro_batch"]  # may change on resume: it does not change what is learnt
     step, _ = checkpoints.resume(engine, run, identity, config.resume, world)
     loader.batches.first_step = step
     log = RunLog(

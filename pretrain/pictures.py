@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as F
 
 from configs.files import whole_file
 from models.convnext import ConvNeXt
-from models.fcmae import FCMAE, VARIANCE_EPS
+from models.fcmae import FCMAE, patch_statistics
 from models.sparse.layouts import Dense, patchify, unpatchify
 
 CELL, GAP, CAPTION = 128, 4, 18  # pixels: least side of one image, gap between two, height of the caption line
@@ -27,11 +27,10 @@ def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, T
     grid = tuple(visible.shape[1:])
     patches = patchify(image, grid).flatten(1, 2)  # [B, gy * gx, P, P, C]
     rows = torch.arange(len(image), device=image.device)[:, None]
-    truth = patches[rows, output.hidden].flatten(2).float()
     predicted = output.prediction.float()
     if model.config.norm_pix:
-        var, mean = torch.var_mean(truth, dim=-1, keepdim=True)
-        predicted = predicted * (var + VARIANCE_EPS).sqrt() + mean
+        mean, std = patch_statistics(model.true_pixels(image, output.hidden))
+        predicted = predicted * std + mean
     filled, masked = patches.clone(), patches.clone()
     filled[rows, output.hidden] = predicted.view(*output.hidden.shape, *patches.shape[2:]).to(patches.dtype)
     masked[rows, output.hidden] = float("nan")

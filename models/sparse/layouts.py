@@ -29,6 +29,23 @@ def unpatchify(patches: Tensor) -> Tensor:
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
+def split_patches(visible: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Indices in the grid, ascending, of each image's visible patches [B, n] and of its hidden ones [B, gy * gx - n].
+
+    `n` is given so that no GPU has to be asked for it. Raises RuntimeError if an image has another number.
+    """
+    flat = visible.flatten(1)
+    torch._assert_async((flat.sum(1) == n).all(), "images differ in their number of visible patches")
+    order = flat.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return order[:, :n], order[:, n:]
+
+
+def take_patches(patches: Tensor, index: Tensor) -> Tensor:
+    """Those of each image's patches [B, gy, gx, ...] that `index` [B, k] names: [B, k, ...]."""
+    columns = patches.shape[2]
+    return patches[torch.arange(len(index), device=index.device)[:, None], index // columns, index % columns]
+
+
 def local_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """A convolution whose stride is its kernel size, on images [..., H, W, C] with any leading dimensions."""
     y = F.conv2d(x.flatten(0, -4).permute(0, 3, 1, 2), conv.weight, conv.bias, conv.stride)
@@ -70,11 +87,14 @@ class Masked(Dense):
     def __init__(self, visible: Tensor):
         self.visible = visible
 
+    def at_stage(self, x: Tensor) -> Tensor:
+        """`visible` at the resolution of x: [B, H, W]."""
+        scale_y, scale_x = x.shape[1] // self.visible.shape[1], x.shape[2] // self.visible.shape[2]
+        return self.visible.repeat_interleave(scale_y, 1).repeat_interleave(scale_x, 2)
+
     def zero_hidden(self, x: Tensor) -> Tensor:
         """x with zeros at hidden positions, whatever stood there (NaN too)."""
-        scale_y, scale_x = x.shape[1] // self.visible.shape[1], x.shape[2] // self.visible.shape[2]
-        at_stage = self.visible.repeat_interleave(scale_y, 1).repeat_interleave(scale_x, 2)
-        return x.masked_fill(~at_stage[..., None], 0)
+        return x.masked_fill(~self.at_stage(x)[..., None], 0)
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         return super().depthwise(self.zero_hidden(x), conv)
@@ -95,18 +115,9 @@ class Packed:
     """
 
     def __init__(self, visible: Tensor, n: int):
-        """`n`: visible patches of each image, given so that no GPU has to be asked for it."""
-        batch, gy, gx = visible.shape
-        self.grid = gy, gx
-        torch._assert_async((visible.flatten(1).sum(1) == n).all(), "images differ in their number of visible patches")
-        order = visible.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        self.patch = order[:, :n]  # [B, n] index of each visible patch in its image's grid, ascending
-        self.image = torch.arange(batch, device=visible.device)[:, None]
+        self.grid = tuple(visible.shape[1:])
+        self.patch, _ = split_patches(visible, n)
         self._rows: dict[int, Tensor] = {}
-
-    def gather(self, patches: Tensor) -> Tensor:
-        """The visible ones [B, n, ...] of patches [B, gy, gx, ...]."""
-        return patches[self.image, self.patch // self.grid[1], self.patch % self.grid[1]]
 
     def rows(self, s: int) -> Tensor:
         """Row of every packed token in the canvas [B * H * W, C] of a stage, H = gy * s and W = gx * s."""
@@ -115,12 +126,13 @@ class Packed:
             y, x = self.patch // gx * s, self.patch % gx * s
             offset = torch.arange(s, device=self.patch.device)
             y, x = y[..., None, None] + offset[:, None], x[..., None, None] + offset
-            self._rows[s] = ((self.image[..., None, None] * gy * s + y) * gx * s + x).flatten()
+            image = torch.arange(len(self.patch), device=self.patch.device)[:, None, None, None]
+            self._rows[s] = ((image * gy * s + y) * gx * s + x).flatten()
         return self._rows[s]
 
     def embed(self, image: Tensor, stem: nn.Conv2d) -> Tensor:
         """Stem: images [B, C, H, W] to tokens [B, n, 8, 8, C1]; hidden pixels are not read."""
-        return local_conv(self.gather(patchify(image, self.grid)), stem)
+        return local_conv(take_patches(patchify(image, self.grid), self.patch), stem)
 
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """2x2 convolution with stride 2: s becomes s / 2."""

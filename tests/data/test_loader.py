@@ -1,20 +1,21 @@
 """Batches do not depend on the number of loader processes; damage reaches the user as one line."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from configs.errors import UserError
 from configs.schema import Data, Optim
 from data.loader import eval_loader, open_split, train_loader
 from data.shards import index_file
-from data.transforms import center_crop, draw_visible, random_crop_flip
-from tests.data.helpers import as_folder, collection
+from data.transforms import EvalTransform, PretrainTransform
+from tests.data.helpers import as_folder, collection, picture
 from tests.data.test_prepare import prepared
 
-
-def transform(image, rng):
-    return {"image": random_crop_flip(image, rng, (16, 16), (0.2, 1.0), 0.5), "visible": draw_visible(rng, (2, 2), 2)}
+transform = PretrainTransform((16, 16), (0.2, 1.0), 0.5, (2, 2), 2)
 
 
 def batches(folder, workers, first_step=0):
@@ -49,11 +50,7 @@ def test_epochs_differ_in_crops_and_masks(digits):
 def test_evaluation_fills_with_label_minus_one(digits):
     data = Data(str(digits), workers=0)
     split = open_split(data, "val")
-    found = [
-        batch
-        for rank in range(3)
-        for batch in eval_loader(split, lambda i, r: {"image": center_crop(i, (8, 8), 1)}, 1, data, 50, rank, 3)
-    ]
+    found = [batch for rank in range(3) for batch in eval_loader(split, EvalTransform((8, 8), 1), 1, data, 50, rank, 3)]
     labels = torch.cat([batch["label"] for batch in found])
     assert (labels >= 0).sum() == 355 and len(labels) == 357
     assert np.array_equal(np.bincount(labels[labels >= 0]), np.bincount(split.labels()))
@@ -72,6 +69,17 @@ def test_damage_is_one_line(workers, tmp_path):
     with pytest.raises(UserError) as error:
         list(loader)
     assert str(error.value).startswith(f"{shard} is damaged at byte") and "\n" not in str(error.value)
+
+
+def test_images_of_8_and_16_bits_in_one_batch(tmp_path):
+    deep = io.BytesIO()
+    Image.fromarray(np.full((16, 20), 6000, np.uint16)).save(deep, "png")
+    images = {"0.png": picture(0, mode="L", kind="png"), "1.png": deep.getvalue()}
+    prepared(as_folder(images, tmp_path / "in"), tmp_path / "out")
+    config = Data(str(tmp_path / "out"), workers=1)
+    batch = next(iter(train_loader(open_split(config), transform, 1, 0, config, Optim(batch_size=2, epochs=1))))
+    assert batch["image"].dtype == torch.float32 and batch["image"].max() <= 1.1
+    assert any(torch.allclose(image, torch.tensor(6000 / 65535), atol=1e-4) for image in batch["image"])
 
 
 def test_too_few_images_for_a_batch(digits):

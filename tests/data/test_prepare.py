@@ -19,6 +19,7 @@ from PIL import Image
 
 from configs.errors import UserError
 from data import prepare
+from data.index import index_folder, verify
 from data.shards import Split, index_file, read_index
 from data.transforms import decode
 from tests.conftest import ROOT, names, run
@@ -26,7 +27,7 @@ from tests.data.helpers import as_folder, as_ilsvrc, as_tar, as_zip, collection,
 
 
 def prepared(*args) -> None:
-    prepare.prepare(prepare.parse([str(arg) for arg in (*args, "--workers", "1")]))
+    prepare.prepare(prepare.parse([str(arg) for arg in (*args, "--workers", "2")]))
 
 
 def content(folder, split="train") -> dict[bytes, int]:
@@ -162,12 +163,12 @@ def test_reads_a_webdataset_tar_made_elsewhere(tmp_path):
         }
     as_tar(members, tmp_path / "set-train-0001.tar")
     as_tar({"9.seg.png": b"x", "9.jpeg": data[0]}, tmp_path / "set-val-0000.tar")
-    prepare.index_folder(tmp_path, 1)
+    index_folder(tmp_path, 1)
     assert content(tmp_path, "set-train") == {image: i % 3 for i, image in enumerate(data)}
     assert content(tmp_path, "set-val") == {data[0]: -1}
     assert read_index(tmp_path).classes == ["0", "1", "2"]
     (tmp_path / "classes.txt").write_text("x\ny\nz\n")
-    prepare.index_folder(tmp_path, 1)
+    index_folder(tmp_path, 1)
     assert read_index(tmp_path).classes == ["x", "y", "z"]
 
 
@@ -184,7 +185,7 @@ def test_killed_and_run_again(tmp_path):
     words = [sys.executable, "data/prepare.py", source, tmp_path / "out", "--shard-size", "20", "--workers", "1"]
     first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").glob(".train-*.json")) and time.monotonic() < deadline:
+    while not list((tmp_path / "out").glob(".train-*.record.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(first.pid, signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
@@ -199,14 +200,14 @@ def test_killed_and_run_again(tmp_path):
 
 def test_verify_names_the_damage(tmp_path, capsys):
     prepared(as_folder(collection({"a": 8}), tmp_path / "in"), tmp_path / "out", "--shard-size", "4")
-    prepare.verify(tmp_path / "out", 1)
+    verify(tmp_path / "out", 1)
     assert "every byte as indexed" in capsys.readouterr().out
     shard = tmp_path / "out/train-000001.tar"
     data = bytearray(shard.read_bytes())
     data[int(np.load(index_file(shard))["offset"][0]) + 50] ^= 1
     shard.write_bytes(data)
     with pytest.raises(UserError, match="1 of 2 shards"):
-        prepare.verify(tmp_path / "out", 1)
+        verify(tmp_path / "out", 1)
     assert "train-000001.tar is not what was indexed (images 0 differ)" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"train-000001\.tar is damaged.*--verify"):
         content(tmp_path / "out")
@@ -228,7 +229,7 @@ def test_a_damaged_foreign_tar_is_not_indexed(harm, tmp_path):
         data[third.offset : third.offset_data] = bytes(512)
     path.write_bytes(data[: cuts[harm]])
     with pytest.raises(UserError, match=r"x-0\.tar"):
-        prepare.index_folder(tmp_path, 1)
+        index_folder(tmp_path, 1)
     assert not (tmp_path / "index.json").exists()
 
 
@@ -252,6 +253,7 @@ def test_bad_input_as_a_command(tmp_path):
         (lambda path: path / "nowhere", "does not exist"),
         (lambda path: as_folder({"notes.txt": b"x"}, path / "in"), "has no image"),
         (lambda path: as_folder({"x.tar": b"not a tar" * 99}, path / "in") / "x.tar", "not a folder, a zip or a tar"),
+        (lambda path: as_zip({"x.jpg": b""}, path / "x.zip"), "no image of the source could be read"),
         (lambda path: as_tar({"1.jpg": picture(0), "1.cls": b"0"}, path / "x.tar"), "--index"),
         (lambda path: as_folder({"x.jpg": b"broken"}, path / "in"), "no image of the source could be read"),
     ],
@@ -259,7 +261,7 @@ def test_bad_input_as_a_command(tmp_path):
 def test_bad_source(make, says, tmp_path):
     with pytest.raises(UserError, match=says):
         prepared(make(tmp_path), tmp_path / "out")
-    assert not (tmp_path / "out/index.json").exists()
+    assert not (tmp_path / "out").exists()  # nothing half-written
 
 
 def test_a_folder_with_another_data_set_is_left_alone(tmp_path):
@@ -267,7 +269,7 @@ def test_a_folder_with_another_data_set_is_left_alone(tmp_path):
     prepared(first, tmp_path / "out")
     before = sorted((file.name, file.read_bytes()) for file in (tmp_path / "out").iterdir())
     with pytest.raises(UserError, match=r"another data set .*images 8 there, 9 here.*choose another folder"):
-        prepared(as_folder(CATS | {"x.jpg": picture(1)}, tmp_path / "more"), tmp_path / "out")
+        prepared(as_folder(CATS | {"cat/x.jpg": picture(1)}, tmp_path / "more"), tmp_path / "out")
     with pytest.raises(UserError, match="resize None there, 10 here"):
         prepared(first, tmp_path / "out", "--resize", "10")
     with pytest.raises(UserError, match="not empty"):
@@ -281,6 +283,72 @@ def test_a_folder_with_another_data_set_is_left_alone(tmp_path):
      ["a", "b", "--quality", "101"]]
 )  # fmt: skip
 def test_bad_arguments(args):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError, match="--help"):
         prepare.parse(args)
-    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar", "ILSVRC2012_img_train.tar"])
+def test_many_images_by_many_processes(name, tmp_path):
+    images = collection({"cat": 150, "dog": 150})
+    prepared(MAKERS[name](images, tmp_path / name), tmp_path / "out", "--shard-size", "20", "--workers", "4")
+    assert sorted(content(tmp_path / "out")) == sorted(set(images.values()))
+
+
+@pytest.mark.parametrize("maker", [as_tar, as_ilsvrc])
+def test_a_cut_tar_is_refused(maker, tmp_path):
+    """At a member's boundary, where tarfile itself says nothing."""
+    path = maker(collection({"cat": 3, "dog": 3}), tmp_path / "x.tar")
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    path.write_bytes(path.read_bytes()[: last.offset])
+    with pytest.raises(UserError, match="cut short"):
+        prepared(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_changed_images_are_another_data_set(tmp_path):
+    source = as_folder(CATS, tmp_path / "in")
+    prepared(source, tmp_path / "out")
+    prepared(source, tmp_path / "out")  # the same: nothing to do
+    (source / "cat/0.jpg").write_bytes(picture(99))
+    with pytest.raises(UserError, match=r"another data set \(content"):
+        prepared(source, tmp_path / "out")
+
+
+def test_a_damaged_shard_is_written_again(tmp_path):
+    source = as_folder(CATS, tmp_path / "in")
+    prepared(source, tmp_path / "out", "--shard-size", "3")
+    before = (tmp_path / "out/index.json").read_bytes()
+    (tmp_path / "out/train-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"train-000001\.tar is missing: delete that file and run the same"):
+        Split(tmp_path / "out", "train")
+    prepared(source, tmp_path / "out", "--shard-size", "3")
+    assert (tmp_path / "out/index.json").read_bytes() == before
+    verify(tmp_path / "out", 1)
+
+
+def test_our_own_shards_are_not_indexed_as_foreign(tmp_path):
+    prepared(as_folder(CATS, tmp_path / "in"), tmp_path / "out")
+    with pytest.raises(UserError, match="was made by this command"):
+        index_folder(tmp_path / "out", 1)
+    assert read_index(tmp_path / "out").classes == ["cat", "dog"]
+
+
+def test_an_image_beside_the_class_folders(tmp_path):
+    source = as_folder(CATS | {"stray.jpg": picture(0)}, tmp_path / "in")
+    with pytest.raises(UserError, match=r"others like stray\.jpg beside them: use --no-labels"):
+        prepared(source, tmp_path / "out")
+    prepared(source, tmp_path / "out", "--no-labels")
+
+
+@pytest.mark.parametrize("label", [b"x", b"-5", b"1.5", b"9" * 40])
+def test_a_label_that_is_no_class_number(label, tmp_path):
+    as_tar({"0.jpg": picture(0), "0.cls": label}, tmp_path / "x-0.tar")
+    with pytest.raises(UserError, match="must hold a whole number"):
+        index_folder(tmp_path, 1)
+
+
+def test_out_is_a_file(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="is a file"):
+        prepared(as_folder(CATS, tmp_path / "in"), tmp_path / "out")

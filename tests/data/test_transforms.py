@@ -49,6 +49,14 @@ def test_decode_a_png_named_jpg_and_cmyk():
     assert decode(picture(0, mode="CMYK"), 3).shape == (3, 16, 20)
 
 
+def test_a_png_of_16_bits_is_scaled():
+    deep = np.array([[0, 65535, 13107]], np.uint16)
+    out = io.BytesIO()
+    Image.fromarray(deep).save(out, "png")
+    assert torch.allclose(decode(out.getvalue(), 1), torch.tensor([[[0, 1, 0.2]]]))
+    assert decode(out.getvalue(), 3).shape == (3, 1, 3)
+
+
 def test_decode_arrays_of_any_depth():
     for dtype, scale in ((np.uint8, 1), (np.uint16, 1 / 65535), (np.float32, 1), (np.float64, 1)):
         array = (np.random.default_rng(0).random((4, 6, 7)) * 200).astype(dtype)

@@ -20,7 +20,7 @@ def test_scores_by_hand(monkeypatch):
             return logits[image.flatten().mul(255).round().long()]
 
     world = World(0, 1, torch.device("cpu"))
-    score = evaluate(Table(), [batch], world, torch.zeros(1), torch.ones(1), autocast=False)
+    score = evaluate({"raw": Table()}, [batch], world, torch.zeros(1), torch.ones(1), autocast=False)["raw"]
     assert (score.top1, score.top5, score.images) == (pytest.approx(2 / 3), pytest.approx(2 / 3), 3)
     expected = -torch.log_softmax(logits[:3], 1)[torch.arange(3), labels[:3]].mean()
     assert score.loss == pytest.approx(float(expected), rel=1e-6)

@@ -94,6 +94,26 @@ def test_killed_and_resumed_equals_uninterrupted(digits, pretrained, tmp_path):
     assert summary(tmp_path / "killed") == summary(tmp_path / "whole")
 
 
+def test_another_init_is_not_resumed(digits, pretrained, tmp_path):
+    """The same run name with other weights: an error, not the old result under a new name."""
+    more = [
+        "--model.depths",
+        "[1,1,1,1]",
+        "--model.dims",
+        "[8,16,16,16]",
+        "--data.mean",
+        "[0.5]",
+        "--data.std",
+        "[0.5]",
+    ]
+    command = words(digits, tmp_path, "x", *more, epochs=1)
+    run("python", "finetune/main.py", *command, "--init", pretrained / "fcmae.pt")
+    before = (tmp_path / "x/summary.json").read_bytes()
+    done = run("python", "finetune/main.py", *command, "--init", "none", code=2)
+    assert "init_digest" in done.stderr and "another --run.name" in done.stderr
+    assert (tmp_path / "x/summary.json").read_bytes() == before
+
+
 def test_randaugment_needs_three_channels(digits, tmp_path):
     policy = ["--augment.rand_augment", "rand-m9-mstd0.5-inc1"]
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", *policy), code=2)
@@ -111,6 +131,8 @@ def test_randaugment_needs_three_channels(digits, tmp_path):
         (["--model.like", "none.yaml"], "none.yaml"),
         (["--eval_split", "test"], "has no split test (one of: train, val)"),
         (["--augment.mixup", "1", "--optim.batch_size", "3", "--optim.micro_batch", "3"], "must be even"),
+        (["--init", "{pretrained}/fcmae.pt", "--data.mean", "[0.1]"], "was trained with data.mean [0.5]"),
+        (["--data.size", "30"], "data.size 30x30 is not a multiple of the patch"),
         (["--layer_decay", "2"], "layer_decay is 2.0"),
         (["--augment.mixp", "1"], "(nearest: augment.mixup)"),
     ],
@@ -125,4 +147,4 @@ def test_bad_input(more, says, digits, pretrained, tmp_path):
 def test_shards_without_labels(pretrained, tmp_path):
     run("python", "data/prepare.py", "digits", tmp_path / "shards", "--no-labels")
     done = run("python", "finetune/main.py", *words(tmp_path / "shards", tmp_path, "x", *SHAPE), code=2)
-    assert "has no labels" in done.stderr
+    assert "split train has images without labels" in done.stderr

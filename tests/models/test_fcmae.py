@@ -7,6 +7,7 @@ import torch
 from configs.errors import UserError
 from configs.schema import visible_patches
 from models.fcmae import FCMAE, check_size
+from models.sparse.layouts import Dense
 from tests.models.helpers import masks, random_weights, tiny
 
 
@@ -29,6 +30,23 @@ def test_loss_by_hand(norm_pix):
                 target = (target - target.mean()) / np.sqrt(variance + 1e-6)
             errors.append(((output.prediction[b, k].numpy() - target) ** 2).mean())
     assert loss == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_predictions_belong_to_the_patches_they_name():
+    """Prediction k is that of grid position hidden[k]: the prediction layer on the whole decoded grid agrees there."""
+    model = FCMAE(tiny())
+    random_weights(model)
+    visible, image = masks(3, (3, 4), 0.6), torch.randn(3, 3, 24, 32)
+    with torch.no_grad():
+        output = model.predict(image, visible)
+        layout = model.layout(visible, int(visible[0].sum()))
+        grid = layout.to_grid(model.proj(model.encoder.forward_features(image, layout)), model.mask_token)
+        whole = model.pred(model.decoder[0](grid, Dense()))
+    for b in range(3):
+        for k, position in enumerate(output.hidden[b].tolist()):
+            y, x = divmod(position, 4)
+            assert not visible[b, y, x]
+            assert torch.allclose(output.prediction[b, k], whole[b, y, x], atol=1e-5)
 
 
 def test_visible_pixels_are_no_target():
@@ -66,10 +84,10 @@ def test_training_lowers_the_loss():
     image = torch.linspace(-1, 1, 32)[None, None, None] * torch.randn(8, 1, 32, 1).sign()
     visible = masks(8, (4, 4), 0.6)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    first = float(model(image, visible))
+    first = float(model(image, visible).detach())
     for _ in range(60):
         loss = model(image, visible)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert float(loss) < 0.5 * first
+    assert float(loss.detach()) < 0.5 * first

@@ -1,0 +1,63 @@
+"""What stands between the schema and DeepSpeed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from configs.errors import UserError, run_main
+from configs.schema import Optim
+from launch import engine
+from models.fcmae import FCMAE
+from tests.models.helpers import tiny
+
+
+def test_the_learning_rate_of_a_group_is_scaled():
+    groups = [{"lr": 0, "lr_scale": 1.0}, {"lr": 0, "lr_scale": 0.25}]
+    engine.set_lr(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)), 0.8)
+    assert [group["lr"] for group in groups] == [0.8, 0.2]
+
+
+def test_the_mask_token_grn_and_biases_have_no_decay():
+    model = FCMAE(tiny())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = engine.parameter_groups(model, 0.05)
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            free = name == "mask_token" or "grn" in name or name.endswith("bias") or "norm" in name
+            free = free or name.endswith(("stem.1.weight", "downsample.0.weight"))
+            assert (group["weight_decay"] == 0) == free, name
+
+
+def test_precision(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert engine.precision(Optim(), cpu) == "fp32"
+    assert engine.precision(Optim(precision="bf16"), cpu) == "bf16"
+    for supported, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
+        assert engine.precision(Optim(), cuda) == expected
+    with pytest.raises(UserError, match="no bf16"):
+        engine.precision(Optim(precision="bf16"), cuda)
+
+
+def test_tasks_of_srun_that_do_not_know_each_other(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    with pytest.raises(UserError, match="srun"):
+        engine.start("cpu")
+
+
+@pytest.mark.parametrize(("rank", "says"), [("0", "error: x"), ("1", "error: [rank 1] x")])
+def test_an_error_of_one_rank_names_it(rank, says, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("configs.errors.LAUNCHER_SECONDS", 0)
+
+    def fail():
+        raise UserError("x")
+
+    with pytest.raises(SystemExit) as stop:
+        run_main(fail)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip() == says

@@ -1,9 +1,11 @@
-"""Sum up the demo's three runs: FOLDER/summary.json, and the reconstruction picture beside it."""
+"""Sum up the demo's three runs: FOLDER/summary.json, and the reconstruction picture beside it.
+
+python launch/demo_summary.py FOLDER SECONDS
+"""
 
 import json
 import shutil
 import sys
-import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
@@ -13,7 +15,7 @@ from configs.files import write_whole
 RUNS = ("finetune", "scratch")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, seconds: int) -> None:
     """Write the summary of the runs in `folder` and print it."""
     losses = [json.loads(line) for line in (folder / "pretrain/log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in losses if "loss" in entry]
@@ -23,7 +25,7 @@ def main(folder: Path) -> None:
         "pretrain_loss_last": losses[-1],
         "finetune_top1": top1["finetune"],
         "scratch_top1": top1["scratch"],
-        "seconds": round(time.time() - int((folder / "started").read_text())),
+        "seconds": seconds,
     }
     shutil.copyfile(folder / "pretrain/reconstruction.png", folder / "reconstruction.png")
     write_whole(folder / "summary.json", json.dumps(summary, indent=1).encode())
@@ -32,4 +34,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

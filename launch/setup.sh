@@ -16,7 +16,10 @@ if command -v uv >/dev/null; then
     [ -x .venv/bin/python ] || uv venv --quiet --python "$python" .venv
     uv pip install --quiet --python .venv/bin/python -r launch/requirements.txt
 else
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        rm -rf .venv
+        "$python" -m venv .venv || { rm -rf .venv; exit 2; }
+    fi
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r launch/requirements.txt
 fi
 cp launch/requirements.txt "$mark"

@@ -94,3 +94,14 @@ def test_a_head_may_stay(tmp_path):
     with pytest.raises(UserError, match="head"):
         load_strict(model, tensors, "x.pt")
     load_strict(model, tensors, "x.pt", ignore="head.")
+
+
+def test_a_page_instead_of_a_file(tmp_path):
+    (tmp_path / "x.pt").write_text("<html>404</html>")
+    with pytest.raises(UserError, match="truncated or not a weight file"):
+        load(tmp_path / "x.pt")
+
+
+def test_statistics_are_needed(tmp_path):
+    with pytest.raises(UserError, match="damaged weight file .no mean, std."):
+        load(write(tmp_path / "x.pt", image={"size": [8, 8]}))

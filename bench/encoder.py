@@ -39,6 +39,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds, A/B/A/B (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
+    if min(args.batch, args.size, args.rounds) < 1 or not 0 <= args.mask_ratio < 1:
+        raise UserError("--batch, --size and --rounds must be positive, --mask-ratio at least 0 and below 1")
     if args.size % 32:
         raise UserError(f"--size {args.size} is not a multiple of the patch, 32 pixels")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -4,17 +4,26 @@ import dataclasses
 import os
 import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from configs.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent
 Config = TypeVar("Config")
+
+
+class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the description: they are commands."""
+
+
+CONFIG_HELP = """recipe, a YAML file of the keys below; without it the built-in digits recipe, whose values go before the
+defaults below"""
 USAGE = "%(prog)s [--config RECIPE.yaml] [--KEY VALUE ...]"
 
 
@@ -30,21 +39,26 @@ def parse(schema: type[Config], recipe: str, about: str, argv: list[str] | None 
         UserError: an unknown key (with the nearest valid one), a wrong value, a recipe that cannot be read
     """
     argv = _tidy(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(description=about, exit_on_error=False, allow_abbrev=False, default_env=False, usage=USAGE)
-    parser.add_argument(
-        "--config", action="config", help="recipe, a YAML file of the keys below (default: built-in digits)"
+    parser = ArgumentParser(
+        description=about,
+        usage=USAGE,
+        formatter_class=Formatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+        default_env=False,
     )
+    parser.add_argument("--config", action="config", help=CONFIG_HELP)
     parser.add_class_arguments(schema, None)
+    check_keys(schema, argv)
     if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
         built_in = RECIPES / recipe
         if not {"--help", "-h"} & set(argv) and not any(arg.startswith("--print_config") for arg in argv):
             say(f"no --config: using the built-in recipe {os.path.relpath(built_in)}")
         argv = ["--config", str(built_in), *argv]
-    check_keys(schema, argv)
     try:
         return _build(schema, parser.parse_args(argv))
     except ArgumentError as error:
-        raise UserError(_one_line(str(error))) from None
+        raise UserError(_explain(str(error))) from None
 
 
 def say(message: str) -> None:
@@ -70,6 +84,8 @@ def check_keys(schema: type, argv: list[str]) -> None:
             continue
         key, _, value = arg.removeprefix("--").partition("=")
         if key == "config":
+            if not value and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+                raise UserError(f"--config needs a file, like {os.path.relpath(RECIPES / 'pretrain/cifar10.yaml')}")
             path = Path(value or (argv[i + 1] if i + 1 < len(argv) else ""))
             for name in _recipe_keys(path):
                 if name in sections:
@@ -77,7 +93,7 @@ def check_keys(schema: type, argv: list[str]) -> None:
                 if name not in valid:
                     raise UserError(f"{path}: unknown key {name} {nearest(name, valid)}")
         elif key not in valid | sections | {"help", "print_config"}:
-            raise UserError(f"unknown key --{key} {nearest(key, valid)}")
+            raise UserError(f"unknown key --{key} {nearest(key, valid | {'config'})}")
 
 
 def keys(schema: type) -> Iterator[str]:
@@ -95,11 +111,11 @@ def load_recipe(path: Path) -> dict:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         known = sorted(str(p.relative_to(RECIPES.parent)) for p in RECIPES.glob("*/*.yaml"))
-        raise UserError(f"--config {path}: {error.strerror.lower()} {nearest(str(path), known)}") from None
+        raise UserError(f"recipe {path}: {error.strerror.lower()} {nearest(str(path), known)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {_one_line(str(error))}") from None
+        raise UserError(f"recipe {path} is not YAML: {_one_line(str(error))}") from None
     if not isinstance(content, dict):
-        raise UserError(f"--config {path} holds no keys: write lines like `optim:` and `  lr: 1e-3`")
+        raise UserError(f"recipe {path} holds no keys: write lines like `optim:` and `  lr: 1e-3`")
     return content
 
 
@@ -121,6 +137,17 @@ def _build(schema: type[Config], values: Namespace) -> Config:
         value = getattr(values, field.name)
         fields[field.name] = _build(field.type, value) if dataclasses.is_dataclass(field.type) else value
     return schema(**fields)
+
+
+def _explain(message: str) -> str:
+    """jsonargparse's message about a wrong value, as one line: the key, the value, what it should be."""
+    message = _one_line(message)
+    key, value = re.search(r'Parser key "([^"]+)"', message), re.search(r"(?:Got value|Given value): (.*)$", message)
+    kinds = re.findall(r"Expected an? (.+?)(?=\.? (?:- |Got|Given|Expected|$))", message)
+    if not (key and value and kinds):
+        return message
+    names = [re.sub(r"<class '(\w+)'>|typing\.", r"\1", kind) for kind in kinds if "NoneType" not in kind]
+    return f"{key[1]} is {value[1]}: it must be {' or '.join(names)}"
 
 
 def _one_line(message: str) -> str:

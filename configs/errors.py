@@ -34,7 +34,12 @@ def run_main(main: Callable[[], None]) -> None:
     """
     rank = os.environ.get("RANK", "0")
     try:
-        main()
+        try:
+            main()
+        except OSError as error:  # no permission, disk full, a file where a folder should be
+            if error.filename is None:
+                raise
+            raise UserError(f"{error.filename}: {error.strerror.lower()}") from None
     except UserError as error:
         if rank != "0":
             time.sleep(LAUNCHER_SECONDS)

@@ -33,7 +33,7 @@ class Encoder:
 
     Args:
         name: model, as timm names it: convnextv2_{atto,...,huge} or convnext_{tiny,...,xlarge}
-        channels: input channels: 1 grey, 3 RGB, any number from .npy images
+        channels: input channels: 1 grey, 3 RGB, 4 RGBA; any number from .npy images
         stem_stride: 1, 2 or 4; a masked patch has 8 x stem_stride pixels a side; small images need a small one
         depths: blocks of the four stages, where they differ from the named model's
         dims: widths of the four stages, where they differ from the named model's
@@ -134,6 +134,7 @@ class Data:
         require(0 <= self.hflip <= 1, "data.hflip", self.hflip, "a probability")
         require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(min(self.height_width) > 0, "data.size", self.size, "positive")
+        require(self.std is None or min(self.std) > 0, "data.std", self.std, "positive")
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -157,7 +158,7 @@ class Data:
         default = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
         mean, std = self.mean or default[0], self.std or default[1]
         for key, values in (("data.mean", mean), ("data.std", std)):
-            require(len(values) == channels, key, list(values), f"{channels} numbers, one a channel (model.channels)")
+            require(len(values) == channels, key, list(values), f"null, or {channels} numbers (model.channels)")
         return tuple(mean), tuple(std)
 
 
@@ -258,7 +259,7 @@ class Pretrain:
     """FCMAE pretraining.
 
     Args:
-        resume: auto = continue the run's newest checkpoint if there is one; must = fail without; never = fail with
+        resume: auto = go on from the newest checkpoint if there is one; must = fail if there is none; never = fail if there is
         data: Images
         model: Masked autoencoder
         optim: Optimisation
@@ -309,7 +310,7 @@ class Finetune:
 
     Args:
         init: weights to start from: an fcmae.pt; none = from scratch
-        resume: auto = continue the run's newest checkpoint if there is one; must = fail without; never = fail with
+        resume: auto = go on from the newest checkpoint if there is one; must = fail if there is none; never = fail if there is
         eval_split: split that is evaluated after each epoch
         layer_decay: factor of the learning rate from one layer to the one below it; 1 = off
         layer_decay_kind: what a layer is: single = each block; group = a twelfth of the network

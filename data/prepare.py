@@ -80,7 +80,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--index", action="store_true", help="index the .tar files in SOURCE, made by other tools")
     parser.add_argument("--verify", action="store_true", help="check every byte of the shards in SOURCE")
     args = parser.parse_args(argv)
-    if bool(args.out) == (args.index or args.verify):
+    if not args.source or bool(args.out) == (args.index or args.verify) or (args.index and args.verify):
         parser.error("give SOURCE OUT, or one folder of shards with --index or --verify")
     for name, low, high in (
         ("resize", 1, 1 << 16),
@@ -120,8 +120,6 @@ def prepare(args: argparse.Namespace) -> None:
         with open_source(args.source, out, args.no_labels) as items:
             print(f"{args.source}: {len(items):,} images", flush=True)
             write_all(args, out, items)
-    except PermissionError as error:
-        raise UserError(f"{error.filename}: permission denied: choose another folder") from None
     finally:
         if created and out.exists() and not any(out.iterdir()):
             out.rmdir()
@@ -178,7 +176,9 @@ def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
         held = round(fraction * len(members))
         splits["val"] += members[:held]
         splits["train"] += members[held:]
-    return {split: members for split, members in splits.items() if members}
+    if not splits["val"] or not splits["train"]:
+        raise UserError(f"--val-fraction {fraction} leaves a split empty: no class has enough images")
+    return dict(splits)
 
 
 def claim(out: Path, args: argparse.Namespace, items: list[Item]) -> None:

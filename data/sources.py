@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from configs.errors import UserError, reason
 from data.shards import IMAGE_TYPES, check_end
@@ -69,6 +69,8 @@ def open_source(source: str, scratch: Path, ignore_labels: bool = False) -> Iter
             items = [Item(name, "digits", split=split, label=label) for name, (_, split, label) in _digits().items()]
         else:
             path = Path(source)
+            if (path / "index.json").exists():
+                raise UserError(f"{source} holds shards already: train on them, or give the original images")
             if not path.exists():
                 raise UserError(f"{source} does not exist: give a folder, a zip, a tar, or `digits`")
             if path.is_file() and not _is_tar(path) and not zipfile.is_zipfile(path):
@@ -224,5 +226,7 @@ def open_picture(data: bytes) -> Image.Image:
         picture = Image.open(io.BytesIO(data))
         picture.load()
         return picture
+    except UnidentifiedImageError:
+        raise UserError("not an image of a known type") from None
     except Exception as error:  # damaged files make PIL's decoders raise nearly anything
         raise UserError(f"not a readable image ({reason(error)})") from None

@@ -160,7 +160,8 @@ def end_epoch(
         classifier.best = {"epoch": epoch, "weights": winner, **asdict(scores[winner])}
     for kind, score in scores.items():
         log.scores(step, f"{config.eval_split}_{kind}", asdict(score))
-    shown = "  ".join(f"{kind} top-1 {score.top1:.2%} top-5 {score.top5:.2%}" for kind, score in scores.items())
+    names = {"raw": "", "ema": "moving average "}
+    shown = "; ".join(f"{names[kind]}top-1 {score.top1:.2%}, top-5 {score.top5:.2%}" for kind, score in scores.items())
     log.say(f"epoch {epoch}: {config.eval_split} {shown}{'  (best)' if better else ''}")
     if not classifier.world.first:
         return

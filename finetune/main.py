@@ -70,7 +70,7 @@ def main() -> None:
     classifier = Classifier(config, engine, ema, world, arch, classes, (mean, std))
     run = Path(config.run.folder) / config.run.name
     digests = {"data_digest": train_split.digest, "init_digest": sha256(Path(config.init))[:16] if init else "none"}
-    identity = to_dict(config) | digests
+    identity = to_dict(config) | {"stage": "fine-tuning"} | digests
     step, state = checkpoints.resume(engine, run, identity, config.resume, world)
     if state:
         classifier.load_state(state)
@@ -86,6 +86,8 @@ def main() -> None:
         finetune(config, classifier, loader, val_loader, step, log, identity)
     finally:
         log.close()
+    best = classifier.best
+    say(f"best {config.eval_split} top-1 {best['top1']:.2%}, in epoch {best['epoch']}; wrote {run / 'best.pt'}")
     stop()
 
 

@@ -92,6 +92,10 @@ def resume(engine, run: Path, config: dict, mode: str, world: World) -> tuple[in
         raise UserError(f"--resume never, but {run} has checkpoints: choose another --run.name or delete the folder")
     skipped = [path.name for path in found if path.name > Path(newest).name]
     manifest = _manifest(Path(newest))
+    if manifest["config"].get("stage") != config.get("stage"):
+        raise UserError(
+            f"{run} is a {manifest['config']['stage']} run: choose another --run.name for {config['stage']}"
+        )
     changed = [line for line in differences(manifest["config"], config) if line.split()[0] not in MAY_CHANGE]
     if changed:
         raise UserError(

@@ -63,7 +63,8 @@ def load(path: str | Path) -> Weights:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give the fcmae.pt that pretraining wrote")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}: give the fcmae.pt that pretraining wrote")
     if not zipfile.is_zipfile(path):  # what torch.save writes is a zip; nothing else is opened
         raise UserError(f"{path} is truncated or not a weight file: copy it again")
     try:

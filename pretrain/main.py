@@ -42,7 +42,7 @@ def main() -> None:
     place = world.rank, world.ranks, world.device.type == "cuda"
     loader = train_loader(split, transform, config.model.channels, config.run.seed, data, optim, *place)
     run = Path(config.run.folder) / config.run.name
-    identity = to_dict(config) | {"data_digest": split.digest}
+    identity = to_dict(config) | {"stage": "pretraining", "data_digest": split.digest}
     del identity["optim"]["micro_batch"]  # may change on resume: it does not change what is learnt
     step, _ = checkpoints.resume(engine, run, identity, config.resume, world)
     loader.batches.first_step = step
@@ -67,7 +67,7 @@ def main() -> None:
             run / "fcmae.pt",
             Weights("fcmae", model.encoder.arch, image, encoder, decoder, settings, classes=split.classes),
         )
-        print(f"wrote {run / 'fcmae.pt'}; next: python finetune/main.py --init {run / 'fcmae.pt'}")
+        print(f"wrote {run / 'fcmae.pt'}: fine-tune it with `python finetune/main.py --init {run / 'fcmae.pt'} ...`")
     stop()
 
 

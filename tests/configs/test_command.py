@@ -43,9 +43,13 @@ def test_deepspeeds_local_rank_and_a_bare_resume():
         (["--optim.lr", "abc"], r"optim\.lr.*abc"),
         (["--optim.lr"], r"optim\.lr.*expected one argument"),
         (["--optim.lr", "-1"], r"optim\.lr is -1\.0: it must be positive"),
-        (["--model.stem_stride", "3"], r"model\.stem_stride.*3"),
+        (["--model.stem_stride", "3"], r"^model\.stem_stride is 3: it must be Literal\[1, 2, 4\]$"),
         (["--model.mask_ratio", "1"], r"model\.mask_ratio is 1\.0: it must be between 0 and 1"),
         (["--resume", "maybe"], "resume.*maybe"),
+        (["--data.size", "big"], r"^data\.size is big: it must be int or tuple\[int, int\]$"),
+        (["--confg", "x"], r"\(nearest: config\)"),
+        (["--config"], r"--config needs a file"),
+        (["--data.std", "[0,0,0]"], r"data\.std"),
         (["--config", "nowhere.yaml"], r"nowhere\.yaml: no such file"),
         (["stray"], "stray"),
     ],
@@ -123,7 +127,7 @@ def test_image_and_patch_sizes():
 def test_statistics():
     assert Data().statistics(3)[0] == (0.485, 0.456, 0.406)
     assert Data().statistics(2) == ((0.5, 0.5), (0.5, 0.5))
-    with pytest.raises(UserError, match=r"data\.mean is \[0\.5\]: it must be 3 numbers"):
+    with pytest.raises(UserError, match=r"data\.mean is \[0\.5\]: it must be null, or 3 numbers"):
         Data(mean=(0.5,)).statistics(3)
 
 

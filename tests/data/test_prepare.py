@@ -348,7 +348,21 @@ def test_a_label_that_is_no_class_number(label, tmp_path):
         index_folder(tmp_path, 1)
 
 
-def test_out_is_a_file(tmp_path):
+def test_out_cannot_be_written(tmp_path):
+    source = as_folder(CATS, tmp_path / "in")
     (tmp_path / "out").touch()
     with pytest.raises(UserError, match="is a file"):
-        prepared(as_folder(CATS, tmp_path / "in"), tmp_path / "out")
+        prepared(source, tmp_path / "out")
+    line = bad(tmp_path, source, tmp_path / "out/below")
+    assert line.startswith(f"error: {tmp_path}/out/below: not a directory") and line.count("\n") == 1
+
+
+def test_shards_are_no_source(digits, tmp_path):
+    with pytest.raises(UserError, match="holds shards already"):
+        prepared(digits, tmp_path / "out")
+
+
+def test_a_val_fraction_that_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="leaves a split empty"):
+        prepared(as_folder(CATS, tmp_path / "in"), tmp_path / "out", "--val-fraction", "0.001")
+    assert not (tmp_path / "out").exists()

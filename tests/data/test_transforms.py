@@ -154,5 +154,7 @@ def test_randaugment_is_a_function_of_the_generator():
     first = [augment(image, sample_rng(0, 0, i)) for i in range(5)]
     assert all(torch.equal(augment(image, sample_rng(0, 0, i)), first[i]) for i in range(5))
     assert not all(torch.equal(x, first[0]) for x in first)
+    for i in range(600):  # every operation at every strength
+        assert augment(image, sample_rng(1, 0, i)).shape == image.shape
     with pytest.raises(UserError, match="rand_augment"):
         RandAugment("nonsense", (0.5, 0.5, 0.5))

@@ -39,7 +39,7 @@ def summary(folder):
 
 def test_from_pretrained_weights(digits, pretrained, tmp_path):
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", "--init", pretrained / "fcmae.pt", *RECIPE))
-    assert "val raw top-1" in done.stdout and "ema top-1" in done.stdout
+    assert "val top-1" in done.stdout and "moving average top-1" in done.stdout and "best.pt" in done.stdout
     assert names(tmp_path / "x") == {
         "config.yaml", "log.jsonl", "tensorboard", "checkpoints", "best.pt", "last.pt", "summary.json",
     }  # fmt: skip

@@ -38,6 +38,12 @@ def save(run, *steps, keep=3, config=None):
         checkpoints.save(Engine(), run, step, {"at": step}, config or {"seed": 1}, ALONE, keep)
 
 
+def test_a_run_of_the_other_stage(tmp_path):
+    save(tmp_path, 1, config={"stage": "pretraining"})
+    with pytest.raises(UserError, match=r"is a pretraining run: choose another --run\.name for fine-tuning$"):
+        resume(tmp_path, config={"stage": "fine-tuning"})
+
+
 def resume(run, mode="auto", config=None, world=ALONE):
     return checkpoints.resume(Engine(), run, config or {"seed": 1}, mode, world)
 

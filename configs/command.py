@@ -22,8 +22,8 @@ class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keeps the lines of the description: they are commands."""
 
 
-CONFIG_HELP = """recipe, a YAML file of the keys below; without it the built-in digits recipe, whose values go before the
-defaults below"""
+CONFIG_HELP = """recipe, a YAML file of the keys below; without it the built-in digits recipe, whose values
+go before the defaults below"""
 USAGE = "%(prog)s [--config RECIPE.yaml] [--KEY VALUE ...]"
 
 

@@ -259,7 +259,7 @@ class Pretrain:
     """FCMAE pretraining.
 
     Args:
-        resume: auto = go on from the newest checkpoint if there is one; must = fail if there is none; never = fail if there is
+        resume: auto = go on from the newest checkpoint, if any; must = fail without one; never = fail with one
         data: Images
         model: Masked autoencoder
         optim: Optimisation
@@ -310,7 +310,7 @@ class Finetune:
 
     Args:
         init: weights to start from: an fcmae.pt; none = from scratch
-        resume: auto = go on from the newest checkpoint if there is one; must = fail if there is none; never = fail if there is
+        resume: auto = go on from the newest checkpoint, if any; must = fail without one; never = fail with one
         eval_split: split that is evaluated after each epoch
         layer_decay: factor of the learning rate from one layer to the one below it; 1 = off
         layer_decay_kind: what a layer is: single = each block; group = a twelfth of the network

@@ -46,7 +46,7 @@ def test_deepspeeds_local_rank_and_a_bare_resume():
         (["--model.stem_stride", "3"], r"^model\.stem_stride is 3: it must be Literal\[1, 2, 4\]$"),
         (["--model.mask_ratio", "1"], r"model\.mask_ratio is 1\.0: it must be between 0 and 1"),
         (["--resume", "maybe"], "resume.*maybe"),
-        (["--data.size", "big"], r"^data\.size is big: it must be int or tuple\[int, int\]$"),
+        (["--data.size", "big"], r"^data\.size is big: it must be int or tuple$"),
         (["--confg", "x"], r"\(nearest: config\)"),
         (["--config"], r"--config needs a file"),
         (["--data.std", "[0,0,0]"], r"data\.std"),

@@ -36,5 +36,5 @@ def pair(**settings) -> tuple[FCMAE, FCMAE]:
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, what: str = "", tolerance: float = 1e-5) -> None:
     """Largest difference relative to the largest expected value."""
-    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    error = float(((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).detach())
     assert error <= tolerance, f"{what}: relative error {error:.1e}"

@@ -13,4 +13,4 @@ for arg in "$@"; do
 done
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "${select[@]}" ${args[@]+"${args[@]}"}
+exec .venv/bin/python -m pytest ${select[@]+"${select[@]}"} ${args[@]+"${args[@]}"}

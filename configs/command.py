@@ -105,7 +105,7 @@ def keys(schema: type) -> Iterator[str]:
             yield field.name
 
 
-def load_recipe(path: Path) -> dict:
+def _load_recipe(path: Path) -> dict:
     """A recipe's YAML as nested dicts. Raises `UserError` if it cannot be read."""
     try:
         content = yaml.safe_load(path.read_text())
@@ -127,7 +127,7 @@ def _recipe_keys(path: Path) -> Iterator[str]:
             else:
                 yield f"{prefix}{key}"
 
-    return walk("", load_recipe(path))
+    return walk("", _load_recipe(path))
 
 
 def _build(schema: type[Config], values: Namespace) -> Config:

@@ -127,9 +127,10 @@ def prepare(args: argparse.Namespace) -> None:
 
 def write_all(args: argparse.Namespace, out: Path, items: list[Item]) -> None:
     """Write the shards that are missing, then the index."""
+    splits = hold_out(items, args.val_fraction)
     claim(out, args, items)
     classes = None if args.no_labels or items[0].label is None else sorted({item.label for item in items})
-    tasks = plan(out, hold_out(items, args.val_fraction), classes, args.shard_size)
+    tasks = plan(out, splits, classes, args.shard_size)
     done = finished(out)
     if all(task.path.name in done for task in tasks):
         print(f"{out} is complete already")
@@ -189,7 +190,6 @@ def claim(out: Path, args: argparse.Namespace, items: list[Item]) -> None:
     wanted |= {key: getattr(args, key) for key in keys}
     mark = out / "source.json"
     if not mark.exists():
-        hold_out(items, args.val_fraction)  # may refuse
         write_whole(mark, json.dumps(wanted, indent=1).encode())
         return
     try:

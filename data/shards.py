@@ -28,6 +28,7 @@ from configs.files import sha256, whole_file, write_whole
 FORMAT = "convnext-fcmae-shards/1"
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "npy")  # what the loader decodes
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")])
+PIECE = 1 << 20  # bytes read at a time where a file may be large
 OPEN_SHARDS = 64  # file handles and index tables a reader keeps
 
 
@@ -77,7 +78,7 @@ def read_rows(tar: Path) -> np.ndarray:
     try:
         with tarfile.open(tar, "r:") as archive, tar.open("rb") as file:
             for member in archive:
-                end = member.offset_data + -(-member.size // 512) * 512
+                end = member_end(member)
                 if not member.isreg():
                     continue
                 folder, _, name = member.name.rpartition("/")
@@ -99,14 +100,22 @@ def read_rows(tar: Path) -> np.ndarray:
     return np.array([(*row, labels.get(key, -1)) for key, row in rows.items()], ROW)
 
 
+def member_end(member: tarfile.TarInfo) -> int:
+    """Where the header after a tar's member begins."""
+    return member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
 def check_end(file: BinaryIO, end: int, limit: int, tar: Path) -> None:
     """Raise `UserError` unless only zeros, two blocks or more, follow the last member of a tar.
 
     Python's tarfile stops without a word at a cut or zeroed header, and takes the rest for the end of the archive.
     """
     file.seek(end)
-    tail = file.read(max(0, limit - end))
-    if len(tail) < 1024 or any(tail):
+    whole = limit - end >= 2 * tarfile.BLOCKSIZE
+    while whole and file.tell() < limit:  # in pieces: after damage the tail may be most of the archive
+        piece = file.read(min(PIECE, limit - file.tell()))
+        whole = len(piece) > 0 and not piece.strip(b"\0")
+    if not whole:
         raise UserError(f"{tar} is cut short or damaged after byte {end}: fetch or write it again")
 
 

@@ -24,7 +24,7 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from configs.errors import UserError, reason
-from data.shards import IMAGE_TYPES, check_end
+from data.shards import IMAGE_TYPES, PIECE, check_end, member_end
 
 READABLE = (*IMAGE_TYPES, "bmp", "tif", "tiff", "ppm", "pgm")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -74,7 +74,9 @@ def open_source(source: str, scratch: Path, ignore_labels: bool = False) -> Iter
             if not path.exists():
                 raise UserError(f"{source} does not exist: give a folder, a zip, a tar, or `digits`")
             if path.is_file() and not _is_tar(path) and not zipfile.is_zipfile(path):
-                path = unpacked = _unpack(path, scratch)
+                unpacked = scratch / f".{path.name}.unpacked"
+                _unpack(path, unpacked)
+                path = unpacked
             items = _from_paths(_list(path), source, ignore_labels)
         yield sorted(items, key=lambda item: item.name)
     finally:
@@ -103,7 +105,7 @@ def _list_tar(path: Path) -> Iterator[Item]:
         with tarfile.open(path, "r:") as outer, path.open("rb") as file:
             end = 0
             for member in outer:
-                end = _end(member)
+                end = member_end(member)
                 if member.isreg() and member.name.endswith(".tar"):
                     yield from _list_inner_tar(path, file, outer, member)
                 elif member.isreg() and member.name.endswith(".cls"):
@@ -121,7 +123,7 @@ def _list_inner_tar(path: Path, file: BinaryIO, outer: tarfile.TarFile, member: 
     folder, end = member.name.removesuffix(".tar"), 0
     with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
         for image in inner:
-            end = _end(image)
+            end = member_end(image)
             if image.isreg() and _is_image(image.name):
                 yield _tar_item(f"{folder}/{image.name}", path, member.offset_data + image.offset_data, image.size)
     check_end(file, member.offset_data + end, member.offset_data + member.size, path)
@@ -129,11 +131,6 @@ def _list_inner_tar(path: Path, file: BinaryIO, outer: tarfile.TarFile, member: 
 
 def _tar_item(name: str, path: Path, offset: int, size: int) -> Item:
     return Item(name, str(path), f"{offset} {size}", offset, size)
-
-
-def _end(member: tarfile.TarInfo) -> int:
-    """Where the next member's header begins."""
-    return member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def _from_paths(items: Iterator[Item], source: str, ignore_labels: bool) -> list[Item]:
@@ -174,8 +171,8 @@ def _is_tar(path: Path) -> bool:
     return True
 
 
-def _unpack(path: Path, scratch: Path) -> Path:
-    """Unpack a gz, bz2 or xz file into `scratch`, so that any image can be read at once."""
+def _unpack(path: Path, target: Path) -> None:
+    """Unpack a gz, bz2 or xz file, so that any image can be read. The caller removes `target` in any case."""
     import bz2
     import gzip
     import lzma
@@ -185,17 +182,11 @@ def _unpack(path: Path, scratch: Path) -> Path:
         magic = file.read(2)
     if magic not in openers:
         raise UserError(f"{path} is not a folder, a zip or a tar (plain, gz, bz2 or xz)")
-    target = scratch / f".{path.name}.unpacked"
     try:
         with openers[magic](path) as packed, target.open("wb") as out:
-            copyfileobj(packed, out, 1 << 20)
+            copyfileobj(packed, out, PIECE)
     except (OSError, EOFError, lzma.LZMAError) as error:
-        target.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be unpacked into {scratch} ({error})") from None
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-    return target
+        raise UserError(f"{path} cannot be unpacked into {target.parent} ({error})") from None
 
 
 @lru_cache(4)

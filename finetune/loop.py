@@ -23,7 +23,7 @@ from finetune.evaluate import Score, evaluate
 from launch import checkpoints
 from launch.engine import World, precision, seed_everything, set_lr
 from launch.runlog import Mean, RunLog
-from models.weights import Weights, save, state_of
+from models.weights import Weights, cpu_state, divide, save
 
 
 class Classifier:
@@ -78,7 +78,7 @@ class Classifier:
 
     def weights(self, kind: str) -> Weights:
         """The `raw` or `ema` weights as a file's content."""
-        head, encoder = state_of(self.ema.module if kind == "ema" else self.engine.module, "head.")
+        head, encoder = divide(cpu_state(self.ema.module if kind == "ema" else self.engine.module), "head.")
         data = self.config.data
         image = {
             "size": list(data.height_width), "mean": self.mean.tolist(), "std": self.std.tolist(),
@@ -167,7 +167,7 @@ def end_epoch(
         return
     last = classifier.weights("raw")
     if classifier.ema:
-        last.ema = {name: tensor.cpu() for name, tensor in classifier.ema.module.state_dict().items()}
+        last.ema = cpu_state(classifier.ema.module)
     save(run / "last.pt", last)
     if better:
         save(run / "best.pt", classifier.weights(winner))

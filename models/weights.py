@@ -41,11 +41,15 @@ class Weights:
     classes: list[str] | None = None
 
 
-def state_of(model: nn.Module, part: str) -> tuple[Tensors, Tensors]:
-    """State of a model on the CPU, divided into (names that begin with `part`, the others)."""
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    inside = {name: tensor for name, tensor in state.items() if name.startswith(part)}
-    return inside, {name: tensor for name, tensor in state.items() if name not in inside}
+def cpu_state(model: nn.Module) -> Tensors:
+    """State of a model, on the CPU."""
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+
+
+def divide(tensors: Tensors, prefix: str) -> tuple[Tensors, Tensors]:
+    """(those whose names begin with `prefix`, the others)."""
+    inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return inside, {name: tensor for name, tensor in tensors.items() if name not in inside}
 
 
 def save(path: Path, weights: Weights) -> None:
@@ -89,13 +93,15 @@ def load(path: str | Path) -> Weights:
     return weights
 
 
-def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: str = "\0") -> None:
+def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: str | None = None) -> None:
     """Load tensors into a module; names that begin with `ignore` keep their values.
 
     Raises:
         UserError: lists what is missing, unexpected or misshapen; the module is then unchanged
     """
-    own = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(ignore)}
+    own = module.state_dict()
+    if ignore is not None:
+        _, own = divide(own, ignore)
     problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
     problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
     problems += [

@@ -20,7 +20,7 @@ from launch import checkpoints
 from launch.engine import build_engine, parameter_groups, seed_everything, start, stop
 from launch.runlog import RunLog
 from models.fcmae import FCMAE, check_size
-from models.weights import Weights, save, state_of
+from models.weights import Weights, cpu_state, divide, save
 from pretrain.loop import pretrain
 
 
@@ -60,12 +60,14 @@ def main() -> None:
     finally:
         log.close()
     if world.first:
-        (encoder, _), (_, decoder) = state_of(model.encoder, ""), state_of(model, "encoder.")
+        _, decoder = divide(cpu_state(model), "encoder.")
         image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}
         settings = to_dict(config.model)
         save(
             run / "fcmae.pt",
-            Weights("fcmae", model.encoder.arch, image, encoder, decoder, settings, classes=split.classes),
+            Weights(
+                "fcmae", model.encoder.arch, image, cpu_state(model.encoder), decoder, settings, classes=split.classes
+            ),
         )
         print(f"wrote {run / 'fcmae.pt'}: fine-tune it with `python finetune/main.py --init {run / 'fcmae.pt'} ...`")
     stop()

@@ -8,16 +8,15 @@ import torch
 from configs.errors import UserError
 from configs.schema import Encoder
 from models.convnext import ConvNeXt, resolve
-from models.weights import Weights, load, load_strict, save, state_of
+from models.weights import Weights, cpu_state, load, load_strict, save
 from tests.conftest import names
 
 ARCH = resolve(Encoder("convnextv2_atto", stem_stride=1, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)))
 
 
 def write(path, **changes):
-    encoder, _ = state_of(ConvNeXt(ARCH), "")
     image = {"size": [8, 8], "mean": [0.5], "std": [0.5]}
-    content = {"kind": "fcmae", "arch": ARCH, "image": image, "encoder": encoder} | changes
+    content = {"kind": "fcmae", "arch": ARCH, "image": image, "encoder": cpu_state(ConvNeXt(ARCH))} | changes
     save(path, Weights(**content))
     return path
 

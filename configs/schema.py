@@ -61,7 +61,10 @@ class PretrainModel(Encoder):
         decoder_dim: width of the decoder
         decoder_depth: ConvNeXt V2 blocks of the decoder
         norm_pix: predict pixels normalised patch by patch (the paper's target)
-        backend: packed = visible tokens only (fast); masked = dense convolutions and a mask (plain reference)
+        backend: packed = visible tokens only (fast); masked = dense convolutions and a mask (plain reference);
+            minkowski = MinkowskiEngine's sparse convolutions (the published code's; bash launch/install_minkowski.sh)
+        grn_scope: what the encoder's GRN takes its norm over: image = each image, as in the paper; batch = a rank's
+            micro batch, as the official sparse code does; only to go on with, or repeat, a run of that code
         grad_checkpointing: recompute each block in the backward pass: less memory, about a third more time
     """
 
@@ -72,7 +75,8 @@ class PretrainModel(Encoder):
     decoder_dim: int = 512
     decoder_depth: int = 1
     norm_pix: bool = True
-    backend: Literal["packed", "masked"] = "packed"
+    backend: Literal["packed", "masked", "minkowski"] = "packed"
+    grn_scope: Literal["image", "batch"] = "image"
     grad_checkpointing: bool = False
 
     def __post_init__(self):

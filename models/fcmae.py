@@ -29,11 +29,15 @@ class FCMAE(nn.Module):
 
     Args:
         config: encoder, decoder, mask ratio and backend. Masks are not drawn here: they come with the images.
+    Raises:
+        UserError: unknown model name; backend minkowski without MinkowskiEngine
     """
 
     def __init__(self, config: PretrainModel):
         super().__init__()
         self.config = config
+        if config.backend == "minkowski":
+            import models.sparse.minkowski  # noqa: F401  # now, so that a missing one is told before the first step
         self.encoder = ConvNeXt(config, grad_checkpointing=config.grad_checkpointing)
         arch = self.encoder.arch
         self.patch = PATCH_PER_STEM_STRIDE * arch.stem_stride
@@ -45,9 +49,16 @@ class FCMAE(nn.Module):
             part.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def layout(self, visible: Tensor, n: int) -> Masked | Packed:
+    def layout(self, visible: Tensor, n: int):
         """The backend's layout for masks [B, gy, gx] with n visible patches."""
-        return Masked(visible) if self.config.backend == "masked" else Packed(visible, n)
+        scope = self.config.grn_scope
+        if self.config.backend == "packed":
+            return Packed(visible, n, scope)
+        if self.config.backend == "masked":
+            return Masked(visible, scope)
+        from models.sparse.minkowski import Minkowski  # optional: imported only where it was asked for
+
+        return Minkowski(visible, scope)
 
     def predict(self, image: Tensor, visible: Tensor) -> Output:
         """Encode the visible patches of images [B, C, H, W] and predict the hidden ones' pixels."""

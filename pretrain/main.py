@@ -43,7 +43,10 @@ def main() -> None:
     loader = train_loader(split, transform, config.model.channels, config.run.seed, data, optim, *place)
     run = Path(config.run.folder) / config.run.name
     identity = to_dict(config) | {"stage": "pretraining", "data_digest": split.digest}
-    del identity["optim"]["micro_batch"]  # may change on resume: it does not change what is learnt
+    if config.model.grn_scope == "image":
+        del identity["optim"]["micro_batch"]  # may change on resume: it does not change what is learnt
+    else:
+        identity["optim"]["micro_batch"], _ = optim.accumulation(world.ranks)
     step, _ = checkpoints.resume(engine, run, identity, config.resume, world)
     loader.batches.first_step = step
     log = RunLog(

@@ -2,7 +2,7 @@
 
 A ConvNeXt is local to a token except for four things: the stem and the downsampling (local to a patch), the depthwise
 convolution (sees neighbours) and GRN's norm (sees the whole image). A layout owns these four; blocks own the rest, and
-the same block code and weights serve every layout.
+the same block code and weights serve every layout. A fourth layout, models/sparse/minkowski.py, is optional.
 
     Dense    x [B, H, W, C]      every token of the image                   fine-tuning, decoder
     Masked   x [B, H, W, C]      the same and a mask; the plain reference   tests
@@ -11,6 +11,7 @@ the same block code and weights serve every layout.
 Letters: B images, H W token rows and columns, C channels, g patch grid (gy x gx), n visible patches of an image,
 s tokens along a patch's side (8, 4, 2, 1 in the four stages), P pixels along it. Channels are last everywhere.
 `visible` [B, gy, gx] is True where the encoder sees the patch; every image has the same number n of them.
+`grn_scope` is what GRN's norm is over: "image", as in the paper, or "batch", as the official sparse code computes it.
 """
 
 import torch
@@ -84,8 +85,9 @@ class Masked(Dense):
     Hidden positions hold numbers nobody reads: each operation that looks beyond one token zeroes them first.
     """
 
-    def __init__(self, visible: Tensor):
+    def __init__(self, visible: Tensor, grn_scope: str = "image"):
         self.visible = visible
+        self.norm_dims = (0, 1, 2) if grn_scope == "batch" else (1, 2)
 
     def at_stage(self, x: Tensor) -> Tensor:
         """`visible` at the resolution of x: [B, H, W]."""
@@ -100,7 +102,8 @@ class Masked(Dense):
         return super().depthwise(self.zero_hidden(x), conv)
 
     def image_norm(self, x: Tensor) -> Tensor:
-        return super().image_norm(self.zero_hidden(x))
+        x = self.zero_hidden(x)
+        return torch.linalg.vector_norm(x, dim=self.norm_dims, keepdim=True, dtype=torch.float32)
 
     def to_grid(self, x: Tensor, fill: Tensor) -> Tensor:
         """Last stage's tokens on the patch grid [B, gy, gx, C], with `fill` [C] at hidden patches."""
@@ -114,8 +117,9 @@ class Packed:
     patch. That one scatters the tokens to a canvas of zeros, convolves, and gathers them again.
     """
 
-    def __init__(self, visible: Tensor, n: int):
+    def __init__(self, visible: Tensor, n: int, grn_scope: str = "image"):
         self.grid = tuple(visible.shape[1:])
+        self.norm_dims = (0, 1, 2, 3) if grn_scope == "batch" else (1, 2, 3)
         self.patch, _ = split_patches(visible, n)
         self._rows: dict[int, Tensor] = {}
 
@@ -147,8 +151,8 @@ class Packed:
         return GatherRows.apply(y.flatten(0, 2), rows).view_as(x)
 
     def image_norm(self, x: Tensor) -> Tensor:
-        """Euclidean norm of each channel over an image's visible tokens, fp32, shaped to broadcast against x."""
-        return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
+        """Euclidean norm of each channel over the visible tokens of an image, or of the batch; fp32, to broadcast."""
+        return torch.linalg.vector_norm(x, dim=self.norm_dims, keepdim=True, dtype=torch.float32)
 
     def to_grid(self, x: Tensor, fill: Tensor) -> Tensor:
         """Last stage's tokens on the patch grid [B, gy, gx, C], with `fill` [C] at hidden patches."""

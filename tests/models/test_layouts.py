@@ -31,6 +31,24 @@ def test_packed_equals_masked(grid, channels, stem_stride, ratio):
         assert_close(ours.grad, theirs.grad, name)
 
 
+def test_grn_over_the_batch():
+    """As the official sparse code: packed equals masked, and an image's tokens depend on the others of its batch."""
+    packed, masked = pair(grn_scope="batch")
+    visible, image = masks(3, (4, 4), 0.6), torch.randn(3, 3, 32, 32)
+    loss, loss_masked = packed(image, visible), masked(image, visible)
+    assert_close(loss, loss_masked, "loss")
+    loss.backward()
+    loss_masked.backward()
+    for (name, ours), theirs in zip(packed.named_parameters(), masked.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad, name)
+    together, alone = encode(packed, image, visible)[:1], encode(packed, image[:1], visible[:1])
+    assert not torch.allclose(together, alone, rtol=1e-3)
+
+    x, layout = torch.randn(3, 6, 2, 2, 5), Packed(visible, 6, "batch")
+    by_hand = torch.stack([x[..., c].square().sum().sqrt() for c in range(5)])
+    assert_close(layout.image_norm(x).flatten(), by_hand)
+
+
 @pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_tiny"])
 def test_full_size_model(name):
     settings = {"channels": 3, "stem_stride": 4, "depths": None, "dims": None}

@@ -20,7 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 import torch
 from torch import Tensor
 
-from configs.errors import UserError, run_main
+from configs.errors import Parser, UserError, run_main
 from configs.schema import Encoder, visible_patches
 from models.convnext import ConvNeXt
 from models.sparse.layouts import Masked, Packed
@@ -30,7 +30,7 @@ TOLERANCE = 1e-4  # relative; sums over thousands of tokens in another order
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="convnextv2_tiny", help="model name (default %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="images (default %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="image side, pixels (default %(default)s)")

@@ -1,5 +1,6 @@
 """Errors that the user can mend, and how an entry point ends."""
 
+import argparse
 import os
 import signal
 import sys
@@ -24,6 +25,16 @@ def nearest(wrong: str, valid: Iterable[str]) -> str:
 def reason(error: Exception) -> str:
     """The first line of a library's error message, or the error's name if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class Parser(argparse.ArgumentParser):
+    """Like its base, but keeps the lines of the description, and a mistake is a `UserError`: one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see --help)")
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -93,7 +93,7 @@ class FinetuneModel(Encoder):
     Args:
         like: pretraining recipe whose model is built with --init none, for the keys left null
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first
-        head_init: scale of the classifier's initial weights; null = .001 with --init, 1 from scratch
+        head_init: scale of a new classifier's initial weights; null = .001 with --init, 1 from scratch
         grad_checkpointing: recompute each block in the backward pass: less memory, about a third more time
     """
 
@@ -263,6 +263,8 @@ class Pretrain:
     """FCMAE pretraining.
 
     Args:
+        init: weights to start from: an fcmae.pt, or a file of any other format (official, official-sparse, timm,
+            transformers, mmpretrain), with the decoder if the file has one; none = from scratch
         resume: auto = go on from the newest checkpoint, if any; must = fail without one; never = fail with one
         data: Images
         model: Masked autoencoder
@@ -270,6 +272,7 @@ class Pretrain:
         run: The run
     """
 
+    init: str = "none"
     resume: Literal["auto", "must", "never"] = "auto"
     data: Data = field(default_factory=Data)
     model: PretrainModel = field(default_factory=PretrainModel)
@@ -313,7 +316,8 @@ class Finetune:
     """Supervised fine-tuning.
 
     Args:
-        init: weights to start from: an fcmae.pt; none = from scratch
+        init: weights to start from: an fcmae.pt, or a file of any other format (official, official-sparse, timm,
+            transformers, mmpretrain); none = from scratch
         resume: auto = go on from the newest checkpoint, if any; must = fail without one; never = fail with one
         eval_split: split that is evaluated after each epoch
         layer_decay: factor of the learning rate from one layer to the one below it; 1 = off

@@ -24,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 
 import numpy as np
 
-from configs.errors import UserError, reason, run_main
+from configs.errors import Parser, UserError, reason, run_main
 from configs.files import write_whole
 from data.convert import Options, convert
 from data.index import describe, index_folder, verify
@@ -49,16 +49,9 @@ class Task:
         return self.path.with_name(f".{self.path.stem}.record.json")
 
 
-class Parser(argparse.ArgumentParser):
-    """Like its base, but a mistake is a `UserError`: one line."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see --help)")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "source", help="`digits`, a folder, a zip, a tar (plain, gz, bz2, xz), the ILSVRC2012 train tar"
     )

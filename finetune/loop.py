@@ -84,7 +84,7 @@ class Classifier:
             "size": list(data.height_width), "mean": self.mean.tolist(), "std": self.std.tolist(),
             "eval_crop": self.config.augment.eval_crop,
         }  # fmt: skip
-        return Weights("classifier", self.arch, image, encoder, head=head, classes=self.classes)
+        return Weights(self.arch, image, encoder, head=head, classes=self.classes)
 
     def state(self) -> dict:
         """What a checkpoint holds besides the engine."""

@@ -12,13 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the project, not this folder
 
-import numpy as np
 from timm.utils import ModelEmaV3
 
 from configs.command import parse, say, to_dict
 from configs.errors import UserError, run_main
-from configs.files import sha256
-from configs.schema import Data, Encoder, Finetune, Pretrain
+from configs.schema import Encoder, Finetune, Pretrain
 from data.loader import eval_loader, open_split, train_loader
 from data.transforms import EvalTransform, RandAugment, TrainTransform
 from finetune.layer_decay import layer_decay
@@ -27,16 +25,15 @@ from launch import checkpoints
 from launch.engine import build_engine, parameter_groups, seed_everything, start, stop
 from launch.runlog import RunLog
 from models.convnext import ConvNeXt, resolve
-from models.weights import Weights, load, load_strict
+from models.start import Start, open_init, start_classifier, with_statistics
 
 
 def main() -> None:
     """Entry point: parse, build, run."""
     config = parse(Finetune, "finetune/digits.yaml", __doc__)
-    init = None if config.init == "none" else load(config.init)
+    init = open_init(config.init)
     arch = architecture(config, init)
-    if init is not None:
-        config = replace(config, data=with_statistics(config, init))
+    config = replace(config, data=with_statistics(config.data, init, arch.channels))
     data, optim, augment = config.data, config.optim, config.augment
     data.grid(arch.stem_stride)  # may refuse the image size
     mean, std = data.statistics(arch.channels)
@@ -52,11 +49,10 @@ def main() -> None:
     world = start(config.run.device)
     seed_everything(config.run.seed)
     model = ConvNeXt(arch, len(classes), config.model.drop_path, config.model.grad_checkpointing)
-    if init is not None:
-        load_strict(model, init.encoder, config.init, ignore="head.")
-    head_init = config.model.head_init
-    for parameter in model.head.fc.parameters():
-        parameter.data.mul_((1.0 if init is None else 0.001) if head_init is None else head_init)
+    if init is None or not start_classifier(model, init, classes):
+        head_init = config.model.head_init
+        for parameter in model.head.fc.parameters():
+            parameter.data.mul_((1.0 if init is None else 0.001) if head_init is None else head_init)
     ema = ModelEmaV3(model.to(world.device), augment.ema) if augment.ema else None
     decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
     engine = build_engine(model, parameter_groups(model, optim.weight_decay, decay), optim, world)
@@ -69,7 +65,7 @@ def main() -> None:
     val_loader = eval_loader(eval_split, eval_transform, arch.channels, data, micro, *place)
     classifier = Classifier(config, engine, ema, world, arch, classes, (mean, std))
     run = Path(config.run.folder) / config.run.name
-    digests = {"data_digest": train_split.digest, "init_digest": sha256(Path(config.init))[:16] if init else "none"}
+    digests = {"data_digest": train_split.digest, "init_digest": init.digest if init else "none"}
     identity = to_dict(config) | {"stage": "fine-tuning"} | digests
     step, state = checkpoints.resume(engine, run, identity, config.resume, world)
     if state:
@@ -91,20 +87,9 @@ def main() -> None:
     stop()
 
 
-def with_statistics(config: Finetune, init: Weights) -> Data:
-    """The data section with the statistics of --init, which belong to its weights. Raises `UserError` for others."""
-    stored = {key: tuple(init.image[key]) for key in ("mean", "std")}
-    for key, held in stored.items():
-        given = getattr(config.data, key)
-        if given is not None and not np.allclose(given, held, atol=1e-4):
-            raise UserError(
-                f"{config.init} was trained with data.{key} {list(held)}, not {list(given)}: leave the key out"
-            )
-    return replace(config.data, **stored)
-
-
-def architecture(config: Finetune, init: Weights | None) -> Encoder:
-    """The model to build: the one in --init; with --init none, the keys given, filled up from `model.like`.
+def architecture(config: Finetune, init: Start | None) -> Encoder:
+    """The model to build: the one in --init, but with `model.channels` channels if given (the stem is adapted); with
+    --init none, the keys given, filled up from `model.like`.
 
     Raises:
         UserError: no model is named, or a key contradicts the file of --init
@@ -112,13 +97,14 @@ def architecture(config: Finetune, init: Weights | None) -> Encoder:
     keys = ("name", "channels", "stem_stride", "depths", "dims")
     given = {key: getattr(config.model, key) for key in keys if getattr(config.model, key) is not None}
     if init is not None:
+        held_arch = init.weights.arch
         for key, value in given.items():
-            held = getattr(init.arch, key)
-            if value != held:
+            held = getattr(held_arch, key)
+            if value != held and key != "channels":
                 raise UserError(
                     f"{config.init} has model.{key} {held}, the configuration says {value}: leave the key out"
                 )
-        return init.arch
+        return replace(held_arch, channels=config.model.channels or held_arch.channels)
     if "name" not in given and config.model.like:
         path = Path(config.model.like)
         path = path if path.exists() or path.is_absolute() else ROOT / path

@@ -26,6 +26,11 @@ SIZES = {
     "convnextv2_base": ((3, 3, 27, 3), 128),
     "convnextv2_large": ((3, 3, 27, 3), 192),
     "convnextv2_huge": ((3, 3, 27, 3), 352),
+    "convnextv2_small": ((3, 3, 27, 3), 96),  # timm's, like the four smallest of V1; the papers have the others
+    "convnext_atto": ((2, 2, 6, 2), 40),
+    "convnext_femto": ((2, 2, 6, 2), 48),
+    "convnext_pico": ((2, 2, 6, 2), 64),
+    "convnext_nano": ((2, 2, 8, 2), 80),
     "convnext_tiny": ((3, 3, 9, 3), 96),
     "convnext_small": ((3, 3, 27, 3), 96),
     "convnext_base": ((3, 3, 27, 3), 128),
@@ -43,8 +48,8 @@ def resolve(arch: Encoder) -> Encoder:
         name=arch.name,
         channels=arch.channels or CHANNELS,
         stem_stride=arch.stem_stride or STEM_STRIDE,
-        depths=arch.depths or depths,
-        dims=arch.dims or tuple(width * 2**i for i in range(4)),
+        depths=tuple(arch.depths or depths),
+        dims=tuple(arch.dims or (width * 2**i for i in range(4))),
     )
 
 

@@ -2,15 +2,20 @@
 
 A file is a dict of tensors and plain values that `torch.load(weights_only=True)` reads:
 
-    format, kind        "convnext-fcmae/1"; "fcmae" or "classifier"
+    format              "convnext-fcmae/1"
     arch                name, channels, stem_stride, depths, dims: what it takes to build the encoder
-    image               size [H, W], mean and std of each channel
+    image               size [H, W], mean and std of each channel (None = not known), eval_crop of a classifier
     encoder             tensors under timm's names
-    decoder             fcmae: proj, mask_token, decoder, pred;  decoder_config: its settings
-    head, ema, classes  classifier: head's tensors, averaged weights (or None), class names; eval_crop
+    decoder             after pretraining: proj, mask_token, decoder, pred;  decoder_config: the model's settings
+    head, ema           of a classifier: head.norm and head.fc; averaged weights, or None
+    classes             class names, or None
+
+Other projects' files are read and written by models/formats.
 """
 
+import argparse
 import pickle
+import re
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +28,7 @@ from configs.files import whole_file
 from configs.schema import Encoder
 
 FORMAT = "convnext-fcmae/1"
+LISTED = 20  # names in an error message
 Tensors = dict[str, Tensor]
 
 
@@ -30,7 +36,6 @@ Tensors = dict[str, Tensor]
 class Weights:
     """What a weight file holds."""
 
-    kind: str
     arch: Encoder
     image: dict
     encoder: Tensors
@@ -60,31 +65,51 @@ def save(path: Path, weights: Weights) -> None:
 
 
 def load(path: str | Path) -> Weights:
-    """Read a weight file.
+    """Read a weight file of this project.
 
     Raises:
         UserError: missing, truncated, of another format, or holding anything but tensors and plain values
     """
+    content = load_file(path)
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a weight file of this project (format {FORMAT})")
+    return from_content(content, path)
+
+
+def load_file(path: str | Path) -> dict:
+    """What `torch.save` wrote, without running code: tensors, plain values and `argparse.Namespace`, nothing else.
+
+    The published checkpoints keep their command line as a Namespace, a class without behaviour.
+
+    Raises:
+        UserError: missing, truncated, not a dict, or holding another class
+    """
     path = Path(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: give the fcmae.pt that pretraining wrote")
+        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give a weight file")
     if not zipfile.is_zipfile(path):  # what torch.save writes is a zip; nothing else is opened
         raise UserError(f"{path} is truncated or not a weight file: copy it again")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise UserError(
-            f"{path} holds code or objects besides tensors and plain values: refused, nothing was run"
+            f"{path} holds code or objects besides tensors and plain values{f' ({found[1]})' if found else ''}: "
+            "refused, nothing was run; save its state_dict alone"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is truncated or not a weight file ({reason(error)}): copy it again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a weight file of this project (format {FORMAT})")
-    del content["format"]
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def from_content(content: dict, path: str | Path) -> Weights:
+    """Weights of a file's content in this project's format. Raises `UserError` where something is missing."""
+    fields = {key: value for key, value in content.items() if key != "format"}
     try:
-        content["arch"] = Encoder(**content["arch"])
-        weights = Weights(**content)
+        weights = Weights(**fields | {"arch": Encoder(**fields["arch"])})
         missing = {"size", "mean", "std"} - weights.image.keys()
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is a damaged weight file ({reason(error)}): write it again") from None
@@ -102,14 +127,37 @@ def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: s
     own = module.state_dict()
     if ignore is not None:
         _, own = divide(own, ignore)
-    problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
-    problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
+    shapes = ({name: tuple(tensor.shape) for name, tensor in held.items()} for held in (own, tensors))
+    check_shapes(path, *shapes)
+    module.load_state_dict(tensors, strict=False)
+
+
+def check_shapes(path: str | Path, needed: dict[str, tuple], found: dict[str, tuple]) -> None:
+    """Raise a `UserError` that lists the names missing from `found`, those unexpected, and those of another shape."""
+    problems = [f"missing {name}" for name in sorted(needed.keys() - found.keys())]
+    problems += [f"unexpected {name}" for name in sorted(found.keys() - needed.keys())]
     problems += [
-        f"{name} is {list(tensors[name].shape)}, needed {list(own[name].shape)}"
-        for name in own.keys() & tensors.keys()
-        if own[name].shape != tensors[name].shape
+        f"{name} is {list(found[name])}, needed {list(needed[name])}"
+        for name in sorted(needed.keys() & found.keys())
+        if found[name] != needed[name]
     ]
     if problems:
-        shown = ", ".join(sorted(problems)[:8]) + (f", and {len(problems) - 8} more" if len(problems) > 8 else "")
+        shown = ", ".join(problems[:LISTED]) + (f", and {len(problems) - LISTED} more" if problems[LISTED:] else "")
         raise UserError(f"{path} is of another model: {shown}")
-    module.load_state_dict(tensors, strict=False)
+
+
+def other_channels(tensors: Tensors, channels: int) -> Tensors:
+    """The tensors with stem (and prediction layer, if there) for another number of input channels.
+
+    The old channels' kernels are repeated in turn and scaled, so that the same picture in every channel gives about
+    the same tokens; for one channel they are added up. A new channel is predicted as the old one that it repeats.
+    """
+    stem = tensors["stem.0.weight"]
+    old = stem.shape[1]
+    turn = torch.arange(channels) % old
+    new = stem.sum(1, keepdim=True) if channels == 1 else stem[:, turn] * (old / channels)
+    adapted = tensors | {"stem.0.weight": new}
+    for name in ("pred.weight", "pred.bias"):
+        if name in tensors:  # [P * P * C, ...], ordered (row, column, channel)
+            adapted[name] = tensors[name].unflatten(0, (-1, old))[:, turn].flatten(0, 1)
+    return adapted

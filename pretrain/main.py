@@ -3,10 +3,12 @@
 deepspeed pretrain/main.py                                              built-in digits
 deepspeed pretrain/main.py --config configs/pretrain/cifar10.yaml
 deepspeed pretrain/main.py --config R.yaml --data.path shards/mine --run.name mine
+deepspeed pretrain/main.py --config R.yaml --init checkpoint-799.pth    go on from weights of any format
 python pretrain/main.py ...                                             one process
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
@@ -20,6 +22,7 @@ from launch import checkpoints
 from launch.engine import build_engine, parameter_groups, seed_everything, start, stop
 from launch.runlog import RunLog
 from models.fcmae import FCMAE, check_size
+from models.start import open_init, start_autoencoder, with_statistics
 from models.weights import Weights, cpu_state, divide, save
 from pretrain.loop import pretrain
 
@@ -27,6 +30,8 @@ from pretrain.loop import pretrain
 def main() -> None:
     """Entry point: parse, build, run."""
     config = parse(Pretrain, "pretrain/digits.yaml", __doc__)
+    start_weights = open_init(config.init)
+    config = replace(config, data=with_statistics(config.data, start_weights, config.model.channels))
     data, optim = config.data, config.optim
     grid = data.grid(config.model.stem_stride)
     check_size(config.model, grid)
@@ -35,6 +40,8 @@ def main() -> None:
     world = start(config.run.device)
     seed_everything(config.run.seed)
     model = FCMAE(config.model)
+    if start_weights:
+        start_autoencoder(model, start_weights)
     engine = build_engine(model, parameter_groups(model, optim.weight_decay), optim, world)
 
     n = visible_patches(grid[0] * grid[1], config.model.mask_ratio)
@@ -43,6 +50,7 @@ def main() -> None:
     loader = train_loader(split, transform, config.model.channels, config.run.seed, data, optim, *place)
     run = Path(config.run.folder) / config.run.name
     identity = to_dict(config) | {"stage": "pretraining", "data_digest": split.digest}
+    identity["init_digest"] = start_weights.digest if start_weights else "none"
     if config.model.grn_scope == "image":
         del identity["optim"]["micro_batch"]  # may change on resume: it does not change what is learnt
     else:
@@ -68,9 +76,7 @@ def main() -> None:
         settings = to_dict(config.model)
         save(
             run / "fcmae.pt",
-            Weights(
-                "fcmae", model.encoder.arch, image, cpu_state(model.encoder), decoder, settings, classes=split.classes
-            ),
+            Weights(model.encoder.arch, image, cpu_state(model.encoder), decoder, settings, classes=split.classes),
         )
         print(f"wrote {run / 'fcmae.pt'}: fine-tune it with `python finetune/main.py --init {run / 'fcmae.pt'} ...`")
     stop()

@@ -16,7 +16,7 @@ ARCH = resolve(Encoder("convnextv2_atto", stem_stride=1, depths=(1, 1, 1, 1), di
 
 def write(path, **changes):
     image = {"size": [8, 8], "mean": [0.5], "std": [0.5]}
-    content = {"kind": "fcmae", "arch": ARCH, "image": image, "encoder": cpu_state(ConvNeXt(ARCH))} | changes
+    content = {"arch": ARCH, "image": image, "encoder": cpu_state(ConvNeXt(ARCH))} | changes
     save(path, Weights(**content))
     return path
 
@@ -61,7 +61,7 @@ def test_code_is_refused_and_does_not_run(tmp_path):
     assert not trap.exists()
 
 
-@pytest.mark.parametrize("content", [{"model": {}}, [1, 2], {"format": "convnext-fcmae/9"}, {}])
+@pytest.mark.parametrize("content", [{"model": {}}, {"format": "convnext-fcmae/9"}, {}])
 def test_other_format(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match="not a weight file of this project"):

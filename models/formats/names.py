@@ -1,0 +1,166 @@
+"""What each project calls a ConvNeXt's tensors, and how it shapes them. docs/weights.md shows the same as a table.
+
+Our own names are timm's. A table maps them to another project's: {i} is a stage, {j} a block, {k} 1 or 2, {n} 0 or 1,
+{p} `weight` or `bias`. One table serves both directions.
+"""
+
+import re
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from models.sparse.taps import from_taps, to_taps
+
+FIELDS = {"i": r"[0-3]", "j": r"\d+", "k": r"[12]", "n": r"[01]", "p": r"weight|bias"}
+
+OURS_ENCODER = (
+    "stem.{n}.{p}",
+    "stages.{i}.downsample.{n}.{p}",
+    "stages.{i}.blocks.{j}.conv_dw.{p}",
+    "stages.{i}.blocks.{j}.norm.{p}",
+    "stages.{i}.blocks.{j}.mlp.fc{k}.{p}",
+    "stages.{i}.blocks.{j}.mlp.grn.{p}",
+    "stages.{i}.blocks.{j}.gamma",
+)
+OURS_HEAD = ("head.norm.{p}", "head.fc.{p}")
+
+OFFICIAL = {
+    "stem.{n}.{p}": "downsample_layers.0.{n}.{p}",
+    "stages.{i}.downsample.{n}.{p}": "downsample_layers.{i}.{n}.{p}",
+    "stages.{i}.blocks.{j}.conv_dw.{p}": "stages.{i}.{j}.dwconv.{p}",
+    "stages.{i}.blocks.{j}.norm.{p}": "stages.{i}.{j}.norm.{p}",
+    "stages.{i}.blocks.{j}.mlp.fc{k}.{p}": "stages.{i}.{j}.pwconv{k}.{p}",
+    "stages.{i}.blocks.{j}.mlp.grn.weight": "stages.{i}.{j}.grn.gamma",
+    "stages.{i}.blocks.{j}.mlp.grn.bias": "stages.{i}.{j}.grn.beta",
+    "stages.{i}.blocks.{j}.gamma": "stages.{i}.{j}.gamma",
+    "head.norm.{p}": "norm.{p}",
+    "head.fc.{p}": "head.{p}",
+}
+OFFICIAL_SPARSE = {
+    "stem.{n}.{p}": "encoder.downsample_layers.0.{n}.{p}",
+    "stages.{i}.downsample.0.{p}": "encoder.downsample_layers.{i}.0.ln.{p}",
+    "stages.{i}.downsample.1.weight": "encoder.downsample_layers.{i}.1.kernel",
+    "stages.{i}.downsample.1.bias": "encoder.downsample_layers.{i}.1.bias",
+    "stages.{i}.blocks.{j}.conv_dw.weight": "encoder.stages.{i}.{j}.dwconv.kernel",
+    "stages.{i}.blocks.{j}.conv_dw.bias": "encoder.stages.{i}.{j}.dwconv.bias",
+    "stages.{i}.blocks.{j}.norm.{p}": "encoder.stages.{i}.{j}.norm.ln.{p}",
+    "stages.{i}.blocks.{j}.mlp.fc{k}.{p}": "encoder.stages.{i}.{j}.pwconv{k}.linear.{p}",
+    "stages.{i}.blocks.{j}.mlp.grn.weight": "encoder.stages.{i}.{j}.grn.gamma",
+    "stages.{i}.blocks.{j}.mlp.grn.bias": "encoder.stages.{i}.{j}.grn.beta",
+    "proj.{p}": "proj.{p}",
+    "mask_token": "mask_token",
+    "decoder.{j}.conv_dw.{p}": "decoder.{j}.dwconv.{p}",
+    "decoder.{j}.norm.{p}": "decoder.{j}.norm.{p}",
+    "decoder.{j}.mlp.fc{k}.{p}": "decoder.{j}.pwconv{k}.{p}",
+    "decoder.{j}.mlp.grn.weight": "decoder.{j}.grn.gamma",
+    "decoder.{j}.mlp.grn.bias": "decoder.{j}.grn.beta",
+    "pred.{p}": "pred.{p}",
+}
+TIMM = {name: name for name in OURS_ENCODER + OURS_HEAD}
+TRANSFORMERS = {  # convnext. or convnextv2. stands before all but the classifier
+    "stem.0.{p}": "embeddings.patch_embeddings.{p}",
+    "stem.1.{p}": "embeddings.layernorm.{p}",
+    "stages.{i}.downsample.{n}.{p}": "encoder.stages.{i}.downsampling_layer.{n}.{p}",
+    "stages.{i}.blocks.{j}.conv_dw.{p}": "encoder.stages.{i}.layers.{j}.dwconv.{p}",
+    "stages.{i}.blocks.{j}.norm.{p}": "encoder.stages.{i}.layers.{j}.layernorm.{p}",
+    "stages.{i}.blocks.{j}.mlp.fc{k}.{p}": "encoder.stages.{i}.layers.{j}.pwconv{k}.{p}",
+    "stages.{i}.blocks.{j}.mlp.grn.{p}": "encoder.stages.{i}.layers.{j}.grn.{p}",
+    "stages.{i}.blocks.{j}.gamma": "encoder.stages.{i}.layers.{j}.layer_scale_parameter",
+    "head.norm.{p}": "layernorm.{p}",
+    "head.fc.{p}": "classifier.{p}",
+}
+MMPRETRAIN = {
+    "stem.{n}.{p}": "backbone.downsample_layers.0.{n}.{p}",
+    "stages.{i}.downsample.{n}.{p}": "backbone.downsample_layers.{i}.{n}.{p}",
+    "stages.{i}.blocks.{j}.conv_dw.{p}": "backbone.stages.{i}.{j}.depthwise_conv.{p}",
+    "stages.{i}.blocks.{j}.norm.{p}": "backbone.stages.{i}.{j}.norm.{p}",
+    "stages.{i}.blocks.{j}.mlp.fc{k}.{p}": "backbone.stages.{i}.{j}.pointwise_conv{k}.{p}",
+    "stages.{i}.blocks.{j}.mlp.grn.weight": "backbone.stages.{i}.{j}.grn.gamma",
+    "stages.{i}.blocks.{j}.mlp.grn.bias": "backbone.stages.{i}.{j}.grn.beta",
+    "stages.{i}.blocks.{j}.gamma": "backbone.stages.{i}.{j}.gamma",
+    "head.norm.{p}": "backbone.norm3.{p}",
+    "head.fc.{p}": "head.fc.{p}",
+}
+TABLES = {
+    "official": OFFICIAL,
+    "official-sparse": OFFICIAL_SPARSE,
+    "timm": TIMM,
+    "transformers": TRANSFORMERS,
+    "mmpretrain": MMPRETRAIN,
+}
+PREFIXES = ("convnext.", "convnextv2.")  # of transformers
+CONV_MLP = ("atto", "femto", "pico", "nano")  # sizes whose fc1 and fc2 are 1x1 convolutions in timm
+
+
+def _pattern(template: str) -> re.Pattern:
+    return re.compile(re.sub(r"\\{(\w)\\}", lambda field: f"(?P<{field[1]}>{FIELDS[field[1]]})", re.escape(template)))
+
+
+_TO = {table: [(_pattern(ours), theirs) for ours, theirs in rows.items()] for table, rows in TABLES.items()}
+_FROM = {table: [(_pattern(theirs), ours) for ours, theirs in rows.items()] for table, rows in TABLES.items()}
+
+
+def _rename(name: str, rows: list[tuple[re.Pattern, str]]) -> str | None:
+    for pattern, template in rows:
+        if match := pattern.fullmatch(name):
+            return template.format(**match.groupdict())
+    return None
+
+
+def to_name(ours: str, form: str) -> str | None:
+    """Our name in another format, without transformers' prefix; None where the format has no such tensor."""
+    return _rename(ours, _TO[form])
+
+
+def from_name(theirs: str, form: str) -> str | None:
+    """Our name of another format's tensor; None where its name does not belong to the format."""
+    return _rename(theirs, _FROM[form])
+
+
+def detect(names: Iterable[str]) -> str | None:
+    """Format of a state dict by its names, each of which one format alone has; None if no name tells."""
+    marks = {
+        "official-sparse": r"(encoder\.)?(stages|downsample_layers)\..*\.(kernel|ln\.\w+|linear\.\w+)",
+        "mmpretrain": r"backbone\..*|.*\.(depth|point)wise_conv\d?\..*",
+        "timm": r"stages\.\d+\.blocks\..*",
+        "transformers": r"(\w+\.)?encoder\.stages\.\d+\.layers\..*",
+        "official": r"stages\.\d+\.\d+\.dwconv\..*",
+    }
+    names = list(names)
+    for form, mark in marks.items():
+        if any(re.fullmatch(mark, name) for name in names):
+            return form
+    return None
+
+
+def to_shape(ours: str, tensor: Tensor, form: str, conv_mlp: bool = False) -> Tensor:
+    """A tensor in the shape, and the order of taps, that another format keeps it in.
+
+    Args:
+        ours: our name of it
+        conv_mlp: timm: fc1 and fc2 are 1x1 convolutions
+    """
+    if form == "timm" and conv_mlp and ".mlp.fc" in ours and tensor.ndim == 2:
+        return tensor[:, :, None, None]
+    if form in ("official", "transformers") and ".grn." in ours:
+        return tensor[None, None, None]
+    if form != "official-sparse":
+        return tensor
+    if ".grn." in ours:  # the decoder is dense
+        return tensor[None] if ours.startswith("stages.") else tensor[None, None, None]
+    if ours in ("proj.weight", "pred.weight"):
+        return tensor[:, :, None, None]
+    if ours == "mask_token":
+        return tensor[None, :, None, None]
+    if re.fullmatch(r"stages\..*(conv_dw|downsample\.1)\.bias", ours):
+        return tensor[None]
+    if re.fullmatch(r"stages\..*(conv_dw|downsample\.1)\.weight", ours):
+        return to_taps(tensor).squeeze(1) if "conv_dw" in ours else to_taps(tensor)
+    return tensor
+
+
+def from_shape(ours: str, tensor: Tensor, form: str, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of `to_shape`; `shape` is that of our own tensor."""
+    if form == "official-sparse" and tensor.ndim in (2, 3) and len(shape) == 4:  # a kernel of MinkowskiEngine
+        return from_taps(tensor[:, None] if tensor.ndim == 2 else tensor).contiguous()
+    return tensor.reshape(shape)  # all else differs in axes of length 1

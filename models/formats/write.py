@@ -1,0 +1,201 @@
+"""Weights in any format: ours, the official code's (dense and sparse), timm's, transformers', mmpretrain's."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from configs.errors import UserError
+from configs.files import sync_folder, whole_file, write_whole
+from models.convnext import EPS, LAYER_SCALE, SIZES
+from models.formats.names import CONV_MLP, to_name, to_shape
+from models.weights import Tensors, Weights, save
+
+FORMATS = ("ours", "official", "official-sparse", "timm", "transformers", "mmpretrain")
+SQUASH_FROM = 384  # pixels: transformers' ConvNextImageProcessor crops below, and squashes from here on
+
+
+def write(path: Path, weights: Weights, form: str) -> list[str]:
+    """Write weights to a file, or for transformers to a folder; it is there whole or not at all.
+
+    Returns:
+        remarks on what the format has no place for
+    Raises:
+        UserError: a model that the other code cannot build: V1 in the official sparse code, stem stride 2 in timm
+    """
+    if form == "ours":
+        save(path, weights)
+        return []
+    if form == "official-sparse" and not _is_v2(weights):
+        raise UserError(f"{weights.arch.name} has no official-sparse format: the official sparse code is V2 only")
+    if form == "timm" and weights.arch.stem_stride == 2:
+        raise UserError("model.stem_stride 2 has no timm format: timm's ConvNeXt of patch_size 2 has one more layer")
+    tensors, remarks = to_form(weights, form)
+    ema = None
+    if weights.ema is not None and form == "official":
+        ema, _ = to_form(replace(weights, encoder=weights.ema, head={}), form)
+    elif weights.ema is not None:
+        remarks.append("left out: the averaged weights (--ema writes them in place of the raw ones)")
+    if form == "transformers":
+        remarks += _write_folder(path, weights, tensors)
+        return remarks
+    beside = _beside(weights, form)
+    if path.suffix == ".safetensors":
+        with whole_file(path) as file:
+            file.write(safetensors.torch.save(tensors, {"format": "pt", "config": json.dumps(beside)}))
+        return remarks
+    container = {"official": "model", "official-sparse": "model"}.get(form, "state_dict")
+    with whole_file(path) as file:
+        torch.save({container: tensors} | beside | ({"model_ema": ema} if ema else {}), file)
+    return remarks
+
+
+def to_form(weights: Weights, form: str) -> tuple[Tensors, list[str]]:
+    """(tensors under a format's names and in its shapes, remarks on what was left out or added)."""
+    parts = {"decoder": weights.decoder, "head": weights.head}
+    kept = dict(weights.encoder)
+    remarks = []
+    for part, tensors in parts.items():
+        if tensors and all(to_name(name, form) is None for name in tensors):
+            remarks.append(f"left out: the {part} (the format has no place for it)")
+        else:
+            kept |= tensors
+    if form in ("timm", "transformers") and not weights.head and "head.norm.weight" not in kept:
+        width = weights.arch.dims[-1]
+        kept |= {"head.norm.weight": torch.ones(width), "head.norm.bias": torch.zeros(width)}
+        remarks.append("added: a final norm that changes nothing (the format's models always have one)")
+    conv_mlp = weights.arch.name.endswith(CONV_MLP)
+    prefix = _transformers_prefix(weights) if form == "transformers" and "head.fc.weight" in kept else ""
+    renamed = {}
+    for name, tensor in kept.items():
+        theirs = to_name(name, form)
+        theirs = theirs if theirs.startswith("classifier.") else prefix + theirs
+        renamed[theirs] = to_shape(name, tensor, form, conv_mlp).contiguous()
+    return renamed, remarks
+
+
+def _is_v2(weights: Weights) -> bool:
+    return weights.arch.name.startswith("convnextv2")
+
+
+def _transformers_prefix(weights: Weights) -> str:
+    return "convnextv2." if _is_v2(weights) else "convnext."
+
+
+def _outputs(weights: Weights) -> int:
+    return len(weights.head["head.fc.bias"]) if "head.fc.bias" in weights.head else 0
+
+
+def _beside(weights: Weights, form: str) -> dict:
+    """What a file of this format keeps beside the tensors: plain values."""
+    if form == "timm":
+        image, channels = weights.image, weights.arch.channels
+        settings = {
+            "input_size": [channels, *image["size"]],
+            "interpolation": "bicubic",
+        }
+        settings |= {key: image[key] for key in ("mean", "std") if image[key]}
+        settings |= {"crop_pct": image["eval_crop"]} if "eval_crop" in image else {}
+        beside = {"architecture": weights.arch.name, "num_classes": _outputs(weights), "pretrained_cfg": settings}
+        return beside | ({"label_names": weights.classes} if weights.classes else {})
+    if form == "mmpretrain":
+        classes = {"dataset_meta": {"classes": weights.classes}} if weights.classes else {}
+        return {"meta": classes | {"image": weights.image}}
+    beside = {"image": weights.image} | ({"classes": weights.classes} if weights.classes else {})
+    return beside | ({"pretraining": weights.decoder_config} if form == "official-sparse" else {})
+
+
+def _write_folder(path: Path, weights: Weights, tensors: Tensors) -> list[str]:
+    """A folder as transformers' `save_pretrained` writes it."""
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        write_whole(part / "config.json", json.dumps(_config(weights), indent=2).encode())
+        processor = _image_processor(weights.image)
+        if processor:
+            write_whole(part / "preprocessor_config.json", json.dumps(processor, indent=2).encode())
+        with whole_file(part / "model.safetensors") as file:
+            file.write(safetensors.torch.save(tensors, {"format": "pt"}))
+        part.rename(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+    return [] if processor else ["left out: preprocessor_config.json (transformers cannot tell this preprocessing)"]
+
+
+def _config(weights: Weights) -> dict:
+    """config.json of transformers' ConvNextConfig or ConvNextV2Config."""
+    arch, (height, width) = weights.arch, weights.image["size"]
+    outputs = _outputs(weights)
+    base = "ConvNextV2" if _is_v2(weights) else "ConvNext"
+    config = {
+        "architectures": [base + ("ForImageClassification" if outputs else "Model")],
+        "model_type": base.lower(),
+        "num_channels": arch.channels,
+        "patch_size": arch.stem_stride,
+        "num_stages": 4,
+        "hidden_sizes": list(arch.dims),
+        "depths": list(arch.depths),
+        "hidden_act": "gelu",
+        "layer_norm_eps": EPS,  # the library's default, 1e-12, is not what the model was trained with
+        "image_size": height if height == width else [height, width],
+    }
+    if not _is_v2(weights):
+        config["layer_scale_init_value"] = LAYER_SCALE
+    if outputs:
+        names = weights.classes or [f"LABEL_{i}" for i in range(outputs)]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    return config
+
+
+def _image_processor(image: dict) -> dict | None:
+    """preprocessor_config.json that does what an evaluation here does; None if no processor can.
+
+    `eval_crop` 1 squashes the whole image; less resizes it so that the centre crop is this share of the side.
+    """
+    (height, width), crop = image["size"], image.get("eval_crop", 0.875)
+    if not image["mean"]:
+        return None
+    common = {
+        "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": image["mean"], "image_std": image["std"],
+    }  # fmt: skip
+    if crop == 1:
+        return common | {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
+    if height != width:
+        return None
+    if height < SQUASH_FROM:
+        kind = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": height}}
+        return common | kind | {"crop_pct": crop}
+    kind = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": round(height / crop)}}
+    return common | kind | {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
+
+
+def how_to_load(path: Path, weights: Weights, form: str) -> str:
+    """The command or the Python call that loads a converted file."""
+    arch, outputs = weights.arch, _outputs(weights)
+    if form == "ours" and not outputs and weights.decoder:
+        return f"python pretrain/main.py --init {path} ...  or  python finetune/main.py --init {path} ..."
+    if form == "ours":
+        return f"python finetune/main.py --init {path} ..."
+    if form == "timm":
+        more = {"in_chans": arch.channels} if arch.channels != 3 else {}
+        more |= {"patch_size": arch.stem_stride} if arch.stem_stride != 4 else {}
+        depths, first = SIZES[arch.name]
+        if (arch.depths, arch.dims) != (depths, tuple(first * 2**i for i in range(4))):
+            more |= {"depths": tuple(arch.depths), "dims": tuple(arch.dims)}
+        options = "".join(f", {key}={value}" for key, value in more.items())
+        return f'timm.create_model("{arch.name}", num_classes={outputs}{options}, checkpoint_path="{path}")'
+    if form == "transformers":
+        auto = "AutoModelForImageClassification" if outputs else "AutoModel"
+        return f'transformers.{auto}.from_pretrained("{path}")'
+    if form == "mmpretrain":
+        return f'mmengine.runner.load_checkpoint(model, "{path}")'
+    key = "model_ema or model" if weights.ema is not None and form == "official" else "model"
+    return f'torch.load("{path}")["{key}"], which the official code takes as --finetune {path}'

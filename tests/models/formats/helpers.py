@@ -1,0 +1,67 @@
+"""Weights with a different number at every place, and what a real file of each format is named."""
+
+from dataclasses import asdict
+
+import torch
+
+from configs.schema import Encoder, PretrainModel
+from models.convnext import ConvNeXt, resolve
+from models.fcmae import FCMAE
+from models.weights import Weights, divide
+
+SMALL = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32)}
+IMAGE = {"size": [64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "eval_crop": 0.8}
+FILES = {
+    "ours": "x.pt", "official": "x.pth", "official-sparse": "x.pth", "timm": "x.pth", "transformers": "x",
+    "mmpretrain": "x.pth",
+}  # fmt: skip
+
+
+def numbered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A state of the model in which no two numbers of a tensor are equal: any mix-up of axes shows."""
+    return {name: torch.arange(1.0, 1.0 + t.numel()).view(t.shape) for name, t in model.state_dict().items()}
+
+
+def natural(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A random state that neither explodes nor vanishes."""
+    return {
+        name: torch.randn(t.shape) * 0.05 + (1 if name.endswith("norm.weight") else 0)
+        for name, t in model.state_dict().items()
+    }
+
+
+def classifier(name: str = "convnextv2_atto", classes: int = 5, fill=natural, channels: int = 3, **shape) -> Weights:
+    """A classifier's weights; with 0 classes an encoder's."""
+    arch = resolve(Encoder(name, channels=channels, **shape))
+    with torch.device("meta"):
+        model = ConvNeXt(arch, classes)
+    head, encoder = divide(fill(model), "head.")
+    names = [f"class {i}" for i in range(classes)] or None
+    image = IMAGE | {key: [0.1 * (i + 1) for i in range(channels)] for key in ("mean", "std")}
+    return Weights(arch, image, encoder, head=head, classes=names)
+
+
+def autoencoder(name: str = "convnextv2_atto", fill=natural, channels: int = 3, **settings) -> Weights:
+    """A masked autoencoder's weights."""
+    config = PretrainModel(name, channels=channels, **settings)
+    with torch.device("meta"):
+        model = FCMAE(config)
+    encoder, decoder = divide(fill(model), "encoder.")
+    encoder = {key.removeprefix("encoder."): tensor for key, tensor in encoder.items()}
+    image = IMAGE | {key: [0.1 * (i + 1) for i in range(channels)] for key in ("mean", "std")}
+    return Weights(model.encoder.arch, image, encoder, decoder, asdict(config))
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    """The same names, shapes, types and bits."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def logits(weights: Weights, image: torch.Tensor) -> torch.Tensor:
+    """What the weights compute here."""
+    model = ConvNeXt(weights.arch, len(weights.head["head.fc.bias"])).eval()
+    model.load_state_dict(weights.encoder | weights.head)
+    with torch.no_grad():
+        return model(image)

@@ -1,0 +1,224 @@
+"""Files that are wrong, wrapped, or hostile; the official checkpoints' own containers."""
+
+import argparse
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import UserError
+from models.formats.read import read
+from models.formats.write import FORMATS, to_form, write
+from tests.models.formats.helpers import FILES, SMALL, assert_same, autoencoder, classifier
+
+FOREIGN = [form for form in FORMATS if form != "ours"]
+
+
+def weights_for(form: str):
+    return autoencoder(**SMALL) if form in ("ours", "official-sparse") else classifier(**SMALL)
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+class Command(argparse.Namespace):
+    """Not the class that is allowed, though derived from it."""
+
+
+def test_an_official_sparse_checkpoint(tmp_path):
+    """As the official code saves it: tensors, optimizer, epoch, scaler and the command line."""
+    weights = autoencoder(decoder_depth=2, decoder_dim=24, mask_ratio=0.75, norm_pix=False, **SMALL)
+    tensors, _ = to_form(weights, "official-sparse")
+    args = argparse.Namespace(
+        model="convnextv2_atto", input_size=192, mask_ratio=0.75, norm_pix_loss=False, decoder_depth=2, device="cuda"
+    )
+    optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}
+    content = {"model": tensors, "optimizer": optimizer, "epoch": 799, "scaler": {"scale": 1.0}, "args": args}
+    torch.save(content, tmp_path / "checkpoint-799.pth")
+    found, form, remarks = read(tmp_path / "checkpoint-799.pth")
+    assert form == "official-sparse" and "ImageNet's mean and std taken" in remarks[0]
+    assert_same(found.encoder | found.decoder, weights.encoder | weights.decoder)
+    assert found.image["size"] == [192, 192] and found.image["mean"] == [0.485, 0.456, 0.406]
+    expected = {"mask_ratio": 0.75, "norm_pix": False, "grn_scope": "batch", "decoder_depth": 2, "decoder_dim": 24}
+    assert {key: found.decoder_config[key] for key in expected} == expected
+    assert found.arch.depths == SMALL["depths"] and found.arch.dims == SMALL["dims"]
+
+
+def test_an_official_fine_tuned_checkpoint(tmp_path):
+    weights = classifier(**SMALL)
+    tensors, _ = to_form(weights, "official")
+    average = {name: tensor * 2 for name, tensor in tensors.items()}
+    torch.save({"model": tensors, "model_ema": average, "args": argparse.Namespace(lr=1.0)}, tmp_path / "x.pth")
+    found, form, _ = read(tmp_path / "x.pth")
+    assert form == "official"
+    assert_same(found.encoder | found.head, weights.encoder | weights.head)
+    assert_same(found.ema, {name: tensor * 2 for name, tensor in (weights.encoder | weights.head).items()})
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
+@pytest.mark.parametrize("container", [None, "model", "state_dict", "module"])
+@pytest.mark.parametrize("form", FOREIGN)
+def test_containers_and_wrappers(form, container, wrapper, tmp_path):
+    weights = weights_for(form)
+    tensors = {wrapper + name: tensor for name, tensor in to_form(weights, form)[0].items()}
+    torch.save({container: tensors} if container else tensors, tmp_path / "x.pth")
+    found, detected, _ = read(tmp_path / "x.pth")
+    assert detected == form
+    assert_same(found.encoder | found.decoder | found.head, weights.encoder | weights.decoder | weights.head)
+
+
+def test_mmpretrains_older_key_for_class_names(tmp_path):
+    tensors, _ = to_form(classifier(**SMALL), "mmpretrain")
+    torch.save({"state_dict": tensors, "meta": {"CLASSES": ("a", "b", "c", "d", "e")}}, tmp_path / "x.pth")
+    assert read(tmp_path / "x.pth")[0].classes == ["a", "b", "c", "d", "e"]
+
+
+def test_class_names_that_do_not_fit_are_left_out_and_said(tmp_path):
+    tensors, _ = to_form(classifier(**SMALL), "timm")
+    torch.save({"state_dict": tensors, "label_names": ["a", "b"]}, tmp_path / "x.pth")
+    found, _, remarks = read(tmp_path / "x.pth")
+    assert found.classes is None and any("names 2 classes for 5 outputs" in remark for remark in remarks)
+
+
+def test_unknown_statistics_of_four_channels(tmp_path):
+    torch.save(to_form(classifier(channels=4, **SMALL), "official")[0], tmp_path / "x.pth")
+    found, _, remarks = read(tmp_path / "x.pth")
+    assert found.image["mean"] is None and "of its 4 channels unknown" in remarks[0]
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+@pytest.mark.parametrize("form", FORMATS)
+def test_truncated(form, keep, tmp_path):
+    path = tmp_path / FILES[form]
+    write(path, weights_for(form), form)
+    file = path / "model.safetensors" if path.is_dir() else path
+    size = file.stat().st_size
+    os.truncate(file, keep if keep in (0, 10) else int(size * keep))
+    with pytest.raises(UserError, match="truncated or not a"):
+        read(path)
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_missing_unexpected_and_misshapen_are_listed_under_the_files_own_names(form, tmp_path):
+    tensors, _ = to_form(weights_for(form), form)
+    names = sorted(name for name in tensors if "norm" in name and "stages" in name)
+    gone, bent = names[0], names[-1]
+    tensors["extra.weight"] = torch.zeros(3)
+    tensors[bent] = torch.zeros(7, 7)
+    del tensors[gone]
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(UserError) as error:
+        read(tmp_path / "x.pth")
+    assert f"missing {gone}" in str(error.value) and "unexpected extra.weight" in str(error.value)
+    assert f"{bent} is [7, 7], needed [" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_a_transposed_tensor_is_misshapen(form, tmp_path):
+    """The same numbers in another shape are not reshaped until they fit."""
+    tensors, _ = to_form(weights_for(form), form)
+    name = next(name for name in tensors if "fc1.weight" in name or "wconv1" in name or "pointwise_conv1" in name)
+    tensors[name] = tensors[name].transpose(0, 1).contiguous()
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="is of another model"):
+        read(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("first", FOREIGN)
+@pytest.mark.parametrize("second", FOREIGN)
+def test_mixed_up_formats(first, second, tmp_path):
+    if first == second:
+        return
+    one, two = (to_form(weights_for(form), form)[0] for form in (first, second))
+    half = {name: tensor for name, tensor in one.items() if ".2." not in name}
+    torch.save(half | {name: tensor for name, tensor in two.items() if ".2." in name}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=" missing "):
+        read(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("content", [{"fc.weight": torch.zeros(2)}, {"epoch": 3}, {}, {"model": {}}, [torch.zeros(2)]])
+def test_other_models(content, tmp_path):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"no format that is known here|not a dict"):
+        read(tmp_path / "x.pth")
+
+
+def test_another_architecture_of_timm(tmp_path):
+    """An overlapping stem, as timm's *_ols models have it."""
+    tensors, _ = to_form(classifier(**SMALL), "timm")
+    tensors["stem.0.weight"] = torch.zeros(8, 3, 9, 9)
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"stem.0.weight is \[8, 3, 9, 9\]"):
+        read(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("place", ["tensors", "args", "beside", "bare"])
+def test_code_is_refused_and_does_not_run(place, tmp_path):
+    trap = tmp_path / "ran"
+    tensors, _ = to_form(classifier(**SMALL), "official")
+    content = {
+        "tensors": {"model": tensors | {"stages.0.0.gamma": Payload(trap)}},
+        "args": {"model": tensors, "args": argparse.Namespace(lr=Payload(trap))},
+        "beside": {"model": tensors, "optimizer": [Payload(trap)]},
+        "bare": Payload(trap),
+    }[place]
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"holds code or objects .*mkdir.* nothing was run"):
+        read(tmp_path / "x.pth")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "x.safetensors", "x.pt"])
+def test_a_bare_pickle_is_not_opened(name, tmp_path):
+    trap = tmp_path / "ran"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "convnextv2"}))
+    (tmp_path / name).write_bytes(pickle.dumps(Payload(trap)))
+    with pytest.raises(UserError, match="truncated or not a"):
+        read(tmp_path if name.endswith("bin") else tmp_path / name)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("value", [Command(lr=1), np.float64(1.0), np.zeros(2)], ids=["derived", "scalar", "array"])
+def test_no_other_class_is_allowed(value, tmp_path):
+    tensors, _ = to_form(classifier(**SMALL), "official")
+    torch.save({"model": tensors, "args": value}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"holds code or objects .*\((tests|numpy)\.\S+\): refused"):
+        read(tmp_path / "x.pth")
+
+
+def test_the_allowed_class_stays_allowed_only_here(tmp_path):
+    torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "x.pth")
+    with pytest.raises(UserError):
+        read(tmp_path / "x.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "x.pth", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, "without config.json"),
+        ({"config.json": "{"}, "is not JSON"),
+        ({"config.json": "[]"}, "holds no JSON object"),
+        ({"config.json": "{}"}, "neither model.safetensors nor pytorch_model.bin"),
+        (
+            {"config.json": "{}", "model.safetensors.index.json": '{"weight_map": {"a": "part-1.safetensors"}}'},
+            "part-1",
+        ),
+    ],
+)
+def test_folders_that_are_none(files, says, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=says):
+        read(tmp_path)

@@ -1,0 +1,220 @@
+"""Every format there and back, and against the real models of timm and transformers."""
+
+import json
+
+import pytest
+import timm
+import torch
+import transformers
+
+from configs.errors import UserError
+from models.convnext import SIZES
+from models.formats.names import TABLES
+from models.formats.read import read, translate
+from models.formats.write import FORMATS, to_form, write
+from tests.models.formats.helpers import (
+    FILES,
+    SMALL,
+    assert_same,
+    autoencoder,
+    classifier,
+    logits,
+    numbered,
+)  # fmt: skip
+from tests.models.helpers import assert_close
+
+BIG = ("convnextv2_large", "convnextv2_huge", "convnext_large", "convnext_xlarge")
+ALL_SIZES = [pytest.param(name, marks=pytest.mark.slow if name in BIG else ()) for name in SIZES]
+
+
+@pytest.mark.parametrize("form", TABLES)
+@pytest.mark.parametrize("name", ALL_SIZES)
+def test_every_size_there_and_back(name, form, tmp_path):
+    if form == "official-sparse":
+        if name.startswith("convnext_"):
+            return
+        weights = autoencoder(name, fill=numbered, decoder_depth=2)
+    else:
+        weights = classifier(name, fill=numbered)
+    tensors, remarks = to_form(weights, form)
+    arch, encoder, decoder, head = translate(tensors, form, tmp_path)
+    assert arch == weights.arch and remarks == []
+    assert_same(encoder | decoder | head, weights.encoder | weights.decoder | weights.head)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("shape", [{}, {"channels": 1, "stem_stride": 1, **SMALL}], ids=["atto", "small"])
+def test_files_there_and_back(form, shape, tmp_path):
+    """Tensors, architecture, class names, preprocessing, settings of the decoder, and averaged weights."""
+    make = autoencoder if form in ("ours", "official-sparse") else classifier
+    weights = make(**shape)
+    if form in ("ours", "official"):
+        weights.ema = {name: tensor + 1 for name, tensor in (weights.encoder | weights.head).items()}
+    path = tmp_path / FILES[form]
+    assert write(path, weights, form) == []
+    found, detected, remarks = read(path)
+    assert detected == form and remarks == []
+    assert found.arch == weights.arch and found.classes == weights.classes
+    assert found.image == weights.image and found.decoder_config == weights.decoder_config
+    for part in ("encoder", "decoder", "head"):
+        assert_same(getattr(found, part), getattr(weights, part))
+    assert (found.ema is None) == (weights.ema is None)
+    assert_same(found.ema or {}, weights.ema or {})
+
+
+@pytest.mark.parametrize("form", ["official", "timm", "transformers", "mmpretrain"])
+def test_an_encoder_alone_there_and_back(form, tmp_path):
+    weights = classifier(classes=0, **SMALL)
+    path = tmp_path / FILES[form]
+    write(path, weights, form)
+    found, _, remarks = read(path)
+    assert found.head == {} and found.arch == weights.arch and remarks == []
+    assert_same(found.encoder, weights.encoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMATS)
+def test_half_precision_stays(form, dtype, tmp_path):
+    weights = autoencoder(**SMALL) if form == "official-sparse" else classifier(**SMALL)
+    for part in (weights.encoder, weights.decoder, weights.head):
+        part.update({name: tensor.to(dtype) for name, tensor in part.items()})
+    write(tmp_path / FILES[form], weights, form)
+    found, *_ = read(tmp_path / FILES[form])
+    assert_same(found.encoder | found.decoder | found.head, weights.encoder | weights.decoder | weights.head)
+
+
+@pytest.mark.parametrize("name", ALL_SIZES)
+def test_real_timm(name, tmp_path):
+    """timm loads our file and computes the same; timm's own state dict comes back bit for bit."""
+    weights, image = classifier(name), torch.randn(2, 3, 64, 96)
+    path = tmp_path / ("x.safetensors" if name.endswith("tiny") else "x.pth")
+    write(path, weights, "timm")
+    model = timm.create_model(name, num_classes=5, checkpoint_path=str(path)).eval()
+    with torch.no_grad():
+        assert_close(logits(weights, image), model(image))
+
+    theirs = model.state_dict()
+    torch.save(theirs, tmp_path / "theirs.pth")
+    found, form, remarks = read(tmp_path / "theirs.pth")
+    assert form == "timm" and "ImageNet's mean and std taken" in remarks[0]
+    assert_same(to_form(found, "timm")[0], theirs)
+
+
+@pytest.mark.parametrize("name", ALL_SIZES)
+def test_real_transformers(name, tmp_path):
+    """`from_pretrained` loads our folder and computes the same; its own folder comes back bit for bit."""
+    weights, image = classifier(name), torch.randn(2, 3, 64, 96)
+    write(tmp_path / "x", weights, "transformers")
+    model, report = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path / "x", output_loading_info=True
+    )
+    assert not any(report.values()), report  # nothing missing, unexpected or misshapen
+    with torch.no_grad():
+        assert_close(logits(weights, image), model.eval()(image).logits)
+    assert model.config.id2label == dict(enumerate(weights.classes)) and model.config.image_size == 64
+
+    model.save_pretrained(tmp_path / "theirs")
+    found, form, _ = read(tmp_path / "theirs")
+    assert form == "transformers" and found.classes == weights.classes
+    assert_same(to_form(found, "transformers")[0], model.state_dict())
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_real_models_of_unusual_shape(classes, tmp_path):
+    """One grey channel, stem stride 1, own widths; with and without a head."""
+    weights = classifier(classes=classes, channels=1, stem_stride=1, **SMALL)
+    image = torch.randn(2, 1, 16, 24)
+    for form in ("timm", "transformers"):
+        write(tmp_path / FILES[form], weights, form)
+    options = {"in_chans": 1, "patch_size": 1, "depths": SMALL["depths"], "dims": SMALL["dims"]}
+    from_timm = timm.create_model(
+        "convnextv2_atto", num_classes=classes, checkpoint_path=str(tmp_path / "x.pth"), **options
+    ).eval()
+    auto = transformers.AutoModelForImageClassification if classes else transformers.AutoModel
+    from_hub = auto.from_pretrained(tmp_path / "x").eval()
+    with torch.no_grad():
+        ours, theirs = from_timm(image), from_hub(image)
+        assert_close(ours, theirs.logits if classes else theirs.pooler_output)
+        if classes:
+            assert_close(logits(weights, image), ours)
+
+
+@pytest.mark.parametrize(
+    ("form", "weights", "says"),
+    [
+        ("timm", {"stem_stride": 2}, "model.stem_stride 2 has no timm format"),
+        ("official-sparse", {"name": "convnext_tiny"}, "the official sparse code is V2 only"),
+    ],
+)
+def test_what_the_other_code_cannot_build_is_refused(form, weights, says, tmp_path):
+    with pytest.raises(UserError, match=says):
+        write(tmp_path / "x", classifier(**weights, **SMALL), form)
+    assert not list(tmp_path.iterdir())
+
+
+def test_transformers_bare_model_and_older_files(tmp_path):
+    """A folder without a classifier, in two safetensors parts or as pytorch_model.bin."""
+    weights = classifier(classes=0, **SMALL)
+    write(tmp_path / "x", weights, "transformers")
+    model = transformers.ConvNextV2Model.from_pretrained(tmp_path / "x")
+    model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert (tmp_path / "parts/model.safetensors.index.json").exists()
+    assert_same(read(tmp_path / "parts")[0].encoder, weights.encoder)
+    (tmp_path / "x/model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "x/pytorch_model.bin")
+    assert_same(read(tmp_path / "x")[0].encoder, weights.encoder)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "kind"),
+    [
+        ([64, 64], 0.8, "ConvNextImageProcessor"),
+        ([384, 384], 0.8, "BitImageProcessor"),
+        ([48, 80], 1.0, "ViTImageProcessor"),
+    ],
+)
+def test_transformers_preprocessing_is_ours(size, crop, kind, tmp_path):
+    from data.transforms import EvalTransform, normalize
+
+    weights = classifier(**SMALL)
+    weights.image |= {"size": size, "eval_crop": crop}
+    write(tmp_path / "x", weights, "transformers")
+    assert json.loads((tmp_path / "x/preprocessor_config.json").read_text())["image_processor_type"] == kind
+    assert read(tmp_path / "x")[0].image == weights.image
+    picture = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 17) * 255, (210, 300), mode="bicubic")
+    picture = picture[0].clamp(0, 255).to(torch.uint8)
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "x")(picture, return_tensors="pt")
+    mean, std = (torch.tensor(weights.image[key]) for key in ("mean", "std"))
+    ours = normalize(EvalTransform(tuple(size), crop)(picture, None)["image"][None], mean, std)
+    assert ours.shape == theirs["pixel_values"].shape
+    assert (ours - theirs["pixel_values"]).abs().max() <= 2.5 / 255 / 0.4  # two grey levels and rounding
+
+
+def test_what_no_processor_can_do_is_said(tmp_path):
+    weights = classifier(**SMALL)
+    weights.image |= {"size": [48, 80]}
+    assert "preprocessor_config.json" in write(tmp_path / "x", weights, "transformers")[0]
+    assert not (tmp_path / "x/preprocessor_config.json").exists()
+    assert read(tmp_path / "x")[0].image["size"] == [48, 80]
+
+
+def test_timm_hub_folder(tmp_path):
+    """The config.json of timm's own hub folders."""
+    weights = classifier(**SMALL)
+    write(tmp_path / "model.safetensors", weights, "timm")
+    config = {"architecture": "convnextv2_atto", "label_names": weights.classes}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {"input_size": [3, 96, 96]}}))
+    found, form, _ = read(tmp_path)
+    assert form == "timm" and found.classes == weights.classes and found.image["size"] == [96, 96]
+
+
+def test_logits_do_not_hide_a_missing_tensor():
+    """The comparison above can fail: any one tensor changed changes the logits."""
+    weights, image = classifier(**SMALL), torch.randn(2, 3, 64, 64)
+    before = logits(weights, image)
+    for part in (weights.encoder, weights.head):
+        for name in list(part):
+            kept = part[name]
+            part[name] = kept + 0.5 * torch.rand_like(kept)
+            assert not torch.allclose(logits(weights, image), before, rtol=1e-4, atol=1e-5), name
+            part[name] = kept

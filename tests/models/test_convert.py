@@ -1,0 +1,72 @@
+"""The converter as a command."""
+
+import pytest
+import timm
+import torch
+import transformers
+
+from models.formats.read import read
+from models.formats.write import FORMATS, write
+from tests.conftest import names, run
+from tests.models.formats.helpers import FILES, SMALL, assert_same, autoencoder, classifier
+
+
+def convert(source, destination, form, *more, code=0):
+    return run("python", "models/convert.py", source, destination, "--to", form, *more, code=code)
+
+
+def test_official_sparse_to_ours_and_on(tmp_path):
+    weights = autoencoder(**SMALL)
+    write(tmp_path / "sparse.pth", weights, "official-sparse")
+    done = convert(tmp_path / "sparse.pth", tmp_path / "fcmae.pt", "ours")
+    assert "is official-sparse: convnextv2_atto (" in done.stdout and "encoder, decoder" in done.stdout
+    assert "python finetune/main.py --init" in done.stdout
+    found, form, _ = read(tmp_path / "fcmae.pt")
+    assert form == "ours"
+    assert_same(found.encoder | found.decoder, weights.encoder | weights.decoder)
+    done = convert(tmp_path / "fcmae.pt", tmp_path / "encoder.pth", "official")
+    assert "left out: the decoder" in done.stdout
+    assert_same(read(tmp_path / "encoder.pth")[0].encoder, weights.encoder)
+
+
+@pytest.mark.parametrize("form", FORMATS[1:])
+def test_a_trained_model_leaves_in_every_format(form, pretrained, tmp_path):
+    """The line that says how to load the file is true."""
+    done = convert(pretrained / "fcmae.pt", tmp_path / FILES[form], form)
+    assert_same(read(tmp_path / FILES[form])[0].encoder, read(pretrained / "fcmae.pt")[0].encoder)
+    call = done.stdout.splitlines()[-1].strip()
+    if form in ("timm", "transformers"):
+        assert "added: a final norm" in done.stdout
+        eval(call, {"timm": timm, "transformers": transformers})
+    elif form.startswith("official"):
+        assert eval(call.partition(",")[0], {"torch": torch})
+
+
+def test_averaged_weights(tmp_path):
+    weights = classifier(**SMALL)
+    weights.ema = {name: tensor + 1 for name, tensor in (weights.encoder | weights.head).items()}
+    write(tmp_path / "last.pt", weights, "ours")
+    assert "left out: the averaged weights" in convert(tmp_path / "last.pt", tmp_path / "raw.pth", "timm").stdout
+    assert "left out" not in convert(tmp_path / "last.pt", tmp_path / "ema.pth", "timm", "--ema").stdout
+    raw, ema = (read(tmp_path / name)[0] for name in ("raw.pth", "ema.pth"))
+    assert_same(raw.encoder | raw.head, weights.encoder | weights.head)
+    assert_same(ema.encoder | ema.head, weights.ema)
+    assert "holds no averaged weights" in convert(tmp_path / "raw.pth", tmp_path / "x", "ours", "--ema", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere.pt", "{tmp}/y.pt", "--to", "ours"], "nowhere.pt does not exist"),
+        (["{tmp}/x.pt", "{tmp}/x.pt", "--to", "timm"], "exists: choose another name"),
+        (["{tmp}/x.pt", "{tmp}/no/y.pt", "--to", "timm"], "is not a folder: make it first"),
+        (["{tmp}/x.pt", "{tmp}/y.pt", "--to", "tim"], "invalid choice: 'tim'"),
+        (["{tmp}/x.pt", "{tmp}/y.pt"], "the following arguments are required: --to"),
+        (["{tmp}", "{tmp}/y.pt", "--to", "timm"], "without config.json"),
+    ],
+)
+def test_bad_input(words, says, tmp_path):
+    write(tmp_path / "x.pt", classifier(**SMALL), "ours")
+    done = run("python", "models/convert.py", *(word.format(tmp=tmp_path) for word in words), code=2)
+    assert done.stderr.startswith("error: ") and says in done.stderr and done.stderr.count("\n") == 1
+    assert names(tmp_path) == {"x.pt"}

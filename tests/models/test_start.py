@@ -1,0 +1,157 @@
+"""`--init`: other channels, another head, a decoder that goes on or is missing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from configs.schema import Data, PretrainModel
+from models.convnext import ConvNeXt
+from models.fcmae import FCMAE
+from models.formats.write import FORMATS, write
+from models.start import Start, open_init, start_autoencoder, start_classifier, with_statistics
+from models.weights import other_channels
+from tests.models.formats.helpers import FILES, SMALL, assert_same, autoencoder, classifier, logits
+from tests.models.helpers import assert_close, masks
+
+CLASSES = [f"class {i}" for i in range(5)]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Write weights in a format and open them as --init."""
+
+    def make(weights, form="ours"):
+        write(tmp_path / FILES[form], weights, form)
+        return open_init(str(tmp_path / FILES[form]))
+
+    return make
+
+
+def test_none_is_from_scratch():
+    assert open_init("none") is None
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_classifier_starts_from_any_format(form, start, capsys):
+    weights = autoencoder(**SMALL) if form == "official-sparse" else classifier(**SMALL)
+    model = ConvNeXt(weights.arch, 5)
+    fresh = model.head.fc.weight.clone()
+    kept = start_classifier(model, start(weights, form), CLASSES)
+    said = capsys.readouterr().out
+    assert f"({form})" in said or f"({form};" in said
+    assert_same({name: t for name, t in model.state_dict().items() if name in weights.encoder}, weights.encoder)
+    assert kept == (form != "official-sparse")
+    if kept:
+        image = torch.randn(1, 3, 64, 64)
+        assert "its classifier of 5 classes is kept" in said
+        assert_close(model.eval()(image), logits(weights, image))
+    else:
+        assert torch.equal(model.head.fc.weight, fresh)
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"),
+    [
+        (CLASSES[:3], "its classifier of 5 classes is replaced by a new one for 3 classes"),
+        ([*CLASSES[:4], "other"], "is replaced by a new one for 5 classes (other names)"),
+    ],
+)
+def test_another_head_is_replaced_and_said(classes, says, start, capsys):
+    weights = classifier(**SMALL)
+    model = ConvNeXt(weights.arch, len(classes))
+    fresh = model.head.fc.weight.clone()
+    assert not start_classifier(model, start(weights), classes)
+    assert says in capsys.readouterr().out
+    assert torch.equal(model.head.fc.weight, fresh)
+    assert torch.equal(model.head.norm.weight, weights.head["head.norm.weight"])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_other_channels(channels, start, capsys):
+    """The same picture in every channel gives the same logits, if the old number divides the new or is added up."""
+    weights = classifier(**SMALL)
+    model = ConvNeXt(replace(weights.arch, channels=channels), 5).eval()
+    assert start_classifier(model, start(weights), CLASSES)
+    assert f"has 3 input channels, the model {channels}: stem adapted" in capsys.readouterr().out
+    grey = torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        found, expected = model(grey.expand(-1, channels, -1, -1)), logits(weights, grey.expand(-1, 3, -1, -1))
+    assert_close(found, expected, tolerance=1e-4 if channels in (1, 6) else 1.0)
+    stem = weights.encoder["stem.0.weight"]
+    if channels > 1:
+        assert torch.equal(model.stem[0].weight[:, channels - 1], stem[:, (channels - 1) % 3] * (3 / channels))
+
+
+def test_other_channels_of_the_prediction_layer():
+    weights = autoencoder(**SMALL)
+    adapted = other_channels(weights.encoder | weights.decoder, 4)
+    old, new = (t["pred.bias"].view(32, 32, -1) for t in (weights.decoder, adapted))
+    assert torch.equal(new[..., :3], old) and torch.equal(new[..., 3], old[..., 0])
+
+
+@pytest.mark.parametrize("form", ["ours", "official-sparse"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_pretraining_goes_on_with_the_decoder(channels, form, start, capsys):
+    weights = autoencoder(decoder_dim=24, **SMALL)
+    config = PretrainModel(decoder_dim=24, channels=channels, **SMALL)
+    model = FCMAE(config)
+    start_autoencoder(model, start(weights, form))
+    assert ("stem adapted" in capsys.readouterr().out) == (channels == 4)
+    if channels == 3:
+        state = model.state_dict()
+        assert_same({name: state[name] for name in weights.decoder}, weights.decoder)
+        reference = FCMAE(config)
+        reference.load_state_dict({f"encoder.{k}": t for k, t in weights.encoder.items()} | weights.decoder)
+        image, visible = torch.randn(2, 3, 96, 96), masks(2, (3, 3), 0.6)
+        assert torch.equal(model(image, visible), reference(image, visible))
+
+
+@pytest.mark.parametrize("form", ["official", "timm", "transformers", "mmpretrain"])
+def test_pretraining_from_an_encoder(form, start, capsys):
+    weights = classifier(**SMALL)
+    model = FCMAE(PretrainModel(**SMALL))
+    fresh = model.mask_token.clone()
+    start_autoencoder(model, start(weights, form))
+    assert "has no decoder: a new one is trained" in capsys.readouterr().out
+    assert_same(model.encoder.state_dict(), weights.encoder)
+    assert torch.equal(model.mask_token, fresh)
+
+
+def test_settings_that_differ_are_said(start, capsys):
+    weights = autoencoder(grn_scope="batch", norm_pix=False, **SMALL)
+    start_autoencoder(FCMAE(PretrainModel(**SMALL)), start(weights, "official-sparse"))
+    said = capsys.readouterr().out
+    assert "was pretrained with model.grn_scope batch; this run has image" in said
+    assert "was pretrained with model.norm_pix False; this run has True" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"name": "convnextv2_atto"},
+            "set --model.name convnextv2_atto --model.stem_stride 4 --model.depths [1,2,1,1]",
+        ),
+        ({**SMALL, "stem_stride": 2}, "holds another model than the configuration: set .*--model.stem_stride 4"),
+        ({**SMALL, "name": "convnext_tiny"}, "set --model.name convnextv2_atto"),
+        ({**SMALL, "decoder_dim": 48}, "has a decoder of another shape: set --model.decoder_dim 512"),
+        ({**SMALL, "decoder_depth": 3}, "set --model.decoder_depth 1"),
+    ],
+)
+def test_another_model_names_the_keys_to_set(settings, says, start):
+    with pytest.raises(UserError, match=says.replace("[", r"\[")):
+        start_autoencoder(FCMAE(PretrainModel(**settings)), start(autoencoder(**SMALL)))
+
+
+def test_statistics_belong_to_the_weights():
+    weights = classifier(**SMALL)
+    start = Start("x.pt", weights, "")
+    assert with_statistics(Data(), start, 3).mean == (0.1, pytest.approx(0.2), pytest.approx(0.3))
+    assert with_statistics(Data(), start, 4).mean is None  # other channels: not theirs
+    assert with_statistics(Data(), None, 3).mean is None
+    with pytest.raises(UserError, match=r"x\.pt was trained with data\.mean .* leave the key out"):
+        with_statistics(Data(mean=(0.5, 0.5, 0.5)), start, 3)
+    weights.image |= {"mean": None, "std": None}
+    assert with_statistics(Data(mean=(0.5, 0.5, 0.5)), start, 3).mean == (0.5, 0.5, 0.5)

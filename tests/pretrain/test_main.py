@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from models.formats.write import write
 from models.weights import load
 from tests.conftest import QUICK, ROOT, TINY, losses, names, run
 
@@ -98,6 +99,18 @@ def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path):
     assert "step-00000030" in done.stdout and losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
+def test_goes_on_from_other_weights(digits, pretrained, tmp_path):
+    """With the official sparse file of a finished run, the first loss is where that run ended, not where it began."""
+    sparse = tmp_path / "sparse.pth"
+    write(sparse, load(pretrained / "fcmae.pt"), "official-sparse")
+    done = run("python", "pretrain/main.py", *words(digits, tmp_path, "on", "--init", sparse, epochs=1))
+    assert f"starting from {sparse} (official-sparse)" in done.stdout
+    before, after = losses(pretrained), losses(tmp_path / "on")
+    assert after[0][1] == pytest.approx(before[-1][1], rel=0.1) and after[0][1] < 0.9 * before[0][1]
+    again = words(digits, tmp_path, "on", "--init", pretrained / "fcmae.pt", epochs=1)
+    assert "init_digest" in run("python", "pretrain/main.py", *again, code=2).stderr
+
+
 def test_bf16_autocast_trains(digits, tmp_path):
     run("python", "pretrain/main.py", *words(digits, tmp_path, "bf16", "--optim.precision", "bf16", epochs=1))
     assert load(tmp_path / "bf16/fcmae.pt").encoder["stem.0.weight"].dtype == torch.float32
@@ -128,6 +141,7 @@ def test_rectangular_images_of_four_channels(tmp_path):
         (["--optim.batch_size", "7", "--optim.micro_batch", "2"], "optim.batch_size 7 is not a whole number"),
         (["--run.device", "cuda"], "torch sees no GPU"),
         (["--resume"], "has no complete checkpoint"),
+        (["--init", "nowhere.pt"], "nowhere.pt does not exist"),
     ],
 )
 def test_bad_input(more, says, digits, tmp_path):

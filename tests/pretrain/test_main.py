@@ -106,7 +106,7 @@ def test_goes_on_from_other_weights(digits, pretrained, tmp_path):
     done = run("python", "pretrain/main.py", *words(digits, tmp_path, "on", "--init", sparse, epochs=1))
     assert f"starting from {sparse} (official-sparse)" in done.stdout
     before, after = losses(pretrained), losses(tmp_path / "on")
-    assert after[0][1] == pytest.approx(before[-1][1], rel=0.1) and after[0][1] < 0.9 * before[0][1]
+    assert abs(after[0][1] - before[-1][1]) < 0.5 * abs(after[0][1] - before[0][1])
     again = words(digits, tmp_path, "on", "--init", pretrained / "fcmae.pt", epochs=1)
     assert "init_digest" in run("python", "pretrain/main.py", *again, code=2).stderr
 

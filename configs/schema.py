@@ -65,7 +65,8 @@ class PretrainModel(Encoder):
             minkowski = MinkowskiEngine's sparse convolutions (the published code's; bash launch/install_minkowski.sh)
         grn_scope: what the encoder's GRN takes its norm over: image = each image, as in the paper; batch = a rank's
             micro batch, as the official sparse code does; only to go on with, or repeat, a run of that code
-        grad_checkpointing: recompute each block in the backward pass: less memory, about a third more time
+        recompute: what the backward pass computes again instead of keeping it: mlp = the hidden layer of 4 widths, most
+            of the memory; block = the whole block: least memory, about a third more time
     """
 
     name: str = "convnextv2_atto"
@@ -77,7 +78,7 @@ class PretrainModel(Encoder):
     norm_pix: bool = True
     backend: Literal["packed", "masked", "minkowski"] = "packed"
     grn_scope: Literal["image", "batch"] = "image"
-    grad_checkpointing: bool = False
+    recompute: Literal["none", "mlp", "block"] = "none"
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,13 +95,14 @@ class FinetuneModel(Encoder):
         like: pretraining recipe whose model is built with --init none, for the keys left null
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first
         head_init: scale of a new classifier's initial weights; null = .001 with --init, 1 from scratch
-        grad_checkpointing: recompute each block in the backward pass: less memory, about a third more time
+        recompute: what the backward pass computes again instead of keeping it: mlp = the hidden layer of 4 widths, most
+            of the memory; block = the whole block: least memory, about a third more time
     """
 
     like: str | None = None
     drop_path: float = 0.0
     head_init: float | None = None
-    grad_checkpointing: bool = False
+    recompute: Literal["none", "mlp", "block"] = "none"
 
     def __post_init__(self):
         super().__post_init__()

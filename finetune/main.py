@@ -48,7 +48,7 @@ def main() -> None:
 
     world = start(config.run.device)
     seed_everything(config.run.seed)
-    model = ConvNeXt(arch, len(classes), config.model.drop_path, config.model.grad_checkpointing)
+    model = ConvNeXt(arch, len(classes), config.model.drop_path, config.model.recompute)
     if init is None or not start_classifier(model, init, classes):
         head_init = config.model.head_init
         for parameter in model.head.fc.parameters():

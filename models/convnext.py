@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.errors import UserError, nearest
 from configs.schema import CHANNELS, STEM_STRIDE, Encoder
-from models.sparse.layouts import Dense
+from models.sparse.layouts import Dense, Layout
 
 EPS = 1e-6  # of LayerNorm and GRN
 LAYER_SCALE = 1e-6  # V1's initial layer scale
@@ -58,12 +58,13 @@ class GRN(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
+        self.eps = EPS
         self.weight = nn.Parameter(torch.zeros(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, layout: Dense) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         norm = layout.image_norm(x)  # fp32: fp16 overflows here
-        norm = norm / (norm.mean(-1, keepdim=True) + EPS)
+        norm = norm / (norm.mean(-1, keepdim=True) + self.eps)
         return x * (1 + self.weight * norm).to(x.dtype) + self.bias.to(x.dtype)
 
 
@@ -76,10 +77,9 @@ class Mlp(nn.Module):
         self.grn = GRN(4 * dim) if grn else None
         self.fc2 = nn.Linear(4 * dim, dim)
 
-    def forward(self, x: Tensor, layout: Dense) -> Tensor:
-        x = nn.functional.gelu(self.fc1(x))
-        if self.grn is not None:
-            x = self.grn(x, layout)
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        x = self.fc1(x)
+        x = nn.functional.gelu(x) if self.grn is None else layout.gelu_grn(x, self.grn)
         return self.fc2(x)
 
 
@@ -94,8 +94,11 @@ class Block(nn.Module):
         self.gamma = None if v2 else nn.Parameter(torch.full((dim,), LAYER_SCALE))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, layout: Dense) -> Tensor:
-        y = self.mlp(self.norm(layout.depthwise(x, self.conv_dw)), layout)
+    def forward(self, x: Tensor, layout: Layout, recompute: str = "none") -> Tensor:
+        if recompute == "block":
+            return checkpoint(self, x, layout, use_reentrant=False)
+        y = layout.depthwise_norm(x, self.conv_dw, self.norm)
+        y = checkpoint(self.mlp, y, layout, use_reentrant=False) if recompute == "mlp" else self.mlp(y, layout)
         if self.gamma is not None:
             y = y * self.gamma
         return x + self.drop_path(y)
@@ -110,12 +113,12 @@ class Stage(nn.Module):
         self.downsample = None if first else nn.Sequential(nn.LayerNorm(dim_in, EPS), nn.Conv2d(dim_in, dim, 2, 2))
         self.blocks = nn.ModuleList(Block(dim, v2, rate) for rate in drop_paths)
 
-    def forward(self, x: Tensor, layout: Dense, recompute: bool) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, recompute: str) -> Tensor:
         if self.downsample is not None:
             norm, conv = self.downsample
             x = layout.downsample(norm(x), conv)
         for block in self.blocks:
-            x = checkpoint(block, x, layout, use_reentrant=False) if recompute else block(x, layout)
+            x = block(x, layout, recompute)
         return x
 
 
@@ -138,15 +141,15 @@ class ConvNeXt(nn.Module):
         arch: which one; `arch` of the instance is the resolved form
         classes: outputs of the classifier; 0 = no head (for the masked autoencoder)
         drop_path: stochastic depth of the last block, growing linearly from 0
-        grad_checkpointing: recompute blocks in the backward pass
+        recompute: what the backward pass computes again instead of storing it: none, mlp or block
     Raises:
         UserError: unknown model name
     """
 
-    def __init__(self, arch: Encoder, classes: int = 0, drop_path: float = 0.0, grad_checkpointing: bool = False):
+    def __init__(self, arch: Encoder, classes: int = 0, drop_path: float = 0.0, recompute: str = "none"):
         super().__init__()
         self.arch = arch = resolve(arch)
-        self.grad_checkpointing = grad_checkpointing
+        self.recompute = recompute
         v2 = arch.name.startswith("convnextv2")
         self.stem = nn.Sequential(
             nn.Conv2d(arch.channels, arch.dims[0], arch.stem_stride, arch.stem_stride),
@@ -160,12 +163,12 @@ class ConvNeXt(nn.Module):
         self.head = Head(arch.dims[-1], classes) if classes else None
         self.apply(init_weights)
 
-    def forward_features(self, image: Tensor, layout: Dense) -> Tensor:
+    def forward_features(self, image: Tensor, layout: Layout) -> Tensor:
         """Images [B, C, H, W] to the last stage's tokens, as the layout lays them."""
         conv, norm = self.stem
         x = norm(layout.embed(image, conv))
         for stage in self.stages:
-            x = stage(x, layout, self.grad_checkpointing and self.training)
+            x = stage(x, layout, self.recompute if self.training else "none")
         return x
 
     def forward(self, image: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class FCMAE(nn.Module):
         self.config = config
         if config.backend == "minkowski":
             import models.sparse.minkowski  # noqa: F401  # now, so that a missing one is told before the first step
-        self.encoder = ConvNeXt(config, grad_checkpointing=config.grad_checkpointing)
+        self.encoder = ConvNeXt(config, recompute=config.recompute)
         arch = self.encoder.arch
         self.patch = PATCH_PER_STEM_STRIDE * arch.stem_stride
         self.proj = nn.Linear(arch.dims[-1], config.decoder_dim)

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import kernels
+
 
 def patchify(image: Tensor, grid: tuple[int, int]) -> Tensor:
     """View images [B, C, H, W] as patches [B, gy, gx, P, P, C] (no copy)."""
@@ -59,7 +61,19 @@ def depthwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return y.permute(0, 2, 3, 1)
 
 
-class Dense:
+class Layout:
+    """What all layouts share: the two passages of a block that have kernels, in plain code."""
+
+    def depthwise_norm(self, x: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
+        """7x7 depthwise convolution, then LayerNorm."""
+        return norm(self.depthwise(x, conv))
+
+    def gelu_grn(self, x: Tensor, grn: nn.Module) -> Tensor:
+        """GELU, then GRN."""
+        return grn(F.gelu(x), self)
+
+
+class Dense(Layout):
     """All tokens of an image, row by row: x [B, H, W, C]."""
 
     def embed(self, image: Tensor, stem: nn.Conv2d) -> Tensor:
@@ -78,8 +92,23 @@ class Dense:
         """Euclidean norm of each channel over an image's tokens, fp32, shaped to broadcast against x."""
         return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
 
+    def depthwise_norm(self, x: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
+        if not kernels.fused(x):
+            return super().depthwise_norm(x, conv, norm)
+        from models.kernels.depthwise import Geometry, depthwise_norm  # imports Triton
 
-class Masked(Dense):
+        geometry = Geometry(len(x), x.shape[1], x.shape[2], s=0, n=0, slot=None, patch=None)
+        return depthwise_norm(x.flatten(0, 2), conv, norm, geometry).view_as(x)
+
+    def gelu_grn(self, x: Tensor, grn: nn.Module) -> Tensor:
+        if not kernels.fused(x):
+            return super().gelu_grn(x, grn)
+        from models.kernels.gelu_grn import gelu_grn
+
+        return gelu_grn(x, grn.weight, grn.bias, grn.eps)
+
+
+class Masked(Layout):
     """All positions and a mask, x [B, H, W, C]: what a submanifold sparse convolution computes, in plain dense code.
 
     Hidden positions hold numbers nobody reads: each operation that looks beyond one token zeroes them first.
@@ -88,6 +117,8 @@ class Masked(Dense):
     def __init__(self, visible: Tensor, grn_scope: str = "image"):
         self.visible = visible
         self.norm_dims = (0, 1, 2) if grn_scope == "batch" else (1, 2)
+
+    embed, downsample = Dense.embed, Dense.downsample
 
     def at_stage(self, x: Tensor) -> Tensor:
         """`visible` at the resolution of x: [B, H, W]."""
@@ -99,9 +130,11 @@ class Masked(Dense):
         return x.masked_fill(~self.at_stage(x)[..., None], 0)
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return super().depthwise(self.zero_hidden(x), conv)
+        """7x7 depthwise convolution; hidden positions count as zero."""
+        return depthwise_conv(self.zero_hidden(x), conv)
 
     def image_norm(self, x: Tensor) -> Tensor:
+        """Euclidean norm of each channel over the visible tokens of an image, or of the batch; fp32, to broadcast."""
         x = self.zero_hidden(x)
         return torch.linalg.vector_norm(x, dim=self.norm_dims, keepdim=True, dtype=torch.float32)
 
@@ -110,7 +143,7 @@ class Masked(Dense):
         return torch.where(self.visible[..., None], x, fill.to(x.dtype))
 
 
-class Packed:
+class Packed(Layout):
     """The visible patches only: x [B, n, s, s, C].
 
     Submanifold sparse convolution as ordinary dense code: every operation but the depthwise convolution is local to a
@@ -119,9 +152,10 @@ class Packed:
 
     def __init__(self, visible: Tensor, n: int, grn_scope: str = "image"):
         self.grid = tuple(visible.shape[1:])
-        self.norm_dims = (0, 1, 2, 3) if grn_scope == "batch" else (1, 2, 3)
+        self.over_batch = grn_scope == "batch"
         self.patch, _ = split_patches(visible, n)
         self._rows: dict[int, Tensor] = {}
+        self._slots: tuple[Tensor, Tensor] | None = None
 
     def rows(self, s: int) -> Tensor:
         """Row of every packed token in the canvas [B * H * W, C] of a stage, H = gy * s and W = gx * s."""
@@ -152,7 +186,33 @@ class Packed:
 
     def image_norm(self, x: Tensor) -> Tensor:
         """Euclidean norm of each channel over the visible tokens of an image, or of the batch; fp32, to broadcast."""
-        return torch.linalg.vector_norm(x, dim=self.norm_dims, keepdim=True, dtype=torch.float32)
+        dims = (0, 1, 2, 3) if self.over_batch else (1, 2, 3)
+        return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
+
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """For the kernel: number of a patch among its image's visible ones, or -1, [B, gy, gx]; the inverse [B, n]."""
+        if self._slots is None:
+            batch, n = self.patch.shape
+            slot = torch.full((batch, self.grid[0] * self.grid[1]), -1, dtype=torch.int32, device=self.patch.device)
+            slot.scatter_(1, self.patch, torch.arange(n, dtype=torch.int32, device=slot.device).expand(batch, n))
+            self._slots = slot.view(batch, *self.grid), self.patch.int()
+        return self._slots
+
+    def depthwise_norm(self, x: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
+        if not kernels.fused(x):
+            return super().depthwise_norm(x, conv, norm)
+        from models.kernels.depthwise import Geometry, depthwise_norm  # imports Triton
+
+        (batch, n, s, *_), (gy, gx), (slot, patch) = x.shape, self.grid, self.slots()
+        geometry = Geometry(batch, gy * s, gx * s, s, n, slot, patch)
+        return depthwise_norm(x.flatten(0, 3), conv, norm, geometry).view_as(x)
+
+    def gelu_grn(self, x: Tensor, grn: nn.Module) -> Tensor:
+        if not kernels.fused(x):
+            return super().gelu_grn(x, grn)
+        from models.kernels.gelu_grn import gelu_grn
+
+        return gelu_grn(x, grn.weight, grn.bias, grn.eps, self.over_batch)
 
     def to_grid(self, x: Tensor, fill: Tensor) -> Tensor:
         """Last stage's tokens on the patch grid [B, gy, gx, C], with `fill` [C] at hidden patches."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from configs.errors import UserError, reason
-from models.sparse.layouts import Dense, Masked
+from models.sparse.layouts import Dense, Layout, Masked
 from models.sparse.taps import to_taps
 
 for _name in ("Sequence", "Mapping", "Iterable"):  # MinkowskiEngine 0.5.4 looks for them where Python < 3.10 had them
@@ -48,7 +48,7 @@ def _depthwise(channels: int) -> nn.Module:
         return MinkowskiEngine.MinkowskiChannelwiseConvolution(channels, kernel_size=7, bias=True, dimension=2)
 
 
-class Minkowski:
+class Minkowski(Layout):
     """The visible tokens as rows of a sparse tensor: x [N, C], N = B * n * s * s, in MinkowskiEngine's own order.
 
     Coordinates are (image, y, x) in tokens of the stem. A stage is recognised by its number of rows, which differs

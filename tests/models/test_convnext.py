@@ -65,9 +65,10 @@ def test_drop_path_grows_linearly():
     assert rates == pytest.approx([0.01 * i for i in range(12)])
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+def test_recomputing_changes_nothing(recompute):
     arch = Encoder("convnextv2_atto", stem_stride=1, depths=(1, 1, 2, 1), dims=(8, 16, 16, 16))
-    plain, thrifty = ConvNeXt(arch), ConvNeXt(arch, grad_checkpointing=True)
+    plain, thrifty = ConvNeXt(arch), ConvNeXt(arch, recompute=recompute)
     thrifty.load_state_dict(plain.state_dict())
     image = torch.randn(2, 3, 16, 24)
     for model in (plain, thrifty):

@@ -1,0 +1,81 @@
+"""Depthwise convolution + LayerNorm kernel against its plain twin; in Triton's interpreter where there is no GPU."""
+
+import pytest
+import torch
+
+from models import kernels
+from models.kernels import depthwise
+from models.sparse.layouts import Dense, Packed
+from tests.models.helpers import assert_close
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Take the kernels on this machine's device, whatever it is."""
+    monkeypatch.setattr(kernels, "fused", lambda x: kernels._enabled)
+
+
+def layers(channels: int) -> tuple[torch.nn.Conv2d, torch.nn.LayerNorm]:
+    conv = torch.nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+    norm = torch.nn.LayerNorm(channels, 1e-6)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    return conv.to(DEVICE), norm.to(DEVICE)
+
+
+def compare(layout, x, conv, norm, tolerance: float) -> None:
+    """Output and all gradients, kernel against plain code in fp32; then the kernel again, bit for bit."""
+    parameters = [x, *conv.parameters(), *norm.parameters()]
+    with kernels.plain():
+        expected = layout.depthwise_norm(x.float(), conv, norm)
+    grad = torch.randn_like(expected)
+    references = torch.autograd.grad(expected, parameters, grad)
+    runs = []
+    for _ in range(2):
+        found = layout.depthwise_norm(x, conv, norm)
+        runs.append([found.detach(), *torch.autograd.grad(found, parameters, grad.to(found.dtype))])
+    names = ("output", "x", "weight", "bias", "norm weight", "norm bias")
+    for name, first, again, reference in zip(names, *runs, (expected, *references), strict=True):
+        assert_close(first.float(), reference.float(), name, tolerance)
+        assert torch.equal(first, again), f"{name} differs from run to run"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("s", "channels"), [(8, 12), (4, 5), (2, 9), (1, 130)])
+def test_packed(s, channels, dtype, tolerance, fused, monkeypatch):
+    """Patches in all positions to each other, in every stage; one image hides its border."""
+    monkeypatch.setattr(depthwise, "PROGRAMS", 21)  # three partial sums
+    visible = torch.zeros(1 if s == 8 else 2, 2, 3, dtype=torch.bool, device=DEVICE)
+    visible[0, 0, 1:] = True
+    if s < 8:
+        visible[1, 0, 0] = visible[1, 1, 2] = True
+    x = torch.randn(len(visible), 2, s, s, channels, device=DEVICE).to(dtype).requires_grad_()
+    compare(Packed(visible, 2), x, *layers(channels), tolerance)
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 11), (4, 3)])
+def test_dense(height, width, fused):
+    """Grids that no strip divides."""
+    x = torch.randn(1, height, width, 6, device=DEVICE, requires_grad=True)
+    compare(Dense(), x, *layers(6), 1e-5)
+
+
+def test_under_autocast_the_output_is_bf16(fused):
+    conv, norm = layers(4)
+    x = torch.randn(1, 2, 3, 4, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = Dense().depthwise_norm(x, conv, norm)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert x.grad.dtype == conv.weight.grad.dtype == norm.weight.grad.dtype == torch.float32
+
+
+def test_hidden_rows_are_not_read(fused):
+    """Memory beyond the visible tokens may hold anything."""
+    conv, norm = layers(4)
+    visible = torch.tensor([[[True, False], [False, True]]], device=DEVICE)
+    memory = torch.full((3, 2, 2, 2, 4), float("nan"), device=DEVICE)
+    memory[1] = torch.randn(2, 2, 2, 4)
+    assert torch.isfinite(Packed(visible, 2).depthwise_norm(memory[1:2], conv, norm)).all()

@@ -54,8 +54,11 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         if rank != "0":
             time.sleep(LAUNCHER_SECONDS)
-        print(f"error: {error}" if rank == "0" else f"error: [rank {rank}] {error}", file=sys.stderr, flush=True)
+        line = " ".join(str(error).split("\n"))  # names from files may hold anything
+        print(f"error: {line}" if rank == "0" else f"error: [rank {rank}] {line}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C; what was saved stays, and the same command goes on from there", file=sys.stderr)
+        print(
+            "\nstopped by Ctrl-C; nothing is half-written: the same command goes on, or starts again", file=sys.stderr
+        )
         sys.exit(128 + signal.SIGINT)

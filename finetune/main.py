@@ -25,7 +25,7 @@ from launch import checkpoints
 from launch.engine import build_engine, parameter_groups, seed_everything, start, stop
 from launch.runlog import RunLog
 from models.convnext import ConvNeXt, resolve
-from models.start import Start, open_init, start_classifier, with_statistics
+from models.start import Init, open_init, start_classifier, with_statistics
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
     stop()
 
 
-def architecture(config: Finetune, init: Start | None) -> Encoder:
+def architecture(config: Finetune, init: Init | None) -> Encoder:
     """The model to build: the one in --init, but with `model.channels` channels if given (the stem is adapted); with
     --init none, the keys given, filled up from `model.like`.
 

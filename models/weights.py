@@ -17,6 +17,7 @@ import argparse
 import pickle
 import re
 import zipfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,10 +26,13 @@ from torch import Tensor, nn
 
 from configs.errors import UserError, reason
 from configs.files import whole_file
-from configs.schema import Encoder
+from configs.schema import Encoder, PretrainModel
+from models.convnext import ConvNeXt, resolve
+from models.fcmae import FCMAE
 
 FORMAT = "convnext-fcmae/1"
 LISTED = 20  # names in an error message
+DECODER = ("proj.", "mask_token", "decoder.", "pred.")  # how its tensors' names begin
 Tensors = dict[str, Tensor]
 
 
@@ -51,8 +55,8 @@ def cpu_state(model: nn.Module) -> Tensors:
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
-def divide(tensors: Tensors, prefix: str) -> tuple[Tensors, Tensors]:
-    """(those whose names begin with `prefix`, the others)."""
+def divide(tensors: dict, prefix: str | tuple[str, ...]) -> tuple[dict, dict]:
+    """(those whose names begin with `prefix`, or with one of several; the others)."""
     inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return inside, {name: tensor for name, tensor in tensors.items() if name not in inside}
 
@@ -86,9 +90,13 @@ def load_file(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give a weight file")
-    if not zipfile.is_zipfile(path):  # what torch.save writes is a zip; nothing else is opened
-        raise UserError(f"{path} is truncated or not a weight file: copy it again")
+        what = "is a folder" if path.is_dir() else "is no file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}: give a weight file")
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):  # nothing else is opened
+            raise UserError(
+                f"{path} is truncated or not a weight file (a zip, as torch.save writes it since 1.6): copy it again"
+            )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -98,7 +106,7 @@ def load_file(path: str | Path) -> dict:
             f"{path} holds code or objects besides tensors and plain values{f' ({found[1]})' if found else ''}: "
             "refused, nothing was run; save its state_dict alone"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged bytes make the reader fail in any way
         raise UserError(f"{path} is truncated or not a weight file ({reason(error)}): copy it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
@@ -106,16 +114,73 @@ def load_file(path: str | Path) -> dict:
 
 
 def from_content(content: dict, path: str | Path) -> Weights:
-    """Weights of a file's content in this project's format. Raises `UserError` where something is missing."""
+    """Weights of a file's content in this project's format.
+
+    Raises:
+        UserError: something is missing, or the tensors are not those of the model that the file names
+    """
     fields = {key: value for key, value in content.items() if key != "format"}
     try:
-        weights = Weights(**fields | {"arch": Encoder(**fields["arch"])})
+        weights = Weights(**fields | {"arch": resolve(Encoder(**fields["arch"]))})
         missing = {"size", "mean", "std"} - weights.image.keys()
-    except (TypeError, KeyError, AttributeError) as error:
+        parts = weights.encoder | weights.decoder | weights.head
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is a damaged weight file ({reason(error)}): write it again") from None
+    except UserError as error:
+        raise UserError(f"{path} is a damaged weight file ({error}): write it again") from None
     if missing:
         raise UserError(f"{path} is a damaged weight file (no {', '.join(sorted(missing))}): write it again")
+    check_tensors(path, parts)
+    decoder, others = divide(_shapes(expected_tensors(weights.arch, parts)), DECODER)
+    head, encoder = divide(others, "head.")
+    check_shapes(path, encoder, _shapes(weights.encoder))
+    check_shapes(path, decoder, _shapes(weights.decoder))
+    check_shapes(path, head, _shapes(weights.head))
+    if weights.ema is not None:
+        check_tensors(path, weights.ema)
+        check_shapes(path, encoder | head, _shapes(weights.ema))
     return weights
+
+
+def expected_tensors(arch: Encoder, found: Tensors) -> Tensors:
+    """All tensors, without memory, of those parts of a model (encoder, decoder, head) that `found` has some of.
+
+    Widths of head and decoder are read off `found`; names are ours.
+    """
+    with torch.device("meta"):
+        tensors = ConvNeXt(arch, found["head.fc.bias"].numel() if "head.fc.bias" in found else 1).state_dict()
+        if any(name.startswith(DECODER) for name in found):
+            width, depth = decoder_shape(found)
+            config = PretrainModel(**asdict(arch), decoder_dim=width, decoder_depth=depth)
+            tensors |= divide(FCMAE(config).state_dict(), "encoder.")[1]
+    for part in ("head.fc.", "head."):
+        if not any(name.startswith(part) for name in found):
+            _, tensors = divide(tensors, part)
+    return tensors
+
+
+def decoder_shape(tensors: Tensors) -> tuple[int, int]:
+    """(width, depth) of a decoder by its tensors."""
+    width = next((tensors[name].numel() for name in ("mask_token", "proj.bias") if name in tensors), 1)
+    return max(1, width), max(1, count(tensors, r"decoder\.(\d+)\."))
+
+
+def count(names: Iterable[str], pattern: str) -> int:
+    """One more than the greatest number that the pattern finds."""
+    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+
+
+def check_tensors(path: str | Path, tensors: Tensors) -> None:
+    """Raise a `UserError` unless all are ordinary tensors of floating-point numbers."""
+    for name, tensor in tensors.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+        if not plain or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UserError(f"{path}: {name} holds no floating-point numbers, but {kind}")
+
+
+def _shapes(tensors: Tensors) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: str | None = None) -> None:
@@ -127,8 +192,7 @@ def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: s
     own = module.state_dict()
     if ignore is not None:
         _, own = divide(own, ignore)
-    shapes = ({name: tuple(tensor.shape) for name, tensor in held.items()} for held in (own, tensors))
-    check_shapes(path, *shapes)
+    check_shapes(path, _shapes(own), _shapes(tensors))
     module.load_state_dict(tensors, strict=False)
 
 

@@ -30,8 +30,8 @@ from pretrain.loop import pretrain
 def main() -> None:
     """Entry point: parse, build, run."""
     config = parse(Pretrain, "pretrain/digits.yaml", __doc__)
-    start_weights = open_init(config.init)
-    config = replace(config, data=with_statistics(config.data, start_weights, config.model.channels))
+    init = open_init(config.init)
+    config = replace(config, data=with_statistics(config.data, init, config.model.channels))
     data, optim = config.data, config.optim
     grid = data.grid(config.model.stem_stride)
     check_size(config.model, grid)
@@ -40,8 +40,8 @@ def main() -> None:
     world = start(config.run.device)
     seed_everything(config.run.seed)
     model = FCMAE(config.model)
-    if start_weights:
-        start_autoencoder(model, start_weights)
+    if init:
+        start_autoencoder(model, init)
     engine = build_engine(model, parameter_groups(model, optim.weight_decay), optim, world)
 
     n = visible_patches(grid[0] * grid[1], config.model.mask_ratio)
@@ -50,7 +50,7 @@ def main() -> None:
     loader = train_loader(split, transform, config.model.channels, config.run.seed, data, optim, *place)
     run = Path(config.run.folder) / config.run.name
     identity = to_dict(config) | {"stage": "pretraining", "data_digest": split.digest}
-    identity["init_digest"] = start_weights.digest if start_weights else "none"
+    identity["init_digest"] = init.digest if init else "none"
     if config.model.grn_scope == "image":
         del identity["optim"]["micro_batch"]  # may change on resume: it does not change what is learnt
     else:

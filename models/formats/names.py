@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.sparse.taps import from_taps, to_taps
 
-FIELDS = {"i": r"[0-3]", "j": r"\d+", "k": r"[12]", "n": r"[01]", "p": r"weight|bias"}
+FIELDS = {"i": r"[0-3]", "j": r"\d{1,3}", "k": r"[12]", "n": r"[01]", "p": r"weight|bias"}
 
 OURS_ENCODER = (
     "stem.{n}.{p}",
@@ -120,7 +120,7 @@ def from_name(theirs: str, form: str) -> str | None:
 def detect(names: Iterable[str]) -> str | None:
     """Format of a state dict by its names, each of which one format alone has; None if no name tells."""
     marks = {
-        "official-sparse": r"(encoder\.)?(stages|downsample_layers)\..*\.(kernel|ln\.\w+|linear\.\w+)",
+        "official-sparse": r"encoder\.(stages|downsample_layers)\..*\.(kernel|ln\.\w+|linear\.\w+)",
         "mmpretrain": r"backbone\..*|.*\.(depth|point)wise_conv\d?\..*",
         "timm": r"stages\.\d+\.blocks\..*",
         "transformers": r"(\w+\.)?encoder\.stages\.\d+\.layers\..*",

@@ -11,11 +11,11 @@ import torch
 from configs.errors import UserError
 from configs.files import sync_folder, whole_file, write_whole
 from models.convnext import EPS, LAYER_SCALE, SIZES
+from models.formats.beside import SQUASH_FROM, WHOLE_CENTRE
 from models.formats.names import CONV_MLP, to_name, to_shape
 from models.weights import Tensors, Weights, save
 
 FORMATS = ("ours", "official", "official-sparse", "timm", "transformers", "mmpretrain")
-SQUASH_FROM = 384  # pixels: transformers' ConvNextImageProcessor crops below, and squashes from here on
 
 
 def write(path: Path, weights: Weights, form: str) -> list[str]:
@@ -26,6 +26,8 @@ def write(path: Path, weights: Weights, form: str) -> list[str]:
     Raises:
         UserError: a model that the other code cannot build: V1 in the official sparse code, stem stride 2 in timm
     """
+    if path.suffix == ".safetensors" and form != "timm":
+        raise UserError(f"{path}: only timm's format is written as .safetensors: choose another name for {form}")
     if form == "ours":
         save(path, weights)
         return []
@@ -45,7 +47,7 @@ def write(path: Path, weights: Weights, form: str) -> list[str]:
     beside = _beside(weights, form)
     if path.suffix == ".safetensors":
         with whole_file(path) as file:
-            file.write(safetensors.torch.save(tensors, {"format": "pt", "config": json.dumps(beside)}))
+            file.write(_safetensors(tensors, {"config": json.dumps(beside)}))
         return remarks
     container = {"official": "model", "official-sparse": "model"}.get(form, "state_dict")
     with whole_file(path) as file:
@@ -65,7 +67,8 @@ def to_form(weights: Weights, form: str) -> tuple[Tensors, list[str]]:
             kept |= tensors
     if form in ("timm", "transformers") and not weights.head and "head.norm.weight" not in kept:
         width = weights.arch.dims[-1]
-        kept |= {"head.norm.weight": torch.ones(width), "head.norm.bias": torch.zeros(width)}
+        dtype = kept["stem.1.weight"].dtype
+        kept |= {"head.norm.weight": torch.ones(width, dtype=dtype), "head.norm.bias": torch.zeros(width, dtype=dtype)}
         remarks.append("added: a final norm that changes nothing (the format's models always have one)")
     conv_mlp = weights.arch.name.endswith(CONV_MLP)
     prefix = _transformers_prefix(weights) if form == "transformers" and "head.fc.weight" in kept else ""
@@ -75,6 +78,12 @@ def to_form(weights: Weights, form: str) -> tuple[Tensors, list[str]]:
         theirs = theirs if theirs.startswith("classifier.") else prefix + theirs
         renamed[theirs] = to_shape(name, tensor, form, conv_mlp).contiguous()
     return renamed, remarks
+
+
+def _safetensors(tensors: Tensors, metadata: dict[str, str]) -> bytes:
+    """A safetensors file; tensors that share memory are written each on its own."""
+    own = {name: tensor.clone() for name, tensor in tensors.items()}
+    return safetensors.torch.save(own, {"format": "pt"} | metadata)
 
 
 def _is_v2(weights: Weights) -> bool:
@@ -98,7 +107,9 @@ def _beside(weights: Weights, form: str) -> dict:
             "interpolation": "bicubic",
         }
         settings |= {key: image[key] for key in ("mean", "std") if image[key]}
-        settings |= {"crop_pct": image["eval_crop"]} if "eval_crop" in image else {}
+        if "eval_crop" in image:
+            settings["crop_pct"] = 1.0 if image["eval_crop"] == WHOLE_CENTRE else image["eval_crop"]
+            settings["crop_mode"] = "squash" if image["eval_crop"] == 1 else "center"
         beside = {"architecture": weights.arch.name, "num_classes": _outputs(weights), "pretrained_cfg": settings}
         return beside | ({"label_names": weights.classes} if weights.classes else {})
     if form == "mmpretrain":
@@ -119,13 +130,16 @@ def _write_folder(path: Path, weights: Weights, tensors: Tensors) -> list[str]:
         if processor:
             write_whole(part / "preprocessor_config.json", json.dumps(processor, indent=2).encode())
         with whole_file(part / "model.safetensors") as file:
-            file.write(safetensors.torch.save(tensors, {"format": "pt"}))
+            file.write(_safetensors(tensors, {}))
         part.rename(path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
     sync_folder(path.parent)
-    return [] if processor else ["left out: preprocessor_config.json (transformers cannot tell this preprocessing)"]
+    remarks = [] if processor else ["left out: preprocessor_config.json (transformers cannot tell this preprocessing)"]
+    if weights.classes and not _outputs(weights):
+        remarks.append("left out: the class names (transformers keeps them with a classifier only)")
+    return remarks
 
 
 def _config(weights: Weights) -> dict:
@@ -172,7 +186,7 @@ def _image_processor(image: dict) -> dict | None:
         return None
     if height < SQUASH_FROM:
         kind = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": height}}
-        return common | kind | {"crop_pct": crop}
+        return common | kind | {"crop_pct": 1.0 if crop == WHOLE_CENTRE else crop}
     kind = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": round(height / crop)}}
     return common | kind | {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
 
@@ -197,5 +211,6 @@ def how_to_load(path: Path, weights: Weights, form: str) -> str:
         return f'transformers.{auto}.from_pretrained("{path}")'
     if form == "mmpretrain":
         return f'mmengine.runner.load_checkpoint(model, "{path}")'
-    key = "model_ema or model" if weights.ema is not None and form == "official" else "model"
-    return f'torch.load("{path}")["{key}"], which the official code takes as --finetune {path}'
+    if form == "official-sparse":
+        return f"python main_finetune.py --finetune {path} ...    # of the official code"
+    return f'model.load_state_dict(torch.load("{path}")["model"])  # the official code\'s model'

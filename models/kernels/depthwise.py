@@ -32,17 +32,12 @@ class Geometry(NamedTuple):
     slot: Tensor | None  # [B, gy, gx] int32
     patch: Tensor | None  # [B, n] int32: position of each visible patch in its image's grid
 
-    @property
-    def strip(self) -> int:
-        """Tokens of a strip."""
-        return self.s or DENSE_STRIP
-
-    @property
-    def strips(self) -> int:
-        """Number of strips in the batch."""
+    def strips(self, channels: int) -> tuple[int, int]:
+        """(tokens of a strip, strips in the batch); shorter ones on a dense grid of many channels, to fit registers."""
         if self.s:
-            return self.batch * self.n * self.s
-        return self.batch * self.height * -(-self.width // DENSE_STRIP)
+            return self.s, self.batch * self.n * self.s
+        strip = max(1, min(DENSE_STRIP, 8192 // triton.next_power_of_2(channels)))
+        return strip, self.batch * self.height * -(-self.width // strip)
 
 
 @triton.jit
@@ -76,9 +71,9 @@ def _window(x, image, y, column, slot, n, C, H, W, GX, c, S: tl.constexpr, DENSE
     values = ()
     for j in tl.static_range(S + 6):
         # tokens left, inside and right of the strip lie in other patches; (j - 3) // S, rounded down, says in which
-        offset: tl.constexpr = (j - 3 + 4 * S) // S - 4
+        offset = (j - 3 + 4 * S) // S - 4
         first, there = _row_start(image, y, column + offset * S, slot, n, H, W, GX, S, DENSE)
-        within: tl.constexpr = j - 3 - offset * S
+        within = j - 3 - offset * S
         if DENSE:
             there = there & (column + offset * S + within < W)
         place = (first + within).to(tl.int64) * C + c
@@ -198,25 +193,27 @@ def _weight_backward(
 
 
 def _block(channels: int) -> tuple[int, int]:
-    """Channels of a program that does all of them, and its warps."""
+    """Channels of a program that does all of them, and its warps: 4 channels a thread; 8 for more than 2048."""
     width = triton.next_power_of_2(channels)
-    return width, min(8, max(1, width // 128))
+    return width, min(16, max(1, width // 128))
 
 
 def _place(g: Geometry, x: Tensor) -> tuple[dict, dict]:
     """The kernels' arguments that say where tokens lie; tables that a dense grid has not are never read."""
     grid = {"slot": g.slot, "patch": g.patch, "GX": g.width // g.s} if g.s else {"slot": x, "patch": x, "GX": 0}
-    return grid | {"n": g.n, "H": g.height, "W": g.width}, {"S": g.strip, "DENSE": not g.s}
+    strip, strips = g.strips(x.shape[1])
+    return grid | {"n": g.n, "H": g.height, "W": g.width, "strips": strips}, {"S": strip, "DENSE": not g.s}
 
 
 def _convolve(x: Tensor, taps: Tensor, geometry: Geometry, out: Tensor, norm: dict | None = None) -> None:
     """Rows x convolved with taps [49, C] into `out`; with `norm`: bias and LayerNorm too, and what backward needs."""
     width, warps = _block(x.shape[1])
-    per = max(1, DENSE_STRIP // geometry.strip)
+    strip, strips = geometry.strips(x.shape[1])
+    per = max(1, min(DENSE_STRIP // strip, 2048 // width))  # more would not fit into registers
     place, constants = _place(geometry, x)
     unused = {"bias": x, "norm_weight": x, "norm_bias": x, "normed": x, "rstd": x, "eps": 0.0}
-    _forward[(triton.cdiv(geometry.strips, per),)](
-        x=x, weight=taps, out=out, strips=geometry.strips, C=x.shape[1], **(norm or unused), **place, **constants,
+    _forward[(triton.cdiv(strips, per),)](
+        x=x, weight=taps, out=out, C=x.shape[1], **(norm or unused), **place, **constants,
         NORM=norm is not None, PER=per, CB=width, num_warps=warps,
     )  # fmt: skip
 
@@ -241,12 +238,13 @@ def _grad_taps(x: Tensor, grad_conv: Tensor, geometry: Geometry) -> Tensor:
     channels = x.shape[1]
     block = min(128, triton.next_power_of_2(channels))
     blocks = triton.cdiv(channels, block)
-    chunk = triton.cdiv(geometry.strips, min(geometry.strips, max(1, PROGRAMS // (7 * blocks))))
-    partial = torch.empty(triton.cdiv(geometry.strips, chunk), 49, channels, dtype=torch.float32, device=x.device)
+    _, strips = geometry.strips(channels)
+    chunk = triton.cdiv(strips, min(strips, max(1, PROGRAMS // (7 * blocks))))
+    partial = torch.empty(triton.cdiv(strips, chunk), 49, channels, dtype=torch.float32, device=x.device)
     place, constants = _place(geometry, x)
     _weight_backward[(7, blocks, len(partial))](
-        x=x, grad_conv=grad_conv, partial=partial, strips=geometry.strips, chunk=chunk, C=channels, **place,
-        **constants, CB=block, num_warps=max(1, block // 64),
+        x=x, grad_conv=grad_conv, partial=partial, chunk=chunk, C=channels, **place, **constants,
+        CB=block, num_warps=max(1, block // 64),
     )  # fmt: skip
     return partial.sum(0)
 

@@ -76,6 +76,8 @@ class Minkowski(Layout):
 
         Which tokens exist is asked of the mask, never of their values: a token that is zero is a token.
         """
+        if image.is_cuda and not MinkowskiEngine.is_cuda_available():
+            raise UserError("MinkowskiEngine was built for the CPU: set run.device cpu, or model.backend packed")
         x = Dense().embed(image, stem)
         seen = Masked(self.visible).at_stage(x)
         coordinates = seen.nonzero().int().contiguous()

@@ -1,0 +1,68 @@
+"""The least time that a training step can take: its matrix products and memory traffic at the device's measured peaks.
+
+Counted are the matrix products (16 C^2 multiply-adds a token and block, three times for forward and backward) and, for
+fully fused code, 52 C elements read or written a token and block. What is left out (depthwise convolution, optimizer)
+makes the bound lower, so the per cent of it that is reached is understated.
+"""
+
+import time
+
+import torch
+
+from configs.schema import PATCH_PER_STEM_STRIDE, Encoder
+from models.convnext import resolve
+
+ELEMENTS = 52  # per token, block and channel; forward and backward
+
+
+def peaks(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """(FLOP/s of a large matrix product, bytes/s of a copy that reads and writes), measured now."""
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(1 << (30 if device == "cuda" else 26), device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    product = _best(lambda: a @ b, device)
+    copy = _best(lambda: target.copy_(source), device)
+    return 2 * side**3 / product, 2 * source.numel() * 2 / copy
+
+
+def _best(run, device: str, rounds: int = 8) -> float:
+    seconds = []
+    for _ in range(rounds):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def count(arch: Encoder, grid: tuple[int, int], n: int, decoder: tuple[int, int] | None) -> tuple[float, float]:
+    """(FLOP, elements of memory traffic) of forward + backward of one image.
+
+    Args:
+        grid: patches; n: of which the encoder sees so many (all of them for a dense model)
+        decoder: width and depth, in pretraining
+    """
+    arch = resolve(arch)
+    patch = PATCH_PER_STEM_STRIDE * arch.stem_stride
+    products, elements, below = 0, 0, arch.channels * arch.stem_stride**2 / 4  # the stem counts as a downsampling
+    for i, (depth, width) in enumerate(zip(arch.depths, arch.dims, strict=True)):
+        tokens = n * (PATCH_PER_STEM_STRIDE >> i) ** 2
+        products += tokens * (4 * below * width + depth * 8 * width**2)
+        elements += tokens * depth * ELEMENTS * width
+        below = width
+    if decoder:
+        width, depth = decoder
+        patches = grid[0] * grid[1]
+        hidden = patches - n
+        products += n * below * width + patches * depth * 8 * width**2 + hidden * width * patch**2 * arch.channels
+        elements += patches * depth * ELEMENTS * width
+    return 2 * 3 * products, elements
+
+
+def floor_seconds(work: tuple[float, float], peak: tuple[float, float], dtype: torch.dtype) -> float:
+    """Least seconds of this work at these peaks."""
+    return max(work[0] / peak[0], work[1] * dtype.itemsize / peak[1])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Optim
+from launch.memory import keep_memory
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def start(device: str) -> World:
         torch.cuda.set_device(local)
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        keep_memory()
     deepspeed = _deepspeed()
     if not use_cuda:  # else an op for inference is compiled at the first start: half a minute, and needs a compiler
         deepspeed.ops.__compatible_ops__ = {}

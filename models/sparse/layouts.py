@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from models import kernels
 
+MARGIN = 3  # tokens that a 7x7 kernel sees to each side
+
 
 def patchify(image: Tensor, grid: tuple[int, int]) -> Tensor:
     """View images [B, C, H, W] as patches [B, gy, gx, P, P, C] (no copy)."""
@@ -61,6 +63,12 @@ def depthwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return y.permute(0, 2, 3, 1)
 
 
+def channel_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Euclidean norm over `dims`, which stay with length 1; fp32. On a CPU much faster than torch.linalg.vector_norm."""
+    squares = x.float().square().sum(dims, keepdim=True)
+    return squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()  # at 0, sqrt has no gradient
+
+
 class Layout:
     """What all layouts share: the two passages of a block that have kernels, in plain code."""
 
@@ -90,7 +98,7 @@ class Dense(Layout):
 
     def image_norm(self, x: Tensor) -> Tensor:
         """Euclidean norm of each channel over an image's tokens, fp32, shaped to broadcast against x."""
-        return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        return channel_norm(x, (1, 2))
 
     def depthwise_norm(self, x: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
         if not kernels.fused(x):
@@ -135,8 +143,7 @@ class Masked(Layout):
 
     def image_norm(self, x: Tensor) -> Tensor:
         """Euclidean norm of each channel over the visible tokens of an image, or of the batch; fp32, to broadcast."""
-        x = self.zero_hidden(x)
-        return torch.linalg.vector_norm(x, dim=self.norm_dims, keepdim=True, dtype=torch.float32)
+        return channel_norm(self.zero_hidden(x), self.norm_dims)
 
     def to_grid(self, x: Tensor, fill: Tensor) -> Tensor:
         """Last stage's tokens on the patch grid [B, gy, gx, C], with `fill` [C] at hidden patches."""
@@ -147,26 +154,30 @@ class Packed(Layout):
     """The visible patches only: x [B, n, s, s, C].
 
     Submanifold sparse convolution as ordinary dense code: every operation but the depthwise convolution is local to a
-    patch. That one scatters the tokens to a canvas of zeros, convolves, and gathers them again.
+    patch. That one gathers for each patch a window with a margin from its neighbours, and convolves the windows.
     """
 
     def __init__(self, visible: Tensor, n: int, grn_scope: str = "image"):
         self.grid = tuple(visible.shape[1:])
         self.over_batch = grn_scope == "batch"
         self.patch, _ = split_patches(visible, n)
-        self._rows: dict[int, Tensor] = {}
+        self._windows: dict[int, Tensor] = {}
         self._slots: tuple[Tensor, Tensor] | None = None
 
-    def rows(self, s: int) -> Tensor:
-        """Row of every packed token in the canvas [B * H * W, C] of a stage, H = gy * s and W = gx * s."""
-        if s not in self._rows:
-            gy, gx = self.grid
-            y, x = self.patch // gx * s, self.patch % gx * s
-            offset = torch.arange(s, device=self.patch.device)
-            y, x = y[..., None, None] + offset[:, None], x[..., None, None] + offset
-            image = torch.arange(len(self.patch), device=self.patch.device)[:, None, None, None]
-            self._rows[s] = ((image * gy * s + y) * gx * s + x).flatten()
-        return self._rows[s]
+    def windows(self, s: int) -> Tensor:
+        """Row in x [B * n * s * s, C] of each token of each patch's window [B * n, s + 6, s + 6]; its length = none."""
+        if s not in self._windows:
+            (gy, gx), (batch, n), (slot, _) = self.grid, self.patch.shape, self.slots()
+            offset = torch.arange(-MARGIN, s + MARGIN, device=slot.device)
+            y = (self.patch // gx * s)[..., None, None] + offset[:, None]
+            x = (self.patch % gx * s)[..., None, None] + offset
+            inside = (y >= 0) & (y < gy * s) & (x >= 0) & (x < gx * s)
+            patch = (y // s).clamp(0, gy - 1) * gx + (x // s).clamp(0, gx - 1)
+            k = slot.flatten(1).gather(1, patch.flatten(1)).view_as(patch).long()
+            first = torch.arange(batch, device=slot.device)[:, None, None, None] * n
+            row = ((first + k) * s + y % s) * s + x % s
+            self._windows[s] = torch.where(inside & (k >= 0), row, batch * n * s * s).flatten(0, 1)
+        return self._windows[s]
 
     def embed(self, image: Tensor, stem: nn.Conv2d) -> Tensor:
         """Stem: images [B, C, H, W] to tokens [B, n, 8, 8, C1]; hidden pixels are not read."""
@@ -178,19 +189,18 @@ class Packed(Layout):
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """7x7 depthwise convolution; hidden patches and the outside count as zero."""
-        batch, s, (gy, gx) = len(x), x.shape[2], self.grid
-        rows = self.rows(s)
-        canvas = ScatterRows.apply(x.flatten(0, 3), rows, batch * gy * s * gx * s)
-        y = depthwise_conv(canvas.view(batch, gy * s, gx * s, -1), conv)
-        return GatherRows.apply(y.flatten(0, 2), rows).view_as(x)
+        kind, device = x.dtype, x.device.type
+        if torch.is_autocast_enabled(device):
+            kind = torch.get_autocast_dtype(device)
+        parts = (part.to(kind) for part in (x.flatten(0, 1), conv.weight, conv.bias))
+        return WindowConv.apply(*parts, self.windows(x.shape[2])).view_as(x)
 
     def image_norm(self, x: Tensor) -> Tensor:
         """Euclidean norm of each channel over the visible tokens of an image, or of the batch; fp32, to broadcast."""
-        dims = (0, 1, 2, 3) if self.over_batch else (1, 2, 3)
-        return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
+        return channel_norm(x, (0, 1, 2, 3) if self.over_batch else (1, 2, 3))
 
     def slots(self) -> tuple[Tensor, Tensor]:
-        """For the kernel: number of a patch among its image's visible ones, or -1, [B, gy, gx]; the inverse [B, n]."""
+        """Number of a patch among its image's visible ones, or -1, [B, gy, gx]; the inverse [B, n]."""
         if self._slots is None:
             batch, n = self.patch.shape
             slot = torch.full((batch, self.grid[0] * self.grid[1]), -1, dtype=torch.int32, device=self.patch.device)
@@ -216,34 +226,43 @@ class Packed(Layout):
 
     def to_grid(self, x: Tensor, fill: Tensor) -> Tensor:
         """Last stage's tokens on the patch grid [B, gy, gx, C], with `fill` [C] at hidden patches."""
-        grid = fill.to(x.dtype).expand(len(x), *self.grid, -1)
-        return grid.flatten(0, 2).index_copy(0, self.rows(1), x.flatten(0, 3)).view_as(grid)
+        grid = fill.to(x.dtype).expand(len(x), self.grid[0] * self.grid[1], -1)
+        index = self.patch[..., None].expand(-1, -1, x.shape[-1])
+        return grid.scatter(1, index, x.flatten(1, 3)).unflatten(1, self.grid)
 
 
-class ScatterRows(torch.autograd.Function):
-    """Rows [T, C] to a zero canvas [R, C] at distinct `rows`. Its gradient is `GatherRows`, not an addition."""
+class WindowConv(torch.autograd.Function):
+    """Depthwise 7x7 convolution of patches x [P, s, s, C], each in a window with a margin of 3 tokens.
 
-    @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(rows)
-        return x.new_zeros(size, x.shape[1]).index_copy_(0, rows, x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (rows,) = ctx.saved_tensors
-        return GatherRows.apply(grad, rows), None, None
-
-
-class GatherRows(torch.autograd.Function):
-    """Distinct `rows` of a canvas [R, C]. Its gradient is `ScatterRows`."""
+    `index` [P, s + 6, s + 6] has the row of every token of a window in x [P * s * s, C], or P * s * s where there is
+    none. Only outputs that exist are computed, and no gradient is added up in place: the input's is the same
+    convolution with the kernel turned round; the weight's convolves each window with the patch's gradient as kernel.
+    """
 
     @staticmethod
-    def forward(ctx, canvas: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.size = len(canvas)
-        return canvas.index_select(0, rows)
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, index)
+        return _convolve_windows(x, weight, bias, index)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (rows,) = ctx.saved_tensors
-        return ScatterRows.apply(grad, rows, ctx.size), None
+        x, weight, index = ctx.saved_tensors
+        grad_x = _convolve_windows(grad, weight.flip(2, 3), None, index)
+        patches, _, _, channels = x.shape
+        # patches and channels together are the channels of one image: [1, P * C, s + 6, s + 6] by [P * C, 1, s, s]
+        image = _windows(x, index.permute(1, 2, 0)).flatten(2)[None].permute(0, 3, 1, 2)
+        kernel = grad.permute(1, 2, 0, 3).flatten(2)[None].permute(3, 0, 1, 2)
+        taps = F.conv2d(image, kernel, groups=patches * channels).permute(0, 2, 3, 1)
+        grad_weight = taps.view(7, 7, patches, channels).sum(2).permute(2, 0, 1)[:, None]
+        return grad_x, grad_weight, grad.sum((0, 1, 2)), None
+
+
+def _windows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x [P, s, s, C] that `index` names: [*index.shape, C]; zeros where it names none."""
+    rows = F.pad(x.flatten(0, 2), (0, 0, 0, 1))
+    return rows.index_select(0, index.flatten()).view(*index.shape, -1)
+
+
+def _convolve_windows(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+    y = F.conv2d(_windows(x, index).permute(0, 3, 1, 2), weight, bias, groups=x.shape[-1])
+    return y.permute(0, 2, 3, 1)

@@ -206,4 +206,6 @@ def to_float(images: Tensor) -> Tensor:
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Images [B, C, H, W] as loaded to fp32 with the given statistics [C]."""
-    return (to_float(images) - mean[:, None, None]) / std[:, None, None]
+    largest = 255 if images.dtype == torch.uint8 else 1
+    scaled = images.to(torch.float32, copy=True).mul_((1 / (largest * std))[:, None, None])  # one pass, one copy
+    return scaled.sub_((mean / std)[:, None, None])

@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import sys
 import time
 from pathlib import Path
 
@@ -73,6 +75,7 @@ class RunLog:
         rate = (step - self.last_step) * self.images_per_step / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
         values = {"loss": total / count, "lr": lr, "grad_norm": float(grad_norm), "images_per_s": rate}
+        values["peak_gib"] = peak_memory()
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
@@ -125,6 +128,14 @@ class Mean:
         """(sum, count) so far, on the device; starts anew."""
         taken, self.sum_count = self.sum_count, torch.zeros_like(self.sum_count)
         return taken
+
+
+def peak_memory() -> float:
+    """Most memory that this rank has used so far, GiB: of its GPU's, or without one of the machine's."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return kilobytes / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _step(line: str) -> int:

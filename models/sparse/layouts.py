@@ -64,7 +64,7 @@ def depthwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def channel_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Euclidean norm over `dims`, which stay with length 1; fp32. On a CPU much faster than torch.linalg.vector_norm."""
+    """Euclidean norm over `dims`, kept with length 1; fp32. On a CPU much faster than torch.linalg.vector_norm."""
     squares = x.float().square().sum(dims, keepdim=True)
     return squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()  # at 0, sqrt has no gradient
 

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Every GPU figure of docs/performance.md, on one NVIDIA GPU: the kernels' tests first, then timings, then the page.
+# Some twenty minutes. PYTHON names the interpreter (default .venv/bin/python); MODELS and BATCH narrow it down.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+name=$("$python" -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())')
+read -ra models <<<"${MODELS:-atto tiny base large huge}"
+declare -A batch=([atto]=1024 [tiny]=512 [base]=256 [large]=128 [huge]=64)
+
+"$python" -m pytest -q tests/models/kernels tests/models/test_layouts.py
+"$python" bench/kernels.py --batch 256 --save "$name-kernels"
+for model in "${models[@]}"; do
+    b=${BATCH:-${batch[$model]}}
+    gpu=(--model "convnextv2_$model" --batch "$b" --device cuda --precision bf16)
+    "$python" bench/encoder.py "${gpu[@]}" --peers masked compiled --save "$name-encoder-$model"
+    "$python" bench/step.py pretrain "${gpu[@]}" --save "$name-step-pretrain-$model"
+    for recompute in mlp block; do
+        "$python" bench/step.py pretrain "${gpu[@]}" --no-compiled --recompute "$recompute" \
+            --save "$name-step-pretrain-$model-$recompute"
+    done
+done
+for model in tiny base; do
+    "$python" bench/step.py finetune --model "convnextv2_$model" --batch "${BATCH:-256}" --device cuda --precision bf16 \
+        --save "$name-step-finetune-$model"
+done
+"$python" bench/encoder.py --model convnextv2_tiny --batch "${BATCH:-128}" --device cuda --precision bf16 --sweep \
+    --save "$name-sweep-tiny"
+"$python" bench/report.py

@@ -242,6 +242,7 @@ class Run:
         save_every: epochs between two checkpoints
         keep: how many checkpoints to keep
         device: auto = GPU where there is one
+        kernels: on a GPU: triton = this project's kernels; plain = PyTorch's operations, slower, the same result
     """
 
     name: str = "digits"
@@ -252,6 +253,7 @@ class Run:
     save_every: int = 1
     keep: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernels: Literal["triton", "plain"] = "triton"
 
     def __post_init__(self):
         for key in ("log_every", "picture_every", "save_every", "keep"):

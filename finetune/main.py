@@ -46,7 +46,7 @@ def main() -> None:
             )
     rand_augment = RandAugment(augment.rand_augment, mean) if augment.rand_augment else None
 
-    world = start(config.run.device)
+    world = start(config.run)
     seed_everything(config.run.seed)
     model = ConvNeXt(arch, len(classes), config.model.drop_path, config.model.recompute)
     if init is None or not start_classifier(model, init, classes):

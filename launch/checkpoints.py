@@ -19,7 +19,7 @@ from launch.engine import World, agree, barrier
 
 MAY_CHANGE = {  # keys that may differ on resume: they do not change what is learnt
     "resume", "run.log_every", "run.picture_every", "run.save_every", "run.keep", "run.folder", "run.name",
-    "data.path", "data.workers", "init",
+    "run.kernels", "data.path", "data.workers", "init",
 }  # fmt: skip  # the content behind data.path and init is compared by its digest
 
 

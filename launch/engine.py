@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from configs.schema import Optim
+from configs.schema import Optim, Run
 from launch.memory import keep_memory
+from models import kernels
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,18 @@ class World:
         return self.rank == 0
 
 
-def start(device: str) -> World:
+def start(run: Run) -> World:
     """Join the process group; alone where no launcher (deepspeed, torchrun) has set its variables.
 
     Args:
-        device: auto, cpu or cuda
+        run: device (auto, cpu or cuda) and kernels
     Raises:
         UserError: cuda asked for and not there; several tasks of srun
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    kernels.use(run.kernels == "triton")
+    if run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device is cuda, but torch sees no GPU: install a driver, or use auto or cpu")
-    use_cuda = device != "cpu" and torch.cuda.is_available()
+    use_cuda = run.device != "cpu" and torch.cuda.is_available()
     os.environ["DS_ACCELERATOR"] = "cuda" if use_cuda else "cpu"  # else DeepSpeed picks, and may not agree
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         raise UserError(

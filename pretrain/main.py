@@ -37,7 +37,7 @@ def main() -> None:
     check_size(config.model, grid)
     mean, std = data.statistics(config.model.channels)
     split = open_split(data)
-    world = start(config.run.device)
+    world = start(config.run)
     seed_everything(config.run.seed)
     model = FCMAE(config.model)
     if init:

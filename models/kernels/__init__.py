@@ -16,12 +16,18 @@ def fused(x: Tensor) -> bool:
     return _enabled and x.is_cuda
 
 
+def use(on: bool) -> None:
+    """Take the kernels on a GPU from now on, or the plain twins."""
+    global _enabled
+    _enabled = on
+
+
 @contextmanager
 def plain() -> Iterator[None]:
     """Use the plain twins inside; for comparisons."""
-    global _enabled
-    before, _enabled = _enabled, False
+    before = _enabled
+    use(False)
     try:
         yield
     finally:
-        _enabled = before
+        use(before)

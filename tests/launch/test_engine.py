@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.errors import UserError, run_main
-from configs.schema import Optim
+from configs.schema import Optim, Run
 from launch import engine
 from models.fcmae import FCMAE
 from tests.models.helpers import tiny
@@ -46,7 +46,7 @@ def test_tasks_of_srun_that_do_not_know_each_other(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "4")
     with pytest.raises(UserError, match="srun"):
-        engine.start("cpu")
+        engine.start(Run(device="cpu"))
 
 
 @pytest.mark.parametrize(("rank", "says"), [("0", "error: x"), ("1", "error: [rank 1] x")])

@@ -82,7 +82,7 @@ def compare(operation: str, where: str, stage: int, width: int, args: argparse.N
 
     times = measure({"kernel": lambda: forward_backward(low), "plain": plain}, args.rounds, "cuda")
     bound = 1e3 * sum(PASSES[operation]) * x.numel() * dtype.itemsize / bandwidth
-    result = {"operation": operation, "where": where, "stage": stage + 1, "width": width, "max_relative_error": error}
+    result = {"operation": operation, "where": where, "stage": stage + 1, "width": width, "relative_error": error}
     result |= summary(times, "kernel")
     return result | {"bandwidth_share": round(bound / result["milliseconds"]["kernel"], 3)}
 

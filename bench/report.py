@@ -53,7 +53,10 @@ NO_GPU = """
 
 **Not measured yet.** The Triton kernels (`models/kernels/`) give the plain code's outputs and gradients in Triton's
 interpreter, and compile for sm_80, sm_90 and sm_100, on sm_90 without spilling registers for widths up to 1024; nothing
-has been timed. On a machine with a GPU, one command makes every figure:
+has been timed. Not known, therefore: packed against masked + torch.compile in a full bf16 step (atto to huge), its
+share of the roofline and its peak memory, the depthwise kernel's share of the bandwidth bound, the fine-tuning step
+against timm's compiled model, and whether torch.compile or CUDA graphs around the kernels help. On a machine with a
+GPU, one command makes every figure:
 
 ```bash
 bash bench/gpu.sh

@@ -165,7 +165,7 @@ def main() -> None:
     floor = args.batch * floor_seconds(count(*work), peaks(args.device, dtype), dtype)
     result = {"bench": "step", "stage": args.stage, "model": args.model, "batch": args.batch, "size": args.size}
     result |= {"precision": args.precision, "recompute": args.recompute} | machine(args.device)
-    result |= {"max_relative_error": error, "parts": timed}
+    result |= {"relative_error": error, "parts": timed}
     result["roofline_share"] = {
         name: round(1e3 * floor / ms, 3) for name, ms in timed["forward+backward"]["milliseconds"].items()
     }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline on the built-in digits: shards -> FCMAE pretraining -> fine-tuning, from the pretrained weights and
 # from scratch with the same budget. Writes runs/demo/summary.json and runs/demo/reconstruction.png.
-# Three to four minutes on two cores. Run again, it skips what is done; delete runs/demo to start anew.
+# Two to four minutes on two cores. Run again, it skips what is done; delete runs/demo to start anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh

@@ -189,10 +189,10 @@ class Packed(Layout):
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """7x7 depthwise convolution; hidden patches and the outside count as zero."""
-        kind, device = x.dtype, x.device.type
+        dtype, device = x.dtype, x.device.type
         if torch.is_autocast_enabled(device):
-            kind = torch.get_autocast_dtype(device)
-        parts = (part.to(kind) for part in (x.flatten(0, 1), conv.weight, conv.bias))
+            dtype = torch.get_autocast_dtype(device)
+        parts = (part.to(dtype) for part in (x.flatten(0, 1), conv.weight, conv.bias))
         return WindowConv.apply(*parts, self.windows(x.shape[2])).view_as(x)
 
     def image_norm(self, x: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ class WindowConv(torch.autograd.Function):
 
     `index` [P, s + 6, s + 6] has the row of every token of a window in x [P * s * s, C], or P * s * s where there is
     none. Only outputs that exist are computed, and no gradient is added up in place: the input's is the same
-    convolution with the kernel turned round; the weight's convolves each window with the patch's gradient as kernel.
+    convolution with the kernel turned round.
     """
 
     @staticmethod
@@ -248,13 +248,26 @@ class WindowConv(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, index = ctx.saved_tensors
         grad_x = _convolve_windows(grad, weight.flip(2, 3), None, index)
-        patches, _, _, channels = x.shape
-        # patches and channels together are the channels of one image: [1, P * C, s + 6, s + 6] by [P * C, 1, s, s]
-        image = _windows(x, index.permute(1, 2, 0)).flatten(2)[None].permute(0, 3, 1, 2)
-        kernel = grad.permute(1, 2, 0, 3).flatten(2)[None].permute(3, 0, 1, 2)
-        taps = F.conv2d(image, kernel, groups=patches * channels).permute(0, 2, 3, 1)
-        grad_weight = taps.view(7, 7, patches, channels).sum(2).permute(2, 0, 1)[:, None]
-        return grad_x, grad_weight, grad.sum((0, 1, 2)), None
+        taps = weight_gradient if grad.is_cuda else weight_gradient_cpu
+        return grad_x, taps(x, grad, index), grad.sum((0, 1, 2)), None
+
+
+def weight_gradient(x: Tensor, grad: Tensor, index: Tensor) -> Tensor:
+    """Gradient of the depthwise weight [C, 1, 7, 7], for `grad` [P, s, s, C] of the output."""
+    windows, channels = _windows(x, index).permute(0, 3, 1, 2), x.shape[-1]
+    return torch.nn.grad.conv2d_weight(windows, (channels, 1, 7, 7), grad.permute(0, 3, 1, 2), groups=channels)
+
+
+def weight_gradient_cpu(x: Tensor, grad: Tensor, index: Tensor) -> Tensor:
+    """The same, several times faster on a CPU: each window is convolved with the patch's gradient as kernel.
+
+    Patches and channels together are the channels of one image: [1, P * C, s + 6, s + 6] by [P * C, 1, s, s].
+    """
+    patches, _, _, channels = x.shape
+    image = _windows(x, index.permute(1, 2, 0)).flatten(2)[None].permute(0, 3, 1, 2)
+    kernel = grad.permute(1, 2, 0, 3).flatten(2)[None].permute(3, 0, 1, 2)
+    taps = F.conv2d(image, kernel, groups=patches * channels).permute(0, 2, 3, 1)
+    return taps.view(7, 7, patches, channels).sum(2).permute(2, 0, 1)[:, None]
 
 
 def _windows(x: Tensor, index: Tensor) -> Tensor:

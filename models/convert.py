@@ -42,7 +42,7 @@ def describe(weights: Weights) -> str:
     parts = {"encoder": weights.encoder, "decoder": weights.decoder, "head": weights.head, "EMA": weights.ema}
     held = ", ".join(name for name, tensors in parts.items() if tensors)
     millions = sum(tensor.numel() for tensor in weights.encoder.values()) / 1e6
-    return f"{arch.name} ({millions:.1f}M, {arch.channels} channels, stem stride {arch.stem_stride}): {held}"
+    return f"{arch.name} ({millions:.1f}M, input channels {arch.channels}, stem stride {arch.stem_stride}): {held}"
 
 
 def main() -> None:

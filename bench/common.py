@@ -46,6 +46,11 @@ def fill(model: torch.nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.02)
 
 
+def random_masks(batch: int, grid: tuple[int, int], n: int) -> Tensor:
+    """Masks [B, gy, gx] with n visible patches in each image."""
+    return torch.stack([torch.randperm(grid[0] * grid[1]) < n for _ in range(batch)]).view(-1, *grid)
+
+
 def outputs(model: torch.nn.Module, run: Run) -> list[Tensor]:
     """The output of a run, and the gradients of all parameters."""
     model.zero_grad(set_to_none=True)

@@ -29,6 +29,7 @@ from bench.common import (
     measure,
     outputs,
     peak_memory,
+    random_masks,
     show,
     summary,
 )  # fmt: skip
@@ -71,7 +72,7 @@ def inputs(batch: int, size: int, mask_ratio: float, device: str) -> tuple[Tenso
     """(images, masks, visible patches of an image)."""
     grid = size // PATCH, size // PATCH
     n = visible_patches(grid[0] * grid[1], mask_ratio)
-    visible = torch.stack([torch.randperm(grid[0] * grid[1]) < n for _ in range(batch)]).view(-1, *grid)
+    visible = random_masks(batch, grid, n)
     return torch.randn(batch, 3, size, size).to(device), visible.to(device), n
 
 

@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 import torch
 from torch import Tensor, nn
 
-from bench.common import TOLERANCE, add_common, check, check_arguments, machine, measure, show, summary
+from bench.common import TOLERANCE, add_common, check, check_arguments, machine, measure, random_masks, show, summary
 from bench.roofline import peaks
 from configs.errors import Parser, UserError, run_main
 from models import kernels
@@ -45,7 +45,7 @@ def case(operation: str, where: str, stage: int, width: int, args: argparse.Name
     """(tokens, operation on them, its parameters)."""
     s = 8 >> stage
     if where == "packed":
-        visible = torch.stack([torch.randperm(49) < VISIBLE for _ in range(args.batch)]).view(-1, *GRID).cuda()
+        visible = random_masks(args.batch, GRID, VISIBLE).cuda()
         layout, shape = Packed(visible, VISIBLE), (args.batch, VISIBLE, s, s)
     else:
         layout, shape = Dense(), (args.batch, GRID[0] * s, GRID[1] * s)

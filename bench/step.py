@@ -30,6 +30,7 @@ from bench.common import (
     measure,
     outputs,
     peak_memory,
+    random_masks,
     show,
     summary,
 )  # fmt: skip
@@ -74,7 +75,7 @@ def pretraining(args: argparse.Namespace) -> tuple[dict[str, tuple[nn.Module, Ca
     ours, plain = ours.to(args.device).train(), plain.to(args.device).train()
     grid = args.size // 32, args.size // 32
     n = visible_patches(grid[0] * grid[1], config.mask_ratio)
-    visible = torch.stack([torch.randperm(grid[0] * grid[1]) < n for _ in range(args.batch)]).view(-1, *grid)
+    visible = random_masks(args.batch, grid, n)
     image, visible = torch.randn(args.batch, 3, args.size, args.size).to(args.device), visible.to(args.device)
     models = {"packed": (ours, lambda: ours(image, visible)), "masked": (plain, lambda: plain(image, visible))}
     if not args.no_compiled:

@@ -61,7 +61,7 @@ def start_classifier(model: ConvNeXt, init: Init, classes: list[str]) -> bool:
     """
     path, head = init.path, init.weights.head
     encoder, _ = _for_channels(init, model.arch.channels)
-    outputs = len(head["head.fc.bias"]) if "head.fc.bias" in head else 0
+    outputs = init.weights.outputs
     keep = outputs == len(classes) and init.weights.classes in (None, classes)
     if outputs:
         other = " (other names)" if outputs == len(classes) else ""

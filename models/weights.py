@@ -49,6 +49,11 @@ class Weights:
     ema: Tensors | None = None
     classes: list[str] | None = None
 
+    @property
+    def outputs(self) -> int:
+        """Classes that the head tells apart; 0 without one."""
+        return len(self.head["head.fc.bias"]) if "head.fc.bias" in self.head else 0
+
 
 def cpu_state(model: nn.Module) -> Tensors:
     """State of a model, on the CPU."""

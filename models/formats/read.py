@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Encoder
-from models.convnext import SIZES
+from models.convnext import SIZES, resolve
 from models.formats.beside import class_names, preprocessing, pretraining
 from models.formats.names import PREFIXES, detect, from_name, from_shape, to_name, to_shape
 from models.formats.open import open_weights
@@ -60,11 +60,11 @@ def read(path: str | Path) -> tuple[Weights, str, list[str]]:
     if form in ("timm", "transformers") and _identity_norm(head):
         head = {}  # these formats cannot leave it out, so an encoder without a head carries one that does nothing
     remarks: list[str] = []
-    outputs = len(head["head.fc.bias"]) if "head.fc.bias" in head else 0
-    classes = class_names(opened.beside, form, outputs, remarks)
-    image = preprocessing(opened.beside, form, arch, remarks)
     settings = pretraining(opened.beside, arch, decoder) if decoder else {}
-    return Weights(arch, image, encoder, decoder, settings, head, ema, classes), form, remarks
+    weights = Weights(arch, {}, encoder, decoder, settings, head, ema)
+    weights.classes = class_names(opened.beside, form, weights.outputs, remarks)
+    weights.image = preprocessing(opened.beside, form, arch, remarks)
+    return weights, form, remarks
 
 
 def _bare(name: object) -> str:
@@ -130,11 +130,11 @@ def _architecture(tensors: Tensors, form: str, source: str, claimed: object) -> 
         raise UserError(f"{source}: widths {list(dims)} are no ConvNeXt's")
     depths = tuple(max(1, count(tensors, rf"stages\.{i}\.blocks\.(\d+)\.")) for i in range(4))
     version = "convnextv2_" if any(".grn." in name for name in tensors) else "convnext_"
-    sizes = {name: size for name, size in SIZES.items() if name.startswith(version)}
-    named = [name for name, (d, width) in sizes.items() if (d, tuple(width * 2**i for i in range(4))) == (depths, dims)]
+    sizes = {name: resolve(Encoder(name)) for name in SIZES if name.startswith(version)}
+    named = [name for name, size in sizes.items() if (size.depths, size.dims) == (depths, dims)]
     if not named and claimed in sizes:
         named = [claimed]
-    name = named[0] if named else min(sizes, key=lambda name: sizes[name][1])  # of another shape: the smallest's name
+    name = named[0] if named else min(sizes, key=lambda name: sizes[name].dims)  # of another shape: the smallest's name
     return Encoder(name, stem.shape[1], stem.shape[2], depths, dims)
 
 

@@ -10,7 +10,8 @@ import torch
 
 from configs.errors import UserError
 from configs.files import sync_folder, whole_file, write_whole
-from models.convnext import EPS, LAYER_SCALE, SIZES
+from configs.schema import Encoder
+from models.convnext import EPS, LAYER_SCALE, resolve
 from models.formats.beside import SQUASH_FROM, WHOLE_CENTRE
 from models.formats.names import CONV_MLP, to_name, to_shape
 from models.weights import Tensors, Weights, save
@@ -94,10 +95,6 @@ def _transformers_prefix(weights: Weights) -> str:
     return "convnextv2." if _is_v2(weights) else "convnext."
 
 
-def _outputs(weights: Weights) -> int:
-    return len(weights.head["head.fc.bias"]) if "head.fc.bias" in weights.head else 0
-
-
 def _beside(weights: Weights, form: str) -> dict:
     """What a file of this format keeps beside the tensors: plain values."""
     if form == "timm":
@@ -110,7 +107,7 @@ def _beside(weights: Weights, form: str) -> dict:
         if "eval_crop" in image:
             settings["crop_pct"] = 1.0 if image["eval_crop"] == WHOLE_CENTRE else image["eval_crop"]
             settings["crop_mode"] = "squash" if image["eval_crop"] == 1 else "center"
-        beside = {"architecture": weights.arch.name, "num_classes": _outputs(weights), "pretrained_cfg": settings}
+        beside = {"architecture": weights.arch.name, "num_classes": weights.outputs, "pretrained_cfg": settings}
         return beside | ({"label_names": weights.classes} if weights.classes else {})
     if form == "mmpretrain":
         classes = {"dataset_meta": {"classes": weights.classes}} if weights.classes else {}
@@ -137,7 +134,7 @@ def _write_folder(path: Path, weights: Weights, tensors: Tensors) -> list[str]:
         raise
     sync_folder(path.parent)
     remarks = [] if processor else ["left out: preprocessor_config.json (transformers cannot tell this preprocessing)"]
-    if weights.classes and not _outputs(weights):
+    if weights.classes and not weights.outputs:
         remarks.append("left out: the class names (transformers keeps them with a classifier only)")
     return remarks
 
@@ -145,7 +142,7 @@ def _write_folder(path: Path, weights: Weights, tensors: Tensors) -> list[str]:
 def _config(weights: Weights) -> dict:
     """config.json of transformers' ConvNextConfig or ConvNextV2Config."""
     arch, (height, width) = weights.arch, weights.image["size"]
-    outputs = _outputs(weights)
+    outputs = weights.outputs
     base = "ConvNextV2" if _is_v2(weights) else "ConvNext"
     config = {
         "architectures": [base + ("ForImageClassification" if outputs else "Model")],
@@ -193,7 +190,7 @@ def _image_processor(image: dict) -> dict | None:
 
 def how_to_load(path: Path, weights: Weights, form: str) -> str:
     """The command or the Python call that loads a converted file."""
-    arch, outputs = weights.arch, _outputs(weights)
+    arch, outputs = weights.arch, weights.outputs
     if form == "ours" and not outputs and weights.decoder:
         return f"python pretrain/main.py --init {path} ...  or  python finetune/main.py --init {path} ..."
     if form == "ours":
@@ -201,8 +198,8 @@ def how_to_load(path: Path, weights: Weights, form: str) -> str:
     if form == "timm":
         more = {"in_chans": arch.channels} if arch.channels != 3 else {}
         more |= {"patch_size": arch.stem_stride} if arch.stem_stride != 4 else {}
-        depths, first = SIZES[arch.name]
-        if (arch.depths, arch.dims) != (depths, tuple(first * 2**i for i in range(4))):
+        named = resolve(Encoder(arch.name))
+        if (arch.depths, arch.dims) != (named.depths, named.dims):
             more |= {"depths": tuple(arch.depths), "dims": tuple(arch.dims)}
         options = "".join(f", {key}={value}" for key, value in more.items())
         return f'timm.create_model("{arch.name}", num_classes={outputs}{options}, checkpoint_path="{path}")'

@@ -34,6 +34,18 @@ def pair(**settings) -> tuple[FCMAE, FCMAE]:
     return packed, masked
 
 
+def assert_same_training(
+    model: FCMAE, reference: FCMAE, image: torch.Tensor, visible: torch.Tensor, tolerance: float = 1e-5
+) -> None:
+    """The same loss, and the same gradients of all parameters."""
+    loss, expected = model(image, visible), reference(image, visible)
+    assert_close(loss, expected, "loss")
+    loss.backward()
+    expected.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad, name, tolerance)
+
+
 def assert_close(found: torch.Tensor, expected: torch.Tensor, what: str = "", tolerance: float = 1e-5) -> None:
     """Largest difference relative to the largest expected value."""
     error = float(((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).detach())

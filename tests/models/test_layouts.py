@@ -14,7 +14,7 @@ from models.sparse.layouts import (
     weight_gradient,
     weight_gradient_cpu,
 )  # fmt: skip
-from tests.models.helpers import assert_close, masks, pair, random_weights, tiny
+from tests.models.helpers import assert_close, assert_same_training, masks, pair, random_weights, tiny
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.6, 0.9])
@@ -24,31 +24,20 @@ from tests.models.helpers import assert_close, masks, pair, random_weights, tiny
 def test_packed_equals_masked(grid, channels, stem_stride, ratio):
     packed, masked = pair(channels=channels, stem_stride=stem_stride, mask_ratio=ratio)
     visible = masks(3, grid, ratio)
-    image = torch.randn(3, channels, grid[0] * packed.patch, grid[1] * packed.patch, requires_grad=True)
-    image_masked = image.detach().clone().requires_grad_()
+    image = torch.randn(3, channels, grid[0] * packed.patch, grid[1] * packed.patch)
 
     tokens = packed.encoder.forward_features(image, Packed(visible, visible_patches(visible[0].numel(), ratio)))
-    reference = masked.encoder.forward_features(image_masked, Masked(visible))
+    reference = masked.encoder.forward_features(image, Masked(visible))
     assert_close(tokens.flatten(0, 3), reference[visible], "encoder")
 
-    loss, loss_masked = packed(image, visible), masked(image_masked, visible)
-    assert_close(loss, loss_masked, "loss")
-    loss.backward()
-    loss_masked.backward()
-    for (name, ours), theirs in zip(packed.named_parameters(), masked.parameters(), strict=True):
-        assert_close(ours.grad, theirs.grad, name)
+    assert_same_training(packed, masked, image, visible)
 
 
 def test_grn_over_the_batch():
     """As the official sparse code: packed equals masked, and an image's tokens depend on the others of its batch."""
     packed, masked = pair(grn_scope="batch")
     visible, image = masks(3, (4, 4), 0.6), torch.randn(3, 3, 32, 32)
-    loss, loss_masked = packed(image, visible), masked(image, visible)
-    assert_close(loss, loss_masked, "loss")
-    loss.backward()
-    loss_masked.backward()
-    for (name, ours), theirs in zip(packed.named_parameters(), masked.parameters(), strict=True):
-        assert_close(ours.grad, theirs.grad, name)
+    assert_same_training(packed, masked, image, visible)
     together, alone = encode(packed, image, visible)[:1], encode(packed, image[:1], visible[:1])
     assert not torch.allclose(together, alone, rtol=1e-3)
 
@@ -62,12 +51,7 @@ def test_full_size_model(name):
     settings = {"channels": 3, "stem_stride": 4, "depths": None, "dims": None}
     packed, masked = pair(name=name, **settings)
     visible, image = masks(2, (7, 7), 0.6), torch.randn(2, 3, 224, 224)
-    loss, loss_masked = packed(image, visible), masked(image, visible)
-    assert_close(loss, loss_masked, "loss")
-    loss.backward()
-    loss_masked.backward()
-    for (key, ours), theirs in zip(packed.named_parameters(), masked.parameters(), strict=True):
-        assert_close(ours.grad, theirs.grad, key, 2e-5 if packed.encoder.arch.dims[0] > 64 else 1e-5)
+    assert_same_training(packed, masked, image, visible, 2e-5 if packed.encoder.arch.dims[0] > 64 else 1e-5)
 
 
 def encode(model: FCMAE, image: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from models.fcmae import FCMAE
 from tests.conftest import ROOT, losses, run
-from tests.models.helpers import assert_close, masks, random_weights, tiny
+from tests.models.helpers import assert_close, assert_same_training, masks, random_weights, tiny
 
 FULL = {"stem_stride": 4, "depths": None, "dims": None}
 
@@ -29,12 +29,7 @@ def assert_equal(theirs: FCMAE, ours: FCMAE, image: torch.Tensor, visible: torch
         layout = model.layout(visible, n)
         found.append(layout.to_grid(model.encoder.forward_features(image, layout), fill))
     assert_close(*found, "encoder")
-    loss, expected = theirs(image, visible), ours(image, visible)
-    assert_close(loss, expected, "loss")
-    loss.backward()
-    expected.backward()
-    for (name, parameter), reference in zip(theirs.named_parameters(), ours.parameters(), strict=True):
-        assert_close(parameter.grad, reference.grad, name)
+    assert_same_training(theirs, ours, image, visible)
 
 
 @pytest.mark.minkowski

@@ -11,8 +11,23 @@ from difflib import get_close_matches
 LAUNCHER_SECONDS = 4  # a launcher that polls each second has ended the other ranks by then
 
 
+SAVED, INTERRUPTED, HUNG = 75, 128 + signal.SIGINT, 70  # exit codes; 2 = the user can mend it, 0 = done
+
+
 class UserError(Exception):
     """Wrong input. The message is one line: it names the file, key or value, and the way out."""
+
+
+class LostPeer(UserError):  # noqa: N818  # as UserError
+    """Another rank ended. It has printed why, so this one waits a while before it adds to that."""
+
+
+class Stopped(Exception):  # noqa: N818  # not an error
+    """Training ended early because it was asked to, its state saved. `code` is the exit code, the message one line."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
 
 
 def nearest(wrong: str, valid: Iterable[str]) -> str:
@@ -40,6 +55,8 @@ class Parser(argparse.ArgumentParser):
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point. A `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
+    A run that was asked to stop and has saved its state gets exit code 75 (sysexits' "try again later").
+
     An error common to all ranks appears once: the others wait, and the launcher ends them when the first has failed. An
     error of one rank alone appears with its number.
     """
@@ -52,13 +69,17 @@ def run_main(main: Callable[[], None]) -> None:
                 raise
             raise UserError(f"{error.filename}: {error.strerror.lower()}") from None
     except UserError as error:
-        if rank != "0":
+        if rank != "0" or isinstance(error, LostPeer):
             time.sleep(LAUNCHER_SECONDS)
         line = " ".join(str(error).split("\n"))  # names from files may hold anything
         print(f"error: {line}" if rank == "0" else f"error: [rank {rank}] {line}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Stopped as stopped:
+        if rank == "0":
+            print(f"stopped: {stopped}", file=sys.stderr, flush=True)
+        sys.exit(stopped.code)
     except KeyboardInterrupt:
         print(
             "\nstopped by Ctrl-C; nothing is half-written: the same command goes on, or starts again", file=sys.stderr
         )
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(INTERRUPTED)

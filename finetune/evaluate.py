@@ -1,12 +1,12 @@
 """Exact evaluation, on any number of ranks."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.loader import Loader
 from data.transforms import normalize
 from launch.engine import World, sum_over_ranks
 
@@ -23,17 +23,23 @@ class Score:
 
 @torch.no_grad()
 def evaluate(
-    models: dict[str, nn.Module], loader: Loader, world: World, mean: Tensor, std: Tensor, autocast: bool
+    models: dict[str, nn.Module],
+    batches: Iterable[dict[str, Tensor]],
+    world: World,
+    mean: Tensor,
+    std: Tensor,
+    autocast: bool,
 ) -> dict[str, Score]:
-    """Score classifiers on every sample of a split, each counted once (label -1 is a batch's filling).
+    """Score classifiers on every sample of a split, each counted once.
 
-    Every rank calls this, with its own part of the samples, and gets the same scores.
+    Label -1 is a batch's filling, or an image in place of a damaged one: it does not count. Every rank calls this, with
+    its own part of the samples, and gets the same scores.
     """
     training = {name: model.training for name, model in models.items()}
     sums = torch.zeros(len(models), 4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
     for model in models.values():
         model.eval()
-    for batch in loader:
+    for batch in batches:
         label = batch["label"].to(world.device)
         image = normalize(batch["image"].to(world.device), mean, std)
         for row, model in zip(sums, models.values(), strict=True):

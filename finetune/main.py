@@ -12,18 +12,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the project, not this folder
 
-from timm.utils import ModelEmaV3
-
-from configs.command import parse, say, to_dict
+from configs.command import dry_run, parse, say, to_dict
 from configs.errors import UserError, run_main
 from configs.schema import Encoder, Finetune, Pretrain
 from data.loader import eval_loader, open_split, train_loader
 from data.transforms import EvalTransform, RandAugment, TrainTransform
 from finetune.layer_decay import layer_decay
-from finetune.loop import Classifier, finetune
-from launch import checkpoints
+from finetune.loop import Classifier, moving_average
 from launch.engine import build_engine, parameter_groups, seed_everything, start, stop
-from launch.runlog import RunLog
+from launch.loop import Training
+from launch.plan import plan
 from models.convnext import ConvNeXt, resolve
 from models.start import Init, open_init, start_classifier, with_statistics
 
@@ -45,6 +43,11 @@ def main() -> None:
                 f"{data.path}, split {split.name} has images without labels: fine-tuning needs one for each"
             )
     rand_augment = RandAugment(augment.rand_augment, mean) if augment.rand_augment else None
+    decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
+    if (ranks := dry_run()) is not None:
+        model = ConvNeXt(arch, len(classes), config.model.drop_path, config.model.recompute)
+        say(plan(config, model, parameter_groups(model, optim.weight_decay, decay), len(train_split), ranks))
+        return
 
     world = start(config.run)
     seed_everything(config.run.seed)
@@ -53,8 +56,7 @@ def main() -> None:
         head_init = config.model.head_init
         for parameter in model.head.fc.parameters():
             parameter.data.mul_((1.0 if init is None else 0.001) if head_init is None else head_init)
-    ema = ModelEmaV3(model.to(world.device), augment.ema) if augment.ema else None
-    decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
+    ema = moving_average(model.to(world.device), augment.ema)
     engine = build_engine(model, parameter_groups(model, optim.weight_decay, decay), optim, world)
 
     train_transform = TrainTransform(data.height_width, data.crop_scale, data.hflip, rand_augment)
@@ -63,27 +65,17 @@ def main() -> None:
     loader = train_loader(train_split, train_transform, arch.channels, config.run.seed, data, optim, *place)
     micro, _ = optim.accumulation(world.ranks)
     val_loader = eval_loader(eval_split, eval_transform, arch.channels, data, micro, *place)
-    classifier = Classifier(config, engine, ema, world, arch, classes, (mean, std))
-    run = Path(config.run.folder) / config.run.name
     digests = {"data_digest": train_split.digest, "init_digest": init.digest if init else "none"}
     identity = to_dict(config) | {"stage": "fine-tuning"} | digests
-    step, state = checkpoints.resume(engine, run, identity, config.resume, world)
-    if state:
-        classifier.load_state(state)
-    loader.batches.first_step = step
-    log = RunLog(
-        run, to_dict(config), optim.epochs * loader.batches.steps_per_epoch, step, optim.batch_size, world.first
-    )
-    log.say(
+    training = Training(config, engine, loader, world, identity)
+    classifier = Classifier(config, training, ema, val_loader, arch, classes, (mean, std))
+    training.log.say(
         f"{arch.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(classes)} classes, "
         f"from {'scratch' if init is None else config.init}; {len(train_split):,} images, scored on {len(eval_split):,}"
     )
-    try:
-        finetune(config, classifier, loader, val_loader, step, log, identity)
-    finally:
-        log.close()
-    best = classifier.best
-    say(f"best {config.eval_split} top-1 {best['top1']:.2%}, in epoch {best['epoch']}; wrote {run / 'best.pt'}")
+    training.run(classifier)
+    best, path = classifier.best, training.folder / "best.pt"
+    say(f"best {config.eval_split} top-1 {best['top1']:.2%}, in epoch {best['epoch']}; wrote {path}")
     stop()
 
 

@@ -1,21 +1,28 @@
-"""DeepSpeed: the only module that imports it. Starting ranks, the optimizer, the engine, and sums over ranks."""
+"""DeepSpeed: the only module that imports it. Starting ranks, the optimizer, the engine, and what ranks do together."""
 
+import argparse
+import io
 import logging
 import os
 import random
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.errors import LostPeer, UserError, reason
 from configs.schema import Optim, Run
 from launch.memory import keep_memory
 from models import kernels
+
+LOST = ("onnection closed by peer", "onnection reset by peer", "NCCL error")  # in what collectives raise
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ def start(run: Run) -> World:
     deepspeed = _deepspeed()
     if not use_cuda:  # else an op for inference is compiled at the first start: half a minute, and needs a compiler
         deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False)
+    patience = timedelta(minutes=run.hang_minutes + 10)  # the watchdog comes first: it knows who is waited for
+    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False, timeout=patience)
     where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), where)
 
@@ -109,7 +117,8 @@ def build_engine(model: nn.Module, groups: list[dict], optim: Optim, world: Worl
         "gradient_accumulation_steps": accumulation,
         "zero_optimization": {"stage": optim.zero_stage},
         "zero_allow_untested_optimizer": True,
-        "gradient_clipping": optim.clip_grad,  # set, because DeepSpeed's own default is 1
+        # set, because DeepSpeed's own default is 1; without ZeRO `_measure` clips
+        "gradient_clipping": optim.clip_grad if optim.zero_stage else 0.0,
         "steps_per_print": 1 << 40,
         "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a step
         # weights stay fp32, and so does the reduction of gradients
@@ -120,15 +129,54 @@ def build_engine(model: nn.Module, groups: list[dict], optim: Optim, world: Worl
         },
     }
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
-    if optim.zero_stage == 0:  # the engine reports the norm that its optimizer measured; torch's own measures none
-        optimizer.register_step_pre_hook(_measure_norm)
+    if optim.zero_stage == 0:
+        optimizer.register_step_pre_hook(lambda *_: _measure(optimizer, optim.clip_grad))
     engine, *_ = _deepspeed().initialize(model=model.to(world.device), optimizer=optimizer, config=config)
     return engine
 
 
-def _measure_norm(optimizer: torch.optim.Optimizer, *_) -> None:
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    optimizer._global_grad_norm = torch.nn.utils.get_total_norm(gradients)
+def _measure(optimizer: torch.optim.Optimizer, clip: float) -> None:
+    """What only ZeRO's optimizer does: measure the gradient's norm, clip it, skip the step if it is not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    optimizer._global_grad_norm = norm  # the engine reads these two
+    optimizer.overflow = not bool(torch.isfinite(norm))
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # fused AdamW leaves weights and state alone where it is 1
+    if clip and not optimizer.overflow:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+
+
+def load_engine(engine, folder: Path, tag: str, universal: bool = False) -> dict:
+    """Load a checkpoint of DeepSpeed's, the run's own: its files are pickles. Returns the client state."""
+    engine._config.load_universal_checkpoint = universal
+    try:
+        path, state = engine.load_checkpoint(str(folder), tag=tag)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    if path is None:
+        raise UserError(f"{folder} could not be loaded: delete it to go on from the one before")
+    return state
+
+
+def to_universal(source: Path, target: Path) -> None:
+    """Convert a checkpoint of ZeRO 1 or 2 so that any number of ranks can load it. One process calls this."""
+    _deepspeed()
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        main(
+            argparse.Namespace(
+                input_folder=str(source), output_folder=str(target), inject_missing_state=True, **options
+            )
+        )
+
+
+def whole_weights(engine):
+    """A context in which `engine.module` has all its weights on every rank; every rank enters it. For ZeRO 3."""
+    if engine.zero_optimization_stage() < 3:
+        return nullcontext()
+    return _deepspeed().zero.GatheredParameters(list(engine.module.parameters()))
 
 
 def parameter_groups(
@@ -165,6 +213,48 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of a tensor over all ranks."""
     torch.distributed.all_reduce(values)
     return values
+
+
+def gather(value: object) -> list:
+    """Each rank's value, on all ranks, in their order. For plain values, rarely: they are pickled."""
+    values: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+class Agreement:
+    """The greatest of all ranks' values, as they were one call before, so that asking waits for nobody.
+
+    Args:
+        count: values in a call
+    """
+
+    def __init__(self, world: World, count: int):
+        self.group = torch.distributed.new_group(backend="gloo") if world.ranks > 1 else None
+        self.values, self.work = torch.zeros(count, dtype=torch.int64), None
+
+    def __call__(self, *values: int) -> list[int]:
+        """Every rank calls this equally often. With one rank its own values come back at once."""
+        if self.group is None:
+            return [int(value) for value in values]
+        if self.work:
+            self.work.wait()
+        agreed, self.values = self.values.tolist(), torch.tensor([int(value) for value in values])
+        self.work = torch.distributed.all_reduce(self.values, torch.distributed.ReduceOp.MAX, self.group, async_op=True)
+        return agreed
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """A context in which a connection lost to another rank is a `LostPeer`, and a dead loader process a `UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in LOST):
+            raise LostPeer("another rank ended: look at what it printed") from error
+        if str(error).startswith("DataLoader worker"):  # torch raises this wherever the training is at that moment
+            raise UserError(f"a loader process died ({reason(error)}): lower data.workers if memory ran out") from error
+        raise
 
 
 def agree(value: str) -> str:

@@ -14,7 +14,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from configs.errors import UserError
 from configs.files import write_whole
 from launch.engine import sum_over_ranks
 
@@ -61,25 +60,21 @@ class RunLog:
     def train(self, step: int, epoch: str, losses: "Mean", lr: float, grad_norm: Tensor) -> None:
         """Report the training since the last report. Every rank calls this: the loss is the mean over all ranks.
 
-        Raises:
-            UserError: the loss is not finite; on all ranks alike
+        A loss without a finite value since then, and a norm that is not finite, are left out.
         """
         total, count = sum_over_ranks(losses.take()).tolist()
-        if not math.isfinite(total):
-            raise UserError(
-                f"the loss is {total / count} at step {step}: lower optim.lr or set optim.clip_grad, start afresh"
-            )
         if not self.active:
             return
         now = time.perf_counter()
         rate = (step - self.last_step) * self.images_per_step / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
-        values = {"loss": total / count, "lr": lr, "grad_norm": float(grad_norm), "images_per_s": rate}
-        values["peak_gib"] = peak_memory()
+        mean = total / count if count else math.nan
+        values = {"loss": mean, "lr": lr, "grad_norm": float(grad_norm), "images_per_s": rate}
+        values = {name: value for name, value in values.items() if math.isfinite(value)} | {"peak_gib": peak_memory()}
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
-        shown = f"loss {values['loss']:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
+        shown = f"loss {mean:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
         self.bar.update(self.task, completed=step, description=epoch, text=shown)
         if not self.console.is_terminal:
             left = _duration((self.steps - step) * self.images_per_step / rate)
@@ -95,6 +90,11 @@ class RunLog:
             self.file.write(json.dumps({"step": step, name: values}) + "\n")
             for key, value in values.items():
                 self.board.add_scalar(f"{name}/{key}", value, step)
+
+    def record(self, step: int, name: str, values: dict) -> None:
+        """Record what happened at a step in log.jsonl."""
+        if self.active:
+            self.file.write(json.dumps({"step": step, name: values}) + "\n")
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Show a picture [3, H, W], uint8, in TensorBoard."""
@@ -115,19 +115,33 @@ class RunLog:
 
 
 class Mean:
-    """A mean of values on the device, read (with a sync) only when it is asked for."""
+    """A mean of the finite ones among values on the device, read (with a sync) only when it is asked for."""
 
     def __init__(self, device: torch.device):
         self.sum_count = torch.zeros(2, device=device)
 
     def add(self, value: Tensor) -> None:
         """Add a scalar."""
-        self.sum_count += torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)])
+        value = value.detach().float()
+        finite = torch.isfinite(value)
+        self.sum_count += torch.stack([torch.where(finite, value, 0.0), finite.float()])
 
     def take(self) -> Tensor:
         """(sum, count) so far, on the device; starts anew."""
         taken, self.sum_count = self.sum_count, torch.zeros_like(self.sum_count)
         return taken
+
+    def state(self) -> list[float]:
+        """(sum, count) so far, for a checkpoint."""
+        return self.sum_count.tolist()
+
+    def load_state(self, states: list[list[float]], rank: int) -> None:
+        """Go on from a checkpoint with the states of all ranks; the first takes all if their number changed."""
+        if len(states) == torch.distributed.get_world_size():
+            mine = states[rank]
+        else:
+            mine = [sum(column) for column in zip(*states, strict=True)] if rank == 0 else [0.0, 0.0]
+        self.sum_count = torch.tensor(mine, device=self.sum_count.device)
 
 
 def peak_memory() -> float:

@@ -5,6 +5,7 @@ deepspeed pretrain/main.py --config configs/pretrain/cifar10.yaml
 deepspeed pretrain/main.py --config R.yaml --data.path shards/mine --run.name mine
 deepspeed pretrain/main.py --config R.yaml --init checkpoint-799.pth    go on from weights of any format
 python pretrain/main.py ...                                             one process
+python pretrain/main.py --config R.yaml --dry-run 64                    what 64 ranks would do and need
 """
 
 import sys
@@ -13,18 +14,18 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.command import parse, to_dict
+from configs.command import dry_run, parse, say, to_dict
 from configs.errors import run_main
 from configs.schema import Pretrain, visible_patches
 from data.loader import open_split, train_loader
 from data.transforms import PretrainTransform
-from launch import checkpoints
-from launch.engine import build_engine, parameter_groups, seed_everything, start, stop
-from launch.runlog import RunLog
+from launch.engine import build_engine, parameter_groups, seed_everything, start, stop, whole_weights
+from launch.loop import Training
+from launch.plan import plan
 from models.fcmae import FCMAE, check_size
 from models.start import open_init, start_autoencoder, with_statistics
 from models.weights import Weights, cpu_state, divide, save
-from pretrain.loop import pretrain
+from pretrain.loop import Pretraining
 
 
 def main() -> None:
@@ -37,6 +38,10 @@ def main() -> None:
     check_size(config.model, grid)
     mean, std = data.statistics(config.model.channels)
     split = open_split(data)
+    if (ranks := dry_run()) is not None:
+        model = FCMAE(config.model)
+        say(plan(config, model, parameter_groups(model, optim.weight_decay), len(split), ranks))
+        return
     world = start(config.run)
     seed_everything(config.run.seed)
     model = FCMAE(config.model)
@@ -48,37 +53,26 @@ def main() -> None:
     transform = PretrainTransform(data.height_width, data.crop_scale, data.hflip, grid, n)
     place = world.rank, world.ranks, world.device.type == "cuda"
     loader = train_loader(split, transform, config.model.channels, config.run.seed, data, optim, *place)
-    run = Path(config.run.folder) / config.run.name
     identity = to_dict(config) | {"stage": "pretraining", "data_digest": split.digest}
     identity["init_digest"] = init.digest if init else "none"
-    if config.model.grn_scope == "image":
-        del identity["optim"]["micro_batch"]  # may change on resume: it does not change what is learnt
-    else:
-        identity["optim"]["micro_batch"], _ = optim.accumulation(world.ranks)
-    step, _ = checkpoints.resume(engine, run, identity, config.resume, world)
-    loader.batches.first_step = step
-    log = RunLog(
-        run, to_dict(config), optim.epochs * loader.batches.steps_per_epoch, step, optim.batch_size, world.first
-    )
+    if config.model.grn_scope == "batch":
+        identity["grn_batch"], _ = optim.accumulation(world.ranks)  # else the micro batch may change on resume
+    training = Training(config, engine, loader, world, identity)
     patches, parameters = grid[0] * grid[1], sum(p.numel() for p in model.encoder.parameters())
-    log.say(
+    training.log.say(
         f"{config.model.name}, {parameters / 1e6:.1f}M encoder parameters, {config.model.backend} backend on "
         f"{world.device.type} x {world.ranks}; {len(split):,} images; {n} of {patches} patches visible "
         f"({1 - n / patches:.1%} hidden)"
     )
-    try:
-        pretrain(config, engine, loader, step, log, world, identity, (mean, std))
-    finally:
-        log.close()
+    training.run(Pretraining(config, training, (mean, std)))
+    with whole_weights(engine):
+        encoder, decoder = divide(cpu_state(model), "encoder.")
     if world.first:
-        _, decoder = divide(cpu_state(model), "encoder.")
+        path = training.folder / "fcmae.pt"
         image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}
         settings = to_dict(config.model)
-        save(
-            run / "fcmae.pt",
-            Weights(model.encoder.arch, image, cpu_state(model.encoder), decoder, settings, classes=split.classes),
-        )
-        print(f"wrote {run / 'fcmae.pt'}: fine-tune it with `python finetune/main.py --init {run / 'fcmae.pt'} ...`")
+        save(path, Weights(model.encoder.arch, image, encoder, decoder, settings, classes=split.classes))
+        print(f"wrote {path}: fine-tune it with `python finetune/main.py --init {path} ...`")
     stop()
 
 

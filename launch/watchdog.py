@@ -1,0 +1,138 @@
+"""Watches a rank from a thread of its own: signals, a launcher that died, a run that hangs.
+
+The training loop tells where it is (`at`) and asks whether it should stop (`requested`). The thread does what the loop
+cannot while it waits for another rank: it sees signals at once, and ends a process that will never go on.
+"""
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from configs.errors import HUNG, INTERRUPTED, Stopped
+from launch.engine import World, barrier
+from launch.progress import INTERVAL, Progress
+
+# SLURM announces the end of a job's time with SIGUSR1. The last one wins: at Ctrl-C a launcher sends SIGTERM as well
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+GRACE = 20.0  # seconds without progress after a request to stop; DeepSpeed's launcher kills after 30
+LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
+
+
+class Watchdog:
+    """A context around training.
+
+    Args:
+        folder: the run's; stacks of a hanging rank are written there
+        limit: seconds without progress after which the process ends
+    """
+
+    def __init__(self, world: World, folder: Path, limit: float):
+        self.world, self.folder, self.limit = world, folder, limit
+        self.requested = 0  # place in REQUESTS, counted from 1, of the signal that asked for a stop
+        self.patient = False
+        self.launchers = _launchers()
+        self.progress = Progress(world)
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def at(self, place: str, patient: bool = False) -> None:
+        """Another part of the work begins; a `patient` one may end after a request to stop, however long it takes."""
+        self.progress.at(place)
+        self.patient = patient
+
+    def __enter__(self) -> "Watchdog":
+        self.inbox, self.outbox = os.pipe()
+        os.set_blocking(self.outbox, False)
+        # Python's own handlers wait until the main thread returns from what it calls; the pipe gets signals at once
+        self.before = {number: signal.signal(number, lambda *_: None) for number in REQUESTS}
+        self.wakeup = signal.set_wakeup_fd(self.outbox, warn_on_full_buffer=False)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        self.done.set()
+        self.thread.join()
+        self.progress.close()
+        if kind in (None, Stopped):  # on all ranks alike: then the first keeps the store until all have left it
+            barrier()
+        signal.set_wakeup_fd(self.wakeup)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        os.close(self.inbox)
+        os.close(self.outbox)
+
+    def _watch(self) -> None:
+        seen, since, told = -1, time.monotonic(), False
+        while not self.done.is_set():
+            self._read_signals()
+            if not self.requested and any(not _alive(launcher) for launcher in self.launchers):
+                self.requested = 1  # nobody would end this rank
+            self.progress.stopping = stopping = self.progress.stopping or self.requested > 0
+            if stopping and not told:
+                told = True
+                if self.world.first:
+                    print("stopping: saving a checkpoint after this step", file=sys.stderr, flush=True)
+            if self.progress.count != seen:
+                seen, since = self.progress.count, time.monotonic()
+            faulthandler.dump_traceback_later(self.limit + 60, exit=True)  # a C thread, if this one gets no turn
+            idle = time.monotonic() - since
+            if idle > self.limit:
+                self._end(f"no progress for {idle:.0f} s")
+            if stopping and idle > GRACE and not self.patient:
+                self._end(f"asked to stop, but no progress for {idle:.0f} s (the last checkpoint stands)")
+        faulthandler.cancel_dump_traceback_later()
+
+    def _read_signals(self) -> None:
+        """Take up requests; waits for `INTERVAL` if there are none."""
+        if not select.select([self.inbox], [], [], INTERVAL)[0]:
+            return
+        for number in os.read(self.inbox, 64):
+            if number == signal.SIGINT and self.requested and time.monotonic() - self.since > INTERVAL:
+                print("\nstopped by a second Ctrl-C: the last checkpoint stands", file=sys.stderr, flush=True)
+                os._exit(INTERRUPTED)
+            if number in REQUESTS:
+                self.since = time.monotonic()
+                self.requested = max(self.requested, 1 + REQUESTS.index(number))
+
+    def _end(self, why: str) -> None:
+        """Say which rank is waited for, write where this one is, and end the process."""
+        stacks = self.folder / f"hang-rank{self.world.rank}.txt"
+        with contextlib.suppress(OSError), stacks.open("w") as file:  # a full disk must not keep a dead run alive
+            faulthandler.dump_traceback(file)
+        behind = self.progress.behind()
+        line = f"error: [rank {self.world.rank}] {why}, in {self.progress.place}{behind}; stacks are in {stacks}"
+        print(line, file=sys.stderr, flush=True)
+        if self.world.first:
+            time.sleep(5 * INTERVAL)  # until the others have asked, too
+        for child in psutil.Process().children(recursive=True):  # a frozen loader process would stay
+            child.kill()
+        os._exit(HUNG)
+
+
+def _launchers() -> list[psutil.Process]:
+    """The launchers above this process, nearest first. A shell above them may end and leave them at work."""
+    found = []
+    for process in psutil.Process().parents():
+        try:
+            words = {Path(word).name for word in process.cmdline()[:5]}
+        except psutil.Error:
+            break
+        if not words & LAUNCHERS and not process.name().startswith("slurmstepd"):
+            break
+        found.append(process)
+    return found
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

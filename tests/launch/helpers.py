@@ -1,0 +1,122 @@
+"""A training run as the outside sees it: start it, wait for a step, harm it, see how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.conftest import BIN, ROOT
+
+SMALL = [  # 6 steps an epoch, some ten a second
+    *("--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--model.decoder_dim", "16"),
+    *("--optim.batch_size", "240", "--run.log_every", "1", "--run.device", "cpu"),
+]
+
+
+class Job:
+    """`deepspeed pretrain/main.py` on some ranks (0 = `python`, one process), in a session of its own.
+
+    A context: at its end nothing of it may be left.
+    """
+
+    def __init__(
+        self, shards: Path, folder: Path, ranks: int, *more: str, epochs: int = 1000, program: list[str] | None = None
+    ):
+        self.folder, self.ranks = folder, ranks
+        launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks)] if ranks else [sys.executable]
+        words = ["--data.path", shards, "--run.folder", folder.parent, "--run.name", folder.name, *SMALL]
+        words += ["--optim.epochs", epochs, "--data.workers", "0", *more]
+        self.command = [*(program or launcher), "pretrain/main.py", *map(str, words)]
+
+    def __enter__(self) -> "Job":
+        self.output = self.folder.parent / f"{self.folder.name}.out"
+        env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                self.command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.family = [psutil.Process(self.process.pid)]
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.find()
+        for process in self.family:
+            if process.is_running():
+                process.kill()
+        self.process.wait()
+
+    def find(self) -> None:
+        """Note every process of this run, also those whose parents are gone."""
+        known = {process.pid for process in self.family}
+        for process in list(self.family):
+            if process.is_running():
+                self.family += [child for child in process.children(recursive=True) if child.pid not in known]
+                known |= {child.pid for child in self.family}
+
+    def wait_for_step(self, step: int, seconds: float = 90) -> None:
+        """Until the log has a step."""
+        deadline = time.monotonic() + seconds
+        while not any(done >= step for done, _ in logged(self.folder)):
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.05)
+        self.find()
+
+    def rank(self, number: int) -> psutil.Process:
+        """The process of a rank."""
+        return next(
+            p for p in self.family if p.is_running() and _environment(p).get("RANK") == str(number) and _is_rank(p)
+        )
+
+    def launcher(self) -> psutil.Process:
+        """DeepSpeed's launcher, the parent of all ranks."""
+        return next(p for p in self.family if "deepspeed.launcher.launch" in p.cmdline())
+
+    def end(self, seconds: float = 60) -> int:
+        """Exit code of the command; nothing of it is left after `seconds`."""
+        code = self.process.wait(seconds)
+        _, alive = psutil.wait_procs(self.family, timeout=seconds)
+        assert not alive, f"left alive: {[process.cmdline()[:4] for process in alive]}"
+        return code
+
+    def tracebacks(self) -> bool:
+        """Whether this project's code left a traceback; DeepSpeed's launcher leaves its own at Ctrl-C."""
+        return "Traceback" in self.text() and f'File "{ROOT}/launch' in self.text()
+
+    def text(self) -> str:
+        """What it printed."""
+        return self.output.read_text()
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    return "pretrain/main.py" in process.cmdline() and _environment(process.parent()).get("RANK") is None
+
+
+def logged(folder: Path) -> list[tuple[int, float]]:
+    """(step, loss) of a run's log so far; its last line may be cut."""
+    path = folder / "log.jsonl"
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+
+
+def saved(folder: Path) -> list[int]:
+    """Steps of a run's complete checkpoints."""
+    return sorted(
+        int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*/manifest.json")
+    )

@@ -1,0 +1,99 @@
+"""Signals, dead launchers, dead and frozen ranks: one save where it can be, no orphans, the one to blame named."""
+
+import signal
+import time
+
+import pytest
+
+from configs.errors import HUNG, INTERRUPTED, SAVED
+from tests.launch.helpers import Job, logged, saved
+
+
+def check_saved(job: Job, by: str) -> None:
+    """One checkpoint at the last step of the log, no other in the middle of an epoch."""
+    last = logged(job.folder)[-1][0]
+    assert saved(job.folder)[-1] == last and last >= 8
+    assert len([step for step in saved(job.folder) if step % 6]) == (last % 6 > 0)
+    assert f"stopped: {by}; saved in" in job.text() and not job.tracebacks()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number", "by", "code"),
+    [
+        (2, signal.SIGTERM, "SIGTERM", SAVED),
+        pytest.param(2, signal.SIGUSR1, "SIGUSR1", SAVED, marks=pytest.mark.slow),
+        (0, signal.SIGINT, "Ctrl-C", INTERRUPTED),
+        pytest.param(0, signal.SIGTERM, "SIGTERM", SAVED, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGUSR1, "SIGUSR1", SAVED, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_a_rank_saves_once_and_resumes(ranks, number, by, code, digits, tmp_path):
+    with Job(digits, tmp_path / "run", ranks, "--data.workers", "1") as job:
+        job.wait_for_step(8)
+        (job.rank(1) if ranks else job.process).send_signal(number)
+        assert job.end() == code
+        check_saved(job, by)
+        stopped = saved(job.folder)[-1]
+    with Job(digits, tmp_path / "run", ranks, "--resume", "must") as job:
+        job.wait_for_step(stopped + 2)
+        assert f"step-{stopped:08}" in job.text()
+        steps = [step for step, _ in logged(job.folder)]
+        assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.parametrize(
+    ("to", "number", "code"),
+    [
+        ("launcher", signal.SIGTERM, 1),  # DeepSpeed's launcher has its own code for that
+        pytest.param("group", signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("group", signal.SIGINT, -signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("launcher", signal.SIGKILL, 0, marks=pytest.mark.slow),  # so does `deepspeed`
+        pytest.param("command", signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow),
+        ("command", signal.SIGKILL, -signal.SIGKILL),
+    ],
+)
+def test_a_signal_to_the_launcher_saves_and_leaves_no_orphans(to, number, code, digits, tmp_path):
+    with Job(digits, tmp_path / "run", 2, "--data.workers", "1") as job:
+        job.wait_for_step(8)
+        targets = {"launcher": [job.launcher()], "command": [job.process], "group": job.family}[to]
+        for target in targets:
+            target.send_signal(number)
+        assert job.end() == code
+        check_saved(job, "Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_rank_ends_all_within_30_seconds(rank, digits, tmp_path):
+    with Job(digits, tmp_path / "run", 2, "--data.workers", "1") as job:
+        job.wait_for_step(8)
+        before = time.monotonic()
+        job.rank(rank).kill()
+        assert job.end() != 0
+        assert time.monotonic() - before < 30
+        assert not job.tracebacks()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_frozen_rank_is_named(rank, digits, tmp_path):
+    with Job(digits, tmp_path / "run", 2, "--run.hang_minutes", ".1") as job:
+        job.wait_for_step(8)
+        job.rank(rank).suspend()
+        assert job.end(90) in (HUNG, 1)
+        other = 1 - rank
+        says = "rank 0 does not answer" if rank == 0 else "no answer from rank 1"
+        assert f"[rank {other}] no progress for" in job.text() and says in job.text()
+        assert "_optimize" in (job.folder / f"hang-rank{other}.txt").read_text()
+
+
+@pytest.mark.parametrize("harm", ["kill", pytest.param("suspend", marks=pytest.mark.slow)])
+def test_a_loader_process_that_dies_or_hangs_is_an_error(harm, digits, tmp_path):
+    with Job(digits, tmp_path / "run", 2, "--run.hang_minutes", ".1", "--data.workers", "1") as job:
+        job.wait_for_step(8)
+        getattr(job.rank(1).children()[0], harm)()
+        code = job.end(90)
+        if harm == "kill":
+            assert code == 2 and "error: [rank 1] a loader process died" in job.text()
+        else:
+            assert code == HUNG and "waiting for rank 1 (in step" in job.text() and "waiting for data" in job.text()
+        assert not job.tracebacks()

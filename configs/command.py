@@ -1,10 +1,10 @@
-"""The command line of both stages: recipe, dotted overrides, `--help`, `--print_config`."""
+"""The command line of both stages: recipe, dotted overrides, `--help`, `--print_config`, `--dry-run`."""
 
 import dataclasses
 import os
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -24,7 +24,8 @@ class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 CONFIG_HELP = """recipe, a YAML file of the keys below; without it the built-in digits recipe, whose values
 go before the defaults below"""
-USAGE = "%(prog)s [--config RECIPE.yaml] [--KEY VALUE ...]"
+DRY_RUN_HELP = "only print the plan for so many ranks (default: this machine's): steps, parameter groups, memory"
+USAGE = "%(prog)s [--config RECIPE.yaml] [--KEY VALUE ...] [--dry-run [RANKS]]"
 
 
 def parse(schema: type[Config], recipe: str, about: str, argv: list[str] | None = None) -> Config:
@@ -34,7 +35,8 @@ def parse(schema: type[Config], recipe: str, about: str, argv: list[str] | None 
         schema: Pretrain or Finetune
         recipe: built-in recipe that is used without `--config`, like `pretrain/digits.yaml`
         about: description for `--help`
-        argv: arguments; default the process's. DeepSpeed's `--local_rank` is dropped, `--resume` alone means `must`
+        argv: arguments; default the process's. DeepSpeed's `--local_rank` and `--dry-run` are dropped, `--resume` alone
+            means `must`
     Raises:
         UserError: an unknown key (with the nearest valid one), a wrong value, a recipe that cannot be read
     """
@@ -48,6 +50,7 @@ def parse(schema: type[Config], recipe: str, about: str, argv: list[str] | None 
         default_env=False,
     )
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
+    parser.add_argument("--dry-run", dest=SUPPRESS, default=SUPPRESS, nargs="?", metavar="RANKS", help=DRY_RUN_HELP)
     parser.add_class_arguments(schema, None)
     check_keys(schema, argv)
     if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
@@ -61,14 +64,42 @@ def parse(schema: type[Config], recipe: str, about: str, argv: list[str] | None 
         raise UserError(_explain(str(error))) from None
 
 
+def dry_run(argv: list[str] | None = None) -> int | None:
+    """Ranks that `--dry-run [RANKS]` asks a plan for: 0 = those of this machine; None = it was not given.
+
+    Raises:
+        UserError: not a number of ranks
+    """
+    _, ranks = _divide_dry_run(sys.argv[1:] if argv is None else argv)
+    if not ranks:
+        return None if ranks is None else 0
+    if not (ranks.isdecimal() and int(ranks) > 0):
+        raise UserError(f"--dry-run is {ranks}: it must be a number of ranks, like 64, or alone for this machine's")
+    return int(ranks)
+
+
 def say(message: str) -> None:
     """Print on the first rank."""
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
 
 
+def _divide_dry_run(argv: list[str]) -> tuple[list[str], str | None]:
+    """Arguments without `--dry-run [RANKS]`, and its value: "" where it stands alone, None where it is not given."""
+    rest, ranks = [], None
+    for i, arg in enumerate(argv):
+        name, _, value = arg.partition("=")
+        if name == "--dry-run":
+            ranks = value
+        elif i and argv[i - 1] == "--dry-run" and not arg.startswith("--"):
+            ranks = arg
+        else:
+            rest.append(arg)
+    return rest, ranks
+
+
 def _tidy(argv: list[str]) -> list[str]:
-    argv = [arg for arg in argv if not arg.startswith("--local_rank")]
+    argv = [arg for arg in _divide_dry_run(argv)[0] if not arg.startswith("--local_rank")]
     for i, arg in enumerate(argv):
         if arg == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
             argv[i] = "--resume=must"
@@ -93,7 +124,7 @@ def check_keys(schema: type, argv: list[str]) -> None:
                 if name not in valid:
                     raise UserError(f"{path}: unknown key {name} {nearest(name, valid)}")
         elif key not in valid | sections | {"help", "print_config"}:
-            raise UserError(f"unknown key --{key} {nearest(key, valid | {'config'})}")
+            raise UserError(f"unknown key --{key} {nearest(key, valid | {'config', 'dry-run'})}")
 
 
 def keys(schema: type) -> Iterator[str]:

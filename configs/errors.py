@@ -1,6 +1,7 @@
 """Errors that the user can mend, and how an entry point ends."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a full disk does not say whose file it was
 LAUNCHER_SECONDS = 4  # a launcher that polls each second has ended the other ranks by then
 
 
@@ -65,9 +67,11 @@ def run_main(main: Callable[[], None]) -> None:
         try:
             main()
         except OSError as error:  # no permission, disk full, a file where a folder should be
-            if error.filename is None:
+            if error.filename is not None:
+                raise UserError(f"{error.filename}: {error.strerror.lower()}") from None
+            if error.errno not in DISK_TROUBLE:
                 raise
-            raise UserError(f"{error.filename}: {error.strerror.lower()}") from None
+            raise UserError(f"{error.strerror.lower()}: mend that, then the same command goes on") from None
     except UserError as error:
         if rank != "0" or isinstance(error, LostPeer):
             time.sleep(LAUNCHER_SECONDS)

@@ -114,7 +114,7 @@ class Data:
     """Shards made or indexed by `python data/prepare.py`.
 
     Args:
-        path: folder with the shards and their index.json
+        path: folder with the shards and their index.json, or its URL: http(s)://, s3://, gs://, az:// or hf://
         split: which split to train on
         size: height and width in pixels of the images the model sees; one number for a square
         crop_scale: least and greatest share of the image's area in a random crop
@@ -123,6 +123,9 @@ class Data:
         std: standard deviation of each channel, likewise
         workers: loader processes of each rank; 0 = none, load in the training process; null = a rank's share of the
             machine's cores, at most 8
+        cache: folder for shards fetched from a URL, shared by all ranks and runs of a machine
+        cache_gb: the most that folder may hold, in 10^9 bytes; the least recently used shards go
+        max_damaged: share of a split's images that may be damaged; each is named and replaced by another
     """
 
     path: str = "shards/digits"
@@ -133,12 +136,17 @@ class Data:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     workers: int | None = None
+    cache: str = "~/.cache/convnext-fcmae"
+    cache_gb: float = 100.0
+    max_damaged: float = 0.01
 
     def __post_init__(self):
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares with 0 < least <= greatest <= 1")
         require(0 <= self.hflip <= 1, "data.hflip", self.hflip, "a probability")
         require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "positive")
+        require(0 <= self.max_damaged <= 1, "data.max_damaged", self.max_damaged, "a share, 0 to 1")
         require(min(self.height_width) > 0, "data.size", self.size, "positive")
         require(self.std is None or min(self.std) > 0, "data.std", self.std, "positive")
 
@@ -183,7 +191,10 @@ class Optim:
         betas: AdamW's
         clip_grad: greatest norm of the gradient; 0 = off
         precision: fp32, bf16 (autocast; weights stay fp32), or auto = bf16 on a GPU and fp32 on a CPU
-        zero_stage: DeepSpeed's ZeRO stage
+        zero_stage: what DeepSpeed's ZeRO divides among the ranks: 0 nothing, 1 optimizer state, 2 gradients too,
+            3 weights too; 3 resumes on the same number of ranks only
+        max_skipped: steps in a row that may be skipped because the loss or a gradient is not finite; one more stops
+            the run
     """
 
     lr: float = 1.5e-4
@@ -196,7 +207,8 @@ class Optim:
     betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float = 0.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    zero_stage: Literal[0, 1] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    max_skipped: int = 10
 
     def __post_init__(self):
         require(self.lr > 0, "optim.lr", self.lr, "positive")
@@ -206,6 +218,7 @@ class Optim:
         require(self.clip_grad >= 0, "optim.clip_grad", self.clip_grad, "0 or more")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
         require(self.min_lr >= 0, "optim.min_lr", self.min_lr, "0 or more")
+        require(self.max_skipped >= 0, "optim.max_skipped", self.max_skipped, "0 or more")
         require(self.micro_batch is None or self.micro_batch > 0, "optim.micro_batch", self.micro_batch, "positive")
         require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers from 0 to below 1")
 
@@ -240,7 +253,9 @@ class Run:
         log_every: steps between two log lines
         picture_every: epochs between two reconstruction pictures (pretraining)
         save_every: epochs between two checkpoints
-        keep: how many checkpoints to keep
+        save_minutes: also a checkpoint when the last one is this old, in the middle of an epoch; 0 = off
+        keep: how many checkpoints to keep, besides the best one (fine-tuning)
+        hang_minutes: a run without progress for so long ends, and names the rank it waited for
         device: auto = GPU where there is one
         kernels: on a GPU: triton = this project's kernels; plain = PyTorch's operations, slower, the same result
     """
@@ -251,13 +266,17 @@ class Run:
     log_every: int = 10
     picture_every: int = 10
     save_every: int = 1
+    save_minutes: float = 30.0
     keep: int = 2
+    hang_minutes: float = 10.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["triton", "plain"] = "triton"
 
     def __post_init__(self):
         for key in ("log_every", "picture_every", "save_every", "keep"):
             require(getattr(self, key) > 0, f"run.{key}", getattr(self, key), "positive")
+        require(self.save_minutes >= 0, "run.save_minutes", self.save_minutes, "0 or more")
+        require(self.hang_minutes > 0, "run.hang_minutes", self.hang_minutes, "positive")
         require(0 <= self.seed < 2**32, "run.seed", self.seed, "from 0 to below 2**32")
         require(self.name not in ("", ".", ".."), "run.name", repr(self.name), "the name of a folder")
 
@@ -346,3 +365,8 @@ class Finetune:
 
     def __post_init__(self):
         require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0 and at most 1")
+        if self.augment.ema and self.optim.zero_stage == 3:
+            raise UserError(
+                f"augment.ema is {self.augment.ema} with optim.zero_stage 3, where no rank has all weights to average: "
+                "use optim.zero_stage 0, 1 or 2, or augment.ema 0"
+            )

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError
-from configs.files import sha256
 from data.pool import count, run_tasks
-from data.shards import Index, Shard, index_file, index_tar, read_index, read_rows, remedy, write_index
+from data.shards import Index, Shard, flaw, index_file, index_tar, read_index, read_rows, remedy, write_index
 
 
 def describe(folder: Path) -> None:
@@ -69,7 +68,8 @@ def verify(folder: Path, workers: int) -> None:
     if damage:
         print("\n".join(damage))
         raise UserError(
-            f"{folder}: {len(damage)} of {len(shards)} shards are damaged, listed above: prepare or fetch them again"
+            f"{folder}: {len(damage)} of {len(shards)} shards are damaged, listed above: fetch or prepare them again, "
+            f"or keep what is whole with `python data/prepare.py {folder} --repair`"
         )
     print(f"{folder}: {len(shards):,} shards, {samples:,} images, every byte as indexed")
 
@@ -77,12 +77,9 @@ def verify(folder: Path, workers: int) -> None:
 def _verify_one(shard: Shard, folder: Path) -> str | None:
     tar = folder / shard.file
     count(shard.samples)
-    for path, digest in ((tar, shard.sha256), (index_file(tar), shard.index_sha256)):
-        if not path.exists():
-            return f"{path} is missing"
-        if sha256(path) != digest:
-            return f"{path} is not what was indexed{_which(tar) if path == tar else ''}"
-    return None
+    wrong = flaw(folder, shard, digests=True)
+    of_tar = wrong is not None and wrong.startswith(f"{tar} ")  # not of its index
+    return wrong + _which(tar) if of_tar and tar.exists() and index_file(tar).exists() else wrong
 
 
 def _which(tar: Path) -> str:
@@ -91,6 +88,8 @@ def _which(tar: Path) -> str:
         rows, known = read_rows(tar), np.load(index_file(tar), allow_pickle=False)
     except (UserError, OSError, ValueError) as error:
         return f" ({error})"
+    if known.dtype != rows.dtype:
+        return " (its index is damaged, too)"
     if len(rows) != len(known):
         return f" ({len(rows)} images, {len(known)} indexed)"
     differ = np.flatnonzero(rows != known)

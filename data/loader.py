@@ -2,7 +2,10 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from configs.errors import UserError
+from configs.command import say
+from configs.errors import UserError, reason
 from configs.schema import Data, Optim
-from data.sampler import EpochOrder, EvalBatches, TrainBatches
-from data.shards import Split
+from data.cache import Cache, RemoteUserError
+from data.remote import FETCHES, Remote, is_url
+from data.sampler import SUBSTITUTES, WINDOW, EpochOrder, EvalBatches, TrainBatches
+from data.shards import Split, index_bytes
 from data.transforms import decode, sample_rng, to_float
 
 MOST_WORKERS = 8
+MOST_REPLACEMENTS = 20  # images tried in place of a damaged one
+WORKER_GRACE = 25  # seconds that a loader process lives on after SIGTERM
 
 # (image [C, H, W] as decoded, the sample's generator) -> what goes into the batch, by name
 Transform = Callable[[Tensor, np.random.Generator], dict[str, Tensor]]
@@ -30,23 +38,57 @@ def collate(samples: list[dict]) -> dict[str, Tensor]:
 
 
 class Samples(Dataset):
-    """The samples of a split, decoded and transformed, by (epoch, sample). Sample -1 fills a batch; its label is -1."""
+    """The samples of a split, decoded and transformed, by (epoch, sample). Sample -1 fills a batch; its label is -1.
 
-    def __init__(self, split: Split, channels: int, seed: int, transform: Transform):
-        self.split, self.channels, self.seed, self.transform = split, channels, seed, transform
+    A damaged image is replaced by another one, the same on every machine and in every resumed run, and marked.
 
-    def __getitem__(self, index: tuple[int, int]) -> dict[str, Tensor | int]:
+    Args:
+        score: the samples are for an evaluation: a replaced one gets label -1, so that it does not count
+    Raises:
+        UserError: the replacements are damaged too: it is not the images
+    """
+
+    def __init__(self, split: Split, channels: int, seed: int, transform: Transform, score: bool = False):
+        self.split, self.channels, self.seed, self.transform, self.score = split, channels, seed, transform, score
+
+    def __getitem__(self, index: tuple[int, int]) -> dict[str, Tensor | int | bool]:
         epoch, sample = index
-        data, label = self.split.read(max(0, sample))
-        try:
-            image = decode(data, self.channels)
-        except UserError as error:
-            raise UserError(f"{self.split.folder}, split {self.split.name}, sample {sample}: {error}") from None
+        wanted = max(0, sample)
+        image, label = self._load(wanted)
+        damaged = image is None
+        if damaged:
+            image, label = self._replacement(epoch, wanted)
         return {
-            **self.transform(image, sample_rng(self.seed, epoch, max(0, sample))),
-            "label": -1 if sample < 0 else label,
+            **self.transform(image, sample_rng(self.seed, epoch, wanted)),
+            "label": -1 if sample < 0 or (damaged and self.score) else label,
             "sample": sample,
+            "damaged": damaged,
         }
+
+    def _load(self, sample: int) -> tuple[Tensor | None, int | str]:
+        """Image and label, or None and what is wrong with it."""
+        try:
+            data, label = self.split.read(sample)
+            return decode(data, self.channels), label
+        except RemoteUserError:  # not this image's fault
+            raise
+        except UserError as error:
+            return None, f"{self.split.folder}, split {self.split.name}, sample {sample}: {error}"
+
+    def _replacement(self, epoch: int, sample: int) -> tuple[Tensor, int]:
+        rng = np.random.default_rng([self.seed, SUBSTITUTES, epoch, sample])
+        for other in rng.integers(len(self.split), size=MOST_REPLACEMENTS).tolist():
+            image, label = self._load(other)
+            if image is not None:
+                return image, label
+        raise UserError(f"{label}; so are {MOST_REPLACEMENTS} others drawn in place of sample {sample}")
+
+    def complaint(self, sample: int) -> str:
+        """What is wrong with a damaged sample."""
+        image, complaint = self._load(sample)
+        return (
+            complaint if image is None else f"{self.split.folder}, split {self.split.name}, sample {sample}: read now"
+        )
 
 
 class Loader:
@@ -68,23 +110,101 @@ class Loader:
             collate_fn=collate,
             worker_init_fn=_quiet_worker,
         )
+        self.ahead = None
+        if isinstance(samples.split.folder, Remote) and os.environ.get("LOCAL_RANK", "0") == "0":
+            self.ahead = Ahead(samples.split)
+            if isinstance(batches, TrainBatches):
+                batches.ahead = self.ahead.want
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         try:
-            yield from self.torch_loader
+            batches = iter(self.torch_loader)  # loader processes start here, so before the threads that fetch
+            if self.ahead and isinstance(self.batches, EvalBatches):
+                self.ahead.want(range(len(self.samples.split.shards)))
+            yield from batches
         except UserError as error:  # torch wraps a worker's message into its traceback
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
+        finally:
+            if self.ahead:
+                self.ahead.want([])
+
+
+class Ahead:
+    """Fetches shards of a remote split in the background, for all processes of a host, before they are read.
+
+    What goes wrong is said and left: reading the shard meets it again, and raises.
+    """
+
+    def __init__(self, split: Split):
+        self.split = split
+        self._wanted: deque[int] = deque()
+        self._threads, self._lock, self._said = 0, threading.Lock(), False
+
+    def want(self, shards: Iterable[int]) -> None:
+        """Fetch these shards, in this order, as far as the cache has room for them; earlier wishes are forgotten."""
+        cache, wanted, missing = self.split.folder.cache, deque(), []
+        room = cache.limit
+        for number in shards:
+            shard = self.split.shards[number]
+            room -= shard.bytes + index_bytes(shard)
+            if room < 0:
+                break
+            wanted.append(number)
+            cache.touch(shard.index_sha256)  # else files that are there could go to make room for others
+            if not cache.touch(shard.sha256):
+                missing.append(shard.bytes)
+        if missing and not self._said:
+            say(f"fetching {len(missing)} shards, {sum(missing) / 1e9:.3g} GB, to {cache.folder}; later ones in time")
+            self._said = True
+        with self._lock:
+            self._wanted = wanted
+            new = min(FETCHES, len(wanted)) - self._threads
+            self._threads += max(0, new)
+        for _ in range(new):
+            threading.Thread(target=self._fetch, daemon=True).start()
+
+    def _fetch(self) -> None:
+        while True:
+            with self._lock:
+                if not self._wanted:
+                    self._threads -= 1
+                    return
+                number = self._wanted.popleft()
+            try:
+                self.split.fetch(number)
+            except Exception as error:
+                print(f"not fetched ahead: {reason(error)}", file=sys.stderr, flush=True)
 
 
 def _quiet_worker(_: int) -> None:
-    """Loader processes leave Ctrl-C to the training process, which ends them."""
+    """Loader processes leave signals to the training process, which ends them when it has saved its state.
+
+    A launcher that stops a run sends SIGTERM to them as well: it only bounds the time they have left.
+    """
+    signal.set_wakeup_fd(-1)  # the training process's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
     torch.set_num_threads(1)
 
 
 def open_split(data: Data, name: str | None = None) -> Split:
-    """A split of the configured shards, `data.split` if no other is named."""
-    return Split(Path(data.path), name or data.split)
+    """A split of the configured shards, `data.split` if no other is named.
+
+    Raises:
+        UserError: there is none, or data.cache_gb has no room for what the order of an epoch takes at a time
+    """
+    if not is_url(data.path):
+        return Split(Path(data.path), name or data.split)
+    split = Split(Remote(data.path, Cache(Path(data.cache), int(data.cache_gb * 1e9))), name or data.split)
+    largest = sorted((shard.bytes + index_bytes(shard) for shard in split.shards), reverse=True)
+    need = sum(largest[: 2 * WINDOW])
+    if need > split.folder.cache.limit:
+        raise UserError(
+            f"data.cache_gb is {data.cache_gb:g}, but {2 * WINDOW} shards of {data.path}, split {split.name}, have "
+            f"{need / 1e9:.3g}: so many are read or fetched at a time; raise it, or prepare smaller shards"
+        )
+    return split
 
 
 def train_loader(
@@ -121,4 +241,4 @@ def eval_loader(
 ) -> Loader:
     """Every sample of a split once, in batches of `batch` for each rank."""
     batches = EvalBatches(len(split), batch, rank, ranks)
-    return Loader(Samples(split, channels, 0, transform), batches, data.workers, pin)
+    return Loader(Samples(split, channels, 0, transform, score=True), batches, data.workers, pin)

@@ -6,12 +6,15 @@ python data/prepare.py ILSVRC2012_img_train.tar shards/imagenet --resize 512
 python data/prepare.py cifar10.tar.xz shards/cifar10 --val-fraction 0.1   tar (gz, bz2, xz) or zip
 python data/prepare.py shards/made-elsewhere --index                      index WebDataset tars where they are
 python data/prepare.py shards/photos --verify                             check every byte
+python data/prepare.py photos/ shards/photos --repair                     write damaged shards again, from the images
+python data/prepare.py shards/photos --repair                             the same without them: keep what is whole
 """
 
 import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import zipfile
 import zlib
@@ -29,7 +32,8 @@ from configs.files import write_whole
 from data.convert import Options, convert
 from data.index import describe, index_folder, verify
 from data.pool import count, run_tasks
-from data.shards import Index, Shard, index_file, index_tar, read_index, write_index, write_tar
+from data.repair import LOST, repair, salvaged
+from data.shards import Index, Shard, flaw, index_file, index_tar, read_index, write_index, write_tar
 from data.sources import Item, open_source
 
 ORDER_SEED = 0  # of the order in which images go into shards, and of the held-out ones
@@ -55,7 +59,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "source", help="`digits`, a folder, a zip, a tar (plain, gz, bz2, xz), the ILSVRC2012 train tar"
     )
-    parser.add_argument("out", nargs="?", help="folder for the shards; not given with --index and --verify")
+    parser.add_argument(
+        "out", nargs="?", help="folder for the shards; not given with --index, --verify and the second way of --repair"
+    )
     parser.add_argument(
         "--resize", type=int, metavar="PIXELS", help="shrink images whose shorter side is longer than this"
     )
@@ -72,9 +78,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-labels", action="store_true", help="folders are not classes: make label-free shards")
     parser.add_argument("--index", action="store_true", help="index the .tar files in SOURCE, made by other tools")
     parser.add_argument("--verify", action="store_true", help="check every byte of the shards in SOURCE")
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="with SOURCE OUT: check every byte of the shards in OUT and write the damaged ones again; "
+        "with a folder of shards alone: write damaged indexes again, and of damaged tars keep the whole images",
+    )
     args = parser.parse_args(argv)
-    if not args.source or bool(args.out) == (args.index or args.verify) or (args.index and args.verify):
-        parser.error("give SOURCE OUT, or one folder of shards with --index or --verify")
+    in_place = args.index or args.verify or (args.repair and not args.out)
+    if not args.source or bool(args.out) == in_place or args.index + args.verify + args.repair > 1:
+        parser.error("give SOURCE OUT, or one folder of shards with --index, --verify or --repair")
     for name, low, high in (
         ("resize", 1, 1 << 16),
         ("quality", 1, 100),
@@ -96,6 +109,8 @@ def main() -> None:
         verify(Path(args.source), args.workers)
     elif args.index:
         index_folder(Path(args.source), args.workers)
+    elif args.repair and not args.out:
+        repair(Path(args.source), args.workers)
     else:
         prepare(args)
 
@@ -122,35 +137,59 @@ def write_all(args: argparse.Namespace, out: Path, items: list[Item]) -> None:
     """Write the shards that are missing, then the index."""
     splits = hold_out(items, args.val_fraction)
     claim(out, args, items)
+    for file in out.glob(".*.part"):  # left by a call that was killed
+        file.unlink()
     classes = None if args.no_labels or items[0].label is None else sorted({item.label for item in items})
     tasks = plan(out, splits, classes, args.shard_size)
-    done = finished(out)
-    if all(task.path.name in done for task in tasks):
-        print(f"{out} is complete already")
+    done = finished(out, tasks, args)
+    missing = [task for task in tasks if task not in done]
+    if not missing and (out / "index.json").exists() and not any(task.record.exists() for task in tasks):
+        print(f"{out} is complete{', nothing is damaged' if args.repair else ' already'}")
         return
-    missing = [task for task in tasks if task.path.name not in done]
     write = partial(write_shard, options=Options(args.resize, args.quality))
-    records = dict(
-        zip(missing, run_tasks(write, missing, args.workers, sum(len(t.items) for t in missing)), strict=True)
-    )
-    finish(out, [records.get(task) or done[task.path.name] for task in tasks], tasks, classes)
+    written = run_tasks(write, missing, args.workers, sum(len(t.items) for t in missing)) if missing else []
+    records = dict(zip(missing, written, strict=True))
+    finish(out, [records.get(task) or done[task] for task in tasks], tasks, classes)
 
 
-def finished(out: Path) -> dict[str, dict]:
-    """Records of the shards that are there: listed in index.json or in a record of an interrupted run."""
+def finished(out: Path, tasks: list[Task], args: argparse.Namespace) -> dict[Task, dict]:
+    """Records of the shards that are there, from index.json or left by an interrupted run.
+
+    Those that lack images since a `--repair` without the source are not among them. Their length is checked, with
+    `--repair` every byte.
+    """
     records = {}
     if (out / "index.json").exists():
-        for shards in read_index(out).splits.values():
-            records |= {shard.file: {"shard": asdict(shard), "skipped": []} for shard in shards}
-    for file in out.glob(".*.record.json"):
-        record = json.loads(file.read_bytes())
-        records[record["shard"]["file"]] = record
+        listed = {shard.file: asdict(shard) for shards in read_index(out).splits.values() for shard in shards}
+        skipped = left_out(out)
+        for task in tasks:
+            if task.path.name in listed:
+                lines = [skipped[item.name] for item, _ in task.items if item.name in skipped]
+                records[task] = {"shard": listed[task.path.name], "skipped": lines}
+    records |= {task: json.loads(task.record.read_bytes()) for task in tasks if task.record.exists()}
+    lacking = salvaged(out)
+    records = {task: record for task, record in records.items() if task.path.name not in lacking}
+    shards = [Shard(**record["shard"]) for record in records.values()]
+    if args.repair and shards:
+        found = run_tasks(partial(checked, out=out), shards, args.workers, sum(shard.samples for shard in shards))
+    else:
+        found = [flaw(out, shard) for shard in shards]
+    for wrong in filter(None, found):
+        print(f"{wrong}: it is written again")
+    return {task: record for (task, record), wrong in zip(records.items(), found, strict=True) if wrong is None}
 
-    def there(name: str, record: dict) -> bool:
-        tar = out / name
-        return tar.exists() and index_file(tar).exists() and tar.stat().st_size == record["shard"]["bytes"]
 
-    return {name: record for name, record in records.items() if there(name, record)}
+def checked(shard: Shard, out: Path) -> str | None:
+    """What is wrong with a shard, by every byte; None = nothing."""
+    count(shard.samples)
+    return flaw(out, shard, digests=True)
+
+
+def left_out(out: Path) -> dict[str, str]:
+    """Lines of skipped.txt by the name of the image (which may itself hold the `: ` that follows it)."""
+    path = out / "skipped.txt"
+    lines = path.read_bytes().decode().split("\n") if path.exists() else []
+    return {line[: colon.start()]: line for line in lines for colon in re.finditer(": ", line)}
 
 
 def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
@@ -258,6 +297,7 @@ def finish(out: Path, records: list[dict], tasks: list[Task], classes: list[str]
         write_whole(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
         print(f"{len(skipped):,} damaged images were left out, listed in {out / 'skipped.txt'}")
     write_index(out, Index(dict(splits), classes))
+    (out / LOST).unlink(missing_ok=True)  # what an earlier --repair without the source lost is there again
     for task in tasks:
         task.record.unlink(missing_ok=True)
     describe(out)

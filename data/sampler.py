@@ -4,12 +4,12 @@ No state is kept and nothing is drawn in sequence, so a run can begin at any pos
 processes, and see the same samples in the same global batches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 # What a random number is for: the second word of every generator's key, so that no two purposes share a stream
-SHARDS, WINDOWS, SAMPLES, STEPS = 1, 2, 3, 4
+SHARDS, WINDOWS, SAMPLES, STEPS, SUBSTITUTES = 1, 2, 3, 4, 5
 WINDOW = 16  # shards that are shuffled together
 
 
@@ -50,6 +50,15 @@ class EpochOrder:
             self._window = (epoch, number), np.random.default_rng([self.seed, WINDOWS, epoch, number]).permutation(ids)
         return self._window[1]
 
+    def windows(self, epoch: int, start: int, stop: int) -> range:
+        """Windows that hold positions start to stop (exclusive, and beyond start) of an epoch."""
+        first, last = np.searchsorted(self._shard_order(epoch)[1], [start, stop - 1], "right") - 1
+        return range(first, last + 1)
+
+    def shards(self, epoch: int, number: int) -> list[int]:
+        """Shards of a window of an epoch."""
+        return self._shard_order(epoch)[0][number * self.window : (number + 1) * self.window].tolist()
+
     def ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Samples at positions start to stop (exclusive) of an epoch."""
         _, starts = self._shard_order(epoch)
@@ -74,11 +83,25 @@ class TrainBatches:
         self.rank, self.ranks, self.epochs = rank, ranks, epochs
         self.steps_per_epoch = len(order) // batch_size
         self.first_step = 0  # optimizer steps already done, over all epochs
+        self.ahead: Callable[[list[int]], None] | None = None  # told which shards come next, when a new window begins
+
+    def _coming(self, epoch: int, now: range) -> list[int]:
+        """Shards of some windows, then those of the window after them."""
+        last = self.order.windows(epoch, 0, self.steps_per_epoch * self.batch_size)[-1]  # of those that are used
+        shards = [shard for number in now for shard in self.order.shards(epoch, number)]
+        if now[-1] < last:
+            return shards + self.order.shards(epoch, now[-1] + 1)
+        return shards + (self.order.shards(epoch + 1, 0) if epoch + 1 < self.epochs else [])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch_size // self.ranks
+        told = None
         for step in range(self.first_step, self.epochs * self.steps_per_epoch):
             epoch, batch = divmod(step, self.steps_per_epoch)
+            now = epoch, self.order.windows(epoch, batch * self.batch_size, (batch + 1) * self.batch_size)
+            if self.ahead and now != told:
+                self.ahead(self._coming(*now))
+                told = now
             start = batch * self.batch_size + self.rank * share
             ids = self.order.ids(epoch, start, start + share).tolist()
             for i in range(0, share, self.micro):

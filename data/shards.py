@@ -9,12 +9,15 @@ Nothing in a shard is ever executed or unpickled.
 """
 
 import hashlib
+import io
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +27,8 @@ import webdataset
 
 from configs.errors import UserError, nearest
 from configs.files import sha256, whole_file, write_whole
+from data.remote import FETCHES, Remote
+from data.sampler import WINDOW
 
 FORMAT = "convnext-fcmae-shards/1"
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "npy")  # what the loader decodes
@@ -74,30 +79,35 @@ def read_rows(tar: Path) -> np.ndarray:
     """
     rows: dict[str, list[int]] = {}
     labels: dict[str, int] = {}
-    end = 0
+    end, length = 0, tar.stat().st_size
     try:
         with tarfile.open(tar, "r:") as archive, tar.open("rb") as file:
             for member in archive:
                 end = member_end(member)
+                if member.size < 0 or (member.isreg() and member.offset_data + member.size > length):
+                    raise UserError(f"{tar} is cut short or damaged inside {member.name}: fetch or write it again")
                 if not member.isreg():
                     continue
-                folder, _, name = member.name.rpartition("/")
-                key, _, kind = name.partition(".")
-                key, kind = f"{folder}/{key}", kind.lower()
+                key, kind = split_name(member.name)
                 if kind != "cls" and (kind not in IMAGE_TYPES or key in rows):
                     continue
                 file.seek(member.offset_data)
                 data = file.read(member.size)
-                if len(data) != member.size:
-                    raise UserError(f"{tar} is cut short inside {member.name}: fetch or write it again")
                 if kind == "cls":
                     labels[key] = _label(data, tar, member.name)
                 else:
                     rows[key] = [member.offset_data, member.size, zlib.crc32(data)]
-            check_end(file, end, tar.stat().st_size, tar)
-    except tarfile.TarError as error:
+            check_end(file, end, length, tar)
+    except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two: a size beyond any file's
         raise UserError(f"{tar} is not a readable tar ({error}): fetch or write it again") from None
     return np.array([(*row, labels.get(key, -1)) for key, row in rows.items()], ROW)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and type of a tar's member: its path up to the first dot of the file name; what follows, in lower case."""
+    folder, slash, base = name.rpartition("/")
+    key, _, kind = base.partition(".")
+    return f"{folder}{slash}{key}", kind.lower()
 
 
 def member_end(member: tarfile.TarInfo) -> int:
@@ -125,8 +135,15 @@ def _label(data: bytes, tar: Path, member: str) -> int:
     return int(data)
 
 
-def remedy(folder: Path) -> str:
-    """How to mend a folder of shards: ours are written again, foreign ones indexed again."""
+def index_bytes(shard: Shard) -> int:
+    """The most bytes that a shard's index has: numpy's header, and a row a sample."""
+    return 1024 + shard.samples * ROW.itemsize
+
+
+def remedy(folder: Path | Remote) -> str:
+    """How to mend a folder of shards: ours are written again, foreign ones indexed again, remote ones sent again."""
+    if isinstance(folder, Remote):
+        return "check the folder that was uploaded with `python data/prepare.py FOLDER --verify`, and upload it again"
     if (folder / "source.json").exists():
         return "delete that file and run the same data/prepare.py command again"
     return f"fetch it again, or run `python data/prepare.py {folder} --index`"
@@ -140,6 +157,25 @@ def index_tar(tar: Path) -> Shard:
     return Shard(tar.name, len(rows), tar.stat().st_size, sha256(tar), sha256(index_file(tar)))
 
 
+def flaw(folder: Path, shard: Shard, digests: bool = False) -> str | None:
+    """What is wrong with a shard on disk, None = nothing: by its length or, with `digests`, by every byte.
+
+    The text says what is wrong with which file, and leaves the way out to the caller.
+    """
+    tar = folder / shard.file
+    if not tar.exists():
+        return f"{tar} is missing"
+    if tar.stat().st_size != shard.bytes:
+        return f"{tar} has {tar.stat().st_size} bytes, its index says {shard.bytes}"
+    if not index_file(tar).exists():
+        return f"{tar} has no .idx.npy"
+    if digests:
+        for path, digest in ((tar, shard.sha256), (index_file(tar), shard.index_sha256)):
+            if sha256(path) != digest:
+                return f"{path} is not what was indexed"
+    return None
+
+
 def write_index(folder: Path, index: Index) -> None:
     """Write index.json, the mark that a folder of shards is complete."""
     splits = {split: [asdict(shard) for shard in shards] for split, shards in index.splits.items()}
@@ -147,47 +183,58 @@ def write_index(folder: Path, index: Index) -> None:
     write_whole(folder / "index.json", json.dumps(content, indent=1).encode())
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path | Remote) -> Index:
     """Read index.json. Raises `UserError` where there is none, or it is not ours."""
     path = folder / "index.json"
-    if not path.exists():
+    if isinstance(folder, Path) and not path.exists():
         if folder.is_dir() and any(folder.glob("*.tar")):
             raise UserError(f"{folder} has tars but no index.json: run `python data/prepare.py {folder} --index`")
         raise UserError(f"no shards at {folder}: make them with `python data/prepare.py SOURCE {folder}`")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes() if isinstance(folder, Path) else folder.read_index())
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}: prepare it again")
         splits = {split: [Shard(**shard) for shard in shards] for split, shards in content["splits"].items()}
+        for shard in (shard for shards in splits.values() for shard in shards):
+            check_shard(shard, path)
         return Index(splits, content["classes"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: {remedy(folder)}") from None
+
+
+def check_shard(shard: Shard, index: Path | str) -> None:
+    """Raise `UserError` unless a shard's names stay in their folder: an index may come from anywhere."""
+    if min(shard.samples, shard.bytes) < 0:
+        raise ValueError
+    if not re.fullmatch(r"[^./\\\0][^/\\\0]*", shard.file):
+        raise UserError(f"{index} lists the file {shard.file!r}: only files beside it are read; make the index again")
+    if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in (shard.sha256, shard.index_sha256)):
+        raise UserError(f"{index}: {shard.file} has no SHA-256 of 64 hexadecimal digits; make the index again")
 
 
 class Split:
     """Random access to the samples of one split; ids run from 0 over its shards in order.
 
     Args:
-        folder: where index.json is
+        folder: where index.json is; shards of a `Remote` one are fetched when they are read
         name: the split
     Raises:
         UserError: no such folder or split, or a shard is missing or not as long as the index says
     """
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path | Remote, name: str):
         index = read_index(folder)
         if name not in index.splits:
             raise UserError(f"{folder / 'index.json'} has no split {name} {nearest(name, index.splits)}")
         self.folder, self.name, self.classes, self.shards = folder, name, index.classes, index.splits[name]
-        for shard in self.shards:
-            size = (folder / shard.file).stat().st_size if (folder / shard.file).exists() else None
-            if size != shard.bytes or not index_file(folder / shard.file).exists():
-                found = "is missing" if size is None else f"has {size} bytes, its index says {shard.bytes}"
-                found = "has no .idx.npy" if size == shard.bytes else found
-                raise UserError(f"{folder / shard.file} {found}: {remedy(folder)}")
+        for shard in self.shards if isinstance(folder, Path) else ():  # a remote one is checked when it is fetched
+            if wrong := flaw(folder, shard):
+                raise UserError(f"{wrong}: {remedy(folder)}")
         self.counts = np.array([shard.samples for shard in self.shards], np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.counts)])  # id of each shard's first sample
         self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        # an open file takes room even after the cache has removed it: keep what a window needs
+        self._most_open = OPEN_SHARDS if isinstance(folder, Path) else WINDOW
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -202,15 +249,34 @@ class Split:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        shard = self.shards[number]
-        path = self.folder / shard.file
-        if sha256(index_file(path)) != shard.index_sha256:
-            raise UserError(f"{index_file(path)} disagrees with index.json: {remedy(self.folder)}")
-        rows = np.load(index_file(path), allow_pickle=False)
-        self._open[number] = os.open(path, os.O_RDONLY), rows
-        if len(self._open) > OPEN_SHARDS:
+        rows = self._rows(number)
+        self._open[number] = self._tar(number), rows
+        if len(self._open) > self._most_open:
             os.close(self._open.popitem(last=False)[1][0])
         return self._open[number]
+
+    def _tar(self, number: int) -> int:
+        shard = self.shards[number]
+        if isinstance(self.folder, Remote):
+            return self.folder.open(shard.file, shard.sha256, shard.bytes)
+        return os.open(self.folder / shard.file, os.O_RDONLY)
+
+    def _rows(self, number: int) -> np.ndarray:
+        shard = self.shards[number]
+        if isinstance(self.folder, Remote):
+            name = index_file(Path(shard.file)).name
+            return np.load(
+                io.BytesIO(self.folder.read(name, shard.index_sha256, index_bytes(shard))), allow_pickle=False
+            )
+        path = index_file(self.folder / shard.file)
+        if sha256(path) != shard.index_sha256:
+            raise UserError(f"{path} disagrees with index.json: {remedy(self.folder)}")
+        return np.load(path, allow_pickle=False)
+
+    def fetch(self, number: int) -> None:
+        """Bring a remote shard into the cache. Raises `UserError` if that fails."""
+        self._rows(number)
+        os.close(self._tar(number))
 
     def read(self, sample: int) -> tuple[bytes, int]:
         """Image bytes and label of a sample. Raises `UserError` if the bytes are not those that were indexed."""
@@ -219,15 +285,30 @@ class Split:
         row = rows[sample - self.first[number]]
         data = os.pread(file, int(row["size"]), int(row["offset"]))
         if zlib.crc32(data) != row["crc"]:
-            raise UserError(
-                f"{self.folder / self.shards[number].file} is damaged at byte {row['offset']} (checksum): "
-                f"{remedy(self.folder)}; `python data/prepare.py {self.folder} --verify` lists all damage"
-            )
+            data = self._again(number, row)
         return data, int(row["label"])
+
+    def _again(self, number: int, row: np.void) -> bytes:
+        """Bytes that were not as indexed, read anew if only the cache's copy was damaged; else raises `UserError`."""
+        shard, (file, rows) = self.shards[number], self._open[number]
+        damage = f"{self.folder / shard.file} is damaged at byte {row['offset']} (checksum): {remedy(self.folder)}"
+        if not isinstance(self.folder, Remote):
+            raise UserError(f"{damage}; `python data/prepare.py {self.folder} --verify` lists all damage")
+        if self.folder.dropped(file, shard.sha256):
+            self._open[number] = self._tar(number), rows
+            os.close(file)
+        data = os.pread(self._open[number][0], int(row["size"]), int(row["offset"]))
+        if zlib.crc32(data) != row["crc"]:
+            raise UserError(damage)
+        return data
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none."""
-        return np.concatenate([self._shard(number)[1]["label"] for number in range(len(self.shards))])
+        numbers = range(len(self.shards))
+        if isinstance(self.folder, Path):
+            return np.concatenate([self._shard(number)[1]["label"] for number in numbers])
+        with ThreadPoolExecutor(FETCHES) as pool:  # of the tars nothing is needed
+            return np.concatenate([rows["label"] for rows in pool.map(self._rows, numbers)])
 
     def __getstate__(self) -> dict:  # open files stay behind when a loader process starts
         return {**self.__dict__, "_open": OrderedDict()}

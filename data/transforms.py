@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
@@ -21,8 +22,11 @@ from configs.errors import UserError, reason
 from data.sampler import SAMPLES
 
 CROP_RATIO = (3 / 4, 4 / 3)  # least and greatest aspect ratio of a random crop
-MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA}
+MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA, None: ImageReadMode.UNCHANGED}
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 NPY_MAGIC = b"\x93NUMPY"
+PICTURES = ("JPEG", "PNG", "WEBP", "GIF")  # PIL's names of what is read besides .npy
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where PIL itself refuses a picture as a bomb, so that prepare.py agrees
 
 
 def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
@@ -37,26 +41,17 @@ def decode(data: bytes, channels: int | None = None) -> Tensor:
         data: JPEG, PNG, WebP, GIF (its first frame), or .npy of shape [H, W] or [H, W, C]
         channels: convert pictures to 1 (grey), 3 (RGB) or 4 (RGBA); None = as stored; .npy is never converted
     Raises:
-        UserError: damaged, of an unknown type, or a .npy with another number of channels
+        UserError: damaged, of an unknown type, or a .npy with another number of channels; also, before memory is
+            taken for it, a picture of more than `MOST_PIXELS` or a .npy of more bytes than there are
     """
     if data.startswith(NPY_MAGIC):
         image = _decode_npy(data)
-    elif channels is not None and channels not in MODES:
+    elif channels not in MODES:
         raise UserError(
             f"a picture cannot be read with {channels} channels: use .npy images or model.channels 1, 3 or 4"
         )
     else:
-        mode = MODES[channels] if channels else ImageReadMode.UNCHANGED
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # "the given buffer is not writable": it is only read
-                image = decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"not a readable image ({reason(error)})") from None
-        if image.ndim == 4:  # an animation
-            image = image[0]
-        if image.dtype == torch.uint16:  # a PNG of 16 bits
-            image = image.float() / 65535
+        image = _decode_picture(data, channels)
         if channels is not None:
             image = _to_channels(image, channels)
     if channels is not None and image.shape[0] != channels:
@@ -64,8 +59,61 @@ def decode(data: bytes, channels: int | None = None) -> Tensor:
     return image
 
 
+def _decode_picture(data: bytes, channels: int | None) -> Tensor:
+    """A picture as [C, H, W]. PIL reads its header first, in 20 us: torchvision would believe any size it claims."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "the given buffer is not writable": it is only read; PIL's, of large ones
+            picture = Image.open(io.BytesIO(data), formats=PICTURES)
+            if picture.format == "GIF":  # torchvision would decode every frame
+                return _from_pil(picture, channels)
+            if picture.format == "PNG":  # a damaged one ends the process in torchvision's libpng (0.29)
+                return _decode_png(picture, data, channels)
+            mode = MODES[3 if channels == 4 and picture.format == "JPEG" else channels]  # a JPEG has no alpha
+            return decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
+    except Image.DecompressionBombError:
+        raise UserError(f"not a readable image (it claims more than {MOST_PIXELS:,} pixels)") from None
+    except UnidentifiedImageError:
+        raise UserError("not a readable image (no JPEG, PNG, WebP or GIF, or its header is damaged)") from None
+    except Exception as error:  # damaged files make PIL's decoders raise nearly anything
+        raise UserError(f"not a readable image ({reason(error)})") from None
+
+
+def _from_pil(picture: Image.Image, channels: int | None) -> Tensor:
+    """What PIL has opened, of 8 bits or fewer, as uint8 [C, H, W]."""
+    picture.load()
+    stored = {"1": "L", "P": "RGBA" if "transparency" in picture.info else "RGB"}
+    mode = PIL_MODES[channels] if channels else stored.get(picture.mode, picture.mode)
+    return F.pil_to_tensor(picture.convert(mode))
+
+
+def _decode_png(picture: Image.Image, data: bytes, channels: int | None) -> Tensor:
+    """A PNG as [C, H, W]: uint8, or float32 from 0 to 1 for 16 bits a channel.
+
+    PIL's colours have 8 bits. So of 16 it is asked for the upper ones, and told another order of bytes, for the lower.
+    """
+
+    def read(bytes_as: str) -> np.ndarray:
+        again = Image.open(io.BytesIO(data), formats=PICTURES)
+        again.tile = [again.tile[0]._replace(args=bytes_as)]
+        return np.asarray(again).astype(np.uint16)
+
+    stored = picture.tile[0].args
+    picture.verify()  # its checksums, at which decoding does not look
+    if "16" not in stored:
+        return _from_pil(Image.open(io.BytesIO(data), formats=PICTURES), channels)
+    if stored == "LA;16B":
+        halves = read("RGBA")
+        pixels = halves[..., ::2] * 256 + halves[..., 1::2]
+    elif stored == "I;16B":
+        pixels = read(stored)[..., None]
+    else:
+        pixels = read(stored) * 256 + read(stored.replace("16B", "16L"))
+    return torch.from_numpy(pixels / np.float32(65535)).permute(2, 0, 1)
+
+
 def _to_channels(image: Tensor, channels: int) -> Tensor:
-    """A picture as grey, RGB or RGBA, where its decoder did not convert it (WebP, GIF)."""
+    """A picture as grey, RGB or RGBA, where its decoder did not convert it (WebP, PNG of 16 bits)."""
     have = image.shape[0]
     if have == channels:
         return image
@@ -75,15 +123,24 @@ def _to_channels(image: Tensor, channels: int) -> Tensor:
         return F.rgb_to_grayscale(image)
     if channels == 3:
         return image.expand(3, -1, -1)
-    opaque = torch.full_like(image[:1], 255)
-    return torch.cat([_to_channels(image, 3), opaque])
+    alpha = image[1:] if have == 2 else torch.full_like(image[:1], 255 if image.dtype == torch.uint8 else 1)
+    return torch.cat([_to_channels(image, 3), alpha])
 
 
 def _decode_npy(data: bytes) -> Tensor:
+    """An array as [C, H, W]. (np.load would take as much memory as the header claims.)"""
+    file = io.BytesIO(data)
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"not a readable .npy image ({error})") from None
+        old = np.lib.format.read_magic(file) == (1, 0)
+        read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = read_header(file)
+        claimed, there = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
+        if dtype.hasobject or claimed > there:
+            raise ValueError(f"it claims {claimed:,} bytes of {dtype}, {there:,} are there")
+        array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
+        array = array.reshape(shape, order="F" if by_columns else "C")
+    except Exception as error:  # damaged headers make numpy's parser raise nearly anything
+        raise UserError(f"not a readable .npy image ({reason(error)})") from None
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.dtype.kind not in "uif" or 0 in array.shape:
@@ -94,7 +151,7 @@ def _decode_npy(data: bytes) -> Tensor:
         array = array / np.iinfo(array.dtype).max
     if array.dtype != np.uint8:
         array = array.astype(np.float32)
-    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1)
 
 
 def random_box(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.transforms import normalize
-from launch.engine import World, sum_over_ranks
+from launch.world import World, sum_over_ranks
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from data.loader import eval_loader, open_split, train_loader
 from data.transforms import EvalTransform, RandAugment, TrainTransform
 from finetune.layer_decay import layer_decay
 from finetune.loop import Classifier, moving_average
-from launch.engine import build_engine, parameter_groups, seed_everything, start, stop
+from launch.engine import build_engine, parameter_groups, seed_everything
 from launch.loop import Training
 from launch.plan import plan
+from launch.world import start, stop
 from models.convnext import ConvNeXt, resolve
 from models.start import Init, open_init, start_classifier, with_statistics
 

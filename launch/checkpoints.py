@@ -20,7 +20,8 @@ from pathlib import Path
 from configs.command import differences, say
 from configs.errors import UserError, reason
 from configs.files import sha256, sync_folder, write_whole
-from launch.engine import LOST, World, agree, barrier, gather, load_engine, to_universal
+from launch.engine import load_engine, to_universal
+from launch.world import LOST, World, agree, barrier, gather
 
 MAY_CHANGE = {  # keys that may differ on resume: they do not change what is learnt
     "resume", "run.log_every", "run.picture_every", "run.save_every", "run.save_minutes", "run.keep", "run.folder",
@@ -62,7 +63,7 @@ class Checkpoints:
         """
         started = time.perf_counter()
         self.wait()
-        part = self.folder / f".step-{step:08}.part"
+        part = _hidden(self.folder / f"step-{step:08}")
         try:
             if self.world.first:
                 shutil.rmtree(part, ignore_errors=True)
@@ -109,7 +110,8 @@ class Checkpoints:
         best = max(scored, key=lambda folder: (manifests[folder]["score"], folder.name), default=None)
         for folder in whole[: -self.keep]:
             if folder != best:
-                shutil.rmtree(folder)
+                gone = folder.rename(_hidden(folder))  # removed in one moment
+                shutil.rmtree(gone)
 
     def check(self) -> None:
         """Raise what went wrong behind the back of the training; costs nothing."""
@@ -223,6 +225,11 @@ class Checkpoints:
             barrier()
             if self.world.first:
                 shutil.rmtree(target)
+
+
+def _hidden(folder: Path) -> Path:
+    """What a checkpoint is called while it is not yet, or no longer, complete."""
+    return folder.with_name(f".{folder.name}.part")
 
 
 def _manifest(folder: Path) -> dict | None:

@@ -1,84 +1,24 @@
-"""DeepSpeed: the only module that imports it. Starting ranks, the optimizer, the engine, and what ranks do together."""
+"""DeepSpeed: the only module that imports it. The optimizer, the engine, its checkpoints."""
 
 import argparse
 import io
 import logging
 import os
 import random
-import socket
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from configs.errors import LostPeer, UserError, reason
-from configs.schema import Optim, Run
-from launch.memory import keep_memory
-from models import kernels
+from configs.errors import UserError
+from configs.schema import Optim
+from launch.world import World
 
-LOST = ("onnection closed by peer", "onnection reset by peer", "NCCL error")  # in what collectives raise
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all: its rank, how many there are, and its device."""
-
-    rank: int
-    ranks: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        """Whether this rank writes files and prints."""
-        return self.rank == 0
-
-
-def start(run: Run) -> World:
-    """Join the process group; alone where no launcher (deepspeed, torchrun) has set its variables.
-
-    Args:
-        run: device (auto, cpu or cuda) and kernels
-    Raises:
-        UserError: cuda asked for and not there; several tasks of srun
-    """
-    kernels.use(run.kernels == "triton")
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device is cuda, but torch sees no GPU: install a driver, or use auto or cpu")
-    use_cuda = run.device != "cpu" and torch.cuda.is_available()
-    os.environ["DS_ACCELERATOR"] = "cuda" if use_cuda else "cpu"  # else DeepSpeed picks, and may not agree
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        raise UserError(
-            "srun started several tasks that do not know each other: start torchrun or deepspeed in one task a node"
-        )
-    if "RANK" not in os.environ:  # without a launcher DeepSpeed would look for MPI
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-        os.environ |= {key: str(value) for key, value in alone.items()}
-    local, ranks_here = int(os.environ["LOCAL_RANK"]), os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])
-    local_ranks = int(os.environ.setdefault("LOCAL_WORLD_SIZE", ranks_here))  # DeepSpeed says LOCAL_SIZE, torchrun this
-    if use_cuda:
-        torch.cuda.set_device(local)
-    else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-        keep_memory()
-    deepspeed = _deepspeed()
-    if not use_cuda:  # else an op for inference is compiled at the first start: half a minute, and needs a compiler
-        deepspeed.ops.__compatible_ops__ = {}
-    patience = timedelta(minutes=run.hang_minutes + 10)  # the watchdog comes first: it knows who is waited for
-    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False, timeout=patience)
-    where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
-    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), where)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+MOST_REDUCED = 50_000_000  # DeepSpeed's own default, 500 million, takes 1.9 GiB however small the model is
 
 
 def _deepspeed():
@@ -87,6 +27,8 @@ def _deepspeed():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
+    if os.environ["DS_ACCELERATOR"] == "cpu":  # else an op for inference is compiled at the first start: half a minute
+        deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
@@ -115,7 +57,7 @@ def build_engine(model: nn.Module, groups: list[dict], optim: Optim, world: Worl
     config = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "zero_optimization": {"stage": optim.zero_stage},
+        "zero_optimization": {"stage": optim.zero_stage, "reduce_bucket_size": bucket(model)},
         "zero_allow_untested_optimizer": True,
         # set, because DeepSpeed's own default is 1; without ZeRO `_measure` clips
         "gradient_clipping": optim.clip_grad if optim.zero_stage else 0.0,
@@ -133,6 +75,11 @@ def build_engine(model: nn.Module, groups: list[dict], optim: Optim, world: Worl
         optimizer.register_step_pre_hook(lambda *_: _measure(optimizer, optim.clip_grad))
     engine, *_ = _deepspeed().initialize(model=model.to(world.device), optimizer=optimizer, config=config)
     return engine
+
+
+def bucket(model: nn.Module) -> int:
+    """Elements of the buffer in which ZeRO reduces gradients: all, for most models."""
+    return min(MOST_REDUCED, sum(p.numel() for p in model.parameters()))
 
 
 def _measure(optimizer: torch.optim.Optimizer, clip: float) -> None:
@@ -207,68 +154,3 @@ def set_lr(engine, lr: float) -> None:
     """Set the learning rate of every group, times the group's own scale (layer decay)."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks."""
-    torch.distributed.all_reduce(values)
-    return values
-
-
-def gather(value: object) -> list:
-    """Each rank's value, on all ranks, in their order. For plain values, rarely: they are pickled."""
-    values: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-class Agreement:
-    """The greatest of all ranks' values, as they were one call before, so that asking waits for nobody.
-
-    Args:
-        count: values in a call
-    """
-
-    def __init__(self, world: World, count: int):
-        self.group = torch.distributed.new_group(backend="gloo") if world.ranks > 1 else None
-        self.values, self.work = torch.zeros(count, dtype=torch.int64), None
-
-    def __call__(self, *values: int) -> list[int]:
-        """Every rank calls this equally often. With one rank its own values come back at once."""
-        if self.group is None:
-            return [int(value) for value in values]
-        if self.work:
-            self.work.wait()
-        agreed, self.values = self.values.tolist(), torch.tensor([int(value) for value in values])
-        self.work = torch.distributed.all_reduce(self.values, torch.distributed.ReduceOp.MAX, self.group, async_op=True)
-        return agreed
-
-
-@contextmanager
-def peers() -> Iterator[None]:
-    """A context in which a connection lost to another rank is a `LostPeer`, and a dead loader process a `UserError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if any(words in str(error) for words in LOST):
-            raise LostPeer("another rank ended: look at what it printed") from error
-        if str(error).startswith("DataLoader worker"):  # torch raises this wherever the training is at that moment
-            raise UserError(f"a loader process died ({reason(error)}): lower data.workers if memory ran out") from error
-        raise
-
-
-def agree(value: str) -> str:
-    """The first rank's value, on all ranks: what one machine sees of a file system another may not see yet."""
-    values = [value]
-    torch.distributed.broadcast_object_list(values)
-    return values[0]
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    torch.distributed.barrier()
-
-
-def stop() -> None:
-    """Leave the process group, so that nothing complains at exit."""
-    torch.distributed.destroy_process_group()

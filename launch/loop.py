@@ -2,6 +2,7 @@
 
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -12,10 +13,11 @@ from configs.errors import INTERRUPTED, SAVED, Stopped
 from configs.schema import Finetune, Pretrain
 from data.loader import Loader
 from launch.checkpoints import Checkpoints
-from launch.engine import Agreement, World, gather, peers, set_lr
+from launch.engine import set_lr
 from launch.faults import Faults
 from launch.runlog import Mean, RunLog
 from launch.watchdog import REQUESTS, Watchdog
+from launch.world import Agreement, World, gather, peers
 
 
 class Stage(Protocol):
@@ -78,8 +80,11 @@ class Training:
             with self.watchdog, peers():
                 self._train(stage)
                 self.checkpoints.wait()
-        finally:
-            self.log.close()
+        except BaseException:
+            with suppress(OSError):  # a full disk was the reason, perhaps, and is told already
+                self.log.close()
+            raise
+        self.log.close()
 
     def _train(self, stage: Stage) -> None:
         optim, saved = self.config.optim, time.monotonic()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from configs.files import write_whole
-from launch.engine import sum_over_ranks
+from launch.world import sum_over_ranks
 
 
 class RunLog:

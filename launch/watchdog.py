@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 
 from configs.errors import HUNG, INTERRUPTED, Stopped
-from launch.engine import World, barrier
 from launch.progress import INTERVAL, Progress
+from launch.world import World, barrier
 
 # SLURM announces the end of a job's time with SIGUSR1. The last one wins: at Ctrl-C a launcher sends SIGTERM as well
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

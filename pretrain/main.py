@@ -19,9 +19,10 @@ from configs.errors import run_main
 from configs.schema import Pretrain, visible_patches
 from data.loader import open_split, train_loader
 from data.transforms import PretrainTransform
-from launch.engine import build_engine, parameter_groups, seed_everything, start, stop, whole_weights
+from launch.engine import build_engine, parameter_groups, seed_everything, whole_weights
 from launch.loop import Training
 from launch.plan import plan
+from launch.world import start, stop
 from models.fcmae import FCMAE, check_size
 from models.start import open_init, start_autoencoder, with_statistics
 from models.weights import Weights, cpu_state, divide, save
@@ -66,7 +67,7 @@ def main() -> None:
     )
     training.run(Pretraining(config, training, (mean, std)))
     with whole_weights(engine):
-        encoder, decoder = divide(cpu_state(model), "encoder.")
+        encoder, (_, decoder) = cpu_state(model.encoder), divide(cpu_state(model), "encoder.")
     if world.first:
         path = training.folder / "fcmae.pt"
         image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}

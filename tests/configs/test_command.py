@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
-from configs.command import RECIPES, differences, keys, parse, to_dict
+from configs.command import RECIPES, differences, dry_run, keys, parse, to_dict
 from configs.errors import UserError, nearest
 from configs.schema import Data, Finetune, Optim, Pretrain
 
@@ -36,8 +36,34 @@ def test_deepspeeds_local_rank_and_a_bare_resume():
 
 
 @pytest.mark.parametrize(
+    ("argv", "ranks"),
+    [
+        ([], None),
+        (["--dry-run"], 0),
+        (["--dry-run", "64"], 64),
+        (["--dry-run=64"], 64),
+        (["--dry-run", "--resume"], 0),
+        (["--resume", "--dry-run", "8", "--optim.epochs", "3"], 8),
+    ],
+)
+def test_dry_run(argv, ranks):
+    assert dry_run(argv) == ranks
+    config = parsed(*argv)
+    assert config.optim.epochs == (3 if "3" in argv else parsed().optim.epochs)
+    assert config.resume == ("must" if "--resume" in argv else "auto")
+
+
+@pytest.mark.parametrize("value", ["none", "0", "-3", "6.5", "runs/x"])
+def test_dry_run_of_no_number_of_ranks(value):
+    for argv in (["--dry-run", value], [f"--dry-run={value}"]):
+        with pytest.raises(UserError, match=rf"^--dry-run is {value}: it must be a number of ranks, like 64, or alone"):
+            dry_run(argv)
+
+
+@pytest.mark.parametrize(
     ("argv", "says"),
     [
+        (["--dry_run", "4"], r"unknown key --dry_run \(nearest: dry-run\)"),
         (["--model.nam", "x"], r"unknown key --model\.nam \(nearest: model\.name\)"),
         (["--optm.lr", "1"], r"unknown key --optm\.lr \(nearest: optim\.lr\)"),
         (["--optim.lr", "abc"], r"optim\.lr.*abc"),
@@ -99,6 +125,7 @@ def test_help_explains_every_key(capsys):
         assert stop.value.code == 0
         text = capsys.readouterr().out
         lines = " ".join(text.split())
+        assert "--dry-run [RANKS]" in text
         for key in keys(schema):
             assert f"--{key} " in lines
         for section in [schema, *(f.type for f in dataclasses.fields(schema) if dataclasses.is_dataclass(f.type))]:

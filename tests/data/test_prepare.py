@@ -24,6 +24,7 @@ from data.shards import Split, index_file, read_index
 from data.transforms import decode
 from tests.conftest import ROOT, names, run
 from tests.data.helpers import as_folder, as_ilsvrc, as_tar, as_zip, collection, picture
+from tests.data.test_transforms import bomb
 
 
 def prepared(*args) -> None:
@@ -34,6 +35,23 @@ def content(folder, split="train") -> dict[bytes, int]:
     """Image bytes -> label of a split."""
     samples = Split(folder, split)
     return dict(samples.read(i) for i in range(len(samples)))
+
+
+class Payload:
+    """Unpickled, it makes a folder: the proof that something was executed."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def with_object(mark) -> bytes:
+    """An .npy array of objects, which numpy would unpickle if it was allowed to."""
+    out = io.BytesIO()
+    np.save(out, np.full((4, 4, 3), Payload(mark)), allow_pickle=True)
+    return out.getvalue()
 
 
 CATS = collection({"cat": 5, "dog": 3})
@@ -138,6 +156,43 @@ def test_damaged_images_are_left_out_and_listed(tmp_path, capsys):
     assert "3 damaged images" in capsys.readouterr().out
 
 
+def test_unusual_images_stay_and_bombs_are_left_out(tmp_path, capsys):
+    """What is named .jpg is read as what it is; sizes are believed only as far as `MOST_PIXELS`."""
+    good = {
+        "png.jpg": picture(0, kind="png"),
+        "cmyk.jpg": picture(1, mode="CMYK"),
+        "grey.jpg": picture(2, mode="L"),
+        "webp.jpg": picture(3, kind="webp"),
+    }
+    flipped = bytearray(picture(4, kind="png"))
+    flipped[200:205] = b"\0\1\2\3\4"
+    array = io.BytesIO()
+    np.save(array, np.zeros((2, 2, 3), np.uint8))
+    bad = {
+        **{f"bomb.{kind}": bomb(kind) for kind in ("jpeg", "png", "webp", "gif")},
+        "bomb.npy": array.getvalue().replace(b"(2, 2, 3), }          ", b"(2000000, 2000000, 3)}"),
+        "objects.npy": with_object(tmp_path / "executed"),
+        "flipped.png": flipped,
+    }
+    prepared(as_folder(good | bad, tmp_path / "in"), tmp_path / "out")
+    assert content(tmp_path / "out").keys() == set(good.values())
+    assert all(decode(data, channels).shape == (channels, 16, 20) for data in good.values() for channels in (1, 3, 4))
+    listed = (tmp_path / "out/skipped.txt").read_text().splitlines()
+    assert {line.split(": ")[0] for line in listed} == set(bad)
+    assert "7 damaged images" in capsys.readouterr().out
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("maker", [as_tar, as_zip])
+def test_names_that_lead_out_of_the_folder(maker, tmp_path):
+    """They are names: nothing is unpacked."""
+    images = {"../../out.jpg": picture(0), f"{tmp_path}/absolute.jpg": picture(1), "in.jpg": picture(2)}
+    source = maker(images, tmp_path / "x")
+    prepared(source, tmp_path / "deep/out", "--no-labels")
+    assert content(tmp_path / "deep/out").keys() == set(images.values())
+    assert names(tmp_path) == {"x", "deep"} and names(tmp_path / "deep") == {"out"}
+
+
 def test_webdataset_reads_our_shards(digits):
     files = [str(digits / shard.file) for shard in read_index(digits).splits["train"]]
     assert len(files) == 3
@@ -213,24 +268,68 @@ def test_verify_names_the_damage(tmp_path, capsys):
         content(tmp_path / "out")
 
 
-@pytest.mark.parametrize("harm", ["payload", "header", "boundary", "zeroed"])
-def test_a_damaged_foreign_tar_is_not_indexed(harm, tmp_path):
-    path = as_tar({f"{i}.jpg": picture(i) for i in range(4)}, tmp_path / "x-0.tar")
+HARMS = ("cut in the payload", "cut in a header", "cut at a boundary", "header zeroed", "zeroed to the end")
+
+
+def harm(path, how: str) -> None:
+    """Damage a tar at its third image."""
     with tarfile.open(path) as tar:
-        third = tar.getmembers()[2]
+        third = [member for member in tar if member.name.endswith(".jpg")][2]
     data = bytearray(path.read_bytes())
-    cuts = {
-        "payload": third.offset_data + 100,
-        "header": third.offset + 100,
-        "boundary": third.offset,
-        "zeroed": len(data),
-    }
-    if harm == "zeroed":
+    if how == "header zeroed":
         data[third.offset : third.offset_data] = bytes(512)
-    path.write_bytes(data[: cuts[harm]])
+    if how == "zeroed to the end":
+        data[third.offset_data + 100 :] = bytes(len(data) - third.offset_data - 100)
+    cuts = {
+        "cut in the payload": third.offset_data + 100,
+        "cut in a header": third.offset + 100,
+        "cut at a boundary": third.offset,
+    }
+    path.write_bytes(data[: cuts.get(how)])
+
+
+@pytest.mark.parametrize("how", HARMS)
+def test_a_damaged_foreign_tar_is_not_indexed(how, tmp_path):
+    path = as_tar({f"{i}.jpg": picture(i) for i in range(4)}, tmp_path / "x-0.tar")
+    harm(path, how)
+    if how == "zeroed to the end":  # the size of the image is right, and what follows looks like the end of a tar
+        index_folder(tmp_path, 1)
+        found = list(content(tmp_path, "x"))
+        assert found[:2] == [picture(0), picture(1)]
+        with pytest.raises(UserError, match="not a readable image"):
+            decode(found[2])
+        return
     with pytest.raises(UserError, match=r"x-0\.tar"):
         index_folder(tmp_path, 1)
     assert not (tmp_path / "index.json").exists()
+
+
+@pytest.mark.parametrize("how", HARMS)
+def test_verify_names_a_damaged_tar(how, tmp_path, capsys):
+    prepared(as_folder(CATS, tmp_path / "in"), tmp_path / "out", "--shard-size", "4")
+    harm(tmp_path / "out/train-000001.tar", how)
+    with pytest.raises(UserError, match=r"1 of 2 shards are damaged.*prepare\.py .*/out --repair`"):
+        verify(tmp_path / "out", 1)
+    assert "out/train-000001.tar " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["gone", "other bytes", "another table"])
+def test_verify_names_a_damaged_index(what, tmp_path, capsys):
+    prepared(as_folder(CATS, tmp_path / "in"), tmp_path / "out")
+    index = tmp_path / "out/train-000000.idx.npy"
+    if what == "gone":
+        index.unlink()
+    elif what == "other bytes":
+        index.write_bytes(index.read_bytes()[:-4] + b"\0\0\0\1")
+    else:
+        np.save(index, np.zeros(8))
+        (tmp_path / "out/train-000000.tar").write_bytes(bytes(10240))  # so that both are compared
+    with pytest.raises(UserError, match="1 of 1 shards"):
+        verify(tmp_path / "out", 1)
+    said = capsys.readouterr().out
+    assert {"gone": "has no .idx.npy", "other bytes": "idx.npy is not what", "another table": "tar has 10240"}[
+        what
+    ] in said
 
 
 def bad(tmp_path, *args) -> str:
@@ -279,7 +378,9 @@ def test_a_folder_with_another_data_set_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize(
     "args",
-    [["a"], ["a", "b", "--verify"], ["a", "b", "--resize", "0"], ["a", "b", "--val-fraction", "1"],
+    [["a"], ["a", "b", "--verify"], ["a", "--verify", "--repair"], ["a", "--index", "--repair"],
+     ["a", "b", "--repair", "--index"],
+     ["a", "b", "--resize", "0"], ["a", "b", "--val-fraction", "1"],
      ["a", "b", "--quality", "101"]]
 )  # fmt: skip
 def test_bad_arguments(args):

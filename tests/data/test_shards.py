@@ -1,14 +1,17 @@
 """Reading shards: what an index promises is checked before use."""
 
+import json
 import pickle
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
 from configs.errors import UserError
 from data.shards import OPEN_SHARDS, Split, read_index
+from data.transforms import decode
 from tests.data.helpers import as_folder, collection
-from tests.data.test_prepare import prepared
+from tests.data.test_prepare import HARMS, harm, prepared
 
 
 @pytest.fixture
@@ -29,6 +32,29 @@ def test_no_shards_names_the_command(tmp_path):
 def test_damaged_index(text, shards):
     (shards / "index.json").write_text(text)
     with pytest.raises(UserError, match=r"index\.json"):
+        read_index(shards)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("file", "../train-000001.tar", "only files beside it are read"),
+        ("file", "/etc/passwd", "only files beside it are read"),
+        ("file", "a\\b.tar", "only files beside it are read"),
+        ("file", ".hidden.tar", "only files beside it are read"),
+        ("file", "", "only files beside it are read"),
+        ("sha256", "../../x", "has no SHA-256"),
+        ("index_sha256", "A" * 64, "has no SHA-256"),
+        ("samples", -1, "is damaged"),
+        ("bytes", "12", "is damaged"),
+        ("file", 5, "is damaged"),
+    ],
+)
+def test_an_index_that_points_elsewhere(key, value, says, shards):
+    content = json.loads((shards / "index.json").read_text())
+    content["splits"]["train"][1][key] = value
+    (shards / "index.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"index\.json.* {says}"):
         read_index(shards)
 
 
@@ -54,8 +80,8 @@ def test_an_index_that_disagrees(shards):
     file = shards / "train-000001.idx.npy"
     rows = np.load(file)
     rows["label"] = 7
-    for harm in (lambda: np.save(file, rows), lambda: np.save(file, np.zeros(5)), lambda: file.write_bytes(b"\x93NUM")):
-        harm()
+    for do in (lambda: np.save(file, rows), lambda: np.save(file, np.zeros(5)), lambda: file.write_bytes(b"\x93NUM")):
+        do()
         with pytest.raises(UserError, match="disagrees"):
             Split(shards, "train").read(2)
 
@@ -66,6 +92,44 @@ def test_a_shard_replaced_by_another_is_noticed(shards):
     shard.write_bytes(other)
     with pytest.raises(UserError, match="checksum"):
         Split(shards, "train").read(0)
+
+
+@pytest.mark.parametrize("how", HARMS)
+def test_damage_is_named_before_use(how, tmp_path):
+    """A cut when the split is opened; zeros, which leave the length, when an image that they hit is read."""
+    prepared(as_folder(collection({"a": 8}), tmp_path / "in"), tmp_path / "out", "--shard-size", "4")
+    before = [Split(tmp_path / "out", "train").read(i) for i in range(8)]
+    harm(tmp_path / "out/train-000001.tar", how)
+    if how.startswith("cut"):
+        with pytest.raises(UserError, match=r"train-000001\.tar has \d+ bytes, its index says"):
+            Split(tmp_path / "out", "train")
+        return
+    split = Split(tmp_path / "out", "train")
+    for i in range(8):
+        if how == "zeroed to the end" and i > 5:
+            with pytest.raises(UserError, match=r"train-000001\.tar is damaged at byte \d+ .checksum."):
+                split.read(i)
+        else:
+            assert split.read(i) == before[i]
+
+
+def test_five_flipped_bytes_are_noticed(shards):
+    """Such an image often decodes, to other pixels."""
+    shard, rng, decoded = shards / "train-000000.tar", np.random.default_rng(0), 0
+    whole, row = shard.read_bytes(), np.load(shards / "train-000000.idx.npy")[1]
+    for _ in range(20):
+        data = bytearray(whole)
+        for place in rng.choice(int(row["size"]), 5, replace=False):
+            data[int(row["offset"]) + int(place)] ^= int(rng.integers(1, 256))
+        shard.write_bytes(data)
+        split = Split(shards, "train")
+        with pytest.raises(UserError, match="checksum"):
+            split.read(1)
+        assert split.read(0)[0] in whole
+        with suppress(UserError):
+            decode(bytes(data[int(row["offset"]) :][: int(row["size"])]))
+            decoded += 1
+    assert decoded > 0
 
 
 def test_many_shards_few_open_files(tmp_path):

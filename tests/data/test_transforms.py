@@ -1,15 +1,22 @@
 """Decoding, crops, flips and masks: right values, right distribution, pure functions of the sample."""
 
 import io
+import math
+import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.io import decode_image
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from configs.errors import UserError
 from data.transforms import (
+    MODES,
+    MOST_PIXELS,
     RandAugment,
     center_crop,
     decode,
@@ -47,6 +54,8 @@ def test_decode_agrees_with_pil(kind, mode):
 def test_decode_a_png_named_jpg_and_cmyk():
     assert decode(picture(0, kind="png"), 3).shape == (3, 16, 20)
     assert decode(picture(0, mode="CMYK"), 3).shape == (3, 16, 20)
+    for mode in ("L", "RGB", "CMYK"):  # a JPEG has no alpha: all of it is opaque
+        assert (decode(picture(0, mode=mode), 4)[3] == 255).all()
 
 
 def test_a_png_of_16_bits_is_scaled():
@@ -55,6 +64,83 @@ def test_a_png_of_16_bits_is_scaled():
     Image.fromarray(deep).save(out, "png")
     assert torch.allclose(decode(out.getvalue(), 1), torch.tensor([[[0, 1, 0.2]]]))
     assert decode(out.getvalue(), 3).shape == (3, 1, 3)
+
+
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def deep_png(pixels: np.ndarray) -> bytes:
+    """A PNG of uint16 [H, W, 1 to 4]; PIL itself writes none in colours."""
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    chunks = png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(lines)), png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_colours_of_16_bits_keep_them(channels):
+    pixels = np.random.default_rng(0).integers(0, 1 << 16, (7, 5, channels)).astype(np.uint16)
+    found = decode(deep_png(pixels)).permute(1, 2, 0)
+    assert np.array_equal((found * 65535).round().numpy().astype(np.uint16), pixels)
+    torchvisions = decode_image(torch.frombuffer(bytearray(deep_png(pixels)), dtype=torch.uint8)).permute(1, 2, 0)
+    assert np.array_equal(torchvisions.numpy(), pixels)
+    colours, opaque = decode(deep_png(pixels), 3), channels in (1, 3)
+    assert torch.equal(colours, found[..., : 1 if channels < 3 else 3].permute(2, 0, 1).expand(3, -1, -1))
+    assert torch.equal(decode(deep_png(pixels), 4)[3], torch.ones(7, 5) if opaque else found[..., -1])
+    assert decode(deep_png(pixels), 1).shape == (1, 7, 5)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_pngs_are_torchvisions(mode, channels):
+    """PIL decodes them to the same colours. (For palettes with alpha, torchvision 0.29 has wrong ones.)"""
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 256, (16, 20, 4), np.uint8), "RGBA")
+    out = io.BytesIO()
+    (colours.convert("RGB") if mode in "1P" else colours).convert(mode).save(out, "png")
+    opaque = mode in "1P" and channels == 4
+    expected = decode_image(
+        torch.frombuffer(bytearray(out.getvalue()), dtype=torch.uint8), MODES[3 if opaque else channels]
+    )
+    if opaque:
+        expected = torch.cat([expected, torch.full_like(expected[:1], 255)])
+    difference = decode(out.getvalue(), channels).int() - expected.int()
+    assert difference.abs().max() <= (1 if channels == 1 else 0)  # grey is rounded in other ways
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "deep"])
+def test_damage_never_ends_the_process(kind):
+    """Cut, or with five bytes flipped: an image or a `UserError`. (torchvision's libpng crashes the interpreter.)"""
+    if kind == "deep":
+        whole = deep_png(np.random.default_rng(0).integers(0, 1 << 16, (16, 20, 3)).astype(np.uint16))
+    else:
+        whole = picture(0, (60, 50), kind=kind)
+    refused = 0
+    for seed in range(60):
+        rng, data = np.random.default_rng(seed), bytearray(whole)
+        for place in rng.choice(len(data), 5, replace=False):
+            data[place] ^= int(rng.integers(1, 256))
+        try:
+            assert decode(bytes(data if seed % 2 else whole[: rng.integers(len(whole))]), 3).shape[0] == 3
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused == 60 if kind in ("png", "deep") else refused > 25
+
+
+def test_a_png_that_lies_about_its_pixels():
+    """Every checksum is right, but lines are missing, or the end of their stream: black, or refused, but no crash."""
+    lines = zlib.compress(bytes([0, *[7] * 60]) * 8)
+    for data in (lines, lines[:-4], lines[:10], b""):
+        parts = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 20, 16, 8, 2, 0, 0, 0)), png_chunk(b"IDAT", data)
+        png = b"\x89PNG\r\n\x1a\n" + b"".join(parts) + png_chunk(b"IEND", b"")
+        if data == lines:
+            assert decode(png, 3).unique().tolist() == [0, 7]
+        else:
+            with pytest.raises(UserError, match="not a readable image"):
+                decode(png, 3)
 
 
 def test_decode_arrays_of_any_depth():
@@ -73,10 +159,60 @@ def npy(array) -> bytes:
     return out.getvalue()
 
 
+def bomb(kind: str, side: int = 60000) -> bytes:
+    """A picture of a few hundred bytes whose header claims `side` x `side` pixels."""
+    data = bytearray(picture(0, kind=kind))
+    if kind == "jpeg":
+        place = data.index(b"\xff\xc0") + 5
+        data[place : place + 4] = struct.pack(">HH", side, side)
+    elif kind == "png":
+        data[16:24] = struct.pack(">II", side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif kind == "gif":
+        data[6:10] = struct.pack("<HH", side, side)
+    else:  # WebP has 14 bits for a side
+        place = data.index(b"\x9d\x01\x2a") + 3
+        data[place : place + 4] = struct.pack("<HH", *[min(side, (1 << 14) - 1)] * 2)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif"])
+def test_bombs_are_refused_by_their_header(kind):
+    assert decode(picture(0, kind=kind), 3).shape == (3, 16, 20)
+    for side in (60000, math.isqrt(MOST_PIXELS) + 1):
+        with pytest.raises(UserError, match="claims more than 178,956,970 pixels"):
+            decode(bomb(kind, side), 3)
+
+
+def test_a_gif_of_large_frames():
+    """Only the first frame is decoded: a later one may claim what it likes; a first one that does is refused."""
+    frames = [Image.fromarray(np.full((16, 20), i, np.uint8)) for i in (7, 9)]
+    out = io.BytesIO()
+    frames[0].save(out, "gif", save_all=True, append_images=frames[1:], optimize=False)
+    first, second = (match.start() for match in re.finditer(rb",\0\0\0\0\x14\0\x10\0", out.getvalue()))
+    large = struct.pack("<HH", 60000, 60000)
+    data = out.getvalue()
+    assert (decode(data[: second + 5] + large + data[second + 9 :], 1) == 7).all()
+    with pytest.raises(UserError, match="claims more than"):
+        decode(data[: first + 5] + large + data[first + 9 :])
+
+
+@pytest.mark.parametrize("shape", ["(4000000, 4000000, 3)", "(8, 8, 4)", "(8, -8, -4)", "(9**9,)", "-" * 900 + "1"])
+def test_headers_of_arrays_are_not_believed(shape):
+    """Of np.load's memory for (4000000, 4000000, 3), 48 TB, nothing is asked."""
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    data = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + bytes(192)
+    with pytest.raises(UserError, match="npy image"):
+        decode(data)
+
+
 @pytest.mark.parametrize(
     ("data", "channels", "says"),
     [
         (b"", 3, "not a readable image"),
+        (picture(0, kind="png")[:150], 3, "not a readable image"),
+        (picture(0, kind="webp")[:150], 3, "not a readable image"),
+        (picture(0, kind="gif")[:150], 3, "not a readable image"),
         (b"<html></html>", 3, "not a readable image"),
         (picture(0)[:150], 3, "not a readable image"),
         (npy(np.zeros((2, 2, 5), np.uint8)), 3, "5 channels, model.channels is 3"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from finetune.evaluate import evaluate
-from launch.engine import World
+from launch.world import World
 
 
 def test_scores_by_hand(monkeypatch):

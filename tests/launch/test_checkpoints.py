@@ -1,82 +1,213 @@
-"""Which checkpoint a run goes on from, and what it refuses."""
+"""Which checkpoint a run goes on from, what it refuses, and that no moment of a save can hurt."""
 
 import json
+import os
+import signal
+import sys
 
 import pytest
 import torch
 
 from configs.errors import UserError
 from launch import checkpoints
-from launch.engine import World
+from launch.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
+IDENTITY = {"seed": 1, "optim": {"zero_stage": 1}}
 
 
 class Engine:
-    """Stands in for DeepSpeed's: writes a file, remembers what it loaded."""
-
-    loaded = None
+    """Stands in for DeepSpeed's: writes two files."""
 
     def save_checkpoint(self, folder, tag, client_state, save_latest):
         path = checkpoints.Path(folder) / tag
         path.mkdir()
         (path / "weights").write_text(json.dumps(client_state))
-
-    def load_checkpoint(self, folder, tag):
-        self.loaded = folder
-        return folder, json.loads((checkpoints.Path(folder) / tag / "weights").read_text())
+        (path / "optimizer").write_bytes(bytes(1000))
 
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     monkeypatch.setattr(checkpoints, "barrier", lambda: None)
     monkeypatch.setattr(checkpoints, "agree", lambda value: value)
+    monkeypatch.setattr(checkpoints, "gather", lambda value: [value])
+    monkeypatch.setattr(checkpoints, "load_engine", load)
 
 
-def save(run, *steps, keep=3, config=None):
-    for step in steps:
-        checkpoints.save(Engine(), run, step, {"at": step}, config or {"seed": 1}, ALONE, keep)
+def load(engine, folder, tag, universal=False):
+    return json.loads((folder / tag / "weights").read_text())
 
 
-def test_a_run_of_the_other_stage(tmp_path):
-    save(tmp_path, 1, config={"stage": "pretraining"})
-    with pytest.raises(UserError, match=r"is a pretraining run: choose another --run\.name for fine-tuning$"):
-        resume(tmp_path, config={"stage": "fine-tuning"})
+def of(run, config=IDENTITY, world=ALONE, keep=3):
+    return checkpoints.Checkpoints(run, Engine(), config, world, keep)
 
 
-def resume(run, mode="auto", config=None, world=ALONE):
-    return checkpoints.resume(Engine(), run, config or {"seed": 1}, mode, world)
+def save(run, *steps, keep=3, config=IDENTITY, scores=None):
+    made = of(run, config, keep=keep)
+    for i, step in enumerate(steps):
+        made.save(step, {"at": step}, scores[i] if scores else None)
+    made.wait()
+
+
+def resume(run, mode="auto", config=IDENTITY, world=ALONE):
+    return of(run, config, world).resume(mode)
+
+
+def whole(run):
+    return [int(path.name[5:]) for path in sorted((run / "checkpoints").glob("step-*"))]
 
 
 def test_the_newest_is_taken_and_the_last_are_kept(tmp_path):
     assert resume(tmp_path) == (0, {})
     save(tmp_path, 1, 2, 3, 10, keep=2)
-    assert [folder.name for folder in checkpoints.complete(tmp_path)] == ["step-00000003", "step-00000010"]
+    assert whole(tmp_path) == [3, 10]
     assert resume(tmp_path) == (10, {"at": 10})
 
 
-@pytest.mark.parametrize("harm", ["manifest gone", "manifest cut", "file gone", "file cut"])
-def test_an_incomplete_one_is_passed_over_and_named(harm, tmp_path, capsys):
+def test_the_best_is_kept_besides(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, 5, keep=2, scores=[0.1, 0.9, 0.9, None, 0.2])
+    assert whole(tmp_path) == [3, 4, 5]  # of equals the newer
+
+
+HARMS = ["manifest gone", "manifest cut", "manifest empty", "weights gone", "weights cut", "weights flipped"]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_one_is_passed_over_and_named(harm, tmp_path, capsys):
     save(tmp_path, 1, 2)
-    newest = tmp_path / "checkpoints/step-00000002"
-    file = newest / ("manifest.json" if "manifest" in harm else "engine/weights")
-    file.unlink() if "gone" in harm else file.write_bytes(file.read_bytes()[:-1])
+    part, how = harm.split()
+    file = tmp_path / "checkpoints/step-00000002" / ("manifest.json" if part == "manifest" else "engine/weights")
+    content = file.read_bytes()
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes({"cut": content[:-1], "empty": b"", "flipped": content[:-3] + b"9}}"}[how])
     assert resume(tmp_path) == (1, {"at": 1})
-    assert "passed over: step-00000002" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "passed over: step-00000002" in said and ("engine/weights is not what was written" in said) == (
+        how == "flipped"
+    )
     (tmp_path / "checkpoints/step-00000001/manifest.json").unlink()
-    with pytest.raises(UserError, match="no complete checkpoint; incomplete: step-00000001, step-00000002"):
+    with pytest.raises(UserError, match=r"no complete checkpoint .step-00000002: .*step-00000001: no manifest"):
         resume(tmp_path)  # never a silent fresh start
+
+
+@pytest.mark.parametrize("pointer", [None, "", "step-00000099/engine\n", "step-00000001/engine\n"])
+def test_the_pointer_decides_nothing(pointer, tmp_path):
+    save(tmp_path, 1, 2)
+    latest = tmp_path / "checkpoints/latest"
+    assert latest.read_text() == "step-00000002/engine\n"
+    latest.unlink() if pointer is None else latest.write_text(pointer)
+    assert resume(tmp_path, "must") == (2, {"at": 2})
+
+
+def test_a_pointer_alone_is_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest").write_text("step-00000002/engine\n")
+    with pytest.raises(UserError, match="has no complete checkpoint"):
+        resume(tmp_path, "must")
 
 
 def test_what_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no complete checkpoint"):
         resume(tmp_path, "must")
-    other = {"seed": 1, "run": {"log_every": 5}}  # a key that may change
-    save(tmp_path, 5, config={"seed": 1, "run": {"log_every": 1}})
+    other = IDENTITY | {"run": {"log_every": 5}}  # a key that may change
+    save(tmp_path, 5, config=IDENTITY | {"run": {"log_every": 1}})
     with pytest.raises(UserError, match=r"another configuration \(seed 1 -> 2\)"):
-        resume(tmp_path, config={"seed": 2, "run": {"log_every": 1}})
-    with pytest.raises(UserError, match="made on 1 ranks, this is 2"):
-        resume(tmp_path, config=other, world=World(0, 2, torch.device("cpu")))
+        resume(tmp_path, config=IDENTITY | {"seed": 2, "run": {"log_every": 1}})
     with pytest.raises(UserError, match=r"choose another --run\.name"):
         resume(tmp_path, "never")
     assert resume(tmp_path, config=other) == (5, {"at": 5})
+
+
+def test_a_run_of_the_other_stage(tmp_path):
+    save(tmp_path, 1, config=IDENTITY | {"stage": "pretraining"})
+    with pytest.raises(UserError, match=r"is a pretraining run: choose another --run\.name for fine-tuning$"):
+        resume(tmp_path, config=IDENTITY | {"stage": "fine-tuning"})
+
+
+def test_another_number_of_ranks(tmp_path, monkeypatch):
+    two = World(0, 2, torch.device("cpu"))
+    converted = []
+    monkeypatch.setattr(
+        checkpoints, "to_universal", lambda source, target: converted.append(source) or target.mkdir(parents=True)
+    )
+    monkeypatch.setattr(
+        checkpoints, "load_engine", lambda engine, folder, tag, universal=False: {"training": universal}
+    )
+    for stage, expected in ((0, False), (1, True), (2, True)):
+        run = tmp_path / str(stage)
+        save(run, 5, config={"optim": {"zero_stage": stage}})
+        assert resume(run, config={"optim": {"zero_stage": stage}}, world=two) == (5, expected)
+        assert not list((run / "checkpoints").glob(".*"))  # the converted one does not stay
+    assert len(converted) == 2
+    save(tmp_path / "3", 5, config={"optim": {"zero_stage": 3}})
+    with pytest.raises(UserError, match=r"made on 1 ranks, this is 2: with optim\.zero_stage 3 use as many"):
+        resume(tmp_path / "3", config={"optim": {"zero_stage": 3}}, world=two)
+
+
+def die_at(count: int):
+    """An audit hook that kills this process, with SIGKILL, at its count-th file event."""
+    left = [count]
+
+    def hook(event: str, _) -> None:
+        if event.split(".")[0] in ("open", "os", "shutil", "pathlib"):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
+
+
+def test_killed_at_every_file_event_of_a_save(tmp_path):
+    """The older checkpoint, or the new one, is whole whenever the process dies; and the next run cleans up."""
+    outcomes, count = [], 0
+    while not outcomes or outcomes[-1] != "ended":
+        count += 1
+        run = tmp_path / str(count)
+        save(run, 1, 2, keep=2)
+        child = os.fork()
+        if child == 0:
+            sys.addaudithook(die_at(count))
+            save(run, 3, keep=2)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        step, state = resume(run, "must")
+        assert state == {"at": step} and step in (2, 3)
+        assert not list((run / "checkpoints").glob(".step-*"))
+        save(run, 4, keep=2)
+        assert resume(run) == (4, {"at": 4}) and len(whole(run)) == 2
+        outcomes.append("ended" if status == 0 else f"killed, {step}")
+    assert count > 20 and {"killed, 2", "killed, 3"} < set(outcomes)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed writing file")]
+)
+def test_a_failed_save_leaves_the_one_before(error, tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def fail(*_, **__):
+        raise error
+
+    made = of(tmp_path)
+    monkeypatch.setattr(made.engine, "save_checkpoint", fail, raising=False)
+    with pytest.raises(UserError, match=r"the checkpoint of step 2 could not be written .*step-00000001 stands"):
+        made.save(2, {})
+    assert whole(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_failed_commit_is_told(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def fail(_):
+        raise OSError(30, "Read-only file system")
+
+    made = of(tmp_path)
+    monkeypatch.setattr(checkpoints, "sha256", fail)
+    made.save(2, {})
+    made.commit.join()
+    with pytest.raises(UserError, match=r"could not be written \(read-only file system.*step-00000001 stands"):
+        made.check()
+    made.check()  # told once
+    assert whole(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob(".*"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.errors import UserError, run_main
-from configs.schema import Optim, Run
+from configs.schema import Optim
 from launch import engine
 from models.fcmae import FCMAE
 from tests.models.helpers import tiny
@@ -40,13 +40,6 @@ def test_precision(monkeypatch):
         assert engine.precision(Optim(), cuda) == expected
     with pytest.raises(UserError, match="no bf16"):
         engine.precision(Optim(precision="bf16"), cuda)
-
-
-def test_tasks_of_srun_that_do_not_know_each_other(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    with pytest.raises(UserError, match="srun"):
-        engine.start(Run(device="cpu"))
 
 
 @pytest.mark.parametrize(("rank", "says"), [("0", "error: x"), ("1", "error: [rank 1] x")])

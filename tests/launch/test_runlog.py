@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from configs.errors import UserError
 from launch import runlog
 from launch.runlog import Mean, RunLog
 
@@ -44,6 +43,24 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run(value, tmp_path):
-    with pytest.raises(UserError, match=r"at step 7: lower optim\.lr"):
-        RunLog(tmp_path, {}, 10, 0, 32, active=False).train(7, "", losses(value), 0.1, torch.tensor(1.0))
+def test_values_that_are_not_finite_are_left_out(value, tmp_path):
+    """The loss of a skipped step is not in the mean, and every line is JSON."""
+    log = RunLog(tmp_path, {}, 10, 0, 32, active=True)
+    mixed = losses(1.0)
+    mixed.add(torch.tensor(value))
+    log.train(1, "", mixed, 0.1, torch.tensor(value))
+    log.train(2, "", losses(value), 0.1, torch.tensor(2.0))
+    log.close()
+    first, second = (json.loads(line, parse_constant=pytest.fail) for line in log.path.read_text().splitlines())
+    assert first["loss"] == 1.5 and "grad_norm" not in first
+    assert "loss" not in second and second["grad_norm"] == 2
+
+
+def test_a_mean_goes_on_from_a_checkpoint(monkeypatch):
+    """With as many ranks each takes its own part, with another number the first takes all."""
+    for ranks, expected in ((2, [[3, 2], [5, 1]]), (3, [[8, 3], [0, 0], [0, 0]])):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda ranks=ranks: ranks)
+        for rank in range(ranks):
+            mean = Mean(torch.device("cpu"))
+            mean.load_state([[3.0, 2.0], [5.0, 1.0]], rank)
+            assert mean.state() == expected[rank]

@@ -46,7 +46,9 @@ def test_a_signal_to_a_rank_saves_once_and_resumes(ranks, number, by, code, digi
     [
         ("launcher", signal.SIGTERM, 1),  # DeepSpeed's launcher has its own code for that
         pytest.param("group", signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param("group", signal.SIGINT, -signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(
+            "group", signal.SIGINT, None, marks=pytest.mark.slow
+        ),  # `deepspeed` dies of it, or hears its launcher
         pytest.param("launcher", signal.SIGKILL, 0, marks=pytest.mark.slow),  # so does `deepspeed`
         pytest.param("command", signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow),
         ("command", signal.SIGKILL, -signal.SIGKILL),
@@ -58,7 +60,7 @@ def test_a_signal_to_the_launcher_saves_and_leaves_no_orphans(to, number, code, 
         targets = {"launcher": [job.launcher()], "command": [job.process], "group": job.family}[to]
         for target in targets:
             target.send_signal(number)
-        assert job.end() == code
+        assert job.end() in ((1, -signal.SIGINT) if code is None else (code,))
         check_saved(job, "Ctrl-C" if number == signal.SIGINT else "SIGTERM")
 
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# SLURM: one task a GPU. Two minutes before the job's time is up SLURM sends SIGUSR1: the run saves, ends with exit code
+# 75, and the job is queued again and goes on. --requeue does the same after the loss of a node.
+#   sbatch --nodes 4 launch/nodes/slurm.sh pretrain/main.py --config configs/pretrain/photos.yaml
+#SBATCH --job-name=fcmae
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the project folder}"
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+code=0
+srun --kill-on-bad-exit=1 .venv/bin/python "$@" || code=$?
+if [ "$code" = 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"

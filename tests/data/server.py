@@ -1,0 +1,78 @@
+"""An HTTP server on this machine that serves a folder, counts, and fails as it is told."""
+
+import threading
+import time
+from collections import Counter, defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET of a file; a fault of its list is used up by a request."""
+
+    def do_GET(self):
+        server = self.server
+        name = self.path.lstrip("/")
+        with server.lock:
+            server.counts[name] += 1
+            fault = server.faults[name].pop(0) if server.faults[name] else server.always
+        if fault == "hang":  # accepts the connection, sends nothing
+            server.closing.wait(60)
+            return
+        if isinstance(fault, int) or not (server.folder / name).is_file():
+            self.send_error(fault if isinstance(fault, int) else 404)
+            return
+        data = (server.folder / name).read_bytes()
+        time.sleep(server.delay)
+        self.send_response(200)
+        if fault != "short":  # without a length, the connection's end is the body's
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self._send(data, fault)
+
+    def _send(self, data: bytes, fault: str | None) -> None:
+        half = len(data) // 2
+        if fault == "flip":
+            data = data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
+        if fault in ("stall", "cut", "short"):
+            data = data[:half]
+        self.wfile.write(data)
+        self.wfile.flush()
+        if fault == "stall":
+            self.server.closing.wait(60)
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `folder` until the `with` block ends.
+
+    Attributes:
+        faults: name -> what goes wrong in its next requests: a status, "hang", "stall", "cut", "short" or "flip"
+        always: what goes wrong in all others
+        counts: name -> requests
+        delay: seconds before an answer
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.counts, self.faults, self.always, self.delay = folder, Counter(), defaultdict(list), None, 0
+        self.lock, self.closing = threading.Lock(), threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request, client_address):
+        pass  # a client that gave up
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.closing.set()
+        self.shutdown()
+        self.server_close()
+        self.thread.join()

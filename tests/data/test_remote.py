@@ -1,0 +1,401 @@
+"""Shards behind a URL: the same samples as from a folder; what servers do wrong, in bounded time and never silently."""
+
+import gc
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import boto3
+import fsspec
+import numpy as np
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+
+from configs.errors import UserError
+from configs.schema import Data, Optim
+from data import cache, loader, remote
+from data.cache import Cache
+from data.loader import Ahead, eval_loader, open_split, train_loader
+from data.remote import Remote
+from data.sampler import WINDOW, EpochOrder, TrainBatches
+from data.shards import Split, index_bytes
+from data.transforms import EvalTransform, PretrainTransform
+from tests.data.helpers import as_folder, collection
+from tests.data.server import Server
+from tests.data.test_prepare import prepared
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than cores
+TAR = "train-000001.tar"
+FORK = multiprocessing.get_context("fork")
+transform = PretrainTransform((16, 16), (0.2, 1.0), 0.5, (2, 2), 2)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """36 shards of two images, more than two windows; a second split of four."""
+    folder = tmp_path_factory.mktemp("remote")
+    images = collection({"train/a": 36, "train/b": 36, "val/a": 4, "val/b": 4})
+    prepared(as_folder(images, folder / "in"), folder / "out", "--shard-size", "2")
+    return folder / "out"
+
+
+@pytest.fixture
+def server(shards, monkeypatch):
+    """Serves `shards`; waits are short."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(remote, "BACKOFF_SECONDS", 0.02)
+    monkeypatch.setattr(remote, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(cache, "POLL_SECONDS", 0.01)
+    with Server(shards) as running:
+        yield running
+
+
+@pytest.fixture
+def forks():
+    """Of tests that fork: a child would take a second to close each filesystem that tests before have left."""
+    gc.collect()
+
+
+@pytest.fixture
+def impatient(request, monkeypatch):
+    """Stalls are noticed soon, in tests of faults that stall: on a busy machine others could look like it."""
+    if request.getfixturevalue("fault") in (503, "hang", "stall"):
+        monkeypatch.setattr(remote, "STALL_SECONDS", 0.4)
+
+
+@pytest.fixture
+def split(server, tmp_path) -> Split:
+    """The remote training split, with room for all of it."""
+    return open_split(Data(server.url, cache=str(tmp_path / "cache")))
+
+
+def samples(split: Split) -> list[tuple[bytes, int]]:
+    return [split.read(i) for i in range(len(split))]
+
+
+def cached(split: Split) -> list[str]:
+    return sorted(path.name for path in split.folder.cache.folder.iterdir())
+
+
+def tars(server: Server) -> dict[str, int]:
+    return {name: count for name, count in server.counts.items() if name.endswith(".tar")}
+
+
+def test_the_same_samples_and_each_file_fetched_once(split, shards, server, tmp_path):
+    local = Split(shards, "train")
+    assert np.array_equal(split.labels(), local.labels())
+    assert not tars(server)  # labels need no tars
+    assert samples(split) == samples(local)
+    assert (split.digest, split.classes, len(split)) == (local.digest, local.classes, len(local))
+    assert len(split._open) == WINDOW
+    again = open_split(Data(server.url + "/", cache=str(tmp_path / "cache")))
+    assert samples(pickle.loads(pickle.dumps(again))) == samples(local)
+    assert server.counts.pop("index.json") == 2
+    assert len(server.counts) == 2 * len(local.shards) and set(server.counts.values()) == {1}
+    assert cached(split) == sorted(d for shard in local.shards for d in (shard.sha256, shard.index_sha256))
+
+
+def use_s3(monkeypatch, endpoint: str) -> None:
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    for key, value in {**keys, "AWS_ENDPOINT_URL": endpoint}.items():
+        monkeypatch.setenv(key, value)
+
+
+def test_s3(shards, monkeypatch, tmp_path):
+    s3 = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    s3.start()
+    try:
+        use_s3(monkeypatch, "http://{}:{}".format(*s3.get_host_and_port()))
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        for path in shards.iterdir():
+            client.upload_file(str(path), "bucket", f"some/shards/{path.name}")
+        split = open_split(Data("s3://bucket/some/shards", cache=str(tmp_path)), "val")
+        assert samples(split) == samples(Split(shards, "val"))
+        with pytest.raises(UserError, match=r"^s3://bucket/none/index\.json is not there: "):
+            open_split(Data("s3://bucket/none", cache=str(tmp_path)))
+        with pytest.raises(UserError, match=r"^s3://other/shards/index\.json is not there: "):
+            open_split(Data("s3://other/shards", cache=str(tmp_path)))
+        client.close()
+    finally:
+        s3.stop()
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("fault", [503, "hang"])
+def test_s3_that_does_not_answer(fault, server, monkeypatch, tmp_path):
+    use_s3(monkeypatch, server.url)
+    server.always = fault  # this library has retries of its own, and waits longer for each
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"^s3://bucket/x/index\.json: .*; gave up after 4 attempts"):
+        open_split(Data("s3://bucket/x", cache=str(tmp_path)))
+    assert time.monotonic() - started < 8
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("name", ["index.json", TAR, TAR.replace(".tar", ".idx.npy")])
+@pytest.mark.parametrize("fault", [503, 429, "hang", "stall", "cut", "short", "flip"])
+def test_what_a_server_does_wrong_is_tried_again(fault, name, server, shards, tmp_path, capfd):
+    if fault == "flip" and name == "index.json":
+        pytest.skip("a digit may be another one; nothing says which is right")
+    server.faults[name] = [fault, fault]
+    started = time.monotonic()
+    split = open_split(Data(server.url, cache=str(tmp_path)))
+    assert split.read(2) == Split(shards, "train").read(2)
+    assert time.monotonic() - started < 8
+    assert server.counts[name] == 3
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith(f"{server.url}/{name}: ")]
+    assert len(lines) == 2
+    assert lines[0].endswith("; attempt 2 of 4 in 0.02 s") and lines[1].endswith("; attempt 3 of 4 in 0.04 s")
+    expected = {"hang": "stalled: 0 bytes came, then none for 0.4 s", "stall": "bytes came, then none", 503: "503"}
+    assert expected.get(fault, "") in lines[0]
+    assert not [path for path in cached(split) if path.endswith((".part", ".lock"))]
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (500, "500"),
+        ("hang", "stalled: 0 bytes came"),
+        ("stall", r"stalled: \d+ bytes came"),
+        ("short", r"came with \d+ bytes, index\.json says \d+"),
+        ("flip", r"came with SHA-256 \w{16}, index\.json says \w{16}"),
+    ],
+)
+def test_in_the_end_an_error_names_the_url(fault, says, split, server):
+    server.always = fault
+    started = time.monotonic()
+    with pytest.raises(UserError, match=rf"^{server.url}/{TAR}: .*{says}.*; gave up after 4 attempts: check ") as error:
+        split._tar(1)
+    assert time.monotonic() - started < 8 and "\n" not in str(error.value)
+    assert server.counts[TAR] == 4
+    assert cached(split) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [(404, " is not there: upload"), (403, ": no permission .*: give credentials"), (400, " is refused .*data.path")],
+)
+def test_what_another_attempt_cannot_mend(status, says, server, tmp_path):
+    server.always = status
+    with pytest.raises(UserError, match=rf"^{server.url}/index\.json{says}"):
+        open_split(Data(server.url, cache=str(tmp_path)))
+    assert server.counts == {"index.json": 1}
+
+
+def test_nobody_there(server, tmp_path):
+    server.server_close()
+    with pytest.raises(UserError, match=rf"^{server.url}/index\.json: .*gave up after 4 attempts"):
+        open_split(Data(server.url, cache=str(tmp_path)))
+
+
+def test_a_body_without_end(split, server, shards, monkeypatch):
+    monkeypatch.setattr(Path, "read_bytes", lambda path: bytes(1 << 24))
+    with pytest.raises(UserError, match=rf"{TAR}: sends more than the \d+ bytes that are expected; gave up"):
+        split._tar(1)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("pipe:cat /etc/passwd", "is not read: only URLs that begin with http, "),
+        ("pipe://cat", "is not read"),
+        ("file::http://127.0.0.1/x", "is not read"),
+        ("simplecache::http://127.0.0.1/x", "and have no ::"),
+        ("http://127.0.0.1/x::file:///etc", "is not read"),
+        ("file:///etc", "is not read"),
+        ("ssh://host/x", "is not read"),
+        ("HTTP://host/x", "is not read"),
+        ("http://", "is not the URL of a folder"),
+        ("s3://bucket/x?versionId=1", "is not the URL of a folder"),
+        ("https://user:secret@host/x", r"has a password in it"),
+        ("gs://bucket/x", "needs a package: pip install 'gcsfs'"),
+    ],
+)
+def test_urls_that_are_refused(url, says, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(UserError, match=says) as error:
+        open_split(Data(url, cache=str(tmp_path)))
+    assert "data.path" in str(error.value) and "secret" not in str(error.value)
+
+
+def read_all(url: str, folder: str, expected: list) -> None:
+    split = Split(Remote(url, Cache(Path(folder), 10**9)), "train")
+    assert samples(split) == expected
+
+
+@pytest.mark.usefixtures("forks")
+def test_processes_that_read_at_once_fetch_each_file_once(server, shards, tmp_path):
+    server.delay = 0.005
+    args = server.url, str(tmp_path), samples(Split(shards, "train"))
+    children = [FORK.Process(target=read_all, args=args) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(30)
+    assert [child.exitcode for child in children] == [0] * 4
+    assert server.counts.pop("index.json") == 4
+    assert len(server.counts) == 72 and set(server.counts.values()) == {1}
+
+
+@pytest.mark.usefixtures("forks")
+def test_a_killed_process_leaves_nothing_that_counts(split, server, shards):
+    server.faults[TAR] = ["stall"]
+    child = FORK.Process(target=split.fetch, args=(1,))
+    child.start()
+    deadline = time.monotonic() + 10
+    while not any(path.stat().st_size for path in split.folder.cache.folder.glob("*.part")):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert any(name.endswith(".part") for name in cached(split)) and any(
+        name.endswith(".lock") for name in cached(split)
+    )
+    assert split.read(2) == Split(shards, "train").read(2)  # at once: the lock went with its process
+    assert cached(split) == sorted((split.shards[1].sha256, split.shards[1].index_sha256))
+
+
+def test_a_cache_smaller_than_the_split(server, shards, tmp_path):
+    expected = samples(Split(shards, "train"))
+    index = Split(shards, "train")
+    limit = 3 * max(shard.bytes + index_bytes(shard) for shard in index.shards)
+    split = Split(Remote(server.url, Cache(tmp_path, limit)), "train")
+    for _ in range(2):
+        assert samples(split) == expected
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
+    assert min(tars(server).values()) == 2
+    with pytest.raises(UserError, match=rf"^data\.cache_gb is 1e-06, {server.url}/train-000000\.tar has .*: raise it"):
+        Split(Remote(server.url, Cache(tmp_path, 1000)), "train")._tar(0)
+    need = sum(sorted((shard.bytes + index_bytes(shard) for shard in index.shards), reverse=True)[: 2 * WINDOW])
+    open_split(Data(server.url, cache=str(tmp_path), cache_gb=(need + 1) / 1e9))
+    with pytest.raises(UserError, match=rf"^data\.cache_gb is 0\.0001, but 32 shards of {server.url}, split train"):
+        open_split(Data(server.url, cache=str(tmp_path), cache_gb=1e-4))
+    with pytest.raises(UserError, match=r"^data\.cache_gb is 0: it must be positive"):
+        Data(cache_gb=0)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "gone"])
+def test_a_damaged_copy_is_fetched_again(harm, split, server, shards, capfd):
+    expected = samples(Split(shards, "train"))
+    assert split.read(2) == expected[2]
+    for digest in (split.shards[1].sha256, split.shards[1].index_sha256):
+        path = split.folder.cache.folder / digest
+        data = bytearray(path.read_bytes())
+        data = [byte ^ 255 for byte in data] if harm == "flip" else data[: len(data) // 2]
+        path.unlink() if harm == "gone" else path.write_bytes(bytes(data))  # in place: also what is open now
+    assert split.read(3) == expected[3]
+    fresh = pickle.loads(pickle.dumps(split))
+    assert [fresh.read(2), fresh.read(3)] == expected[2:4]
+    assert ("was damaged: fetching it again" in capfd.readouterr().err) == (harm != "gone")
+    assert server.counts[TAR] == 2 and server.counts[TAR.replace(".tar", ".idx.npy")] == 2
+
+
+def batches(path, folder, workers, first_step=0):
+    data = Data(str(path), cache=str(folder), workers=workers)
+    found = train_loader(open_split(data), transform, 3, 7, data, Optim(batch_size=8, epochs=2))
+    found.batches.first_step = first_step
+    return list(found)
+
+
+@pytest.mark.usefixtures("forks")
+@pytest.mark.parametrize(("workers", "first"), [(0, 0), (2, 0), (2, 5)])
+def test_batches_are_those_of_the_folder(workers, first, server, shards, tmp_path):
+    expected, found = batches(shards, tmp_path, 0, first), batches(server.url, tmp_path, workers, first)
+    assert len(found) == 18 - first
+    for a, b in zip(expected, found, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
+    assert set(tars(server).values()) == {1}
+
+
+@pytest.mark.usefixtures("forks")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation(workers, server, shards, tmp_path):
+    data = Data(server.url, cache=str(tmp_path), workers=workers)
+    split = open_split(data, "val")
+    found = eval_loader(split, EvalTransform((8, 8), 1), 3, data, 3)
+    for _ in range(2):
+        assert torch.cat([batch["label"] for batch in found]).tolist() == Split(shards, "val").labels().tolist()
+    assert set(tars(server).values()) == {1} and len(tars(server)) == 4
+
+
+@pytest.mark.usefixtures("forks")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_cannot_be_read_ends_the_run(workers, server, tmp_path, capfd):
+    server.faults[TAR] = [404] * 99
+    with pytest.raises(UserError, match=rf"{server.url}/{TAR} is not there: ") as error:
+        batches(server.url, tmp_path, workers)
+    assert "\n" not in str(error.value)
+    assert f"not fetched ahead: {server.url}/{TAR} is not there" in capfd.readouterr().err
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_the_next_window_is_fetched_while_one_is_used(server, tmp_path, monkeypatch, capfd):
+    data = Data(server.url, cache=str(tmp_path), workers=0)
+    monkeypatch.setattr(loader, "WINDOW", 4)
+    found = train_loader(open_split(data), transform, 3, 7, data, Optim(batch_size=2, epochs=2))
+    order = EpochOrder(found.samples.split.counts, 7, window=4)
+    found.batches.order = order
+    iterator = iter(found)
+    for epoch, window, coming in ((0, 0, [(0, 0), (0, 1)]), (0, 1, [(0, 2)]), (0, 2, [(0, 3)])):
+        for _ in range(4):
+            batch = next(iterator)
+        shards = {f"train-{number:06}.tar" for place in coming for number in order.shards(*place)}
+        wait_for(lambda shards=shards: shards <= tars(server).keys())
+        assert set((batch["sample"] // 2).tolist()) <= set(order.shards(epoch, window))
+        assert len(tars(server)) == 4 * (window + 2)
+    iterator.close()
+    wait_for(lambda: found.ahead._threads == 0)
+    assert set(tars(server).values()) == {1}
+    assert re.search(rf"^fetching 8 shards, \S+ GB, to {tmp_path}; ", capfd.readouterr().out)
+
+
+def test_fetching_ahead_is_bounded_by_the_cache(server, shards, tmp_path):
+    sizes = [shard.bytes + index_bytes(shard) for shard in Split(shards, "train").shards]
+    split = Split(Remote(server.url, Cache(tmp_path, sum(sizes[:5]))), "train")
+    split.fetch(4)
+    split.fetch(30)
+    ahead = Ahead(split)
+    ahead.want(range(36))
+    wait_for(lambda: ahead._threads == 0)
+    assert set(tars(server)) == {f"train-{number:06}.tar" for number in (0, 1, 2, 3, 4, 30)}
+    assert set(tars(server).values()) == {1}  # what was there, and wanted, did not go
+    assert not (tmp_path / split.shards[30].sha256).exists()
+
+
+def test_other_ranks_of_a_host_leave_it_to_the_first(server, tmp_path, monkeypatch):
+    data = Data(server.url, cache=str(tmp_path), workers=0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert train_loader(open_split(data), transform, 3, 7, data, Optim(batch_size=8, epochs=2)).ahead is None
+
+
+def test_what_comes_next_at_any_position():
+    def coming(first_step):
+        found, told = TrainBatches(EpochOrder(np.full(10, 5), 3, window=4), 8, 8, 0, 1, epochs=2), []
+        found.first_step, found.ahead = first_step, lambda shards: told.append(shards)
+        list(found)
+        return told
+
+    order = EpochOrder(np.full(10, 5), 3, window=4)  # windows begin at 0, 20 and 40; batches at 0, 8, 16, ... 40
+    a, b, c = (order.shards(0, number) for number in range(3))
+    x, y, z = (order.shards(1, number) for number in range(3))
+    assert sorted(a + b + c) == list(range(10))
+    assert coming(0) == [a + b, a + b + c, b + c, c + x, x + y, x + y + z, y + z, z]
+    assert coming(1) == coming(0)
+    assert coming(4) == [b + c, c + x, x + y, x + y + z, y + z, z]
+    assert coming(11) == [z]

@@ -1,0 +1,85 @@
+"""Skipped steps and damaged images: what is counted, told, and when it ends a run."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from launch import faults, runlog
+from launch.faults import Faults
+from launch.runlog import RunLog
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    monkeypatch.setattr(faults, "gather", lambda value: [value])
+    monkeypatch.setattr(runlog, "sum_over_ranks", lambda x: x)
+    made = RunLog(tmp_path, {}, 10, 0, 32, active=True)
+    yield made
+    made.close()
+
+
+def entries(log):
+    return [json.loads(line) for line in log.path.read_text().splitlines()]
+
+
+def part(loss, *samples):
+    return torch.tensor(loss), torch.tensor(samples)
+
+
+def test_a_skipped_step_names_its_samples(log):
+    found = Faults(2, 0.1, log)
+    found.skip(7, [part(1.0, 5, 3), part(float("nan"), 9, 8)])
+    found.skip(8, [part(1.0, 5, 3), part(2.0, 9, 8)])
+    assert entries(log) == [
+        {"step": 7, "skipped": {"not_finite": "loss", "samples": [8, 9]}},
+        {"step": 8, "skipped": {"not_finite": "gradient", "samples": [3, 5, 8, 9]}},
+    ]
+    with pytest.raises(
+        UserError, match=r"3 steps in a row had a loss that is not finite \(optim.max_skipped 2\), the last is 9"
+    ):
+        found.skip(9, [part(float("inf"), 1)])
+
+
+def test_applied_steps_begin_a_new_row_and_the_count_survives(log):
+    found = Faults(1, 0.1, log)
+    for step in range(5):
+        found.skip(step, [part(float("nan"), 1)])
+        found.applied()
+    found.skip(5, [part(float("nan"), 1)])
+    again = Faults(1, 0.1, log)
+    again.load_state(json.loads(json.dumps(found.state())))
+    assert again.skipped == 6
+    with pytest.raises(UserError):
+        again.skip(6, [part(float("nan"), 1)])
+
+
+def loader(size):
+    split = type("Split", (), {"name": "train", "__len__": lambda self: size})()
+    return SimpleNamespace(samples=SimpleNamespace(split=split, complaint=lambda sample: f"sample {sample} is cut"))
+
+
+def batch(*samples, damaged=()):
+    return {"sample": torch.tensor(samples), "damaged": torch.tensor([sample in damaged for sample in samples])}
+
+
+def test_damaged_images_are_named_once_and_counted(log):
+    found, source = Faults(1, 0.02, log), loader(100)
+    found.watch(source.samples.split)
+    found.see(source, batch(1, 2))
+    assert not found.news
+    found.see(source, batch(3, 4, damaged=[4]))
+    found.see(source, batch(4, 5, damaged=[4]))
+    found.tell(10)
+    found.see(source, batch(4, 5, damaged=[4, 5]))
+    found.tell(20)
+    told = [entry["damaged"]["sample"] for entry in entries(log)]
+    assert told == [4, 5] and entries(log)[0]["damaged"]["error"] == "sample 4 is cut"
+    again = Faults(1, 0.02, log)
+    again.watch(source.samples.split)
+    again.load_state(json.loads(json.dumps(found.state())))
+    again.see(source, batch(4, 6, damaged=[4, 6]))
+    with pytest.raises(UserError, match=r"3 of 100 images of split train are damaged, more than data.max_damaged 0.02"):
+        again.tell(30)

@@ -1,0 +1,277 @@
+"""The plan of a run: its numbers by hand, its memory against a real engine, its commands."""
+
+import json
+import weakref
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from configs.schema import Augment, Data, Encoder, Finetune, Optim, Pretrain, PretrainModel, Run
+from finetune.layer_decay import layer_decay
+from launch.engine import parameter_groups
+from launch.plan import PIECES, PROBE, activations, example, plan, saved, schedule, states
+from models.convnext import ConvNeXt
+from models.fcmae import FCMAE
+from tests.conftest import QUICK, ROOT, TINY, run
+from tests.models.helpers import tiny
+
+# counts the tensors of engines around a real model: after a step, and after the first of two micro batches
+COUNT = """
+import gc, json, sys, warnings
+
+warnings.simplefilter("ignore")
+sys.path[:0] = [sys.argv[1]]
+import torch
+from configs.schema import Optim, PretrainModel, Run
+from launch.engine import build_engine, parameter_groups
+from launch.world import start, stop
+from models.fcmae import FCMAE
+
+
+def held():
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.device.type != "meta"]
+    tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def train(engine):
+    image, visible = torch.rand(1, 3, 64, 64), torch.tensor([[[True, False], [False, False]]])
+    engine.backward(engine(image, visible))
+    engine.step()
+
+
+world = start(Run(device="cpu"))
+torch.set_num_threads(1)
+gc.freeze()  # what is there now is not looked through again
+counts = {}
+for stage in json.loads(sys.argv[2]):
+    before = held()
+    model = FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)))
+    groups = parameter_groups(model, 0.05)
+    optim = Optim(batch_size=2 * world.ranks, micro_batch=1, zero_stage=stage)
+    engine = build_engine(model, groups, optim, world)
+    for _ in range(2):
+        train(engine)
+    step = held() - before
+    train(engine)
+    counts[stage] = {"step": step, "micro": held() - before, "bucket": engine.zero_reduce_bucket_size()}
+    engine.destroy()
+    del engine, model, groups
+if world.first:
+    print(json.dumps(counts))
+stop()
+"""
+
+
+def pretraining(model: PretrainModel | None = None, size: int = 32, **optim) -> tuple[Pretrain, FCMAE]:
+    config = Pretrain(
+        data=Data(size=size), model=model or tiny(), optim=Optim(**optim), run=Run(name="x", device="cpu")
+    )
+    return config, FCMAE(config.model)
+
+
+def measured(model: FCMAE, micro: int, low: bool = False) -> int:
+    config = Pretrain(data=Data(size=32), model=model.config)
+    return activations(model, [example(config, model.encoder.arch, count) for count in PROBE], micro, low)
+
+
+def inputs(model: FCMAE, count: int) -> list[torch.Tensor]:
+    return example(Pretrain(data=Data(size=32), model=model.config), model.encoder.arch, count)
+
+
+def table(text: str, title: str) -> list[list[str]]:
+    """Words of each line of one of the plan's tables, its header first."""
+    lines = text.split(f"\n{title}\n")[1].split("\n\n")[0].splitlines()
+    return [line.split() for line in lines]
+
+
+def test_schedule():
+    """45,000 images in batches of 512 are 87 steps and 456 images over; lr 1.5e-4 x 2; warm-up 10 x 87."""
+    optim = Optim(lr=1.5e-4, batch_size=512, micro_batch=4, epochs=200, warmup_epochs=10, min_lr=1e-6)
+    assert schedule(optim, 45_000, 16) == [
+        "batch   micro batch 4 x accumulation 8 x 16 ranks = 512",
+        "lr      0.00015 x 512 / 256 = 0.0003 after warm-up, 2e-06 at the end",
+        "images  45,000; each epoch leaves out 456, others each time",
+        "steps   87 an epoch x 200 epochs = 17,400; warm-up takes the first 870",
+    ]
+
+
+def test_warm_up_of_part_of_an_epoch_and_longer_than_the_run():
+    assert schedule(Optim(batch_size=10, epochs=4, warmup_epochs=0.25), 100, 1)[-1].endswith("the first 3")  # 2.5
+    assert schedule(Optim(batch_size=10, epochs=1, warmup_epochs=2), 100, 1)[-1] == (
+        "steps   10 an epoch x 1 epoch = 10; warm-up takes the first 10"
+    )
+
+
+@pytest.mark.parametrize(
+    ("optim", "ranks", "says"),
+    [
+        ({"batch_size": 64, "micro_batch": 7}, 3, r"optim\.batch_size 64 is not a whole number of micro batches"),
+        ({"batch_size": 64}, 65, r"optim\.batch_size 64 is not .* x 65 ranks"),
+        ({"batch_size": 101}, 1, r"100 images are fewer than one batch: lower optim\.batch_size \(now 101\)"),
+    ],
+)
+def test_batches_that_cannot_be(optim, ranks, says):
+    config, model = pretraining(**optim)
+    with pytest.raises(UserError, match=says):
+        plan(config, model, parameter_groups(model, 0.05), 100, ranks)
+
+
+def test_plan_of_a_pretraining():
+    config, model = pretraining(batch_size=64, micro_batch=8, zero_stage=2, weight_decay=0.1)
+    text = plan(config, model, parameter_groups(model, 0.1), 100, 4)
+    parameters = sum(p.numel() for p in model.parameters())
+    flat = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert "x on 4 ranks; nothing is started, nothing written" in text
+    assert "convnextv2_atto, 0.1M parameters, images of 32x32" in text
+    _, *groups = table(text, "parameter groups")
+    assert [[f"{flat:,}", "0"], [f"{parameters - flat:,}", "0.1"]] == [row[1:3] for row in groups]
+    assert groups[0][-2:] == ["mask_token,", "pred.bias"]
+    header, *rows = table(text, "memory of a rank, GiB")
+    assert header == ["ZeRO", "weights", "gradients", "master", "AdamW", "buffers", "activations", "sum"]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"] and ["this" in row for row in rows] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert all(len(line) <= 120 for line in text.splitlines()) and "\x1b" not in text
+
+
+def test_plan_of_a_finetuning_with_layer_decay_and_ema():
+    """Depths (1, 1, 2, 1) are five layers below the head's; the stem has the first block's scale."""
+    arch = Encoder("convnextv2_atto", 3, 1, (1, 1, 2, 1), (8, 16, 32, 64))
+    optim = Optim(lr=1e-3, batch_size=64)
+    config = Finetune(data=Data(size=32), optim=optim, augment=Augment(ema=0.9), run=Run(name="x", device="cpu"))
+    model = ConvNeXt(arch, classes=10)
+    groups = parameter_groups(model, 0.05, layer_decay(0.8, arch.depths, "single"))
+    text = plan(config, model, groups, 100, 1)
+    rows = table(text, "parameter groups")[1:]
+    assert sorted({float(row[3]) for row in rows}) == pytest.approx([0.8**k for k in (5, 4, 3, 2, 1, 0)], rel=1e-3)
+    assert [rows[0][i] for i in (0, 2, 3, 4, 5)] == ["4", "0.05", "0.3277", "8.19e-05", "stem.0.weight,"]
+    assert rows[-1] == ["1", "640", "0.05", "1", "2.50e-04", "head.fc.weight"]  # one tensor, one name
+    assert "EMA" in table(text, "memory of a rank, GiB")[0]
+
+
+def test_memory_of_the_stages_by_hand():
+    """1,000 and 10 parameters on 4 ranks: parts of 250 and, padded to an even number, 4."""
+    found = [{name: count / 4 for name, count in states([1000, 10], 4, stage).items()} for stage in range(4)]
+    keys = ["weights", "gradients", "master", "AdamW", "buffers"]
+    assert [[each[key] for key in keys] for each in found] == [
+        [1010, 1010, 0, 2020, 1010],
+        [1016, 1010, 254, 508, 1010],
+        [1016, 254, 254, 508, 2020],
+        [254, 254, 254, 508, 3030],
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 64])
+def test_a_higher_stage_divides_more(ranks):
+    stages = [states([128 * 10**6, 128], ranks, stage) for stage in range(4)]
+    for name, first in (("AdamW", 1), ("gradients", 2), ("weights", 3)):
+        whole = stages[0][name]
+        assert [each[name] for each in stages] == [whole] * first + [whole // ranks] * (4 - first)
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(1, [0, 1]), (2, [0, 1, 2, 3])])
+def test_memory_as_counted_in_an_engine(ranks, stages, tmp_path):
+    """Tensors of a real engine around five million parameters, between two steps and between two micro batches."""
+    (tmp_path / "count.py").write_text(COUNT)
+    launcher = ["python"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+    done = run(*launcher, tmp_path / "count.py", ROOT, json.dumps(stages))
+    counted = json.loads(done.stdout.splitlines()[-1])
+    groups = parameter_groups(FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1))), 0.05)
+    sizes = [sum(p.numel() for p in group["params"]) for group in groups]
+    for stage in stages:
+        count, held = counted[str(stage)], states(sizes, ranks, stage)
+        assert count["bucket"] == sum(sizes)
+        between_steps = held["weights"] + held["master"] + held["AdamW"]
+        if stage == 3:  # gradients and bucket stay; small parameters are whole on each rank
+            assert count["step"] == pytest.approx(between_steps + held["gradients"] + 4 * sum(sizes), rel=0.02)
+            assert count["micro"] == count["step"]
+            continue
+        assert count["step"] == pytest.approx(between_steps, rel=1e-3)
+        gradients = held["gradients"] + (held["buffers"] if stage == 1 else 0)  # stage 2 has the bucket in a pass only
+        # of a parameter that lies on two ranks, both have the whole gradient
+        assert count["micro"] - count["step"] == pytest.approx(gradients, rel=0.35 if stage == 2 else 1e-3)
+
+
+def test_activations_are_linear_in_the_micro_batch():
+    model = FCMAE(tiny())
+    for low in (False, True):
+        assert measured(model, 16, low) == pytest.approx(saved(model, inputs(model, 16), low)[0], rel=1e-3)
+    assert measured(model, 30) == pytest.approx(3 * measured(model, 10), rel=1e-3)
+    assert measured(model, 64, low=True) < measured(model, 64)
+
+
+def test_recomputing_keeps_less_but_what_is_recomputed_at_once():
+    plain, kept, stored = FCMAE(tiny()), {}, {}
+    for mode in ("none", *PIECES):
+        model = FCMAE(tiny(recompute=mode))
+        stored[mode], _ = saved(model, inputs(model, 4), False)
+        kept[mode] = measured(model, 4)
+        assert model.encoder.recompute == mode
+    assert kept["block"] < kept["mlp"] < kept["none"] == stored["none"] and stored["block"] < stored["mlp"]
+    for mode, piece in PIECES.items():  # the first stage has most tokens
+        first = [module for module in plain.encoder.stages[0].modules() if isinstance(module, piece)]
+        assert kept[mode] - stored[mode] == saved(plain, inputs(plain, 4), False, first)[1] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["none", "mlp", "block"])
+def test_activations_as_a_gpu_allocates_them(mode):
+    config, model = pretraining(PretrainModel("convnextv2_atto", recompute=mode), size=224)
+    model.cuda()
+    probes = [example(config, model.encoder.arch, count) for count in (*PROBE, 32)]
+    batch = [tensor.cuda() for tensor in probes.pop()]
+    with torch.autocast("cuda", torch.bfloat16):
+        model(*batch)  # kernels are compiled
+        before = torch.cuda.memory_allocated()
+        loss = model(*batch)
+    stored, _ = saved(model, batch, True)
+    assert torch.cuda.memory_allocated() - before == pytest.approx(stored, rel=0.1) and loss.isfinite()
+    assert stored <= activations(model, probes, 32, True)
+
+
+def test_counts_what_autograd_keeps():
+    """A linear layer keeps its input, [4, 5] fp32, GELU its own, [4, 6]; both keep no parameter, and nothing twice."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.GELU(), torch.nn.Identity())
+    assert saved(model, [torch.rand(4, 5)], False) == (4 * (4 * 5 + 4 * 6), 0)
+    assert saved(model, [torch.rand(4, 5)], False, [model[1], model[2]])[1] == 4 * 4 * 6
+
+
+def test_a_measurement_leaves_nothing_behind():
+    """A sigmoid keeps its own output, which would keep the sigmoid."""
+    model, outputs = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Sigmoid()), []
+    model[1].register_forward_hook(lambda _, inputs, output: outputs.append(weakref.ref(output)))
+    assert saved(model, [torch.rand(4, 5)], False)[0] > 0
+    assert outputs[0]() is None
+
+
+def words(digits, folder, *more):
+    return ["--data.path", digits, "--run.folder", folder, "--run.name", "x", *QUICK, *more]
+
+
+def test_dry_run_of_a_pretraining(digits, tmp_path):
+    """1,442 digits in batches of 240 are 6 steps and 2 images over."""
+    arguments = words(digits, tmp_path, "--dry-run", "4", "--optim.micro_batch", "20", *TINY)
+    done = run("python", "pretrain/main.py", *arguments)
+    assert "micro batch 20 x accumulation 3 x 4 ranks = 240" in done.stdout
+    assert "images  1,442; each epoch leaves out 2," in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_of_a_finetuning_on_this_machine(digits, tmp_path):
+    shape = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--layer_decay", "0.8"]
+    done = run("python", "finetune/main.py", "--dry-run", *words(digits, tmp_path, *shape))
+    ranks = torch.cuda.device_count() or 1
+    assert f" x {ranks} rank" in done.stdout and "0.4096" in done.stdout  # .8 ** 4, of the stem
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_of_a_batch_that_does_not_divide(digits, tmp_path):
+    done = run("python", "pretrain/main.py", *words(digits, tmp_path, "--dry-run", "7", *TINY), code=2)
+    assert done.stderr.startswith("error: optim.batch_size 240 is not a whole number of micro batches")
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())

@@ -56,6 +56,18 @@ class Member(NamedTuple):
     kind: str
 
 
+class Header(tarfile.TarInfo):
+    """Of a pair of headers (a long name has a second one) of which one is damaged, the other is no valid header."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.SubsequentHeaderError as error:
+            archive.fileobj.seek(archive.offset + BLOCKSIZE)
+            raise tarfile.InvalidHeaderError(str(error)) from None
+
+
 def repair(folder: Path, workers: int) -> None:
     """Mend every shard that is not what index.json says; print what was done, and list in lost.txt what is lost.
 
@@ -153,24 +165,15 @@ def _members(file: BinaryIO) -> Iterator[Member]:
     """Files in a tar that have a readable header and all their bytes, those after damage too."""
     length = os.fstat(file.fileno()).st_size
     try:
-        archive = tarfile.TarFile(fileobj=file, ignore_zeros=True)  # goes on at the next readable header
-    except tarfile.TarError:  # there is none
+        archive = tarfile.TarFile(fileobj=file, tarinfo=Header, ignore_zeros=True)  # goes on at the next valid header
+        for member in archive:
+            if member.size < 0:  # which would lead back, and round in circles
+                archive.offset = member.offset_data
+            elif member.isreg() and not member.issparse() and member.offset_data + member.size <= length:
+                place = member.offset, member.offset_data, member.size, member_end(member)
+                yield Member(*place, *split_name(member.name))
+    except (tarfile.TarError, ValueError, OverflowError):  # a member ends beyond the file: it was the last
         return
-    while True:
-        try:
-            member = archive.next()
-        except (tarfile.TarError, ValueError, OverflowError):  # a long name without its header; a size beyond the end
-            if archive.offset >= length:
-                return
-            archive.offset += BLOCKSIZE
-            continue
-        if member is None:
-            return
-        if member.size < 0:  # which would lead back, and round in circles
-            archive.offset = member.offset_data
-        elif member.isreg() and not member.issparse() and member.offset_data + member.size <= length:
-            place = member.offset, member.offset_data, member.size, member_end(member)
-            yield Member(*place, *split_name(member.name))
 
 
 def _read(file: BinaryIO, member: Member) -> bytes:
@@ -228,7 +231,7 @@ def _samples(
         sample = {}
         for member in groups.get(keys[i], ()):
             before = member.kind in IMAGE_TYPES and member.kind <= kind  # would take the image's place in the new tar
-            if not before and member.kind not in ("", "cls") and member.kind[0] != "_":  # webdataset's own, as __key__
+            if not before and member.kind not in ("", "cls"):
                 sample.setdefault(member.kind, _read(file, member))
         sample |= {"__key__": keys[i] or f"salvaged-{offset}-{crc:08x}", kind: image}
         yield sample | ({"cls": str(label).encode()} if label >= 0 else {})

@@ -130,13 +130,15 @@ class Checkpoints:
 
     def _give_up(self, path: Path, step: int | None, error: BaseException) -> None:
         """Raise the `UserError` of a checkpoint that could not be written; leave no part of it."""
-        if self.world.first and path != self.folder:
-            shutil.rmtree(path, ignore_errors=True)
         which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
         before = [folder.name for folder in self._folders() if _manifest(folder)]
         stands = f"{before[-1]} stands" if before else "there is none before it"
-        why = error.strerror.lower() if isinstance(error, OSError) and error.strerror else reason(error)
         free = shutil.disk_usage(self.folder if self.folder.exists() else Path.cwd()).free
+        if self.world.first and path != self.folder:
+            shutil.rmtree(path, ignore_errors=True)
+        why = error.strerror.lower() if isinstance(error, OSError) and error.strerror else reason(error)
+        if isinstance(error, RuntimeError) and free < 2**20:  # torch's writer does not say it in so many words
+            why = "no space left on device"
         raise UserError(
             f"{self.folder}: {which} could not be written ({why}; {free / 1e6:,.0f} MB free), {stands}: "
             "free space or mend the disk, then the same command goes on"

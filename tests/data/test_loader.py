@@ -1,6 +1,7 @@
 """Batches do not depend on the number of loader processes; damage reaches the user as one line."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def test_batches_do_not_depend_on_workers(digits):
     assert len(alone) == 12
     assert alone[0]["image"].shape == (240, 1, 16, 16) and alone[0]["image"].dtype == torch.uint8
     assert alone[0]["visible"].shape == (240, 2, 2)
-    for workers, first in ((1, 0), (3, 0), (2, 7)):
+    for workers, first in ((1, 0), (2, 7), (4, 8)):
         for a, b in zip(alone[first:], batches(digits, workers, first), strict=True):
             assert a.keys() == b.keys()
             assert all(torch.equal(a[key], b[key]) for key in a)
@@ -56,19 +57,72 @@ def test_evaluation_fills_with_label_minus_one(digits):
     assert np.array_equal(np.bincount(labels[labels >= 0]), np.bincount(split.labels()))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_damage_is_one_line(workers, tmp_path):
-    prepared(as_folder(collection({"a": 6}), tmp_path / "in"), tmp_path / "out")
-    rows = np.load(index_file(tmp_path / "out/train-000000.tar"))
-    shard = tmp_path / "out/train-000000.tar"
-    data = bytearray(shard.read_bytes())
-    data[int(rows["offset"][3]) + 50] ^= 255
+def damage(shard, *samples):
+    """Flip a bit in the middle of some images of a shard, so that their checksums do not fit."""
+    rows, data = np.load(index_file(shard)), bytearray(shard.read_bytes())
+    for sample in samples:
+        data[int(rows["offset"][sample]) + int(rows["size"][sample]) // 2] ^= 1
     shard.write_bytes(data)
-    config = Data(str(tmp_path / "out"), workers=workers)
+
+
+def small(tmp_path, images=12):
+    prepared(as_folder(collection({"a": images}), tmp_path / "in"), tmp_path / "out")
+    return tmp_path / "out/train-000000.tar"
+
+
+def by_sample(folder, workers, rank=0, ranks=1, epochs=3):
+    """(epoch, sample) -> image, mask, and whether it was replaced; of one rank."""
+    data = Data(str(folder), workers=workers)
+    optim = Optim(batch_size=6, epochs=epochs)
+    found = {}
+    for number, batch in enumerate(train_loader(open_split(data), transform, 3, 0, data, optim, rank, ranks)):
+        for i, sample in enumerate(batch["sample"].tolist()):
+            found[number // 2, sample] = batch["image"][i], batch["visible"][i], bool(batch["damaged"][i])
+    return found
+
+
+def test_a_damaged_image_is_replaced_by_the_same_one_everywhere(tmp_path):
+    shard = small(tmp_path)
+    whole = by_sample(shard.parent, 0)
+    damage(shard, 3, 8)
+    alone = by_sample(shard.parent, 0)
+    assert {key for key, (*_, damaged) in alone.items() if damaged} == {(e, s) for e in range(3) for s in (3, 8)}
+    for key, (image, visible, damaged) in alone.items():
+        assert torch.equal(visible, whole[key][1])  # the mask is the sample's own
+        assert torch.equal(image, whole[key][0]) != damaged
+    others = [by_sample(shard.parent, 2), *(by_sample(shard.parent, 0, rank, 2) for rank in (0, 1))]
+    for other in (others[0], {**others[1], **others[2]}):
+        assert other.keys() == alone.keys()
+        assert all(torch.equal(a, b) for key in other for a, b in zip(other[key][:2], alone[key][:2], strict=True))
+
+
+def test_what_is_said_of_a_damaged_image(tmp_path):
+    shard = small(tmp_path)
+    damage(shard, 3)
+    samples = train_loader(open_split(Data(str(shard.parent))), transform, 3, 0, Data(), Optim(batch_size=6)).samples
+    assert re.search(
+        r"split train, sample 3: .*train-000000\.tar is damaged at byte \d+ \(checksum\)", samples.complaint(3)
+    )
+
+
+def test_a_damaged_image_does_not_count_in_an_evaluation(tmp_path):
+    shard = small(tmp_path)
+    damage(shard, 3)
+    data = Data(str(shard.parent), workers=0)
+    batches = list(eval_loader(open_split(data), EvalTransform((8, 8), 1), 3, data, 5))
+    labels, samples = (torch.cat([batch[key] for batch in batches]) for key in ("label", "sample"))
+    assert samples.tolist() == list(range(12)) and (labels < 0).nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_where_everything_is_damaged_it_is_not_the_images(workers, tmp_path):
+    shard = small(tmp_path)
+    damage(shard, *range(12))
+    config = Data(str(shard.parent), workers=workers)
     loader = train_loader(open_split(config), transform, 3, 0, config, Optim(batch_size=6, epochs=1), 0, 1)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"is damaged at byte .* so are 20 others drawn in place of sample") as error:
         list(loader)
-    assert str(error.value).startswith(f"{shard} is damaged at byte") and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_images_of_8_and_16_bits_in_one_batch(tmp_path):

@@ -136,6 +136,8 @@ def test_a_png_that_lies_about_its_pixels():
     for data in (lines, lines[:-4], lines[:10], b""):
         parts = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 20, 16, 8, 2, 0, 0, 0)), png_chunk(b"IDAT", data)
         png = b"\x89PNG\r\n\x1a\n" + b"".join(parts) + png_chunk(b"IEND", b"")
+        with pytest.raises(UserError, match="not a readable image"):  # the last checksum, of which decoders see nothing
+            decode(png.replace(png_chunk(b"IDAT", data), png_chunk(b"IDAT", data)[:-1] + b"?"), 3)
         if data == lines:
             assert decode(png, 3).unique().tolist() == [0, 7]
         else:

@@ -86,6 +86,23 @@ def test_two_ranks_then_one_then_four(stage, digits, tmp_path):
         assert {group[0] for group in optimizer_groups(moved)} == {0.0, 0.05} and optimizer_groups(moved)[0][3] == 24
 
 
+def test_two_ranks_pass_over_a_damaged_checkpoint(digits, tmp_path):
+    """A bit flipped in a part of the second rank: both go back to the checkpoint before, name the file, and redo."""
+    with Job(digits, tmp_path / "run", 2, epochs=2) as job:
+        assert job.end(120) == 0, job.text()
+    before = losses(tmp_path / "run")
+    file = next((tmp_path / "run/checkpoints/step-00000012/engine").glob("zero_pp_rank_1_*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with Job(digits, tmp_path / "run", 2, epochs=2) as job:
+        assert job.end(120) == 0, job.text()
+        assert "resuming from" in job.text() and "step-00000006 (passed over: step-00000012: engine/" in job.text()
+        assert f"{file.name} is not what was written" in job.text()
+    assert losses(tmp_path / "run") == before
+
+
+@pytest.mark.slow
 def test_zero_3_does_not_change_its_ranks(digits, tmp_path):
     more = ["--optim.zero_stage", "3"]
     with Job(digits, tmp_path / "run", 2, *more, epochs=1) as job:
@@ -139,7 +156,8 @@ mount -o remount,rw "$0/run/checkpoints"
 
 
 @pytest.mark.parametrize(
-    ("script", "says"), [(SMALL_DISK, "no space left on device"), (READ_ONLY, "read-only file system")]
+    ("script", "says"),
+    [(SMALL_DISK, "no space left on device"), pytest.param(READ_ONLY, "read-only file system", marks=pytest.mark.slow)],
 )
 def test_a_full_or_read_only_disk(script, says, digits, tmp_path):
     """On a real small tmpfs, in a mount namespace of its own: the checkpoint before stands, and the run goes on."""

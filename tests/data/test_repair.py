@@ -266,7 +266,7 @@ def test_long_names(tmp_path):
             "g/1.jpg",
             "ong.jpg",
             "g/3.jpg",
-        ]  # a short name goes with a long one
+        ]
 
 
 def test_two_images_in_a_sample(tmp_path):

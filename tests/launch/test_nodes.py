@@ -1,4 +1,4 @@
-"""Two nodes, emulated on one machine by each launcher, give one node's losses. The schedulers' kits as far as they go."""
+"""Two nodes, emulated on one machine by each launcher, give one node's losses; what can be tried of schedulers' kits."""
 
 import os
 import re

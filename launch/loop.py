@@ -17,7 +17,7 @@ from launch.engine import set_lr
 from launch.faults import Faults
 from launch.runlog import Mean, RunLog
 from launch.watchdog import REQUESTS, Watchdog
-from launch.world import Agreement, World, gather, peers
+from launch.world import Agreement, World, check_alike, gather, peers
 
 
 class Stage(Protocol):
@@ -52,6 +52,7 @@ class Training:
     def __init__(self, config: Pretrain | Finetune, engine, loader: Loader, world: World, identity: dict):
         self.config, self.engine, self.loader, self.world = config, engine, loader, world
         self.folder = Path(config.run.folder) / config.run.name
+        check_alike(world, self.folder, identity)
         self.checkpoints = Checkpoints(self.folder, engine, identity, world, config.run.keep)
         self.step, self.state = self.checkpoints.resume(config.resume)
         self.steps_per_epoch = loader.batches.steps_per_epoch

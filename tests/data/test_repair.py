@@ -261,12 +261,8 @@ def test_long_names(tmp_path):
         repair(folder, 1)
         assert list(content(folder, "x")) == [picture(i) for i in range(4)]
         found = list(members(folder / "x-0.tar"))
-        assert found[0].startswith("salvaged-")
-        assert [name[-7:] for name in found[1:]] == [
-            "g/1.jpg",
-            "ong.jpg",
-            "g/3.jpg",
-        ]
+        assert found[0].startswith("salvaged")
+        assert [name[-7:] for name in found[1:]] == ["g/1.jpg", "ong.jpg", "g/3.jpg"]  # of the third, its short name
 
 
 def test_two_images_in_a_sample(tmp_path):

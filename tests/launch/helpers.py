@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 import time
@@ -37,8 +39,9 @@ class Job:
         env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
-                self.command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
+                self.command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=None if self.ranks else _one_core,
+            )  # fmt: skip
         self.family = [psutil.Process(self.process.pid)]
         return self
 
@@ -58,9 +61,9 @@ class Job:
                 known |= {child.pid for child in self.family}
 
     def wait_for_step(self, step: int, seconds: float = 90) -> None:
-        """Until the log has a step."""
+        """Until this process has told of a step."""
         deadline = time.monotonic() + seconds
-        while not any(done >= step for done, _ in logged(self.folder)):
+        while not any(int(done) >= step for done in re.findall(r"  step (\d+)/", self.text())):
             assert self.process.poll() is None, self.text()
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.05)
@@ -90,6 +93,11 @@ class Job:
     def text(self) -> str:
         """What it printed."""
         return self.output.read_text()
+
+
+def _one_core() -> None:
+    """Threads of so small a model would only wait for each other, the longer the busier the machine is."""
+    os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

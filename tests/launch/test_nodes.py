@@ -1,4 +1,4 @@
-"""Two nodes, emulated on one machine by each launcher, give one node's losses; what can be tried of schedulers' kits."""
+"""Two nodes, emulated on one machine by each launcher, give one node's losses; what can be tried of scheduler kits."""
 
 import os
 import re

@@ -55,3 +55,49 @@ def test_what_other_ranks_do_to_this_one():
 def test_one_rank_agrees_with_itself_at_once():
     agreement = world.Agreement(world.World(0, 1, torch.device("cpu")), 2)
     assert agreement(True, 3) == [1, 3] and agreement(0, 0) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        ([], None),
+        (
+            [(True, {"data_digest": "b"})],
+            "rank 1 has another configuration or other data than rank 0: data_digest a -> b",
+        ),
+        (
+            [(True, {"data_digest": "a"}), (False, {"data_digest": "a"})],
+            "rank 2 does not see .* must be shared by all nodes",
+        ),
+    ],
+)
+def test_ranks_that_are_not_alike(others, says, monkeypatch, tmp_path):
+    monkeypatch.setattr(world, "agree", lambda value: value)
+    monkeypatch.setattr(world, "barrier", lambda: None)
+    monkeypatch.setattr(world, "gather", lambda value: [value, *others])
+    here = world.World(0, 1 + len(others), torch.device("cpu"))
+    if says:
+        with pytest.raises(UserError, match=says):
+            world.check_alike(here, tmp_path / "run", {"data_digest": "a"})
+    else:
+        world.check_alike(here, tmp_path / "run", {"data_digest": "a"})
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_rank_that_nobody_joins(monkeypatch):
+    places = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+
+    def wait(*_, **__):
+        raise torch.distributed.DistNetworkError("The client socket has timed out after 1000ms")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", wait)
+    monkeypatch.setattr(world, "keep_memory", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(
+        UserError, match=r"rank 1 of 2 did not meet the others at 127\.0\.0\.1:1 .*timed out.*MASTER_PORT"
+    ):
+        world.start(Run(device="cpu"))

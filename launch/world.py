@@ -58,15 +58,16 @@ def start(run: Run) -> World:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         keep_memory()
     patience = timedelta(minutes=run.hang_minutes + 10)  # the watchdog comes first: it knows who is waited for
+    where = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
     try:
-        torch.distributed.init_process_group("nccl" if use_cuda else "gloo", timeout=patience)
+        kind, device = ("nccl", where) if use_cuda else ("gloo", None)
+        torch.distributed.init_process_group(kind, timeout=patience, device_id=device)
     except torch.distributed.DistError as error:
-        where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        meeting = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise UserError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at {where} "
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at {meeting} "
             f"({reason(error)[:120]}): start as many on every node, with the same MASTER_ADDR and MASTER_PORT"
         ) from None
-    where = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
     return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), where)
 
 
@@ -74,12 +75,12 @@ def check_alike(world: World, folder: Path, identity: dict) -> None:
     """Raise `UserError`, on all ranks, unless all have the same configuration and data, and see the same run folder.
 
     Args:
-        folder: runs/NAME; made if it is not there
+        folder: runs/NAME; its parent is made if it is not there
         identity: configuration and digests
     """
-    token = folder / f".{agree(secrets.token_hex(8))}"
+    token = folder.parent / f".{agree(secrets.token_hex(8))}"
     if world.first:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
     barrier()
     found = gather((token.exists(), identity))
@@ -89,7 +90,7 @@ def check_alike(world: World, folder: Path, identity: dict) -> None:
         if changed := differences(found[0][1], other):
             raise UserError(f"rank {rank} has another configuration or other data than rank 0: {'; '.join(changed)}")
         if not seen:
-            raise UserError(f"rank {rank} does not see {folder} of rank 0: run.folder must be shared by all nodes")
+            raise UserError(f"rank {rank} does not see {folder.parent} of rank 0: run.folder must be shared by all nodes")
 
 
 def _place() -> dict[str, object]:

@@ -81,7 +81,7 @@ def test_ranks_that_are_not_alike(others, says, monkeypatch, tmp_path):
             world.check_alike(here, tmp_path / "run", {"data_digest": "a"})
     else:
         world.check_alike(here, tmp_path / "run", {"data_digest": "a"})
-    assert list((tmp_path / "run").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rank_that_nobody_joins(monkeypatch):

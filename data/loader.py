@@ -117,12 +117,14 @@ class Loader:
                 batches.ahead = self.ahead.want
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        batches = iter(self.torch_loader)  # loader processes start here, so before the threads that fetch
         try:
-            batches = iter(self.torch_loader)  # loader processes start here, so before the threads that fetch
             if self.ahead and isinstance(self.batches, EvalBatches):
                 self.ahead.want(range(len(self.samples.split.shards)))
             yield from batches
         except UserError as error:  # torch wraps a worker's message into its traceback
+            for worker in getattr(batches, "_workers", ()):  # the others may be waiting for a server
+                worker.kill()
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
         finally:
             if self.ahead:

@@ -106,6 +106,8 @@ def _list_tar(path: Path) -> Iterator[Item]:
             end = 0
             for member in outer:
                 end = member_end(member)
+                if member.size < 0:  # which would lead back, and round in circles
+                    raise UserError(f"{path} is damaged at byte {member.offset}: fetch it again")
                 if member.isreg() and member.name.endswith(".tar"):
                     yield from _list_inner_tar(path, file, outer, member)
                 elif member.isreg() and member.name.endswith(".cls"):

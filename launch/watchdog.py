@@ -72,7 +72,12 @@ class Watchdog:
     def _watch(self) -> None:
         seen, since, told = -1, time.monotonic(), False
         while not self.done.is_set():
+            before = time.monotonic()
             self._read_signals()
+            if (
+                time.monotonic() - before > 10 * INTERVAL
+            ):  # this very process was suspended, by Ctrl-Z or a machine asleep
+                since = time.monotonic()
             if not self.requested and any(not _alive(launcher) for launcher in self.launchers):
                 self.requested = 1  # nobody would end this rank
             self.progress.stopping = stopping = self.progress.stopping or self.requested > 0
@@ -82,13 +87,11 @@ class Watchdog:
                     print("stopping: saving a checkpoint after this step", file=sys.stderr, flush=True)
             if self.progress.count != seen:
                 seen, since = self.progress.count, time.monotonic()
-            faulthandler.dump_traceback_later(self.limit + 60, exit=True)  # a C thread, if this one gets no turn
             idle = time.monotonic() - since
             if idle > self.limit:
                 self._end(f"no progress for {idle:.0f} s")
             if stopping and idle > GRACE and not self.patient:
                 self._end(f"asked to stop, but no progress for {idle:.0f} s (the last checkpoint stands)")
-        faulthandler.cancel_dump_traceback_later()
 
     def _read_signals(self) -> None:
         """Take up requests; waits for `INTERVAL` if there are none."""

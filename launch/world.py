@@ -90,7 +90,9 @@ def check_alike(world: World, folder: Path, identity: dict) -> None:
         if changed := differences(found[0][1], other):
             raise UserError(f"rank {rank} has another configuration or other data than rank 0: {'; '.join(changed)}")
         if not seen:
-            raise UserError(f"rank {rank} does not see {folder.parent} of rank 0: run.folder must be shared by all nodes")
+            raise UserError(
+                f"rank {rank} does not see {folder.parent} of rank 0: run.folder must be shared by all nodes"
+            )
 
 
 def _place() -> dict[str, object]:

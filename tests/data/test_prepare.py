@@ -407,6 +407,19 @@ def test_a_cut_tar_is_refused(maker, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tar_that_leads_back_is_refused(tmp_path):
+    """A member whose header gives a negative size would be read for ever."""
+    path = as_tar(collection({"cat": 2}), tmp_path / "x.tar")
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[1]
+    member.size = -tarfile.BLOCKSIZE
+    data = bytearray(path.read_bytes())
+    data[member.offset : member.offset + tarfile.BLOCKSIZE] = member.tobuf(tarfile.GNU_FORMAT)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"x\.tar is damaged at byte"):
+        prepared(path, tmp_path / "out")
+
+
 def test_changed_images_are_another_data_set(tmp_path):
     source = as_folder(CATS, tmp_path / "in")
     prepared(source, tmp_path / "out")

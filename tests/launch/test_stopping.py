@@ -3,6 +3,7 @@
 import signal
 import time
 
+import psutil
 import pytest
 
 from configs.errors import HUNG, INTERRUPTED, SAVED
@@ -86,6 +87,18 @@ def test_a_frozen_rank_is_named(rank, digits, tmp_path):
         says = "rank 0 does not answer" if rank == 0 else "no answer from rank 1"
         assert f"[rank {other}] no progress for" in job.text() and says in job.text()
         assert "_optimize" in (job.folder / f"hang-rank{other}.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_suspended_as_a_whole_goes_on(digits, tmp_path):
+    """Ctrl-Z and fg: longer than the limit, but it is nobody's fault."""
+    with Job(digits, tmp_path / "run", 0, "--run.hang_minutes", ".1") as job:
+        job.wait_for_step(8)
+        psutil.Process(job.process.pid).suspend()
+        time.sleep(15)
+        last = logged(job.folder)[-1][0]
+        psutil.Process(job.process.pid).resume()
+        job.wait_for_step(last + 20)
 
 
 @pytest.mark.parametrize("harm", ["kill", pytest.param("suspend", marks=pytest.mark.slow)])

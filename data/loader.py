@@ -123,8 +123,6 @@ class Loader:
                 self.ahead.want(range(len(self.samples.split.shards)))
             yield from batches
         except UserError as error:  # torch wraps a worker's message into its traceback
-            for worker in getattr(batches, "_workers", ()):  # the others may be waiting for a server
-                worker.kill()
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
         finally:
             if self.ahead:

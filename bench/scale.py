@@ -7,7 +7,8 @@ python bench/report.py                                              docs/scale.m
 The samples of `index`, `sampler` and `window` are simulated: files of the right length without content, numbers instead
 of images. `reading` reads real files of random bytes; `checkpoints` saves real engines; `exchange` counts what
 DeepSpeed hands to the collectives of two ranks. What can be checked is checked before it is timed: an order must be a
-permutation, bytes read those written, weights loaded those saved. Times are the best of --rounds.
+permutation, bytes read those written, weights loaded those saved. Times are the best of --rounds; a checkpoint's are
+the best and the worst.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -92,7 +94,7 @@ def index(args: argparse.Namespace, folder: Path) -> dict:
     shards = [Shard(f"train-{i:06}.tar", PER_SHARD, 1 << 30, f"{i:064x}", f"{i:064x}") for i in range(args.shards)]
     np.save(index_file(folder / shards[0].file), np.zeros(PER_SHARD, ROW), allow_pickle=False)
     rows = index_file(folder / shards[0].file)
-    shards[0] = Shard(*(getattr(shards[0], key) for key in ("file", "samples", "bytes", "sha256")), sha256(rows))
+    shards[0] = replace(shards[0], index_sha256=sha256(rows))
     for shard in shards:
         for path, size in ((folder / shard.file, shard.bytes), (index_file(folder / shard.file), rows.stat().st_size)):
             path.touch()
@@ -213,8 +215,8 @@ def checkpoints(args: argparse.Namespace, folder: Path) -> dict:
             raise UserError(f"{name}: the weights loaded are not those saved")
         size = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
         parameters = sum(p.numel() for p in model.parameters())
-        found[name] = {"parameters": parameters, "bytes": size, "stall_s": min(stalls), "counts_s": min(counts)}
-        found[name]["resume_s"] = resume
+        spread = {"stall_s": [min(stalls), max(stalls)], "counts_s": [min(counts), max(counts)]}  # the disk has moods
+        found[name] = {"parameters": parameters, "bytes": size, "resume_s": resume} | spread
         engine.destroy()
         del engine, model, saver, weight, saved
     stop()
@@ -222,7 +224,7 @@ def checkpoints(args: argparse.Namespace, folder: Path) -> dict:
 
 
 class Counted(TorchDispatchMode):
-    """While it is entered, counts the elements handed to each collective; of a gather or scatter, those of the whole."""
+    """While entered, counts the elements handed to each collective; of a gather or scatter, those of the whole."""
 
     def __init__(self):
         super().__init__()
@@ -306,6 +308,7 @@ def main() -> None:
     for part in args.parts:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder, redirect_stdout(sys.stderr):
             result[part] = PARTS[part](args, Path(folder))
+    result = json.loads(json.dumps(result), parse_float=lambda digits: float(f"{float(digits):.4g}"))
     lines = [f"{part}\n{json.dumps(result[part], indent=1)}" for part in args.parts]
     show(result, lines, args)
 

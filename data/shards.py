@@ -163,10 +163,12 @@ def flaw(folder: Path, shard: Shard, digests: bool = False) -> str | None:
     The text says what is wrong with which file, and leaves the way out to the caller.
     """
     tar = folder / shard.file
-    if not tar.exists():
+    try:
+        size = tar.stat().st_size
+    except FileNotFoundError:
         return f"{tar} is missing"
-    if tar.stat().st_size != shard.bytes:
-        return f"{tar} has {tar.stat().st_size} bytes, its index says {shard.bytes}"
+    if size != shard.bytes:
+        return f"{tar} has {size} bytes, its index says {shard.bytes}"
     if not index_file(tar).exists():
         return f"{tar} has no .idx.npy"
     if digests:
@@ -306,7 +308,7 @@ class Split:
         """Label of every sample, -1 = none."""
         numbers = range(len(self.shards))
         if isinstance(self.folder, Path):
-            return np.concatenate([self._shard(number)[1]["label"] for number in numbers])
+            return np.concatenate([self._shard(number)[1]["label"].copy() for number in numbers])
         with ThreadPoolExecutor(FETCHES) as pool:  # of the tars nothing is needed
             return np.concatenate([rows["label"] for rows in pool.map(self._rows, numbers)])
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.files import write_whole
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results"
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # of the norm of a tensor; sums over thousands of tokens, in another order
 Run = Callable[[], Tensor]
 
@@ -145,3 +146,25 @@ def show(result: dict, lines: list[str], args) -> None:
     if args.save:
         RESULTS.mkdir(exist_ok=True)
         write_whole(RESULTS / f"{args.save}.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def load() -> list[dict]:
+    """All results, by file name."""
+    files = sorted(RESULTS.glob("*.json"))
+    if not files:
+        raise UserError(f"{RESULTS} holds no results: run a benchmark with --save NAME first")
+    return [json.loads(file.read_text()) for file in files]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def where(result: dict) -> str:
+    """The machine of a result, in a line."""
+    machine = (
+        f"{result['device']}, {result['threads']} threads" if result["threads"] > 1 else f"{result['device']}, 1 thread"
+    )
+    return f"{machine}, torch {result['torch']}, commit {result['commit']}"

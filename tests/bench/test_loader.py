@@ -3,6 +3,7 @@
 import json
 
 from bench import report
+from bench.common import load
 from tests.conftest import ROOT, run
 
 
@@ -20,7 +21,7 @@ def test_kernels_need_a_gpu():
 
 def test_the_page_shows_the_results():
     """docs/performance.md is what bench/report.py makes of bench/results."""
-    assert report.PAGE.read_text() == report.page(report.load())
+    assert report.PAGE.read_text() == report.page(load())
     assert "scaling.svg" in report.PAGE.read_text() and report.PICTURE.exists()
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from bench import report, scale
+from bench import scale, scale_page
+from bench.common import load
 from configs.errors import UserError
 from tests.conftest import run
 
@@ -57,7 +58,7 @@ def test_what_a_run_needs_by_hand():
         "checkpoints": {"m": {"bytes": 16_000, "stall_s": [0.1, 0.5], "counts_s": [0.1, 0.25]}},
         "exchange": {"parameters": {"m": 10**9}},
     }
-    found = report.needs(report.Plan("x", 25_050, 100_000, 4, "m", 2, 100, 50.0), measured, core=25.0)
+    found = scale_page.needs(scale_page.Plan("x", 25_050, 100_000, 4, "m", 2, 100, 50.0), measured, core=25.0)
     assert (found["shards"], found["json"], found["open"], found["looks"]) == (3, 750, pytest.approx(6e-5), 12)
     assert (found["rows"], found["window"], found["window bytes"]) == (501_000, 160_000, 16_000_000_000)
     assert (found["steps"], found["all steps"], found["window batches"]) == (250, 1000, 1600)
@@ -73,11 +74,11 @@ def test_what_a_run_needs_by_hand():
 
 
 def test_chance_is_that_of_the_hypergeometric_distribution():
-    assert report.chance() == pytest.approx((4096 / 16 * 15 / 16 * 155_904 / 159_999) ** 0.5)
+    assert scale_page.chance() == pytest.approx((4096 / 16 * 15 / 16 * 155_904 / 159_999) ** 0.5)
 
 
 def test_folding_leaves_tables_and_headings():
-    made = report.fold("# A\n\na\nb\n\n| x |\n| - |\n\n- " + "word " * 30 + "\n- c\n")
+    made = scale_page.fold("# A\n\na\nb\n\n| x |\n| - |\n\n- " + "word " * 30 + "\n- c\n")
     assert made.startswith("# A\n\na b\n\n| x |\n| - |\n\n- word") and made.endswith(
         "\n  " + "word " * 6 + "word\n- c\n"
     )
@@ -86,10 +87,10 @@ def test_folding_leaves_tables_and_headings():
 
 def test_the_page_shows_the_results():
     """docs/scale.md is what bench/report.py makes of bench/results."""
-    assert report.SCALE_PAGE.read_text() == report.scale_page(report.load())
-    assert "| shards (s) | I / 10,000 | 1,420 | 100,000 |" in report.SCALE_PAGE.read_text()
+    assert scale_page.PAGE.read_text() == scale_page.page(load())
+    assert "| shards (s) | I / 10,000 | 1,420 | 100,000 |" in scale_page.PAGE.read_text()
 
 
 def test_the_page_needs_its_results():
     with pytest.raises(UserError, match=r"bench/scale\.py and bench/loader\.py"):
-        report.scale_page([result for result in report.load() if result["bench"] != "scale"])
+        scale_page.page([result for result in load() if result["bench"] != "scale"])

@@ -129,9 +129,8 @@ class Training:
             at(f"{where}, forward")
             loss = stage.loss(batch, self.step, micro)
             at(f"{where}, backward")
-            self.engine.backward(
-                loss * (1 + 0 * loss.detach())
-            )  # a loss that is not finite must not have gradients that are
+            one = 1 + 0 * loss.detach()  # or NaN: a loss that is not finite must not have gradients that are
+            self.engine.backward(loss * one)
             at(f"{where}, update")
             self.engine.step()
             self.losses.add(loss)

@@ -31,6 +31,27 @@ def test_the_mask_token_grn_and_biases_have_no_decay():
             assert (group["weight_decay"] == 0) == free, name
 
 
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
+def test_without_zero_a_step_is_measured_clipped_or_skipped(bad):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    optimizer.register_step_pre_hook(lambda *_: engine._measure(optimizer, clip=2.5))
+    for gradient in ([3.0, 0, 4], [3.0, 0, bad or 4]):
+        weight.grad = torch.tensor(gradient)
+        before, state = weight.clone(), {name: x.clone() for name, x in optimizer.state[weight].items()}
+        optimizer.step()
+    if bad is None:
+        assert (
+            optimizer._global_grad_norm == 5
+            and weight.grad.tolist() == pytest.approx([1.5, 0, 2])
+            and not optimizer.overflow
+        )
+        assert optimizer.state[weight]["step"] == 2 and not torch.equal(weight, before)
+    else:
+        assert optimizer.overflow and torch.equal(weight, before) and state["step"] == 1
+        assert all(torch.equal(x, state[name]) for name, x in optimizer.state[weight].items())
+
+
 def test_precision(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert engine.precision(Optim(), cpu) == "fp32"

@@ -61,7 +61,20 @@ def test_tensorboard(pretrained):
     assert tags["images"] == ["input, visible patches, reconstruction"]
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_clipping_is_the_same_with_and_without_zero(digits, pretrained, tmp_path):
+    found = []
+    for stage in (0, 1):
+        more = ["--optim.clip_grad", "0.01", "--optim.zero_stage", stage]
+        run("python", "pretrain/main.py", *words(digits, tmp_path, stage, *more, epochs=1))
+        found.append([loss for _, loss in losses(tmp_path / str(stage))])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[1] != [loss for _, loss in losses(pretrained)[:6]]  # AdamW hardly minds, but it is not the same
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, pytest.param(2, marks=slow), pytest.param(3, marks=slow)])
 def test_two_ranks_and_accumulation_give_the_losses_of_one(zero_stage, digits, pretrained, tmp_path):
     more = ["--optim.micro_batch", "60", "--optim.zero_stage", zero_stage]
     run("deepspeed", "--num_gpus", "2", "pretrain/main.py", *words(digits, tmp_path, "two", *more))

@@ -23,6 +23,13 @@ from launch.loop import Training
 from models.weights import Weights, cpu_state, divide, save
 
 
+def check_pairs(config: Finetune, ranks: int) -> None:
+    """Raise `UserError` for mixup or cutmix with an odd micro batch."""
+    micro, _ = config.optim.accumulation(ranks)
+    if micro % 2 and (config.augment.mixup or config.augment.cutmix):
+        raise UserError(f"augment.mixup and cutmix pair images: optim.micro_batch {micro} must be even")
+
+
 def moving_average(model: nn.Module, decay: float) -> ModelEmaV3 | None:
     """The moving average of a model's weights; None for decay 0. To be made before DeepSpeed gets hold of the model."""
     return ModelEmaV3(model, decay) if decay else None
@@ -37,8 +44,6 @@ class Classifier:
         arch: resolved architecture
         classes: class names
         statistics: mean and standard deviation of each channel
-    Raises:
-        UserError: mixup with an odd micro batch
     """
 
     def __init__(
@@ -55,9 +60,6 @@ class Classifier:
         self.mixup = None
         self.criterion = LabelSmoothingCrossEntropy(augment.smoothing)
         if augment.mixup or augment.cutmix:
-            micro, _ = config.optim.accumulation(self.world.ranks)
-            if micro % 2:
-                raise UserError(f"augment.mixup and cutmix pair images: optim.micro_batch {micro} must be even")
             self.mixup = Mixup(
                 augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=len(classes)
             )

@@ -18,7 +18,7 @@ from configs.schema import Encoder, Finetune, Pretrain
 from data.loader import eval_loader, open_split, train_loader
 from data.transforms import EvalTransform, RandAugment, TrainTransform
 from finetune.layer_decay import layer_decay
-from finetune.loop import Classifier, moving_average
+from finetune.loop import Classifier, check_pairs, moving_average
 from launch.engine import build_engine, parameter_groups, seed_everything
 from launch.loop import Training
 from launch.plan import plan
@@ -51,6 +51,7 @@ def main() -> None:
         return
 
     world = start(config.run)
+    check_pairs(config, world.ranks)
     seed_everything(config.run.seed)
     model = ConvNeXt(arch, len(classes), config.model.drop_path, config.model.recompute)
     if init is None or not start_classifier(model, init, classes):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +27,23 @@ QUICK = [
 BIN = Path(sys.executable).parent
 
 
+def free_port() -> int:
+    """A port of this machine that is not in use."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def deepspeed(*words: str) -> list[str]:
+    """The `deepspeed` command; on a port of its own, because others may test on the same machine."""
+    return [str(BIN / "deepspeed"), "--master_port", str(free_port()), *words]
+
+
 def run(*command: str, cwd: Path = ROOT, code: int = 0) -> subprocess.CompletedProcess:
     """Run a command of the README in the project's folder, and demand an exit code."""
     words = [str(word) for word in command]
     program = [sys.executable, *words[1:]] if words[0] == "python" else [str(BIN / words[0]), *words[1:]]
+    program = deepspeed(*words[1:]) if words[0] == "deepspeed" else program
     env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
     done = subprocess.run(
         program, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import BIN, ROOT
+from tests.conftest import BIN, ROOT, deepspeed
 
 SMALL = [  # 6 steps an epoch, some ten a second
     *("--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--model.decoder_dim", "16"),
@@ -29,7 +29,7 @@ class Job:
         self, shards: Path, folder: Path, ranks: int, *more: str, epochs: int = 1000, program: list[str] | None = None
     ):
         self.folder, self.ranks = folder, ranks
-        launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks)] if ranks else [sys.executable]
+        launcher = deepspeed("--num_gpus", str(ranks)) if ranks else [sys.executable]
         words = ["--data.path", shards, "--run.folder", folder.parent, "--run.name", folder.name, *SMALL]
         words += ["--optim.epochs", epochs, "--data.workers", "0", *more]
         self.command = [*(program or launcher), "pretrain/main.py", *map(str, words)]

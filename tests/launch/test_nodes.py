@@ -2,23 +2,16 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 
 import pytest
 import yaml
 
-from tests.conftest import BIN, ROOT, losses
+from tests.conftest import BIN, ROOT, free_port, losses
 from tests.launch.helpers import SMALL
 
 NODES = ROOT / "launch/nodes"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def words(digits, folder):

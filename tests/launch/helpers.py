@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import BIN, ROOT, deepspeed
+from tests.conftest import BIN, ROOT, deepspeed, one_core
 
 SMALL = [  # 6 steps an epoch, some ten a second
     *("--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--model.decoder_dim", "16"),
@@ -40,7 +39,7 @@ class Job:
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
                 self.command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                preexec_fn=None if self.ranks else _one_core,
+                preexec_fn=None if self.ranks else one_core,
             )  # fmt: skip
         self.family = [psutil.Process(self.process.pid)]
         return self
@@ -93,11 +92,6 @@ class Job:
     def text(self) -> str:
         """What it printed."""
         return self.output.read_text()
-
-
-def _one_core() -> None:
-    """Threads of so small a model would only wait for each other, the longer the busier the machine is."""
-    os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

@@ -22,6 +22,7 @@ def complaints(folder):
     return [entry["damaged"] for entry in lines if "damaged" in entry]
 
 
+@pytest.mark.slow
 def test_damaged_images_are_replaced_on_every_rank_alike(digits, tmp_path):
     shards = damaged_digits(digits, tmp_path / "shards", "train", 3, 50, 200)
     for name, ranks in (("one", 0), ("two", 2)):

@@ -52,7 +52,7 @@ def test_a_signal_to_a_rank_saves_once_and_resumes(ranks, number, by, code, digi
         ),  # `deepspeed` dies of it, or hears its launcher
         pytest.param("launcher", signal.SIGKILL, 0, marks=pytest.mark.slow),  # so does `deepspeed`
         pytest.param("command", signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow),
-        ("command", signal.SIGKILL, -signal.SIGKILL),
+        pytest.param("command", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_the_launcher_saves_and_leaves_no_orphans(to, number, code, digits, tmp_path):

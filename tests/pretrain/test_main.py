@@ -61,6 +61,7 @@ def test_tensorboard(pretrained):
     assert tags["images"] == ["input, visible patches, reconstruction"]
 
 
+@pytest.mark.slow
 def test_clipping_is_the_same_with_and_without_zero(digits, pretrained, tmp_path):
     found = []
     for stage in (0, 1):

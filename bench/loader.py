@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as F
 
 from bench.common import add_common, check_arguments, machine, measure, show, summary
 from configs.errors import Parser, UserError, run_main
-from configs.schema import IMAGENET_MEAN, IMAGENET_STD
+from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Data
 from data.loader import Samples, collate
 from data.shards import Split
 from data.transforms import PretrainTransform, decode, normalize
@@ -74,13 +74,13 @@ def main() -> None:
     images = min(args.images, len(split))
     difference = compare_pixels(split, args.size, images)
     grid = args.size // 32, args.size // 32
-    samples = Samples(split, 3, 0, PretrainTransform((args.size, args.size), SCALE, 0.5, grid, 19))
+    samples = Samples(split, 3, 0, PretrainTransform(Data(size=args.size, crop_scale=SCALE), grid, 19))
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     epoch = iter(range(1 << 30))
 
     def ours_uint8() -> torch.Tensor:
         number = next(epoch)
-        return collate([samples[number, i] for i in range(images)])["image"]
+        return collate([samples[number, i, 0] for i in range(images)])["image"]
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "class").mkdir()

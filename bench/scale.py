@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -42,7 +41,7 @@ from data.sampler import WINDOW, EpochOrder, TrainBatches
 from data.shards import ROW, Index, Shard, Split, index_file, index_tar, read_index, write_index, write_tar
 from launch.checkpoints import Checkpoints
 from launch.engine import build_engine, parameter_groups
-from launch.world import start, stop
+from launch.world import free_port, start, stop
 from models.fcmae import FCMAE
 
 PER_SHARD, BATCH, EPOCHS, EPOCH = 10_000, 4096, 800, 700  # EPOCH: in which the sampler is asked to resume
@@ -200,7 +199,7 @@ def checkpoints(args: argparse.Namespace, folder: Path) -> dict:
     for name in args.models:
         model = FCMAE(PretrainModel(name))
         optim = Optim(batch_size=1, zero_stage=1)
-        engine = build_engine(model, parameter_groups(model, optim.weight_decay), optim, world)
+        engine = build_engine(model, parameter_groups(model, optim), optim, world)
         a_step(engine)
         saver = Checkpoints(folder / name, engine, {"optim": {"zero_stage": 1}}, world, keep=1)
         stalls, counts = [], []
@@ -240,10 +239,7 @@ class Counted(TorchDispatchMode):
 
 def exchange(args: argparse.Namespace, folder: Path) -> dict:
     """What two ranks hand to collectives in a step of each ZeRO stage, with one and with two micro batches."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_count, (port, folder / "counted.json"), nprocs=2)
+    torch.multiprocessing.spawn(_count, (free_port(), folder / "counted.json"), nprocs=2)
     counted = json.loads((folder / "counted.json").read_text())
     for case in counted:
         for way, copies in payload(case["stage"], case["micro_batches"]).items():
@@ -266,7 +262,7 @@ def _count(rank: int, port: int, path: Path) -> None:
         model = FCMAE(PretrainModel("convnextv2_atto"))
         parameters = sum(p.numel() for p in model.parameters())
         optim = Optim(batch_size=2 * micro_batches, micro_batch=1, zero_stage=stage)
-        engine = build_engine(model, parameter_groups(model, optim.weight_decay), optim, world)
+        engine = build_engine(model, parameter_groups(model, optim), optim, world)
         for _ in range(2):  # what the first step alone does does not count
             with Counted() as counted:
                 for _ in range(micro_batches):

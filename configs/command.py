@@ -141,7 +141,7 @@ def _load_recipe(path: Path) -> dict:
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
-        known = sorted(str(p.relative_to(RECIPES.parent)) for p in RECIPES.glob("*/*.yaml"))
+        known = sorted(str(p.relative_to(RECIPES.parent)) for p in RECIPES.rglob("*.yaml"))
         raise UserError(f"recipe {path}: {error.strerror.lower()} {nearest(str(path), known)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not YAML: {_one_line(str(error))}") from None
@@ -206,3 +206,11 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
         elif before != after:
             found.append(f"{prefix}{key} {before} -> {after}")
     return found
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """What `--size` says: 224, or [224,384] for height and width. Raises `UserError` for anything else."""
+    sides = [int(side) for side in re.findall(r"\d+", text)]
+    if not re.fullmatch(r"\d+|\[?\d+, ?\d+\]?", text):
+        raise UserError(f"--size {text}: give a number of pixels, or height and width like [224,384]")
+    return sides[0] if len(sides) == 1 else tuple(sides)

@@ -95,6 +95,7 @@ class FinetuneModel(Encoder):
         like: pretraining recipe whose model is built with --init none, for the keys left null
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first
         head_init: scale of a new classifier's initial weights; null = .001 with --init, 1 from scratch
+        freeze_encoder: train the classifier alone (its norm and linear layer) on the encoder as it is
         recompute: what the backward pass computes again instead of keeping it: mlp = the hidden layer of 4 widths, most
             of the memory; block = the whole block: least memory, about a third more time
     """
@@ -102,6 +103,7 @@ class FinetuneModel(Encoder):
     like: str | None = None
     drop_path: float = 0.0
     head_init: float | None = None
+    freeze_encoder: bool = False
     recompute: Literal["none", "mlp", "block"] = "none"
 
     def __post_init__(self):
@@ -118,7 +120,11 @@ class Data:
         split: which split to train on
         size: height and width in pixels of the images the model sees; one number for a square
         crop_scale: least and greatest share of the image's area in a random crop
+        crop_ratio: least and greatest ratio of width to height of a random crop
+        interpolation: how crops are resized; random = bilinear or bicubic in training, bicubic in evaluation
         hflip: probability of a horizontal flip
+        vflip: probability of a vertical flip: for images without an up and down, as from above or a microscope
+        repeats: random crops of each image in a global batch, which then holds fewer images (repeated augmentation)
         mean: mean of each channel (pixels are 0 to 1); null = that of --init; else ImageNet's for 3 channels, or .5
         std: standard deviation of each channel, likewise
         workers: loader processes of each rank; 0 = none, load in the training process; null = a rank's share of the
@@ -132,7 +138,11 @@ class Data:
     split: str = "train"
     size: int | tuple[int, int] = 224
     crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Literal["bicubic", "bilinear", "nearest", "random"] = "bicubic"
     hflip: float = 0.5
+    vflip: float = 0.0
+    repeats: int = 1
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     workers: int | None = None
@@ -143,7 +153,11 @@ class Data:
     def __post_init__(self):
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares with 0 < least <= greatest <= 1")
-        require(0 <= self.hflip <= 1, "data.hflip", self.hflip, "a probability")
+        low, high = self.crop_ratio
+        require(0 < low <= high, "data.crop_ratio", self.crop_ratio, "two ratios with 0 < least <= greatest")
+        for key in ("hflip", "vflip"):
+            require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "a probability")
+        require(self.repeats > 0, "data.repeats", self.repeats, "positive")
         require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "positive")
         require(0 <= self.max_damaged <= 1, "data.max_damaged", self.max_damaged, "a share, 0 to 1")
@@ -154,6 +168,11 @@ class Data:
     def height_width(self) -> tuple[int, int]:
         """Image height and width, pixels."""
         return (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+
+    @property
+    def eval_interpolation(self) -> str:
+        """How images are resized where nothing is random."""
+        return "bicubic" if self.interpolation == "random" else self.interpolation
 
     def grid(self, stem_stride: int) -> tuple[int, int]:
         """Rows and columns of patches. Raises `UserError` if the patch does not divide the image."""
@@ -186,11 +205,15 @@ class Optim:
         micro_batch: images that a rank takes at once; the rest is accumulated; null = batch_size / ranks
         epochs: passes over the data
         warmup_epochs: epochs in which the learning rate rises from 0
+        warmup_lr: learning rate at the beginning of the warm-up, for a batch of 256
         min_lr: learning rate at the end, for a batch of 256
         weight_decay: decay of weights; biases, norms, GRN, layer scale and mask token have none
+        decay_rules: other weight decays by parameter name, like {"stem.*": 0, "*.grn.*": 0.01}; of several patterns
+            that match, the last counts; --dry-run prints every parameter's
         betas: AdamW's
         clip_grad: greatest norm of the gradient; 0 = off
-        precision: fp32, bf16 (autocast; weights stay fp32), or auto = bf16 on a GPU and fp32 on a CPU
+        precision: fp32; bf16 or fp16 (autocast; weights stay fp32; fp16 with dynamic loss scaling, for GPUs without
+            bf16); auto = bf16 on a GPU that has it, else fp32
         zero_stage: what DeepSpeed's ZeRO divides among the ranks: 0 nothing, 1 optimizer state, 2 gradients too,
             3 weights too; 3 resumes on the same number of ranks only
         max_skipped: steps in a row that may be skipped because the loss or a gradient is not finite; one more stops
@@ -202,11 +225,13 @@ class Optim:
     micro_batch: int | None = None
     epochs: int = 800
     warmup_epochs: float = 40
+    warmup_lr: float = 0.0
     min_lr: float = 0.0
     weight_decay: float = 0.05
+    decay_rules: dict[str, float] | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     clip_grad: float = 0.0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 1
     max_skipped: int = 10
 
@@ -217,7 +242,10 @@ class Optim:
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
         require(self.clip_grad >= 0, "optim.clip_grad", self.clip_grad, "0 or more")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        require(self.min_lr >= 0, "optim.min_lr", self.min_lr, "0 or more")
+        for key in ("warmup_lr", "min_lr"):
+            require(getattr(self, key) >= 0, f"optim.{key}", getattr(self, key), "0 or more")
+        for pattern, decay in (self.decay_rules or {}).items():
+            require(decay >= 0, f"optim.decay_rules {pattern}", decay, "0 or more")
         require(self.max_skipped >= 0, "optim.max_skipped", self.max_skipped, "0 or more")
         require(self.micro_batch is None or self.micro_batch > 0, "optim.micro_batch", self.micro_batch, "positive")
         require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers from 0 to below 1")
@@ -227,7 +255,7 @@ class Optim:
         scale = self.batch_size / 256
         warmup, total = self.warmup_epochs * steps_per_epoch, self.epochs * steps_per_epoch
         if step < warmup:
-            return self.lr * scale * step / warmup
+            return scale * (self.warmup_lr + (self.lr - self.warmup_lr) * step / warmup)
         progress = (step - warmup) / max(1, total - warmup)
         return scale * (self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
@@ -252,6 +280,9 @@ class Run:
         seed: of everything random
         log_every: steps between two log lines
         picture_every: epochs between two reconstruction pictures (pretraining)
+        eval_every: epochs between two evaluations, and after the last epoch (fine-tuning)
+        patience: epochs without a better top-1 after which fine-tuning ends; 0 = never
+        max_steps: end after this step of the schedule, as if the last epoch ended there: to try a recipe out
         save_every: epochs between two checkpoints
         save_minutes: also a checkpoint when the last one is this old, in the middle of an epoch; 0 = off
         keep: how many checkpoints to keep, besides the best one (fine-tuning)
@@ -265,6 +296,9 @@ class Run:
     seed: int = 0
     log_every: int = 10
     picture_every: int = 10
+    eval_every: int = 1
+    patience: int = 0
+    max_steps: int | None = None
     save_every: int = 1
     save_minutes: float = 30.0
     keep: int = 2
@@ -273,12 +307,53 @@ class Run:
     kernels: Literal["triton", "plain"] = "triton"
 
     def __post_init__(self):
-        for key in ("log_every", "picture_every", "save_every", "keep"):
+        for key in ("log_every", "picture_every", "eval_every", "save_every", "keep"):
             require(getattr(self, key) > 0, f"run.{key}", getattr(self, key), "positive")
+        require(self.patience >= 0, "run.patience", self.patience, "0 or more")
+        require(self.max_steps is None or self.max_steps > 0, "run.max_steps", self.max_steps, "positive")
         require(self.save_minutes >= 0, "run.save_minutes", self.save_minutes, "0 or more")
         require(self.hang_minutes > 0, "run.hang_minutes", self.hang_minutes, "positive")
         require(0 <= self.seed < 2**32, "run.seed", self.seed, "from 0 to below 2**32")
         require(self.name not in ("", ".", ".."), "run.name", repr(self.name), "the name of a folder")
+
+
+def check_repeats(data: Data, optim: Optim) -> None:
+    """Raise `UserError` for a global batch that is not so many crops of each of its images."""
+    require(
+        optim.batch_size % data.repeats == 0,
+        "data.repeats",
+        data.repeats,
+        f"a divisor of optim.batch_size {optim.batch_size}",
+    )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the encoder's features tell of labelled images while it is pretrained: accuracy of nearest neighbours.
+
+    Args:
+        every: epochs between two probes, and one after the last epoch; 0 = none; needs labels
+        path: labelled shards; null = those of data.path
+        train_split: split whose images are the neighbours
+        eval_split: split that is classified
+        images: the most images that are taken of either split, evenly spread over it
+        crop: share of the image's side in the centre crop; 1 = squash without crop
+    """
+
+    every: int = 0
+    path: str | None = None
+    train_split: str = "train"
+    eval_split: str = "val"
+    images: int = 50_000
+    crop: float = 0.875
+
+    def __post_init__(self):
+        require(self.every >= 0, "probe.every", self.every, "0 or more")
+        require(self.images > 0, "probe.images", self.images, "positive")
+        require(0 < self.crop <= 1, "probe.crop", self.crop, "above 0 and at most 1")
+        require(
+            self.eval_split != self.train_split, "probe.eval_split", self.eval_split, "another than probe.train_split"
+        )
 
 
 @dataclass(frozen=True)
@@ -292,6 +367,7 @@ class Pretrain:
         data: Images
         model: Masked autoencoder
         optim: Optimisation
+        probe: Nearest neighbours along the way
         run: The run
     """
 
@@ -300,7 +376,11 @@ class Pretrain:
     data: Data = field(default_factory=Data)
     model: PretrainModel = field(default_factory=PretrainModel)
     optim: Optim = field(default_factory=Optim)
+    probe: Probe = field(default_factory=Probe)
     run: Run = field(default_factory=Run)
+
+    def __post_init__(self):
+        check_repeats(self.data, self.optim)
 
 
 @dataclass(frozen=True)
@@ -308,25 +388,41 @@ class Augment:
     """Augmentations and regularisers, timm's.
 
     Args:
-        rand_augment: RandAugment policy in timm's notation, like rand-m9-mstd0.5-inc1; null = off; needs 3 channels
+        auto_augment: policy in timm's notation: RandAugment (rand-m9-mstd0.5-inc1), AutoAugment (original, originalr,
+            v0, v0r), three-augment (3a) or AugMix (augmix-m3-w3); null = off; needs 3 channels of 8 bits
+        color_jitter: greatest relative change of brightness, contrast and saturation; 0 = off; needs 3 channels
         erase: probability of random erasing
+        erase_mode: what the erased area is filled with: const = the mean, rand = one random colour, pixel = noise
+        erase_count: the most areas that are erased in an image
         mixup: mixup's alpha; 0 = off
         cutmix: cutmix's alpha; 0 = off
+        mix_prob: probability that mixup or cutmix is applied
+        mix_switch: probability of cutmix where both are on
+        mix_mode: what shares one draw: batch = the micro batch, pair = two images, elem = none
         smoothing: label smoothing
         ema: decay of the exponential moving average of the weights; 0 = off
         eval_crop: share of the image's side in the centre crop of an evaluation; 1 = squash without crop
     """
 
-    rand_augment: str | None = None
+    auto_augment: str | None = None
+    color_jitter: float = 0.0
     erase: float = 0.0
+    erase_mode: Literal["const", "rand", "pixel"] = "pixel"
+    erase_count: int = 1
     mixup: float = 0.0
     cutmix: float = 0.0
+    mix_prob: float = 1.0
+    mix_switch: float = 0.5
+    mix_mode: Literal["batch", "pair", "elem"] = "batch"
     smoothing: float = 0.1
     ema: float = 0.0
     eval_crop: float = 0.875
 
     def __post_init__(self):
-        require(0 <= self.erase <= 1, "augment.erase", self.erase, "a probability")
+        for key in ("erase", "mix_prob", "mix_switch"):
+            require(0 <= getattr(self, key) <= 1, f"augment.{key}", getattr(self, key), "a probability")
+        require(0 <= self.color_jitter <= 1, "augment.color_jitter", self.color_jitter, "from 0 to 1")
+        require(self.erase_count > 0, "augment.erase_count", self.erase_count, "positive")
         require(0 <= self.smoothing < 1, "augment.smoothing", self.smoothing, "at least 0 and below 1")
         require(0 <= self.ema < 1, "augment.ema", self.ema, "at least 0 and below 1")
         for key in ("mixup", "cutmix"):
@@ -345,6 +441,8 @@ class Finetune:
         eval_split: split that is evaluated after each epoch
         layer_decay: factor of the learning rate from one layer to the one below it; 1 = off
         layer_decay_kind: what a layer is: single = each block; group = a twelfth of the network
+        balance: how far rare classes are drawn more often: 0 = as they come, 1 = all classes alike; an image of a class
+            with n images is drawn in proportion to n ** -balance
         data: Images
         model: Classifier
         optim: Optimisation
@@ -357,6 +455,7 @@ class Finetune:
     eval_split: str = "val"
     layer_decay: float = 1.0
     layer_decay_kind: Literal["single", "group"] = "single"
+    balance: float = 0.0
     data: Data = field(default_factory=Data)
     model: FinetuneModel = field(default_factory=FinetuneModel)
     optim: Optim = field(default_factory=Optim)
@@ -365,6 +464,8 @@ class Finetune:
 
     def __post_init__(self):
         require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0 and at most 1")
+        check_repeats(self.data, self.optim)
+        require(0 <= self.balance <= 1, "balance", self.balance, "from 0 to 1")
         if self.augment.ema and self.optim.zero_stage == 3:
             raise UserError(
                 f"augment.ema is {self.augment.ema} with optim.zero_stage 3, where no rank has all weights to average: "

@@ -18,7 +18,8 @@ def describe(folder: Path) -> None:
         samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
         print(f"  {split:6} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
     print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
-    print(f"ready: deepspeed pretrain/main.py --data.path {folder}")
+    recipe = "--config configs/pretrain/photos.yaml"
+    print(f"ready: deepspeed pretrain/main.py {recipe} --data.path {folder} --run.name {folder.absolute().name}")
 
 
 def index_folder(folder: Path, workers: int) -> None:

@@ -38,7 +38,9 @@ def collate(samples: list[dict]) -> dict[str, Tensor]:
 
 
 class Samples(Dataset):
-    """The samples of a split, decoded and transformed, by (epoch, sample). Sample -1 fills a batch; its label is -1.
+    """The samples of a split, decoded and transformed, by (epoch, sample, view).
+
+    Sample -1 fills a batch; its label is -1. Views are the several random crops of a sample in an epoch (data.repeats).
 
     A damaged image is replaced by another one, the same on every machine and in every resumed run, and marked.
 
@@ -51,18 +53,18 @@ class Samples(Dataset):
     def __init__(self, split: Split, channels: int, seed: int, transform: Transform, score: bool = False):
         self.split, self.channels, self.seed, self.transform, self.score = split, channels, seed, transform, score
 
-    def __getitem__(self, index: tuple[int, int]) -> dict[str, Tensor | int | bool]:
-        epoch, sample = index
+    def __getitem__(self, index: tuple[int, int, int]) -> dict[str, Tensor | int | bool]:
+        epoch, sample, view = index
         wanted = max(0, sample)
         image, label = self._load(wanted)
         damaged = image is None
         if damaged:
             image, label = self._replacement(epoch, wanted)
         return {
-            **self.transform(image, sample_rng(self.seed, epoch, wanted)),
+            **self.transform(image, sample_rng(self.seed, epoch, wanted, view)),
             "label": -1 if sample < 0 or (damaged and self.score) else label,
             "sample": sample,
-            "damaged": damaged,
+            "damaged": damaged and sample >= 0,  # a filling is not a sample
         }
 
     def _load(self, sample: int) -> tuple[Tensor | None, int | str]:
@@ -125,6 +127,10 @@ class Loader:
         except UserError as error:  # torch wraps a worker's message into its traceback
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
         finally:
+            if self.torch_loader.num_workers:
+                # torch does so when the iterator is collected: late where a traceback holds it, and then it waits 10 s
+                # for each process, because the queues that would tell them are gone
+                batches._shutdown_workers()
             if self.ahead:
                 self.ahead.want([])
 
@@ -217,10 +223,16 @@ def train_loader(
     rank: int = 0,
     ranks: int = 1,
     pin: bool = False,
+    weights: np.ndarray | None = None,
 ) -> Loader:
-    """All micro batches of a rank, over all epochs. Raises `UserError` if there is not one global batch of samples."""
+    """All micro batches of a rank, over all epochs; `weights` as `EpochOrder` takes them.
+
+    Raises:
+        UserError: there is not one global batch of samples
+    """
     micro, _ = optim.accumulation(ranks)
-    batches = TrainBatches(EpochOrder(split.counts, seed), optim.batch_size, micro, rank, ranks, optim.epochs)
+    order = EpochOrder(split.counts, seed, weights)
+    batches = TrainBatches(order, optim.batch_size, micro, rank, ranks, optim.epochs, data.repeats)
     if batches.steps_per_epoch == 0:
         raise UserError(
             f"{split.folder} has {len(split)} samples in split {split.name}, fewer than one batch: "

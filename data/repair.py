@@ -33,6 +33,7 @@ from data.shards import (
     Shard,
     index_file,
     index_tar,
+    label_of,
     member_end,
     read_index,
     split_name,
@@ -190,8 +191,8 @@ def _decodable(file: BinaryIO, members: list[Member]) -> tuple[np.ndarray, np.nd
     rows, labels, fine = {}, {}, {}
     for member in members:
         if member.kind == "cls":
-            text = _read(file, member)
-            labels[member.key] = int(text) if text.strip().isdigit() and len(text) <= 9 else -1
+            label = label_of(_read(file, member))
+            labels[member.key] = -1 if label is None else label
         elif member.kind in IMAGE_TYPES and member.key not in rows:
             data = _read(file, member)
             rows[member.key] = member.offset, member.size, zlib.crc32(data)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 # What a random number is for: the second word of every generator's key, so that no two purposes share a stream
-SHARDS, WINDOWS, SAMPLES, STEPS, SUBSTITUTES = 1, 2, 3, 4, 5
+SHARDS, WINDOWS, SAMPLES, STEPS, SUBSTITUTES, DRAWS = 1, 2, 3, 4, 5, 6
 WINDOW = 16  # shards that are shuffled together
 
 
@@ -21,23 +21,41 @@ class EpochOrder:
     Args:
         counts: samples in each shard
         seed: of the run
+        weights: how often each sample is drawn, up to a factor: an epoch then is as long, but has some samples several
+            times and others not; None = each once
         window: shards shuffled together
     """
 
-    def __init__(self, counts: np.ndarray, seed: int, window: int = WINDOW):
-        self.counts, self.seed, self.window = counts, seed, window
+    def __init__(self, counts: np.ndarray, seed: int, weights: np.ndarray | None = None, window: int = WINDOW):
+        self.counts, self.seed, self.weights, self.window = counts, seed, weights, window
         self.first = np.concatenate([[0], np.cumsum(counts)])[:-1]
+        self._drawn: tuple[int, np.ndarray] | None = None
         self._shards: tuple[int, np.ndarray, np.ndarray] | None = None
         self._window: tuple[tuple[int, int], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
+    def _copies(self, epoch: int) -> np.ndarray:
+        """How often an epoch has each sample: its weight, rounded up or down so that the sum is right."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            share = np.cumsum(self.weights, dtype=np.float64)
+            start = np.random.default_rng([self.seed, DRAWS, epoch]).random()
+            edges = np.floor(share * (len(self) / share[-1]) + start).astype(np.int64)
+            edges[-1] = len(self)  # rounding could lose one
+            self._drawn = epoch, np.diff(edges, prepend=0)
+        return self._drawn[1]
+
+    def _drawn_of_shards(self, epoch: int) -> np.ndarray:
+        before = np.concatenate([[0], np.cumsum(self._copies(epoch))])  # copies of all samples before each one
+        return before[self.first + self.counts] - before[self.first]
+
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the shards, and the position at which each window starts (and the last one ends)."""
         if self._shards is None or self._shards[0] != epoch:
             order = np.random.default_rng([self.seed, SHARDS, epoch]).permutation(len(self.counts))
-            ends = np.cumsum(self.counts[order])
+            counts = self.counts if self.weights is None else self._drawn_of_shards(epoch)
+            ends = np.cumsum(counts[order])
             starts = np.concatenate([[0], ends[self.window - 1 :: self.window], ends[-1:]])
             self._shards = epoch, order, starts
         return self._shards[1:]
@@ -47,6 +65,8 @@ class EpochOrder:
             order, _ = self._shard_order(epoch)
             shards = order[number * self.window : (number + 1) * self.window]
             ids = np.concatenate([np.arange(self.first[s], self.first[s] + self.counts[s]) for s in shards])
+            if self.weights is not None:
+                ids = np.repeat(ids, self._copies(epoch)[ids])
             self._window = (epoch, number), np.random.default_rng([self.seed, WINDOWS, epoch, number]).permutation(ids)
         return self._window[1]
 
@@ -75,37 +95,45 @@ class TrainBatches:
     """Micro batches of one rank, from a step of an epoch to the end of training.
 
     A global batch is `batch_size` consecutive positions; rank r takes its r-th part. An epoch's tail that does not fill
-    a global batch is left out, so ranks always agree on the number of steps. Yields lists of (epoch, sample).
+    a global batch is left out, so ranks always agree on the number of steps. Yields lists of (epoch, sample, view).
+
+    With `repeats` r, a global batch is `batch_size` / r positions, first each one's view 0, then each one's view 1, and
+    so on. An epoch has as many steps as without, so it ends after an r-th of its samples.
     """
 
-    def __init__(self, order: EpochOrder, batch_size: int, micro: int, rank: int, ranks: int, epochs: int):
-        self.order, self.batch_size, self.micro = order, batch_size, micro
+    def __init__(
+        self, order: EpochOrder, batch_size: int, micro: int, rank: int, ranks: int, epochs: int, repeats: int = 1
+    ):
+        self.order, self.micro = order, micro
         self.rank, self.ranks, self.epochs = rank, ranks, epochs
+        self.share, self.positions = batch_size // ranks, batch_size // repeats  # of a rank; of a global batch
         self.steps_per_epoch = len(order) // batch_size
         self.first_step = 0  # optimizer steps already done, over all epochs
         self.ahead: Callable[[list[int]], None] | None = None  # told which shards come next, when a new window begins
 
     def _coming(self, epoch: int, now: range) -> list[int]:
         """Shards of some windows, then those of the window after them."""
-        last = self.order.windows(epoch, 0, self.steps_per_epoch * self.batch_size)[-1]  # of those that are used
+        last = self.order.windows(epoch, 0, self.steps_per_epoch * self.positions)[-1]  # of those that are used
         shards = [shard for number in now for shard in self.order.shards(epoch, number)]
         if now[-1] < last:
             return shards + self.order.shards(epoch, now[-1] + 1)
         return shards + (self.order.shards(epoch + 1, 0) if epoch + 1 < self.epochs else [])
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = self.batch_size // self.ranks
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         told = None
+        views, places = np.divmod(np.arange(self.rank * self.share, (self.rank + 1) * self.share), self.positions)
         for step in range(self.first_step, self.epochs * self.steps_per_epoch):
             epoch, batch = divmod(step, self.steps_per_epoch)
-            now = epoch, self.order.windows(epoch, batch * self.batch_size, (batch + 1) * self.batch_size)
+            now = epoch, self.order.windows(epoch, batch * self.positions, (batch + 1) * self.positions)
             if self.ahead and now != told:
                 self.ahead(self._coming(*now))
                 told = now
-            start = batch * self.batch_size + self.rank * share
-            ids = self.order.ids(epoch, start, start + share).tolist()
-            for i in range(0, share, self.micro):
-                yield [(epoch, sample) for sample in ids[i : i + self.micro]]
+            first, last = places.min(), places.max() + 1
+            start = batch * self.positions
+            ids = self.order.ids(epoch, start + first, start + last)[places - first].tolist()
+            for i in range(0, self.share, self.micro):
+                part = slice(i, i + self.micro)
+                yield [(epoch, sample, view) for sample, view in zip(ids[part], views[part].tolist(), strict=True)]
 
 
 class EvalBatches:
@@ -119,6 +147,11 @@ class EvalBatches:
     def __len__(self) -> int:
         return -(-len(self.ids) // self.batch)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for i in range(0, len(self.ids), self.batch):
-            yield [(0, sample) for sample in self.ids[i : i + self.batch]]
+            yield [(0, sample, 0) for sample in self.ids[i : i + self.batch]]
+
+
+def class_weights(labels: np.ndarray, power: float) -> np.ndarray:
+    """Weight of each sample for `EpochOrder`: n ** -power, where n samples have its label."""
+    return np.bincount(labels).astype(np.float64)[labels] ** -power

@@ -94,7 +94,12 @@ def read_rows(tar: Path) -> np.ndarray:
                 file.seek(member.offset_data)
                 data = file.read(member.size)
                 if kind == "cls":
-                    labels[key] = _label(data, tar, member.name)
+                    labels[key] = label_of(data)
+                    if labels[key] is None:
+                        raise UserError(
+                            f"{tar}: the label in {member.name} is {data[:20]!r}; "
+                            "a .cls member must hold a whole number"
+                        )
                 else:
                     rows[key] = [member.offset_data, member.size, zlib.crc32(data)]
             check_end(file, end, length, tar)
@@ -129,10 +134,9 @@ def check_end(file: BinaryIO, end: int, limit: int, tar: Path) -> None:
         raise UserError(f"{tar} is cut short or damaged after byte {end}: fetch or write it again")
 
 
-def _label(data: bytes, tar: Path, member: str) -> int:
-    if not data.strip().isdigit() or len(data) > 9:
-        raise UserError(f"{tar}: the label in {member} is {data[:20]!r}; a .cls member must hold a whole number")
-    return int(data)
+def label_of(data: bytes) -> int | None:
+    """The label that a `cls` member holds; None = it is no whole number."""
+    return int(data) if data.strip().isdigit() and len(data) <= 9 else None
 
 
 def index_bytes(shard: Shard) -> int:
@@ -306,11 +310,12 @@ class Split:
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none."""
-        numbers = range(len(self.shards))
-        if isinstance(self.folder, Path):
-            return np.concatenate([self._shard(number)[1]["label"].copy() for number in numbers])
+
+        def of_shard(number: int) -> np.ndarray:
+            return self._rows(number)["label"].copy()  # a view would keep the whole index
+
         with ThreadPoolExecutor(FETCHES) as pool:  # of the tars nothing is needed
-            return np.concatenate([rows["label"] for rows in pool.map(self._rows, numbers)])
+            return np.concatenate(list(pool.map(of_shard, range(len(self.shards)))))
 
     def __getstate__(self) -> dict:  # open files stay behind when a loader process starts
         return {**self.__dict__, "_open": OrderedDict()}

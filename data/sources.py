@@ -105,9 +105,7 @@ def _list_tar(path: Path) -> Iterator[Item]:
         with tarfile.open(path, "r:") as outer, path.open("rb") as file:
             end = 0
             for member in outer:
-                end = member_end(member)
-                if member.size < 0:  # which would lead back, and round in circles
-                    raise UserError(f"{path} is damaged at byte {member.offset}: fetch it again")
+                end = _next(member, path, 0)
                 if member.isreg() and member.name.endswith(".tar"):
                     yield from _list_inner_tar(path, file, outer, member)
                 elif member.isreg() and member.name.endswith(".cls"):
@@ -125,10 +123,17 @@ def _list_inner_tar(path: Path, file: BinaryIO, outer: tarfile.TarFile, member: 
     folder, end = member.name.removesuffix(".tar"), 0
     with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
         for image in inner:
-            end = member_end(image)
+            end = _next(image, path, member.offset_data)
             if image.isreg() and _is_image(image.name):
                 yield _tar_item(f"{folder}/{image.name}", path, member.offset_data + image.offset_data, image.size)
     check_end(file, member.offset_data + end, member.offset_data + member.size, path)
+
+
+def _next(member: tarfile.TarInfo, path: Path, start: int) -> int:
+    """Where the next header begins, in a tar that begins at byte `start` of `path`."""
+    if member.size < 0:  # which would lead back, and round in circles
+        raise UserError(f"{path} is damaged at byte {start + member.offset}: fetch it again")
+    return member_end(member)
 
 
 def _tar_item(name: str, path: Path, offset: int, size: int) -> Item:

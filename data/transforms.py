@@ -6,32 +6,43 @@ What is random is drawn from the generator handed in, one for each (seed, epoch,
 import io
 import math
 import random
+import re
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from configs.errors import UserError, reason
+from configs.schema import Augment, Data
 from data.sampler import SAMPLES
 
-CROP_RATIO = (3 / 4, 4 / 3)  # least and greatest aspect ratio of a random crop
 MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA, None: ImageReadMode.UNCHANGED}
+RESIZING = {  # torch's own "nearest" is half a pixel off PIL's
+    "nearest": InterpolationMode.NEAREST_EXACT,
+    "bilinear": InterpolationMode.BILINEAR,
+    "bicubic": InterpolationMode.BICUBIC,
+}
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 NPY_MAGIC = b"\x93NUMPY"
+NUMBER = r"\d+(\.\d+)?"
+POLICY = re.compile(  # of timm
+    rf"rand(-((m|n|p|mstd|mmax|inc){NUMBER}|t\w*))*|augmix(-(m|w|d|a|b|mstd){NUMBER})*"
+    rf"|(original|originalr|v0|v0r|3a)(-mstd{NUMBER})?"
+)
 PICTURES = ("JPEG", "PNG", "WEBP", "GIF")  # PIL's names of what is read besides .npy
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where PIL itself refuses a picture as a bomb, so that prepare.py agrees
 
 
-def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """The generator of one sample in one epoch."""
-    return np.random.default_rng([seed, SAMPLES, epoch, sample])
+def sample_rng(seed: int, epoch: int, sample: int, view: int = 0) -> np.random.Generator:
+    """The generator of one sample in one epoch; of its several crops there (`data.repeats`), that of one `view`."""
+    return np.random.default_rng([seed, SAMPLES, epoch, sample] + ([view] if view else []))
 
 
 def decode(data: bytes, channels: int | None = None) -> Tensor:
@@ -152,36 +163,44 @@ def _decode_npy(data: bytes) -> Tensor:
 
 
 def random_box(
-    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratios: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop, distributed like torchvision's RandomResizedCrop."""
+    """Top, left, height and width of a random crop, distributed like torchvision's RandomResizedCrop.
+
+    Args:
+        scale: least and greatest share of the area
+        ratios: least and greatest ratio of width to height
+    """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        ratio = math.exp(rng.uniform(math.log(ratios[0]), math.log(ratios[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    w = min(width, round(height * CROP_RATIO[1]))  # the largest centred crop of an allowed shape
-    h = min(height, round(width / CROP_RATIO[0]))
+    w = min(width, max(1, round(height * ratios[1])))  # the largest centred crop of an allowed shape
+    h = min(height, max(1, round(width / ratios[0])))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def random_crop_flip(
-    image: Tensor, rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float], hflip: float
-) -> Tensor:
-    """A random crop of the image at `size` (bicubic, antialiased), mirrored with probability `hflip`."""
-    box = random_box(rng, image.shape[1], image.shape[2], scale)
-    image = F.resized_crop(image, *box, list(size), InterpolationMode.BICUBIC, antialias=True)
-    return image.flip(2) if rng.random() < hflip else image
+def random_crop(image: Tensor, rng: np.random.Generator, data: Data) -> Tensor:
+    """A random crop of the image at `data.size` (antialiased), mirrored with probability `hflip`, `vflip`."""
+    box = random_box(rng, image.shape[1], image.shape[2], data.crop_scale, data.crop_ratio)
+    mode = data.interpolation
+    if mode == "random":
+        mode = ("bilinear", "bicubic")[rng.integers(2)]
+    image = F.resized_crop(image, *box, list(data.height_width), RESIZING[mode], antialias=True)
+    image = image.flip(2) if rng.random() < data.hflip else image
+    return image.flip(1) if data.vflip and rng.random() < data.vflip else image
 
 
-def center_crop(image: Tensor, size: tuple[int, int], share: float) -> Tensor:
+def center_crop(image: Tensor, size: tuple[int, int], share: float, interpolation: str = "bicubic") -> Tensor:
     """The image at `size` for evaluation: its centre, `share` of the side long; 1 = the whole image, squashed."""
+    mode = RESIZING[interpolation]
     if share == 1:
-        return F.resize(image, list(size), InterpolationMode.BICUBIC, antialias=True)
+        return F.resize(image, list(size), mode, antialias=True)
     scale = max(size[0] / share / image.shape[1], size[1] / share / image.shape[2])
     resized = [max(target, round(side * scale)) for target, side in zip(size, image.shape[1:], strict=True)]
-    return F.center_crop(F.resize(image, resized, InterpolationMode.BICUBIC, antialias=True), list(size))
+    return F.center_crop(F.resize(image, resized, mode, antialias=True), list(size))
 
 
 def draw_visible(rng: np.random.Generator, grid: tuple[int, int], n: int) -> Tensor:
@@ -195,62 +214,91 @@ def draw_visible(rng: np.random.Generator, grid: tuple[int, int], n: int) -> Ten
 class PretrainTransform:
     """A sample for the masked autoencoder: a random crop, and a mask with n visible patches."""
 
-    size: tuple[int, int]
-    crop_scale: tuple[float, float]
-    hflip: float
+    data: Data
     grid: tuple[int, int]
     n: int
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-        image = random_crop_flip(image, rng, self.size, self.crop_scale, self.hflip)
-        return {"image": image, "visible": draw_visible(rng, self.grid, self.n)}
+        return {"image": random_crop(image, rng, self.data), "visible": draw_visible(rng, self.grid, self.n)}
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """A sample for the classifier in training: a random crop, and RandAugment if asked for."""
+    """A sample for the classifier in training: a random crop, a policy's changes, colour jitter."""
 
-    size: tuple[int, int]
-    crop_scale: tuple[float, float]
-    hflip: float
-    rand_augment: "RandAugment | None"
+    data: Data
+    policy: "AutoAugment | None" = None
+    color_jitter: float = 0.0
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-        image = random_crop_flip(image, rng, self.size, self.crop_scale, self.hflip)
-        return {"image": self.rand_augment(image, rng) if self.rand_augment else image}
+        image = random_crop(image, rng, self.data)
+        if self.policy:
+            image = self.policy(image, rng)
+        return {"image": jitter(image, rng, self.color_jitter) if self.color_jitter else image}
+
+
+def train_transform(data: Data, augment: Augment, mean: tuple[float, ...]) -> TrainTransform:
+    """The transform that a configuration asks for; `mean` is the channels'.
+
+    Raises:
+        UserError: a policy timm does not know, or changes of colour for images that have no three channels
+    """
+    for key, off in (("auto_augment", "null"), ("color_jitter", "0")):
+        if getattr(augment, key) and len(mean) != 3:
+            raise UserError(f"augment.{key} needs images of 3 channels, these have {len(mean)}: set it to {off}")
+    policy = AutoAugment(augment.auto_augment, mean, data) if augment.auto_augment else None
+    return TrainTransform(data, policy, augment.color_jitter)
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """A sample for evaluation: the image's centre."""
+    """A sample for evaluation: the image's centre, as `center_crop` takes it."""
 
     size: tuple[int, int]
     crop: float
+    interpolation: str = "bicubic"
 
-    def __call__(self, image: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-        return {"image": center_crop(image, self.size, self.crop)}
+    def __call__(self, image: Tensor, rng: np.random.Generator | None = None) -> dict[str, Tensor]:
+        return {"image": center_crop(image, self.size, self.crop, self.interpolation)}
 
 
-class RandAugment:
-    """timm's RandAugment on a uint8 tensor of 3 channels. Raises `UserError` for a policy timm does not know."""
+class AutoAugment:
+    """A policy of timm's on a uint8 tensor of 3 channels: RandAugment, AutoAugment, three-augment or AugMix.
 
-    def __init__(self, policy: str, mean: tuple[float, ...]):
-        if len(mean) != 3:
-            raise UserError(f"augment.rand_augment needs images of 3 channels, these have {len(mean)}: leave it null")
-        fill = tuple(round(255 * m) for m in mean)
-        try:
-            self.transform = rand_augment_transform(policy, {"img_mean": fill, "translate_const": 100})
-        except (AssertionError, ValueError, KeyError):
+    Raises:
+        UserError: a policy timm does not know
+    """
+
+    def __init__(self, policy: str, mean: tuple[float, ...], data: Data):
+        if not POLICY.fullmatch(policy):  # timm passes over what it does not know
             raise UserError(
-                f"augment.rand_augment {policy!r} is not a policy: write it like rand-m9-mstd0.5-inc1"
-            ) from None
+                f"augment.auto_augment {policy!r} is not a policy: write it like rand-m9-mstd0.5-inc1, original, v0, "
+                "3a or augmix-m3-w3"
+            )
+        kind = policy.partition("-")[0]
+        make = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}.get(kind, auto_augment_transform)
+        settings = {"img_mean": tuple(round(255 * m) for m in mean)}
+        if kind == "augmix":
+            settings["translate_pct"] = 0.3
+        else:
+            settings["translate_const"] = int(0.45 * min(data.height_width))
+        if data.interpolation != "random":
+            settings["interpolation"] = getattr(Image.Resampling, data.interpolation.upper())
+        self.transform = make(policy, settings)
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         random.seed(int(rng.integers(2**32)))  # timm draws from the global generators
         np.random.seed(int(rng.integers(2**32)))
         if image.dtype != torch.uint8:
-            raise UserError("augment.rand_augment needs images of 8 bits: leave it null")
+            raise UserError("augment.auto_augment needs images of 8 bits: set it to null")
         return F.pil_to_tensor(self.transform(F.to_pil_image(image)))
+
+
+def jitter(image: Tensor, rng: np.random.Generator, most: float) -> Tensor:
+    """An image [3, H, W] with brightness, contrast and saturation, in random order, changed by up to `most`."""
+    for adjust in rng.permutation([F.adjust_brightness, F.adjust_contrast, F.adjust_saturation]):
+        image = adjust(image, rng.uniform(1 - most, 1 + most))
+    return image
 
 
 def to_float(images: Tensor) -> Tensor:

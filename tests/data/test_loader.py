@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 from configs.errors import UserError
-from configs.schema import Data, Optim
+from configs.schema import Data, Optim, Pretrain
 from data.loader import eval_loader, open_split, train_loader
 from data.shards import index_file
 from data.transforms import EvalTransform, PretrainTransform
 from tests.data.helpers import as_folder, collection, picture
 from tests.data.test_prepare import prepared
 
-transform = PretrainTransform((16, 16), (0.2, 1.0), 0.5, (2, 2), 2)
+transform = PretrainTransform(Data(size=16), (2, 2), 2)
 
 
 def batches(folder, workers, first_step=0):
@@ -105,6 +105,14 @@ def test_what_is_said_of_a_damaged_image(tmp_path):
     )
 
 
+def test_the_filling_of_a_batch_is_not_a_damaged_sample(tmp_path):
+    shard = small(tmp_path)
+    damage(shard, 0)  # with whose image a last batch is filled
+    data = Data(str(shard.parent), workers=0)
+    (batch,) = eval_loader(open_split(data), EvalTransform((8, 8), 1), 3, data, 5, rank=4, ranks=5)
+    assert batch["sample"].tolist() == [4, 9, -1] and not batch["damaged"].any()
+
+
 def test_a_damaged_image_does_not_count_in_an_evaluation(tmp_path):
     shard = small(tmp_path)
     damage(shard, 3)
@@ -140,3 +148,17 @@ def test_too_few_images_for_a_batch(digits):
     data = Data(str(digits))
     with pytest.raises(UserError, match=r"1442 samples .* fewer than one batch: lower optim\.batch_size .now 4096"):
         train_loader(open_split(data), transform, 1, 0, data, Optim(), 0, 1)
+
+
+def test_repeated_images_have_other_crops_and_masks(digits):
+    data, optim = Data(str(digits), size=16, repeats=2, workers=0), Optim(batch_size=40, epochs=1)
+    batch = next(iter(train_loader(open_split(data), PretrainTransform(data, (2, 2), 2), 1, 0, data, optim)))
+    assert torch.equal(batch["sample"][:20], batch["sample"][20:]) and len(batch["sample"][:20].unique()) == 20
+    assert torch.equal(batch["label"][:20], batch["label"][20:])
+    for part in ("image", "visible"):
+        first, second = batch[part][:20].flatten(1), batch[part][20:].flatten(1)
+        assert (first != second).any(
+            1
+        ).float().mean() > 0.7  # of two patches in four, one pair of masks in six is alike
+    with pytest.raises(UserError, match=r"data\.repeats is 3: it must be a divisor of optim\.batch_size 40"):
+        Pretrain(data=Data(repeats=3), optim=optim)

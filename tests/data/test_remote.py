@@ -33,7 +33,7 @@ from tests.data.test_prepare import prepared
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than cores
 TAR = "train-000001.tar"
 FORK = multiprocessing.get_context("fork")
-transform = PretrainTransform((16, 16), (0.2, 1.0), 0.5, (2, 2), 2)
+transform = PretrainTransform(Data(size=16), (2, 2), 2)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.sampler import EpochOrder, EvalBatches, TrainBatches
+from data.sampler import EpochOrder, EvalBatches, TrainBatches, class_weights
 
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(lambda counts: sum(counts) > 0)
 
@@ -54,6 +54,44 @@ def test_global_batches_do_not_depend_on_ranks(ranks, micro):
     assert len(batches(ranks, micro)) == 3 * (40 // 16)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_repeated_augmentation(ranks):
+    order = EpochOrder(np.array([30, 30]), 5)
+    parts = [list(TrainBatches(order, 12, 12 // ranks, rank, ranks, epochs=2, repeats=3)) for rank in range(ranks)]
+    steps = [[index for batch in step for index in batch] for step in zip(*parts, strict=True)]
+    assert len(steps) == 2 * (60 // 12)
+    for number, step in enumerate(steps):
+        epoch, place = divmod(number, 5)
+        images = order.ids(epoch, 4 * place, 4 * place + 4).tolist()
+        assert step == [(epoch, sample, view) for view in range(3) for sample in images]
+
+
+@settings(deadline=None, max_examples=60)
+@given(COUNTS, st.integers(1, 7), st.integers(0, 3))
+def test_weighted_epochs(counts, window, epoch):
+    total = sum(counts)
+    weights = np.random.default_rng(total).random(total) + 0.01
+    order = EpochOrder(np.array(counts), 3, weights, window)
+    copies = np.bincount(order.ids(epoch, 0, total), minlength=total)
+    assert copies.sum() == total and (np.abs(copies - weights * total / weights.sum()) < 1).all()
+    part = EpochOrder(np.array(counts), 3, weights, window).ids(epoch, total // 3, total // 2)
+    assert np.array_equal(part, order.ids(epoch, 0, total)[total // 3 : total // 2])
+
+
+def test_balanced_classes():
+    labels = np.repeat([0, 1, 2], [900, 90, 10])
+    shares = {}
+    for power in (0, 0.5, 1):
+        order = EpochOrder(np.array([500, 500]), 0, class_weights(labels, power))
+        drawn = np.concatenate([labels[order.ids(epoch, 0, 1000)] for epoch in range(6)])
+        shares[power] = np.bincount(drawn) / len(drawn)
+    assert np.allclose(shares[0], [0.9, 0.09, 0.01])
+    roots = np.sqrt([900, 90, 10])
+    assert np.allclose(shares[0.5], roots / roots.sum(), atol=0.002) and np.allclose(shares[1], 1 / 3, atol=0.002)
+    ids = [np.bincount(order.ids(epoch, 0, 1000)[:900], minlength=1000)[:900] for epoch in range(2)]
+    assert not np.array_equal(*ids)  # other images of the frequent class each time
+
+
 def test_a_resumed_run_sees_the_rest():
     def make(first):
         batches = TrainBatches(EpochOrder(np.array([30, 30]), 5), 8, 4, 0, 1, epochs=4)
@@ -71,5 +109,5 @@ def test_evaluation_sees_every_sample_once(samples, batch, ranks):
     parts = [list(EvalBatches(samples, batch, rank, ranks)) for rank in range(ranks)]
     assert len({len(part) for part in parts}) == 1  # no rank waits for another
     assert all(len(part) == len(EvalBatches(samples, batch, 0, ranks)) for part in parts)
-    seen = [sample for part in parts for b in part for _, sample in b if sample >= 0]
+    seen = [sample for part in parts for b in part for _, sample, _ in b if sample >= 0]
     assert sorted(seen) == list(range(samples))

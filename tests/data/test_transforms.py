@@ -14,19 +14,24 @@ from torchvision.io import decode_image
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from configs.errors import UserError
+from configs.schema import Augment, Data
 from data.transforms import (
     MODES,
     MOST_PIXELS,
-    RandAugment,
+    AutoAugment,
     center_crop,
     decode,
     draw_visible,
+    jitter,
     normalize,
     random_box,
-    random_crop_flip,
+    random_crop,
     sample_rng,
+    train_transform,
 )
 from tests.data.helpers import picture
+
+RATIOS = (3 / 4, 4 / 3)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +236,7 @@ def test_what_cannot_be_decoded(data, channels, says):
 
 def test_boxes_are_distributed_like_torchvisions():
     rng, scale, image = np.random.default_rng(0), (0.2, 1.0), torch.empty(3, 240, 320)
-    ours = np.array([random_box(rng, 240, 320, scale) for _ in range(4000)])
+    ours = np.array([random_box(rng, 240, 320, scale, RATIOS) for _ in range(4000)])
     theirs = np.array(
         [RandomResizedCrop.make_params(RandomResizedCrop(8, scale), [image]) for _ in range(4000)], object
     )
@@ -245,25 +250,56 @@ def test_boxes_are_distributed_like_torchvisions():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (8, 8)])
 def test_boxes_fit_odd_images(shape):
     for seed in range(50):
-        top, left, height, width = random_box(np.random.default_rng(seed), *shape, (0.2, 1.0))
+        top, left, height, width = random_box(np.random.default_rng(seed), *shape, (0.2, 1.0), RATIOS)
         assert top >= 0 and left >= 0 and height > 0 and width > 0
         assert top + height <= shape[0] and left + width <= shape[1]
 
 
+def test_crops_have_the_ratios_and_areas_asked_for():
+    for ratios in ((1.0, 1.0), (2.0, 4.0)):
+        boxes = [random_box(np.random.default_rng(seed), 400, 800, (0.05, 0.1), ratios) for seed in range(50)]
+        found = np.array([(w / h, w * h / (400 * 800)) for _, _, h, w in boxes])
+        assert (found[:, 0] > ratios[0] - 0.05).all() and (found[:, 0] < ratios[1] + 0.05).all()
+        assert (found[:, 1] > 0.048).all() and (found[:, 1] < 0.102).all()
+    image = torch.rand(3, 40, 80)
+    one, other = (random_crop(image, sample_rng(0, 0, 1), Data(size=16, crop_ratio=r)) for r in ((1, 1), (2, 2)))
+    assert not torch.equal(one, other)
+
+
 def test_crop_and_flip():
     image = torch.arange(3 * 40 * 30, dtype=torch.float32).view(3, 40, 30)
-    plain = random_crop_flip(image, sample_rng(0, 0, 1), (16, 24), (0.2, 1.0), hflip=0)
-    mirrored = random_crop_flip(image, sample_rng(0, 0, 1), (16, 24), (0.2, 1.0), hflip=1)
+    crops = {
+        flips: random_crop(image, sample_rng(0, 0, 1), Data(size=(16, 24), hflip=flips[0], vflip=flips[1]))
+        for flips in ((0, 0), (1, 0), (0, 1), (1, 1))
+    }
+    plain = crops[0, 0]
     assert plain.shape == (3, 16, 24)
-    assert torch.equal(plain.flip(2), mirrored)
+    assert torch.equal(plain.flip(2), crops[1, 0]) and torch.equal(plain.flip(1), crops[0, 1])
+    assert torch.equal(plain.flip(1, 2), crops[1, 1])
+
+
+def test_interpolation():
+    image = torch.from_numpy(np.random.default_rng(0).random((3, 40, 30), np.float32))
+    modes = ("nearest", "bilinear", "bicubic", "random")
+
+    def crops(i: int) -> list[torch.Tensor]:
+        return [random_crop(image, sample_rng(0, 0, i), Data(size=16, hflip=0, interpolation=mode)) for mode in modes]
+
+    nearest, bilinear, bicubic, _ = crops(0)
+    assert torch.isin(nearest, image).all() and not torch.isin(bilinear, image).all()
+    assert not torch.equal(bilinear, bicubic)
+    drawn = [(torch.equal(found[3], found[1]), torch.equal(found[3], found[2])) for found in map(crops, range(20))]
+    assert set(drawn) == {(True, False), (False, True)}
+    nearest, bilinear, bicubic = (center_crop(image, (16, 16), 0.875, mode) for mode in modes[:3])
+    assert torch.isin(nearest, image).all() and not torch.equal(bilinear, bicubic)
 
 
 @pytest.mark.parametrize("size", [(16, 24), (64, 48)])  # smaller and larger than the crop
 def test_resized_crops_are_pils(size):
     """Bicubic, antialiased, on uint8: within one grey level of PIL's, and equal in the mean."""
     data = picture(3, (90, 70), kind="png")
-    ours = random_crop_flip(decode(data, 3), sample_rng(0, 0, 5), size, (0.2, 1.0), hflip=0)
-    top, left, height, width = random_box(sample_rng(0, 0, 5), 70, 90, (0.2, 1.0))
+    ours = random_crop(decode(data, 3), sample_rng(0, 0, 5), Data(size=size, hflip=0))
+    top, left, height, width = random_box(sample_rng(0, 0, 5), 70, 90, (0.2, 1.0), RATIOS)
     crop = Image.open(io.BytesIO(data)).convert("RGB").crop((left, top, left + width, top + height))
     theirs = torch.from_numpy(np.asarray(crop.resize(size[::-1], Image.Resampling.BICUBIC)).copy()).permute(2, 0, 1)
     difference = (ours.float() - theirs.float()).abs()
@@ -298,13 +334,60 @@ def test_normalize():
     assert torch.equal(found.flatten(), torch.tensor([-1, 1, 0, 0.5]))
 
 
-def test_randaugment_is_a_function_of_the_generator():
-    augment = RandAugment("rand-m9-mstd0.5-inc1", (0.5, 0.5, 0.5))
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "original", "v0r", "3a", "augmix-m3-w3"])
+def test_policies_are_functions_of_the_generator(policy):
+    augment = AutoAugment(policy, (0.5, 0.5, 0.5), Data(size=96))
     image = decode(picture(0), 3)
     first = [augment(image, sample_rng(0, 0, i)) for i in range(5)]
     assert all(torch.equal(augment(image, sample_rng(0, 0, i)), first[i]) for i in range(5))
     assert not all(torch.equal(x, first[0]) for x in first)
-    for i in range(600):  # every operation at every strength
+    for i in range(600 if policy.startswith("rand") else 60):  # every operation at every strength
         assert augment(image, sample_rng(1, 0, i)).shape == image.shape
-    with pytest.raises(UserError, match="rand_augment"):
-        RandAugment("nonsense", (0.5, 0.5, 0.5))
+
+
+def test_three_augment_is_grey_solarised_or_blurred():
+    image = decode(picture(0), 3)
+    found = [AutoAugment("3a", (0.5, 0.5, 0.5), Data())(image, sample_rng(0, 0, i)) for i in range(30)]
+    grey = [x for x in found if torch.equal(x[0], x[1]) and torch.equal(x[1], x[2])]
+    assert 3 < len(grey) < 20 and len({x.float().mean().item() for x in found}) >= 3
+
+
+def test_small_images_are_shifted_less():
+    """By 45 % of the side at most: 100 pixels would leave nothing of 32."""
+    for size, most in ((224, 100), (32, 14)):
+        op = AutoAugment("rand-m9-mstd0.5-inc1", (0.5, 0.5, 0.5), Data(size=size)).transform.ops[-1]
+        assert op.hparams["translate_const"] == most
+
+
+def test_colour_jitter():
+    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    image[0] = 200
+    found = torch.stack([jitter(image, sample_rng(0, 0, i), 0.4) for i in range(200)]).float()
+    brightness = found.mean((1, 2, 3)) / image.float().mean()
+    assert 0.5 < brightness.min() < 0.75 and 1.25 < brightness.max() < 1.5
+    assert ((found[:, 0] - found[:, 1]).mean((1, 2)).std()) > 10  # contrast and saturation
+    assert torch.equal(jitter(image, sample_rng(0, 0, 0), 0.0), image)
+
+
+@pytest.mark.parametrize(
+    ("augment", "channels", "says"),
+    [
+        (Augment(auto_augment="nonsense"), 3, "'nonsense' is not a policy: write it like rand-m9"),
+        (Augment(auto_augment="rand-nonsense"), 3, "'rand-nonsense' is not a policy"),
+        (Augment(auto_augment="original"), 1, "auto_augment needs images of 3 channels, these have 1"),
+        (Augment(color_jitter=0.3), 4, "color_jitter needs images of 3 channels, these have 4"),
+    ],
+)
+def test_what_cannot_be_augmented(augment, channels, says):
+    with pytest.raises(UserError, match=says):
+        train_transform(Data(), augment, (0.5,) * channels)
+
+
+def test_the_classifiers_transform_does_what_was_asked_for():
+    image = decode(picture(3, (64, 64), kind="png"), 3)
+    data = Data(size=32)
+    asked = [Augment(), Augment(auto_augment="3a"), Augment(color_jitter=0.4), Augment("3a", 0.4)]
+    means = (0.5, 0.5, 0.5)
+    found = [train_transform(data, augment, means)(image, sample_rng(0, 0, 1))["image"] for augment in asked]
+    assert torch.equal(found[0], random_crop(image, sample_rng(0, 0, 1), data))
+    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])

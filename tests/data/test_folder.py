@@ -1,0 +1,117 @@
+"""A plain folder of images reads like a split of shards."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.errors import UserError
+from data.folder import Folder, open_images, read_image, sample_names
+from data.index import index_folder
+from data.shards import Split, index_file
+from data.transforms import decode
+from tests.data.helpers import as_folder, as_tar, collection, picture
+from tests.data.test_prepare import prepared
+
+SPLITS = {"train/cat": 2, "train/dog": 1, "train/emu": 1, "val/emu": 2, "val/cat": 1}
+
+
+def test_splits_and_classes_as_the_paths_name_them(tmp_path):
+    images = open_images(str(as_folder(collection(SPLITS), tmp_path / "in")), "val")
+    assert isinstance(images, Folder) and len(images) == 3
+    assert images.classes == ["cat", "dog", "emu"]  # of all splits, as prepare.py numbers them
+    assert sample_names(images) == ["val/cat/0.jpg", "val/emu/0.jpg", "val/emu/1.jpg"]
+    assert images.labels().tolist() == [0, 2, 2] == [images.read(i)[1] for i in range(3)]
+    assert images.read(2)[0] == collection(SPLITS)["val/emu/1.jpg"]
+
+
+def test_the_same_classes_and_labels_as_the_shards_made_of_it(tmp_path):
+    folder = as_folder(collection(SPLITS), tmp_path / "in")
+    prepared(folder, tmp_path / "out")
+    plain, sharded = (open_images(str(path), "train") for path in (folder, tmp_path / "out"))
+    assert isinstance(sharded, Split) and plain.classes == sharded.classes
+    one, other = ({name: images.read(i) for i, name in enumerate(sample_names(images))} for images in (plain, sharded))
+    assert one == other
+
+
+def test_without_split_folders_everything_is_taken(tmp_path, capsys):
+    images = Folder(as_folder(collection({"a/more": 2, "b": 1}), tmp_path / "in"), "val")
+    assert len(images) == 3 and images.classes == ["a", "b"] and images.labels().tolist() == [0, 0, 1]
+    assert "has no splits: split val is all its 3 images" in capsys.readouterr().out
+
+
+def test_images_beside_class_folders_have_no_labels(tmp_path):
+    images = Folder(as_folder(collection({"a": 1, "": 1}), tmp_path / "in"), "val")
+    assert images.classes is None and images.labels().tolist() == [-1, -1]
+
+
+def test_a_split_that_is_not_there(tmp_path):
+    folder = as_folder(collection({"train/a": 1}), tmp_path / "in")
+    with pytest.raises(UserError, match=r"in has no split val .*train"):
+        Folder(folder, "val")
+
+
+def test_a_folder_named_digits_is_not_the_built_in_source(tmp_path, monkeypatch):
+    as_folder(collection({"a": 1}), tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    assert len(open_images("digits", "val")) == 1
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "bmp"), ("L", "tiff"), ("RGB", "ppm"), ("RGBA", "png")])
+def test_types_that_the_loader_does_not_read_are_converted(mode, kind, tmp_path):
+    data = picture(0, mode=mode, kind=kind)
+    (tmp_path / f"x.{kind}").write_bytes(data)
+    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(decode(read_image(tmp_path / f"x.{kind}"), 3), pixels)
+
+
+def test_a_file_that_went_away_is_a_damaged_image(tmp_path):
+    images = Folder(as_folder(collection({"a": 1}), tmp_path / "in"), "val")
+    Path(images.items[0].container).unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        images.read(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: None, "does not exist: give a folder of shards or of images"),
+        (lambda path: path.write_bytes(b"x"), "is a file: give a folder"),
+        (lambda path: path.mkdir(), "has no image"),
+        (lambda path: (path.mkdir(), (path / "a.tar").touch()), "has tars but no index.json"),
+    ],
+)
+def test_nothing_to_open(make, says, tmp_path):
+    make(tmp_path / "x")
+    with pytest.raises(UserError, match=says):
+        open_images(str(tmp_path / "x"), "val")
+
+
+def test_names_in_shards_of_other_tools(tmp_path):
+    """The json member may hold anything: a name, something else, no JSON at all, or not be there."""
+    jpg, folder = picture(0), tmp_path / "in"
+    folder.mkdir()
+    members = {
+        "a/1.json": json.dumps({"name": "first.jpg"}).encode(), "a/1.jpg": jpg, "a/1.cls": b"0",
+        "a/2.png": picture(1, kind="png"), "a/2.json": b"[3]", "a/2.cls": b"0",
+        "a/3.jpg": jpg, "a/3.json": b"{", "a/3.cls": b"0",
+        "a/4.jpg": jpg, "a/4.cls": b"0",
+    }  # fmt: skip
+    as_tar(members, folder / "train-0.tar")
+    index_folder(folder, 1)
+    assert sample_names(Split(folder, "train")) == ["first.jpg", "a/2.png", "a/3.jpg", "a/4.jpg"]
+
+
+def test_names_in_a_damaged_shard(tmp_path):
+    """Where headers are lost, names could shift: samples are then numbered."""
+    prepared(as_folder(collection({"a": 3}), tmp_path / "in"), tmp_path / "out")
+    shard = tmp_path / "out/train-000000.tar"
+    data = bytearray(shard.read_bytes())
+    header = int(np.load(index_file(shard))["offset"][1]) - 512
+    data[header : header + 512] = bytes(512)
+    shard.write_bytes(data)
+    assert sample_names(Split(tmp_path / "out", "train")) == [f"train-000000.tar, sample {i}" for i in range(3)]

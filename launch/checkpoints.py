@@ -21,12 +21,14 @@ from configs.command import differences, say
 from configs.errors import UserError, reason
 from configs.files import sha256, sync_folder, write_whole
 from launch.engine import load_engine, to_universal
-from launch.world import LOST, World, agree, barrier, gather
+from launch.world import World, agree, barrier, gather, peers
 
 MAY_CHANGE = {  # keys that may differ on resume: they do not change what is learnt
-    "resume", "run.log_every", "run.picture_every", "run.save_every", "run.save_minutes", "run.keep", "run.folder",
-    "run.name", "run.hang_minutes", "run.device", "run.kernels", "optim.micro_batch", "optim.max_skipped", "data.path",
-    "data.workers", "data.cache", "data.cache_gb", "data.max_damaged", "init",
+    "resume", "run.log_every", "run.eval_every", "run.patience", "run.max_steps", "run.picture_every", "run.save_every",
+    "run.save_minutes", "run.keep", "run.folder", "run.name", "run.hang_minutes", "run.device", "run.kernels",
+    "optim.micro_batch", "optim.max_skipped", "data.path", "data.workers", "data.cache", "data.cache_gb",
+    "data.max_damaged", "probe.every", "probe.path", "probe.train_split", "probe.eval_split", "probe.images",
+    "probe.crop", "init",
 }  # fmt: skip  # the content behind data.path and init is compared by its digest
 UNIVERSAL = ".universal"  # folder of a checkpoint that is being converted to another number of ranks
 
@@ -42,13 +44,8 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, engine, identity: dict, world: World, keep: int):
-        self.folder, self.engine, self.identity, self.world, self.keep = (
-            run / "checkpoints",
-            engine,
-            identity,
-            world,
-            keep,
-        )
+        self.folder, self.keep = run / "checkpoints", keep
+        self.engine, self.identity, self.world = engine, identity, world
         self.commit: threading.Thread | None = None
         self.failure: BaseException | None = None
 
@@ -68,12 +65,13 @@ class Checkpoints:
             if self.world.first:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
-            barrier()
-            self.engine.save_checkpoint(str(part), tag="engine", client_state={"training": state}, save_latest=False)
-            barrier()
+            with peers():
+                barrier()
+                self.engine.save_checkpoint(
+                    str(part), tag="engine", client_state={"training": state}, save_latest=False
+                )
+                barrier()
         except (OSError, RuntimeError) as error:  # torch's writer wraps what the disk says into a RuntimeError
-            if any(words in str(error) for words in LOST):
-                raise
             self._give_up(part, step, error)
         if self.world.first:
             about = {"step": step, "ranks": self.world.ranks, "score": score, "config": self.identity}
@@ -172,9 +170,8 @@ class Checkpoints:
             harm = self._harm(name, manifest)
             if not harm:
                 self._check_same(name, manifest)
-                say(
-                    f"resuming from {self.folder / name}" + (f" (passed over: {'; '.join(damaged)})" if damaged else "")
-                )
+                passed_over = f" (passed over: {'; '.join(damaged)})" if damaged else ""
+                say(f"resuming from {self.folder / name}{passed_over}")
                 return manifest["step"], self._load(name, manifest)["training"]
             damaged.append(f"{name}: {harm}")
         if mode == "must" or damaged:

@@ -30,7 +30,7 @@ def main(folder: Path, seconds: int) -> None:
     shutil.copyfile(folder / "pretrain/reconstruction.png", folder / "reconstruction.png")
     write_whole(folder / "summary.json", json.dumps(summary, indent=1).encode())
     print(json.dumps(summary, indent=1))
-    print(f"pictures and curves: {folder}/reconstruction.png; tensorboard --logdir {folder}")
+    print(f"pages for a browser: {folder}/pretrain/report.html, {folder}/finetune/report.html")
 
 
 if __name__ == "__main__":

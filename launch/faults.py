@@ -3,7 +3,7 @@
 The counts are part of a checkpoint, so that a run that is killed again and again still ends at its limits.
 """
 
-from itertools import chain
+from collections import ChainMap
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Faults:
         self.skipped = self.in_a_row = 0
         self.damaged: dict[str, set[int]] = {}  # by split
         self.images: dict[str, int] = {}  # size of each split that is read
-        self.news: list[tuple[str, int, str]] = []  # split, sample, complaint: seen here, not yet told to the others
+        self.news: dict[tuple[str, int], str] = {}  # complaints by split and sample: seen here, not yet told the others
 
     def watch(self, split: Split) -> None:
         """Count the damaged images of one more split."""
@@ -45,12 +45,13 @@ class Faults:
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         self.damaged = {split: set(samples) for split, samples in state["damaged"].items()}
 
-    def skip(self, step: int, parts: list[tuple[Tensor, Tensor]]) -> None:
+    def skip(self, step: int, parts: list[tuple[Tensor, Tensor]], loss_scale: float | None = None) -> None:
         """A step was left out because its loss or gradient is not finite; every rank calls this.
 
         Args:
             step: counted from 1
             parts: loss [] and samples [B] of each micro batch of this rank
+            loss_scale: of the next step; None = no loss scaling
         Raises:
             UserError: more than `max_skipped` in a row
         """
@@ -60,7 +61,8 @@ class Faults:
         cause = "loss" if any(bad for bad, _ in found) else "gradient"
         samples = [sample for bad, every in found for batch in (bad if cause == "loss" else every) for sample in batch]
         self.log.record(step, "skipped", {"not_finite": cause, "samples": sorted(samples)})
-        self.log.say(f"step {step} skipped: its {cause} is not finite; the samples are in log.jsonl")
+        scale = f"; loss scale now {loss_scale:g}" if loss_scale else ""
+        self.log.say(f"step {step} skipped: its {cause} is not finite; the samples are in log.jsonl{scale}")
         if self.in_a_row > self.max_skipped:
             raise UserError(
                 f"{self.in_a_row} steps in a row had a {cause} that is not finite (optim.max_skipped "
@@ -79,8 +81,8 @@ class Faults:
         split = loader.samples.split
         known = self.damaged.setdefault(split.name, set())
         for sample in batch["sample"][batch["damaged"]].tolist():
-            if sample not in known and all(sample != told for _, told, _ in self.news):
-                self.news.append((split.name, sample, loader.samples.complaint(sample)))
+            if sample not in known and (split.name, sample) not in self.news:
+                self.news[split.name, sample] = loader.samples.complaint(sample)
 
     def tell(self, step: int) -> None:
         """Name the images that any rank found damaged; every rank calls this.
@@ -88,8 +90,8 @@ class Faults:
         Raises:
             UserError: more than `max_damaged` of a split
         """
-        news, self.news = sorted(set(chain.from_iterable(gather(self.news)))), []
-        for split, sample, complaint in news:
+        news, self.news = ChainMap(*gather(self.news)), {}
+        for (split, sample), complaint in sorted(news.items()):
             if sample not in self.damaged.setdefault(split, set()):
                 self.damaged[split].add(sample)
                 self.log.record(step, "damaged", {"split": split, "sample": sample, "error": complaint})

@@ -2,7 +2,8 @@
 
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from configs.errors import INTERRUPTED, SAVED, Stopped
 from configs.schema import Finetune, Pretrain
 from data.loader import Loader
 from launch.checkpoints import Checkpoints
-from launch.engine import set_lr
+from launch.engine import backward, set_lr, was_applied
 from launch.faults import Faults
 from launch.runlog import Mean, RunLog
 from launch.watchdog import REQUESTS, Watchdog
@@ -29,8 +30,11 @@ class Stage(Protocol):
     def after_step(self) -> None:
         """After each optimizer step that was applied."""
 
-    def end_epoch(self, epoch: int, step: int) -> float | None:
+    def end_epoch(self, epoch: int, last: bool, step: int) -> float | None:
         """After each epoch, before its checkpoint: pictures, scores. Returns what the best checkpoint is best in."""
+
+    def enough(self) -> bool:
+        """Whether to end before the last step; only the end of an epoch may change it, on all ranks alike."""
 
     def state(self) -> dict:
         """What a checkpoint holds besides the engine."""
@@ -57,6 +61,8 @@ class Training:
         self.step, self.state = self.checkpoints.resume(config.resume)
         self.steps_per_epoch = loader.batches.steps_per_epoch
         self.steps = config.optim.epochs * self.steps_per_epoch
+        if config.run.max_steps:
+            self.steps = min(self.steps, config.run.max_steps)
         self.log = RunLog(self.folder, to_dict(config), self.steps, self.step, config.optim.batch_size, world.first)
         self.faults = Faults(config.optim.max_skipped, config.data.max_damaged, self.log)
         self.faults.watch(loader.samples.split)
@@ -66,6 +72,8 @@ class Training:
         if self.state:
             self.faults.load_state(self.state["faults"])
             self.losses.load_state(self.state["losses"], world.rank)
+            if engine.loss_scaling:
+                vars(engine.loss_scaling).update(self.state["loss_scaling"])
         loader.batches.first_step = self.step
 
     def run(self, stage: Stage) -> None:
@@ -78,8 +86,8 @@ class Training:
         if self.state:
             stage.load_state(self.state["stage"])
         try:
-            with self.watchdog, peers():
-                self._train(stage)
+            with self.watchdog, peers(), closing(iter(self.loader)) as batches:
+                self._train(stage, batches)
                 self.checkpoints.wait()
         except BaseException:
             with suppress(OSError):  # a full disk was the reason, perhaps, and is told already
@@ -87,37 +95,38 @@ class Training:
             raise
         self.log.close()
 
-    def _train(self, stage: Stage) -> None:
+    def _train(self, stage: Stage, batches: Iterator[dict[str, Tensor]]) -> None:
         optim, saved = self.config.optim, time.monotonic()
-        batches = iter(self.loader)
         self.engine.train()
-        while self.step < self.steps:
+        while self.step < self.steps and not stage.enough():
             lr = optim.lr_at(self.step, self.steps_per_epoch)
             set_lr(self.engine, lr)
             self._optimize(stage, batches)
             self.step += 1
-            epoch, ends = (self.step - 1) // self.steps_per_epoch + 1, self.step % self.steps_per_epoch == 0
+            epoch, last = (self.step - 1) // self.steps_per_epoch + 1, self.step == self.steps
+            ends = last or self.step % self.steps_per_epoch == 0
             if self.step % self.config.run.log_every == 0 or ends:
                 norm = self.engine.get_global_grad_norm()
                 self.log.train(self.step, f"epoch {epoch}/{optim.epochs}", self.losses, lr, norm)
-            score = stage.end_epoch(epoch, self.step) if ends else None
+            score = stage.end_epoch(epoch, last, self.step) if ends else None
             # one step late: nobody waits to learn what the others want
             minutes = (time.monotonic() - saved) / 60
             overdue = self.world.first and 0 < self.config.run.save_minutes < minutes
             stop, overdue, news = self.agreement(self.watchdog.requested, overdue, bool(self.faults.news))
             if news:
                 self._tell(stage)
-            if stop or overdue or (ends and (epoch % self.config.run.save_every == 0 or self.step == self.steps)):
+            last = last or stage.enough()
+            if stop or overdue or last or (ends and epoch % self.config.run.save_every == 0):
                 self._save(stage, score)
                 saved = time.monotonic()
-            if stop and self.step < self.steps:
+            if stop and not last:
                 self._stop(stop)
             if ends:
                 self.log.restart_clock(self.step)
             self.checkpoints.check()
         self._tell(stage)
 
-    def _optimize(self, stage: Stage, batches) -> None:
+    def _optimize(self, stage: Stage, batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step; it is skipped, on all ranks, if a loss or gradient is not finite."""
         at, where = self.watchdog.at, f"step {self.step + 1}"
         _, accumulation = self.config.optim.accumulation(self.world.ranks)
@@ -130,16 +139,17 @@ class Training:
             loss = stage.loss(batch, self.step, micro)
             at(f"{where}, backward")
             one = 1 + 0 * loss.detach()  # or NaN: a loss that is not finite must not have gradients that are
-            self.engine.backward(loss * one)
+            backward(self.engine, loss * one)
             at(f"{where}, update")
             self.engine.step()
             self.losses.add(loss)
             parts.append((loss.detach(), batch["sample"]))
-        if self.engine.was_step_applied():
+        scaling = self.engine.loss_scaling
+        if was_applied(self.engine):
             self.faults.applied()
             stage.after_step()
         else:
-            self.faults.skip(self.step + 1, parts)
+            self.faults.skip(self.step + 1, parts, scaling.cur_scale if scaling else None)
 
     def _tell(self, stage: Stage) -> None:
         """Name damaged images. Too many end the run, which has trained on others in their place: its state is good."""
@@ -153,6 +163,8 @@ class Training:
     def _save(self, stage: Stage, score: float | None) -> None:
         self.watchdog.at("saving a checkpoint", patient=True)
         state = {"stage": stage.state(), "faults": self.faults.state(), "losses": gather(self.losses.state())}
+        if self.engine.loss_scaling:
+            state["loss_scaling"] = vars(self.engine.loss_scaling)
         stall = self.checkpoints.save(self.step, state, score)
         self.log.record(self.step, "checkpoint", {"stall_s": round(stall, 3)})
         self.watchdog.at("training")

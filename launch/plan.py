@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from configs.errors import UserError
 from configs.schema import Encoder, Finetune, Optim, Pretrain, visible_patches
-from launch.engine import MOST_REDUCED, precision
+from launch.engine import bucket, precision
 from models import kernels
 from models.convnext import Block, Mlp
 
@@ -56,7 +56,7 @@ def plan(config: Pretrain | Finetune, model: nn.Module, groups: list[dict], imag
     steps = schedule(optim, images, ranks)
     kernels.use(config.run.kernels == "triton")
     probes = [example(config, encoder.arch, count) for count in PROBE]
-    more = {"activations": activations(model.to(device), probes, micro, kind == "bf16")}
+    more = {"activations": activations(model.to(device), probes, micro, kind != "fp32")}
     if isinstance(config, Finetune) and config.augment.ema:
         more["EMA"] = 4 * parameters
     on = "CPU" if device.type == "cpu" else "GPU"
@@ -64,7 +64,9 @@ def plan(config: Pretrain | Finetune, model: nn.Module, groups: list[dict], imag
     if device.type == "cpu":
         remarks += [ON_CPU, AUTO] if optim.precision == "auto" else [ON_CPU]
     return _text(
-        f"{config.run.name} on {_count(ranks, 'rank')}; nothing is started, nothing written\n",
+        "parameters",
+        parameter_table(model, groups, optim),
+        f"\n{config.run.name} on {_count(ranks, 'rank')}; nothing is started, nothing written\n",
         f"model   {encoder.arch.name}, {parameters / 1e6:.1f}M parameters, images of {height}x{width}",
         *steps,
         "\nparameter groups",
@@ -109,6 +111,21 @@ def group_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
     return table
 
 
+def parameter_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
+    """Each parameter: its shape, weight decay, learning rate scale and learning rate after warm-up; or `frozen`."""
+    peak = optim.lr * optim.batch_size / 256
+    group_of = {parameter: group for group in groups for parameter in group["params"]}
+    table = _table("shape", "decay", "lr scale", "lr")
+    table.add_column("parameter")
+    for name, parameter in model.named_parameters():
+        shape = "x".join(map(str, parameter.shape))
+        group = group_of.get(parameter)
+        scale = group["lr_scale"] if group else 0
+        numbers = (f"{group['weight_decay']:g}", f"{scale:.4g}", f"{peak * scale:.2e}") if group else ("frozen", "", "")
+        table.add_row(shape, *numbers, name)
+    return table
+
+
 def memory_table(groups: list[dict], ranks: int, stage: int, more: dict[str, int]) -> Table:
     """Memory of a rank under each ZeRO stage, GiB. `stage` is the one configured, `more` bytes that all have alike."""
     sizes = [sum(p.numel() for p in group["params"]) for group in groups]
@@ -134,13 +151,13 @@ def states(sizes: Sequence[int], ranks: int, stage: int) -> dict[str, int]:
     """
     whole = sum(sizes)
     part = sum(2 * math.ceil(size / (2 * ranks)) for size in sizes) if stage else whole  # each group is padded
-    flat, bucket = min(whole, FLAT), min(whole, MOST_REDUCED)
+    flat, reduced = min(whole, FLAT), bucket(whole)
     elements = {
         "weights": (whole, part * ranks, part * ranks, part)[stage],
         "gradients": (whole, whole, part, part)[stage],
         "master": part if stage else 0,
         "AdamW": 2 * part,
-        "buffers": (flat, bucket, 2 * bucket, 2 * bucket + whole)[stage],
+        "buffers": (flat, reduced, 2 * reduced, 2 * reduced + whole)[stage],
     }
     return {name: 4 * count for name, count in elements.items()}
 

@@ -1,22 +1,30 @@
 #!/usr/bin/env bash
-# Set up, lint, and run the test suite. Arguments go to pytest; --all adds the slow tests, and demands MinkowskiEngine.
+# Set up, lint, and run the test suite. Arguments go to pytest; --all adds the slow tests, and demands MinkowskiEngine
+# and Chromium.
 #   bash launch/test.sh                      the suite
-#   bash launch/test.sh --all                every test
+#   bash launch/test.sh --all                every test: about 70 minutes on two cores
+#   bash launch/test.sh --all --sample 1/3   of the slow ones every third
 #   bash launch/test.sh tests/models -x      some of it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh
 select="not slow"
+missing=()
 if ! .venv/bin/python -c 'import models.sparse.minkowski' 2>/dev/null; then
-    select="not slow and not minkowski"
-    trap 'echo "NOT RUN: the tests of --model.backend minkowski; \`bash launch/install_minkowski.sh\` installs what they need"' EXIT
+    select="$select and not minkowski"
+    missing+=("NOT RUN: the tests of --model.backend minkowski; \`bash launch/install_minkowski.sh\` installs what they need")
 fi
+if ! command -v chromium >/dev/null; then
+    select="$select and not browser"
+    missing+=("NOT RUN: the tests of pages in a browser; \`apt-get install chromium\` installs what they need")
+fi
+trap 'for line in ${missing[@]+"${missing[@]}"}; do echo "$line"; done' EXIT
 args=()
 for arg in "$@"; do
     if [ "$arg" = --all ]; then
         select=""
+        missing=()
         bash launch/install_minkowski.sh
-        trap - EXIT
     else
         args+=("$arg")
     fi

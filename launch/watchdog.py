@@ -6,6 +6,7 @@ cannot while it waits for another rank: it sees signals at once, and ends a proc
 
 import contextlib
 import faulthandler
+import math
 import os
 import select
 import signal
@@ -37,6 +38,7 @@ class Watchdog:
     def __init__(self, world: World, folder: Path, limit: float):
         self.world, self.folder, self.limit = world, folder, limit
         self.requested = 0  # place in REQUESTS, counted from 1, of the signal that asked for a stop
+        self.interrupted = math.inf  # when Ctrl-C came first
         self.patient = False
         self.launchers = _launchers()
         self.progress = Progress(world)
@@ -74,9 +76,7 @@ class Watchdog:
         while not self.done.is_set():
             before = time.monotonic()
             self._read_signals()
-            if (
-                time.monotonic() - before > 10 * INTERVAL
-            ):  # this very process was suspended, by Ctrl-Z or a machine asleep
+            if time.monotonic() - before > 10 * INTERVAL:  # this process was suspended: by Ctrl-Z, a machine asleep
                 since = time.monotonic()
             if not self.requested and any(not _alive(launcher) for launcher in self.launchers):
                 self.requested = 1  # nobody would end this rank
@@ -98,11 +98,12 @@ class Watchdog:
         if not select.select([self.inbox], [], [], INTERVAL)[0]:
             return
         for number in os.read(self.inbox, 64):
-            if number == signal.SIGINT and self.requested and time.monotonic() - self.since > INTERVAL:
-                print("\nstopped by a second Ctrl-C: the last checkpoint stands", file=sys.stderr, flush=True)
-                os._exit(INTERRUPTED)
+            if number == signal.SIGINT:
+                if time.monotonic() - self.interrupted > INTERVAL:
+                    print("\nstopped by a second Ctrl-C: the last checkpoint stands", file=sys.stderr, flush=True)
+                    os._exit(INTERRUPTED)
+                self.interrupted = min(self.interrupted, time.monotonic())
             if number in REQUESTS:
-                self.since = time.monotonic()
                 self.requested = max(self.requested, 1 + REQUESTS.index(number))
 
     def _end(self, why: str) -> None:

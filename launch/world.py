@@ -100,7 +100,7 @@ def _place() -> dict[str, object]:
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     if tasks == 1 or "SLURM_PROCID" not in os.environ:
         return {
-            "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()
+            "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()
         }  # fmt: skip
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         raise UserError(
@@ -114,7 +114,8 @@ def _place() -> dict[str, object]:
     }  # fmt: skip
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

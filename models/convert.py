@@ -7,15 +7,14 @@ python models/convert.py convnextv2_tiny.pth tiny.safetensors --to timm         
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
 from configs.errors import Parser, UserError, run_main
 from models.formats.read import read
-from models.formats.write import FORMATS, how_to_load, write
-from models.weights import Weights, divide
+from models.formats.write import FORMATS, how_to_load, how_to_load_backbone, write
+from models.weights import Weights, averaged
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,14 +25,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--ema", action="store_true", help="write the averaged weights in place of the raw ones")
     return parser.parse_args(argv)
-
-
-def averaged(weights: Weights, path: str) -> Weights:
-    """The weights with their moving average in place of the raw ones. Raises `UserError` where there is none."""
-    if weights.ema is None:
-        raise UserError(f"{path} holds no averaged weights: leave --ema out")
-    head, encoder = divide(weights.ema, "head.")
-    return replace(weights, encoder=encoder, head=head, ema=None)
 
 
 def describe(weights: Weights) -> str:
@@ -60,6 +51,8 @@ def main() -> None:
     for remark in remarks + write(destination, weights, args.to):
         print(f"  {remark}")
     print(f"wrote {destination}; load it with\n  {how_to_load(destination, weights, args.to)}")
+    if backbone := how_to_load_backbone(destination, weights, args.to):
+        print(f"or, for the maps of the four stages, with\n  {backbone}")
 
 
 if __name__ == "__main__":

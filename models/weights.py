@@ -4,7 +4,8 @@ A file is a dict of tensors and plain values that `torch.load(weights_only=True)
 
     format              "convnext-fcmae/1"
     arch                name, channels, stem_stride, depths, dims: what it takes to build the encoder
-    image               size [H, W], mean and std of each channel (None = not known), eval_crop of a classifier
+    image               size [H, W], mean and std of each channel (None = not known); eval_crop and interpolation of a
+                        classifier
     encoder             tensors under timm's names
     decoder             after pretraining: proj, mask_token, decoder, pred;  decoder_config: the model's settings
     head, ema           of a classifier: head.norm and head.fc; averaged weights, or None
@@ -18,8 +19,9 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from models.fcmae import FCMAE
 
 FORMAT = "convnext-fcmae/1"
 LISTED = 20  # names in an error message
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 DECODER = ("proj.", "mask_token", "decoder.", "pred.")  # how its tensors' names begin
 Tensors = dict[str, Tensor]
 
@@ -73,6 +76,14 @@ def save(path: Path, weights: Weights) -> None:
         torch.save(content, file)
 
 
+def averaged(weights: Weights, path: str) -> Weights:
+    """The weights with their moving average in place of the raw ones. Raises `UserError` where there is none."""
+    if weights.ema is None:
+        raise UserError(f"{path} holds no averaged weights: leave --ema out")
+    head, encoder = divide(weights.ema, "head.")
+    return replace(weights, encoder=encoder, head=head, ema=None)
+
+
 def load(path: str | Path) -> Weights:
     """Read a weight file of this project.
 
@@ -102,6 +113,8 @@ def load_file(path: str | Path) -> dict:
             raise UserError(
                 f"{path} is truncated or not a weight file (a zip, as torch.save writes it since 1.6): copy it again"
             )
+        if _is_program(file):
+            raise UserError(f"{path} is an exported program, not weights: give the file that it was made from")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -118,6 +131,15 @@ def load_file(path: str | Path) -> dict:
     return content
 
 
+def _is_program(file: BinaryIO) -> bool:
+    """Whether a zip is what torch.jit.save or torch.export.save wrote."""
+    try:
+        members = zipfile.ZipFile(file).namelist()
+    except (zipfile.BadZipFile, ValueError, OSError):  # damaged: torch tells
+        return False
+    return any("/code/" in member or member.endswith("/archive_format") for member in members)
+
+
 def from_content(content: dict, path: str | Path) -> Weights:
     """Weights of a file's content in this project's format.
 
@@ -129,6 +151,8 @@ def from_content(content: dict, path: str | Path) -> Weights:
         weights = Weights(**fields | {"arch": resolve(Encoder(**fields["arch"]))})
         missing = {"size", "mean", "std"} - weights.image.keys()
         parts = weights.encoder | weights.decoder | weights.head
+        if weights.image.get("interpolation", "bicubic") not in INTERPOLATIONS:
+            raise ValueError(f"interpolation {weights.image['interpolation']!r}")
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is a damaged weight file ({reason(error)}): write it again") from None
     except UserError as error:

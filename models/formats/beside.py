@@ -11,6 +11,7 @@ from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Encoder, PretrainModel
 from models.weights import Tensors, decoder_shape
 
 SQUASH_FROM = 384  # pixels: transformers' ConvNextImageProcessor crops below, and squashes from here on
+RESAMPLE = {"bicubic": 3, "bilinear": 2, "nearest": 0}  # interpolations, by the numbers PIL and transformers give them
 WHOLE_CENTRE = 0.9999  # eval_crop for "all of the shorter side, cropped": 1 would squash
 
 
@@ -65,7 +66,10 @@ def class_names(beside: dict, form: str, outputs: int, remarks: list[str]) -> li
 
 
 def preprocessing(beside: dict, form: str, arch: Encoder, remarks: list[str]) -> dict:
-    """Image size, mean, std and crop, from where each format keeps them; ImageNet's, which all use, if nowhere."""
+    """Image size, mean, std, crop and interpolation, from where each format keeps them.
+
+    Where it tells none: ImageNet's mean and std, which all use; bicubic, which is left out of what is returned.
+    """
     if form == "transformers":
         held = _of_processor(_dict(beside.get("preprocessor")), beside.get("image_size"))
     elif form == "timm":
@@ -82,7 +86,12 @@ def preprocessing(beside: dict, form: str, arch: Encoder, remarks: list[str]) ->
         remarks.append(f"it does not tell how pixels were normalised: {taken}")
     image["mean"], image["std"] = statistics
     crop = _numbers([held.get("eval_crop")], 1)
-    return image | ({"eval_crop": crop[0]} if crop and 0 < crop[0] <= 1 else {})
+    image |= {"eval_crop": crop[0]} if crop and 0 < crop[0] <= 1 else {}
+    how = held.get("interpolation")
+    if how not in (None, *RESAMPLE):
+        remarks.append("its interpolation is none of bicubic, bilinear and nearest: bicubic taken")
+        how = None
+    return image | ({"interpolation": how} if how not in (None, "bicubic") else {})
 
 
 def _of_timm(held: dict) -> dict:
@@ -91,7 +100,7 @@ def _of_timm(held: dict) -> dict:
     if held.get("crop_mode") != "squash" and crop == 1:
         crop = WHOLE_CENTRE
     size = size[1:] if isinstance(size, list | tuple) else None
-    return {"size": size, "mean": held.get("mean"), "std": held.get("std"), "eval_crop": crop}
+    return {"size": size, "eval_crop": crop} | {key: held.get(key) for key in ("mean", "std", "interpolation")}
 
 
 def _of_processor(held: dict, side: object) -> dict:
@@ -99,7 +108,9 @@ def _of_processor(held: dict, side: object) -> dict:
     size, crop = held.get("size"), _dict(held.get("crop_size"))
     size = {"shortest_edge": size} if type(size) is int else _dict(size)  # a number in older files
     edge, share = size.get("shortest_edge"), held.get("crop_pct")
-    image = {"size": side, "mean": held.get("image_mean"), "std": held.get("image_std")}
+    resample = held.get("resample")
+    how = next((how for how, number in RESAMPLE.items() if number == resample), resample)
+    image = {"size": side, "mean": held.get("image_mean"), "std": held.get("image_std"), "interpolation": how}
     if _size(edge) and crop.get("height"):
         share = _numbers([crop["height"]], 1)
         share = round(share[0] / edge, 3) if share else None  # the edge was rounded to whole pixels

@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.files import sync_folder, whole_file, write_whole
 from configs.schema import Encoder
 from models.convnext import EPS, LAYER_SCALE, resolve
-from models.formats.beside import SQUASH_FROM, WHOLE_CENTRE
+from models.formats.beside import RESAMPLE, SQUASH_FROM, WHOLE_CENTRE
 from models.formats.names import CONV_MLP, to_name, to_shape
 from models.weights import Tensors, Weights, save
 
@@ -72,7 +72,7 @@ def to_form(weights: Weights, form: str) -> tuple[Tensors, list[str]]:
         kept |= {"head.norm.weight": torch.ones(width, dtype=dtype), "head.norm.bias": torch.zeros(width, dtype=dtype)}
         remarks.append("added: a final norm that changes nothing (the format's models always have one)")
     conv_mlp = weights.arch.name.endswith(CONV_MLP)
-    prefix = _transformers_prefix(weights) if form == "transformers" and "head.fc.weight" in kept else ""
+    prefix = f"{_base_class(weights).lower()}." if form == "transformers" and "head.fc.weight" in kept else ""
     renamed = {}
     for name, tensor in kept.items():
         theirs = to_name(name, form)
@@ -91,8 +91,9 @@ def _is_v2(weights: Weights) -> bool:
     return weights.arch.name.startswith("convnextv2")
 
 
-def _transformers_prefix(weights: Weights) -> str:
-    return "convnextv2." if _is_v2(weights) else "convnext."
+def _base_class(weights: Weights) -> str:
+    """How transformers' classes of this model begin."""
+    return "ConvNextV2" if _is_v2(weights) else "ConvNext"
 
 
 def _beside(weights: Weights, form: str) -> dict:
@@ -101,7 +102,7 @@ def _beside(weights: Weights, form: str) -> dict:
         image, channels = weights.image, weights.arch.channels
         settings = {
             "input_size": [channels, *image["size"]],
-            "interpolation": "bicubic",
+            "interpolation": image.get("interpolation", "bicubic"),
         }
         settings |= {key: image[key] for key in ("mean", "std") if image[key]}
         if "eval_crop" in image:
@@ -143,7 +144,7 @@ def _config(weights: Weights) -> dict:
     """config.json of transformers' ConvNextConfig or ConvNextV2Config."""
     arch, (height, width) = weights.arch, weights.image["size"]
     outputs = weights.outputs
-    base = "ConvNextV2" if _is_v2(weights) else "ConvNext"
+    base = _base_class(weights)
     config = {
         "architectures": [base + ("ForImageClassification" if outputs else "Model")],
         "model_type": base.lower(),
@@ -174,7 +175,8 @@ def _image_processor(image: dict) -> dict | None:
     if not image["mean"]:
         return None
     common = {
-        "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_resize": True, "resample": RESAMPLE[image.get("interpolation", "bicubic")],
+        "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": image["mean"], "image_std": image["std"],
     }  # fmt: skip
     if crop == 1:
@@ -196,13 +198,7 @@ def how_to_load(path: Path, weights: Weights, form: str) -> str:
     if form == "ours":
         return f"python finetune/main.py --init {path} ..."
     if form == "timm":
-        more = {"in_chans": arch.channels} if arch.channels != 3 else {}
-        more |= {"patch_size": arch.stem_stride} if arch.stem_stride != 4 else {}
-        named = resolve(Encoder(arch.name))
-        if (arch.depths, arch.dims) != (named.depths, named.dims):
-            more |= {"depths": tuple(arch.depths), "dims": tuple(arch.dims)}
-        options = "".join(f", {key}={value}" for key, value in more.items())
-        return f'timm.create_model("{arch.name}", num_classes={outputs}{options}, checkpoint_path="{path}")'
+        return _timm_call(arch, {"num_classes": outputs} | timm_options(arch) | {"checkpoint_path": str(path)})
     if form == "transformers":
         auto = "AutoModelForImageClassification" if outputs else "AutoModel"
         return f'transformers.{auto}.from_pretrained("{path}")'
@@ -211,3 +207,40 @@ def how_to_load(path: Path, weights: Weights, form: str) -> str:
     if form == "official-sparse":
         return f"python main_finetune.py --finetune {path} ...    # of the official code"
     return f'model.load_state_dict(torch.load("{path}")["model"])  # the official code\'s model'
+
+
+def how_to_load_backbone(path: Path, weights: Weights, form: str) -> str | None:
+    """The Python call that loads a converted file as a backbone: a model that gives the four stages' maps.
+
+    None where the format's library has none. transformers puts a LayerNorm after each map, without trained weights.
+    """
+    if form == "timm":
+        return _timm_call(weights.arch, timm_backbone(path, weights))
+    if form == "transformers":
+        stages = ["stage1", "stage2", "stage3", "stage4"]  # AutoBackbone takes no folders (5.23): it asks the hub
+        return f'transformers.{_base_class(weights)}Backbone.from_pretrained("{path}", out_features={stages})'
+    return None
+
+
+def timm_options(arch: Encoder) -> dict:
+    """What `timm.create_model` has to be told of a model besides its name."""
+    options = {"in_chans": arch.channels} if arch.channels != 3 else {}
+    options |= {"patch_size": arch.stem_stride} if arch.stem_stride != 4 else {}
+    named = resolve(Encoder(arch.name))
+    if (arch.depths, arch.dims) != (named.depths, named.dims):
+        options |= {"depths": tuple(arch.depths), "dims": tuple(arch.dims)}
+    return options
+
+
+def timm_backbone(path: Path, weights: Weights) -> dict:
+    """Options of `timm.create_model` for the four maps of a converted file.
+
+    Its `checkpoint_path` knows no backbones: their tensors have other names. What loads pretrained weights renames.
+    """
+    held = {"file": str(path), "input_size": (weights.arch.channels, *weights.image["size"])}
+    return {"features_only": True} | timm_options(weights.arch) | {"pretrained": True, "pretrained_cfg_overlay": held}
+
+
+def _timm_call(arch: Encoder, options: dict) -> str:
+    """The Python call that makes timm's model."""
+    return f"timm.create_model({arch.name!r}{''.join(f', {key}={value!r}' for key, value in options.items())})"

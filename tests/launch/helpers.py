@@ -10,12 +10,9 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import BIN, ROOT, deepspeed, one_core
+from tests.conftest import BIN, QUICK, ROOT, TINY, deepspeed, one_core
 
-SMALL = [  # 6 steps an epoch, some ten a second
-    *("--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--model.decoder_dim", "16"),
-    *("--optim.batch_size", "240", "--run.log_every", "1", "--run.device", "cpu"),
-]
+SMALL = [*TINY, *QUICK]  # some ten steps a second
 
 
 class Job:
@@ -30,7 +27,7 @@ class Job:
         self.folder, self.ranks = folder, ranks
         launcher = deepspeed("--num_gpus", str(ranks)) if ranks else [sys.executable]
         words = ["--data.path", shards, "--run.folder", folder.parent, "--run.name", folder.name, *SMALL]
-        words += ["--optim.epochs", epochs, "--data.workers", "0", *more]
+        words += ["--optim.epochs", epochs, *more]
         self.command = [*(program or launcher), "pretrain/main.py", *map(str, words)]
 
     def __enter__(self) -> "Job":

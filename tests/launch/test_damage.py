@@ -36,6 +36,7 @@ def test_damaged_images_are_replaced_on_every_rank_alike(digits, tmp_path):
         assert all("train-000000.tar is damaged at byte" in entry["error"] for entry in told)
 
 
+@pytest.mark.slow
 def test_too_many_damaged_images_end_the_run_with_its_state_saved(digits, tmp_path):
     shards = damaged_digits(digits, tmp_path / "shards", "train", *range(0, 240, 2))
     with Job(shards, tmp_path / "run", 2, epochs=50) as job:

@@ -1,12 +1,18 @@
 """The demo, as a user starts it, in a copy of the checkout."""
 
+import csv
 import json
 import shutil
 import subprocess
 
+import onnxruntime
 import pytest
+import torch
 
-from tests.conftest import ROOT
+from data.shards import Split
+from data.transforms import decode, to_float
+from finetune.trained import open_trained
+from tests.conftest import ROOT, run
 
 
 @pytest.mark.slow
@@ -24,3 +30,30 @@ def test_demo(tmp_path):
     assert summary["finetune_top1"] >= 0.97
     assert summary["pretrain_loss_last"] < 0.5 * summary["pretrain_loss_first"]
     assert (project / "runs/demo/reconstruction.png").stat().st_size > 10_000
+    agree(project, tmp_path)
+
+
+def agree(project, folder):
+    """The demo's classifier says the same in evaluation, prediction and exported, on all validation images."""
+    best, shards = project / "runs/demo/finetune/best.pt", project / "shards/digits"
+    run("python", "finetune/evaluate.py", best, shards, "--out", folder / "evaluation")
+    with (folder / "evaluation/predictions.csv").open() as file:
+        evaluated = list(csv.DictReader(file))
+    split = Split(shards, "val")
+    assert len(evaluated) == len(split) == 355
+    (folder / "images").mkdir()
+    for i in range(len(split)):
+        (folder / f"images/{i:04}.png").write_bytes(split.read(i)[0])
+    run("python", "finetune/predict.py", best, folder / "images", "--top", "10", "--json", folder / "predicted.json")
+    predicted = json.loads((folder / "predicted.json").read_text())
+    run("python", "finetune/export.py", best, folder / "x.onnx", "--to", "onnx", "--images", shards)
+    session, trained = onnxruntime.InferenceSession(str(folder / "x.onnx")), open_trained(str(best))
+    images = torch.stack([to_float(trained.transform(decode(split.read(i)[0], 1))["image"]) for i in range(len(split))])
+    logits = torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+    for row, pairs, shares in zip(evaluated, predicted, logits.softmax(1).tolist(), strict=True):
+        first, *_ = pairs["classes"]
+        assert row["top1"] == first["name"] and abs(float(row["confidence"]) - first["probability"]) < 1e-4
+        assert all(abs(pair["probability"] - shares[int(pair["name"])]) < 1e-4 for pair in pairs["classes"])
+    scores = json.loads((folder / "evaluation/evaluation.json").read_text())["scores"]
+    summary = json.loads((project / "runs/demo/finetune/summary.json").read_text())
+    assert scores["top1"] == summary["best"]["top1"] and abs(scores["loss"] - summary["best"]["loss"]) < 1e-4

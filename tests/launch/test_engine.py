@@ -21,7 +21,7 @@ def test_the_learning_rate_of_a_group_is_scaled():
 def test_the_mask_token_grn_and_biases_have_no_decay():
     model = FCMAE(tiny())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = engine.parameter_groups(model, 0.05)
+    groups = engine.parameter_groups(model, Optim())
     assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
     for group in groups:
         for parameter in group["params"]:
@@ -31,11 +31,37 @@ def test_the_mask_token_grn_and_biases_have_no_decay():
             assert (group["weight_decay"] == 0) == free, name
 
 
+def test_decay_rules():
+    model = FCMAE(tiny())
+    rules = {"encoder.*": 0.2, "*.grn.*": 0.01, "encoder.stem.*": 0}
+    groups = engine.parameter_groups(model, Optim(decay_rules=rules), lambda name: 0.5 if "decoder" in name else 1.0)
+    found = {id(p): (group["weight_decay"], group["lr_scale"]) for group in groups for p in group["params"]}
+    decay = {name: found[id(p)] for name, p in model.named_parameters()}
+    assert len(found) == len(decay)
+    assert decay["encoder.stem.0.weight"] == (0, 1) and decay["encoder.stages.0.blocks.0.norm.bias"] == (0.2, 1)
+    assert (
+        decay["encoder.stages.1.blocks.0.mlp.grn.weight"]
+        == decay["encoder.stages.0.blocks.0.mlp.grn.bias"]
+        == (0.01, 1)
+    )
+    assert decay["pred.weight"] == (0.05, 1) and decay["decoder.0.mlp.fc1.bias"] == (0, 0.5)
+    with pytest.raises(UserError, match=r"stages\.9\.\* matches no parameter; --dry-run prints"):
+        engine.parameter_groups(model, Optim(decay_rules={"stages.9.*": 1}))
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = FCMAE(tiny())
+    model.encoder.requires_grad_(False)
+    groups = engine.parameter_groups(model, Optim())
+    trained = {id(p) for group in groups for p in group["params"]}
+    assert trained == {id(p) for name, p in model.named_parameters() if not name.startswith("encoder.")}
+
+
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
 def test_without_zero_a_step_is_measured_clipped_or_skipped(bad):
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    optimizer.register_step_pre_hook(lambda *_: engine._measure(optimizer, clip=2.5))
+    optimizer.register_step_pre_hook(lambda *_: engine._measure(optimizer, clip=2.5, scale=None))
     for gradient in ([3.0, 0, 4], [3.0, 0, bad or 4]):
         weight.grad = torch.tensor(gradient)
         before, state = weight.clone(), {name: x.clone() for name, x in optimizer.state[weight].items()}

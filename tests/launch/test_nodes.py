@@ -8,7 +8,8 @@ import sys
 import pytest
 import yaml
 
-from tests.conftest import BIN, ROOT, free_port, losses
+from launch.world import free_port
+from tests.conftest import BIN, ROOT, losses
 from tests.launch.helpers import SMALL
 
 NODES = ROOT / "launch/nodes"
@@ -16,7 +17,7 @@ NODES = ROOT / "launch/nodes"
 
 def words(digits, folder):
     more = ["--data.path", digits, "--run.folder", folder.parent, "--run.name", folder.name, *SMALL]
-    return ["pretrain/main.py", *map(str, more), "--optim.epochs", "2", "--data.workers", "0"]
+    return ["pretrain/main.py", *map(str, more), "--optim.epochs", "2"]
 
 
 def together(commands: list[tuple[list[str], dict[str, str]]]) -> None:
@@ -43,6 +44,7 @@ def check(folder, pretrained):
     assert [loss for _, loss in losses(folder)] == pytest.approx([loss for _, loss in losses(pretrained)], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_deepspeed_with_a_hostfile(digits, pretrained, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("first slots=1\nsecond slots=1\n")

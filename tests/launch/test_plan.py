@@ -49,7 +49,7 @@ counts = {}
 for stage in json.loads(sys.argv[2]):
     before = held()
     model = FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)))
-    groups = parameter_groups(model, 0.05)
+    groups = parameter_groups(model, Optim())
     optim = Optim(batch_size=2 * world.ranks, micro_batch=1, zero_stage=stage)
     engine = build_engine(model, groups, optim, world)
     for _ in range(2):
@@ -83,7 +83,7 @@ def inputs(model: FCMAE, count: int) -> list[torch.Tensor]:
 
 def table(text: str, title: str) -> list[list[str]]:
     """Words of each line of one of the plan's tables, its header first."""
-    lines = text.split(f"\n{title}\n")[1].split("\n\n")[0].splitlines()
+    lines = f"\n{text}".split(f"\n{title}\n")[1].split("\n\n")[0].splitlines()
     return [line.split() for line in lines]
 
 
@@ -116,12 +116,20 @@ def test_warm_up_of_part_of_an_epoch_and_longer_than_the_run():
 def test_batches_that_cannot_be(optim, ranks, says):
     config, model = pretraining(**optim)
     with pytest.raises(UserError, match=says):
-        plan(config, model, parameter_groups(model, 0.05), 100, ranks)
+        plan(config, model, parameter_groups(model, Optim()), 100, ranks)
+
+
+def test_frozen_parameters_are_shown_as_such():
+    config, model = pretraining(batch_size=64)
+    model.encoder.requires_grad_(False)
+    _, *each = table(plan(config, model, parameter_groups(model, config.optim), 100, 1), "parameters")
+    assert {"frozen" in row for row in each if row[-1].startswith("encoder.")} == {True}
+    assert not any("frozen" in row for row in each if not row[-1].startswith("encoder."))
 
 
 def test_plan_of_a_pretraining():
     config, model = pretraining(batch_size=64, micro_batch=8, zero_stage=2, weight_decay=0.1)
-    text = plan(config, model, parameter_groups(model, 0.1), 100, 4)
+    text = plan(config, model, parameter_groups(model, Optim(weight_decay=0.1)), 100, 4)
     parameters = sum(p.numel() for p in model.parameters())
     flat = sum(p.numel() for p in model.parameters() if p.ndim == 1)
     assert "x on 4 ranks; nothing is started, nothing written" in text
@@ -129,6 +137,10 @@ def test_plan_of_a_pretraining():
     _, *groups = table(text, "parameter groups")
     assert [[f"{flat:,}", "0"], [f"{parameters - flat:,}", "0.1"]] == [row[1:3] for row in groups]
     assert groups[0][-2:] == ["mask_token,", "pred.bias"]
+    header, *each = table(text, "parameters")
+    assert header == ["shape", "decay", "lr", "scale", "lr", "parameter"] and len(each) == len(list(model.parameters()))
+    decay = {row[-1]: row[-4] for row in each}
+    assert decay["pred.weight"] == "0.1" and decay["mask_token"] == decay["pred.bias"] == "0"
     header, *rows = table(text, "memory of a rank, GiB")
     assert header == ["ZeRO", "weights", "gradients", "master", "AdamW", "buffers", "activations", "sum"]
     assert [row[0] for row in rows] == ["0", "1", "2", "3"] and ["this" in row for row in rows] == [
@@ -146,7 +158,7 @@ def test_plan_of_a_finetuning_with_layer_decay_and_ema():
     optim = Optim(lr=1e-3, batch_size=64)
     config = Finetune(data=Data(size=32), optim=optim, augment=Augment(ema=0.9), run=Run(name="x", device="cpu"))
     model = ConvNeXt(arch, classes=10)
-    groups = parameter_groups(model, 0.05, layer_decay(0.8, arch.depths, "single"))
+    groups = parameter_groups(model, Optim(), layer_decay(0.8, arch.depths, "single"))
     text = plan(config, model, groups, 100, 1)
     rows = table(text, "parameter groups")[1:]
     assert sorted({float(row[3]) for row in rows}) == pytest.approx([0.8**k for k in (5, 4, 3, 2, 1, 0)], rel=1e-3)
@@ -182,7 +194,7 @@ def test_memory_as_counted_in_an_engine(ranks, stages, tmp_path):
     launcher = ["python"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
     done = run(*launcher, tmp_path / "count.py", ROOT, json.dumps(stages))
     counted = json.loads(done.stdout.splitlines()[-1])
-    groups = parameter_groups(FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1))), 0.05)
+    groups = parameter_groups(FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1))), Optim())
     sizes = [sum(p.numel() for p in group["params"]) for group in groups]
     for stage in stages:
         count, held = counted[str(stage)], states(sizes, ranks, stage)

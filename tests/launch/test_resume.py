@@ -27,7 +27,8 @@ def tensorboard_steps(folder):
     return [event.step for event in events.Scalars("loss")]
 
 
-@pytest.mark.parametrize(("kills", "epochs"), [(3, 4), pytest.param(50, 40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "epochs"), [(3, 4), (50, 40)])
 def test_soak_of_random_kills(kills, epochs, digits, tmp_path):
     """Killed again and again, at any moment, mostly with SIGKILL: log and final weights are the undisturbed run's."""
     batch, steps = ["--optim.batch_size", "48"], 30 * epochs

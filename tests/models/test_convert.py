@@ -5,6 +5,7 @@ import timm
 import torch
 import transformers
 
+from models.convert import main
 from models.formats.read import read
 from models.formats.write import FORMATS, to_form, write
 from tests.conftest import names, run
@@ -31,17 +32,19 @@ def test_official_sparse_to_ours_and_on(tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS[1:])
 def test_a_trained_model_leaves_in_every_format(form, pretrained, tmp_path):
-    """The line that says how to load the file is true."""
+    """The lines that say how to load the file are true."""
     done = convert(pretrained / "fcmae.pt", tmp_path / FILES[form], form)
     assert_same(read(tmp_path / FILES[form])[0].encoder, read(pretrained / "fcmae.pt")[0].encoder)
-    call = done.stdout.splitlines()[-1].strip()
+    calls = [line.strip() for line in done.stdout.split("load it with\n")[1].splitlines()[::2]]
     if form in ("timm", "transformers"):
         assert "added: a final norm" in done.stdout
-        eval(call, {"timm": timm, "transformers": transformers})
+        assert len(calls) == 2  # the model, the backbone
+        for call in calls:
+            eval(call, {"timm": timm, "transformers": transformers})
     elif form == "official":
         model = torch.nn.Module()
         model.load_state_dict = lambda tensors: assert_same(tensors, to_form(read(pretrained / "fcmae.pt")[0], form)[0])
-        exec(call, {"torch": torch, "model": model})
+        exec(*calls, {"torch": torch, "model": model})
 
 
 def test_averaged_weights(tmp_path):
@@ -67,8 +70,7 @@ def test_averaged_weights(tmp_path):
         (["{tmp}", "{tmp}/y.pt", "--to", "timm"], "without config.json"),
     ],
 )
-def test_bad_input(words, says, tmp_path):
+def test_bad_input(words, says, tmp_path, refused):
     write(tmp_path / "x.pt", classifier(**SMALL), "ours")
-    done = run("python", "models/convert.py", *(word.format(tmp=tmp_path) for word in words), code=2)
-    assert done.stderr.startswith("error: ") and says in done.stderr and done.stderr.count("\n") == 1
+    assert says in refused(main, *(word.format(tmp=tmp_path) for word in words))
     assert names(tmp_path) == {"x.pt"}

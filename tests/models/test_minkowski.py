@@ -29,7 +29,8 @@ def assert_equal(theirs: FCMAE, ours: FCMAE, image: torch.Tensor, visible: torch
         layout = model.layout(visible, n)
         found.append(layout.to_grid(model.encoder.forward_features(image, layout), fill))
     assert_close(*found, "encoder")
-    assert_same_training(theirs, ours, image, visible)
+    deep = ours.encoder.arch.dims[0] > 64  # rounding adds up
+    assert_same_training(theirs, ours, image, visible, 2e-5 if deep else 1e-5)
 
 
 @pytest.mark.minkowski

@@ -93,3 +93,18 @@ def test_a_page_instead_of_a_file(tmp_path):
 def test_statistics_are_needed(tmp_path):
     with pytest.raises(UserError, match=r"damaged weight file \(no mean, std\)"):
         load(write(tmp_path / "x.pt", image={"size": [8, 8]}))
+
+
+def test_an_unknown_interpolation(tmp_path):
+    image = {"size": [8, 8], "mean": [0.5], "std": [0.5], "interpolation": "lanczos"}
+    with pytest.raises(UserError, match=r"damaged weight file \(interpolation 'lanczos'\)"):
+        load(write(tmp_path / "x.pt", image=image))
+
+
+def test_an_exported_program_is_not_weights(tmp_path):
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "x.pt2")
+    torch.jit.save(torch.jit.script(torch.nn.Identity()), tmp_path / "x.pt")
+    for name in ("x.pt2", "x.pt"):
+        with pytest.raises(UserError, match="is an exported program, not weights"):
+            load(tmp_path / name)

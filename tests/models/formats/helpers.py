@@ -7,6 +7,7 @@ import torch
 from configs.schema import Encoder, PretrainModel
 from models.convnext import ConvNeXt, resolve
 from models.fcmae import FCMAE
+from models.sparse.layouts import Dense
 from models.weights import Weights, divide
 
 SMALL = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32)}
@@ -65,3 +66,14 @@ def logits(weights: Weights, image: torch.Tensor) -> torch.Tensor:
     model.load_state_dict(weights.encoder | weights.head)
     with torch.no_grad():
         return model(image)
+
+
+def maps(weights: Weights, image: torch.Tensor) -> list[torch.Tensor]:
+    """The maps [B, C, H, W] of the four stages that the weights compute here."""
+    model, found = ConvNeXt(weights.arch).eval(), []
+    model.load_state_dict(weights.encoder)
+    for stage in model.stages:
+        stage.register_forward_hook(lambda _, inputs, output: found.append(output.permute(0, 3, 1, 2)))
+    with torch.no_grad():
+        model.forward_features(image, Dense())
+    return found

@@ -43,7 +43,7 @@ def compare(layout, x, conv, norm, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize(("s", "channels"), [(8, 12), (4, 5), (2, 9), (1, 130)])
+@pytest.mark.parametrize(("s", "channels"), [pytest.param(8, 12, marks=pytest.mark.slow), (4, 5), (2, 9), (1, 130)])
 def test_packed(s, channels, dtype, tolerance, fused, monkeypatch):
     """Patches in all positions to each other, in every stage; one image hides its border."""
     monkeypatch.setattr(depthwise, "PROGRAMS", 21)  # three partial sums

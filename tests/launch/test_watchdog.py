@@ -1,0 +1,31 @@
+"""What the watchdog makes of signals. Hangs and dead launchers are tested on whole runs, in test_stopping.py."""
+
+import os
+import signal
+import time
+
+import psutil
+import torch
+
+from launch.watchdog import INTERVAL, REQUESTS, Watchdog
+from launch.world import World
+
+
+def test_one_ctrl_c_after_the_launcher_died_saves_and_does_not_end_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.watchdog.barrier", lambda: None)  # no process group here
+    launcher = psutil.Popen(["true"])
+    launcher.wait()
+    watchdog = Watchdog(World(0, 1, torch.device("cpu")), tmp_path, 60)
+    watchdog.launchers = [launcher]
+    with watchdog:
+        wait_for(lambda: watchdog.requested == 1)
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: watchdog.requested == 1 + REQUESTS.index(signal.SIGINT))
+        assert watchdog.thread.is_alive()
+
+
+def wait_for(happens) -> None:
+    end = time.monotonic() + 20 * INTERVAL
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(INTERVAL / 10)

@@ -17,7 +17,8 @@ from configs.schema import Encoder, Finetune
 from data.loader import Loader
 from data.sampler import STEPS
 from data.transforms import normalize
-from finetune.evaluate import Score, evaluate
+from finetune.pictures import calibration_picture, confusion_picture
+from finetune.scores import Predictions, Score, predict
 from launch.engine import precision, seed_everything, whole_weights
 from launch.loop import Training
 from models.weights import Weights, cpu_state, divide, save
@@ -54,19 +55,25 @@ class Classifier:
         self.arch, self.classes = arch, classes
         self.engine, self.world = training.engine, training.world
         self.mean, self.std = (torch.tensor(values, device=self.world.device) for values in statistics)
-        self.autocast = precision(config.optim, self.world.device) == "bf16"
+        self.precision = precision(config.optim, self.world.device)
         augment = config.augment
-        self.erase = RandomErasing(augment.erase, mode="pixel", device=self.world.device) if augment.erase else None
+        self.erase = None
+        if augment.erase:
+            how = {"mode": augment.erase_mode, "max_count": augment.erase_count}
+            self.erase = RandomErasing(augment.erase, **how, device=self.world.device)
         self.mixup = None
         self.criterion = LabelSmoothingCrossEntropy(augment.smoothing)
         if augment.mixup or augment.cutmix:
             self.mixup = Mixup(
-                augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=len(classes)
-            )
+                augment.mixup, augment.cutmix, prob=augment.mix_prob, switch_prob=augment.mix_switch,
+                mode=augment.mix_mode, label_smoothing=augment.smoothing, num_classes=len(classes),
+            )  # fmt: skip
             self.criterion = SoftTargetCrossEntropy()
         self.ema = ema
+        self.evaluated = 0  # epoch of the last evaluation
+        self.found: Predictions | None = None  # of the best weights
         training.faults.watch(val_loader.samples.split)
-        self.best = {"top1": -1.0}
+        self.best = {"top1": -1.0, "epoch": 0}
 
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         """Loss of one micro batch, after erasing and mixing.
@@ -89,16 +96,20 @@ class Classifier:
         if self.ema:
             self.ema.update(self.engine.module)
 
-    def end_epoch(self, epoch: int, step: int) -> float:
-        """Evaluate raw and averaged weights; write last.pt, summary.json and, if it is the best so far, best.pt.
+    def end_epoch(self, epoch: int, last: bool, step: int) -> float | None:
+        """Every `run.eval_every` epochs and after the last, evaluate raw and averaged weights.
 
-        Returns the better top-1 accuracy.
+        Writes last.pt, summary.json and, if it is the best so far, best.pt. Returns the better top-1 accuracy.
         """
-        split, log = self.config.eval_split, self.training.log
-        scores = self.evaluate()
+        if epoch % self.config.run.eval_every and not last:
+            return None
+        split, log, self.evaluated = self.config.eval_split, self.training.log, epoch
+        found = self.evaluate()
+        scores = {kind: predictions.score() for kind, predictions in found.items()}
         winner = max(scores, key=lambda kind: scores[kind].top1)
         better = scores[winner].top1 > self.best["top1"]
         if better:
+            self.found = found[winner]
             self.best = {"epoch": epoch, "weights": winner, **asdict(scores[winner])}
         for kind, score in scores.items():
             log.scores(step, f"{split}_{kind}", asdict(score))
@@ -107,21 +118,39 @@ class Classifier:
             f"{names[kind]}top-1 {score.top1:.2%}, top-5 {score.top5:.2%}" for kind, score in scores.items()
         )
         log.say(f"epoch {epoch}: {split} {shown}{'  (best)' if better else ''}")
-        files = {"last.pt": self.weights("raw")} | ({"best.pt": self.weights(winner)} if better else {})
-        if self.ema:
-            files["last.pt"].ema = cpu_state(self.ema.module)
-        if self.world.first:
-            for name, weights in files.items():
-                save(self.training.folder / name, weights)
-            summary = {"epoch": epoch, "epochs": self.config.optim.epochs, "init": self.config.init, "best": self.best}
-            summary["last"] = {kind: asdict(score) for kind, score in scores.items()}
-            write_whole(self.training.folder / "summary.json", json.dumps(summary, indent=1).encode())
+        with whole_weights(self.engine):
+            if self.world.first:
+                self.write(epoch, scores)
+                if better:
+                    save(self.training.folder / "best.pt", self.weights(winner))
+        if self.enough() and not last:
+            log.say(f"no better top-1 than that of epoch {self.best['epoch']}: ending (run.patience)")
         return scores[winner].top1
 
-    def evaluate(self) -> dict[str, Score]:
-        """Scores of the raw weights and, if there are any, of the averaged ones."""
+    def enough(self) -> bool:
+        """Whether accuracy has not risen for `run.patience` epochs."""
+        return 0 < self.config.run.patience <= self.evaluated - self.best["epoch"]
+
+    def write(self, epoch: int, scores: dict[str, Score]) -> None:
+        """Write last.pt and summary.json."""
+        folder, last = self.training.folder, self.weights("raw")
+        if self.ema:
+            last.ema = cpu_state(self.ema.module)
+        save(folder / "last.pt", last)
+        summary = {"epoch": epoch, "epochs": self.config.optim.epochs, "init": self.config.init, "best": self.best}
+        summary["last"] = {kind: asdict(score) for kind, score in scores.items()}
+        write_whole(folder / "summary.json", json.dumps(summary, indent=1).encode())
+
+    def draw(self) -> None:
+        """Write pictures of what the best weights predict. The first rank calls this, at the end."""
+        folder = self.training.folder
+        confusion_picture(folder / "confusion.png", self.found, self.classes)
+        calibration_picture(folder / "calibration.png", self.found.calibration())
+
+    def evaluate(self) -> dict[str, Predictions]:
+        """Predictions of the raw weights and, if there are any, of the averaged ones."""
         models = {"raw": self.engine.module} | ({"ema": self.ema.module} if self.ema else {})
-        return evaluate(models, self._watched(), self.world, self.mean, self.std, self.autocast)
+        return predict(models, self._watched(), self.world, self.mean, self.std, self.precision)
 
     def _watched(self):
         """The evaluation's batches; damaged images are named and left out of the scores."""
@@ -131,23 +160,24 @@ class Classifier:
             yield batch
 
     def weights(self, kind: str) -> Weights:
-        """The `raw` or `ema` weights as a file's content; every rank calls this."""
-        with whole_weights(self.engine):
-            state = cpu_state(self.ema.module if kind == "ema" else self.engine.module)
-        head, encoder = divide(state, "head.")
+        """The `raw` or `ema` weights as a file's content."""
+        head, encoder = divide(cpu_state(self.ema.module if kind == "ema" else self.engine.module), "head.")
         data = self.config.data
         image = {
             "size": list(data.height_width), "mean": self.mean.tolist(), "std": self.std.tolist(),
-            "eval_crop": self.config.augment.eval_crop,
+            "eval_crop": self.config.augment.eval_crop, "interpolation": data.eval_interpolation,
         }  # fmt: skip
         return Weights(self.arch, image, encoder, head=head, classes=self.classes)
 
     def state(self) -> dict:
         """What a checkpoint holds besides the engine."""
-        return {"best": self.best, "ema": self.ema.module.state_dict() if self.ema else None}
+        ema = self.ema.module.state_dict() if self.ema else None
+        found = vars(self.found) if self.found else None
+        return {"best": self.best, "found": found, "evaluated": self.evaluated, "ema": ema}
 
     def load_state(self, state: dict) -> None:
         """Go on from a checkpoint."""
-        self.best = state["best"]
+        self.best, self.evaluated = state["best"], state["evaluated"]
+        self.found = Predictions(**state["found"]) if state["found"] else None
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])

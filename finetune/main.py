@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a pretrained ConvNeXt; writes runs/NAME/best.pt, last.pt and summary.json.
+"""Supervised fine-tuning of a pretrained ConvNeXt; writes runs/NAME/best.pt, last.pt, summary.json and report.html.
 
 python finetune/main.py --init runs/digits/fcmae.pt                     built-in digits
 python finetune/main.py --init none                                     the same from scratch
@@ -16,12 +16,14 @@ from configs.command import dry_run, parse, say, to_dict
 from configs.errors import UserError, run_main
 from configs.schema import Encoder, Finetune, Pretrain
 from data.loader import eval_loader, open_split, train_loader
-from data.transforms import EvalTransform, RandAugment, TrainTransform
+from data.sampler import class_weights
+from data.transforms import EvalTransform, train_transform
 from finetune.layer_decay import layer_decay
 from finetune.loop import Classifier, check_pairs, moving_average
 from launch.engine import build_engine, parameter_groups, seed_everything
 from launch.loop import Training
 from launch.plan import plan
+from launch.report import write_report
 from launch.world import start, stop
 from models.convnext import ConvNeXt, resolve
 from models.start import Init, open_init, start_classifier, with_statistics
@@ -43,28 +45,28 @@ def main() -> None:
             raise UserError(
                 f"{data.path}, split {split.name} has images without labels: fine-tuning needs one for each"
             )
-    rand_augment = RandAugment(augment.rand_augment, mean) if augment.rand_augment else None
+    transform = train_transform(data, augment, mean)
     decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
     if (ranks := dry_run()) is not None:
-        model = ConvNeXt(arch, len(classes), config.model.drop_path, config.model.recompute)
-        say(plan(config, model, parameter_groups(model, optim.weight_decay, decay), len(train_split), ranks))
+        model = build(config, arch, len(classes))
+        say(plan(config, model, parameter_groups(model, optim, decay), len(train_split), ranks))
         return
 
     world = start(config.run)
     check_pairs(config, world.ranks)
     seed_everything(config.run.seed)
-    model = ConvNeXt(arch, len(classes), config.model.drop_path, config.model.recompute)
+    model = build(config, arch, len(classes))
     if init is None or not start_classifier(model, init, classes):
         head_init = config.model.head_init
         for parameter in model.head.fc.parameters():
             parameter.data.mul_((1.0 if init is None else 0.001) if head_init is None else head_init)
     ema = moving_average(model.to(world.device), augment.ema)
-    engine = build_engine(model, parameter_groups(model, optim.weight_decay, decay), optim, world)
+    engine = build_engine(model, parameter_groups(model, optim, decay), optim, world)
 
-    train_transform = TrainTransform(data.height_width, data.crop_scale, data.hflip, rand_augment)
-    eval_transform = EvalTransform(data.height_width, augment.eval_crop)
+    weights = class_weights(train_split.labels(), config.balance) if config.balance else None
+    eval_transform = EvalTransform(data.height_width, augment.eval_crop, data.eval_interpolation)
     place = world.rank, world.ranks, world.device.type == "cuda"
-    loader = train_loader(train_split, train_transform, arch.channels, config.run.seed, data, optim, *place)
+    loader = train_loader(train_split, transform, arch.channels, config.run.seed, data, optim, *place, weights)
     micro, _ = optim.accumulation(world.ranks)
     val_loader = eval_loader(eval_split, eval_transform, arch.channels, data, micro, *place)
     digests = {"data_digest": train_split.digest, "init_digest": init.digest if init else "none"}
@@ -78,7 +80,20 @@ def main() -> None:
     training.run(classifier)
     best, path = classifier.best, training.folder / "best.pt"
     say(f"best {config.eval_split} top-1 {best['top1']:.2%}, in epoch {best['epoch']}; wrote {path}")
+    if world.first:
+        classifier.draw()
+        say(f"wrote {write_report(training.folder)}: open it in a browser")
     stop()
+
+
+def build(config: Finetune, arch: Encoder, classes: int) -> ConvNeXt:
+    """The classifier, with initial weights. A frozen encoder has no drop path, and nothing to recompute."""
+    if not config.model.freeze_encoder:
+        return ConvNeXt(arch, classes, config.model.drop_path, config.model.recompute)
+    model = ConvNeXt(arch, classes)
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    return model
 
 
 def architecture(config: Finetune, init: Init | None) -> Encoder:

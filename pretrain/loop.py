@@ -1,13 +1,15 @@
-"""Pretraining: the loss of a batch, and the pictures after an epoch."""
+"""Pretraining: the loss of a batch; pictures and probes after an epoch."""
 
 import torch
 from torch import Tensor
 
 from configs.schema import Pretrain
+from data.shards import Split
 from data.transforms import normalize
 from launch.engine import whole_weights
 from launch.loop import Training
 from pretrain.pictures import feature_distance, reconstruction_grid, write_png
+from pretrain.probing import Probing
 
 PICTURES = 8  # images in a reconstruction grid
 
@@ -17,11 +19,15 @@ class Pretraining:
 
     Args:
         statistics: mean and standard deviation of each channel
+        splits: of the probe: the neighbours', and the one that is classified; None = no probe
     """
 
-    def __init__(self, config: Pretrain, training: Training, statistics: tuple):
+    def __init__(
+        self, config: Pretrain, training: Training, statistics: tuple, splits: tuple[Split, Split] | None = None
+    ):
         self.config, self.training = config, training
         self.mean, self.std = (torch.tensor(values, device=training.world.device) for values in statistics)
+        self.probing = Probing(config, training, splits, (self.mean, self.std)) if splits else None
 
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         """Mean squared error of the hidden patches."""
@@ -34,11 +40,17 @@ class Pretraining:
     def after_step(self) -> None:
         """Nothing goes with the weights."""
 
-    def end_epoch(self, epoch: int, step: int) -> None:
-        """A picture of the last batch, every `run.picture_every` epochs and after the last."""
-        if epoch % self.config.run.picture_every == 0 or epoch == self.config.optim.epochs:
+    def end_epoch(self, epoch: int, last: bool, step: int) -> None:
+        """A picture every `run.picture_every` epochs, a probe every `probe.every`; both after the last."""
+        if last or epoch % self.config.run.picture_every == 0:
             with whole_weights(self.training.engine):
                 self.show(step)
+        if self.probing and (last or epoch % self.config.probe.every == 0):
+            self.probing.score(epoch, step)
+
+    def enough(self) -> bool:
+        """Pretraining goes on to its last step."""
+        return False
 
     @torch.no_grad()
     def show(self, step: int) -> None:

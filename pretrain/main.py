@@ -1,4 +1,4 @@
-"""FCMAE pretraining of a ConvNeXt on shards of images; writes runs/NAME/fcmae.pt.
+"""FCMAE pretraining of a ConvNeXt on shards of images; writes runs/NAME/fcmae.pt and report.html.
 
 deepspeed pretrain/main.py                                              built-in digits
 deepspeed pretrain/main.py --config configs/pretrain/cifar10.yaml
@@ -22,11 +22,13 @@ from data.transforms import PretrainTransform
 from launch.engine import build_engine, parameter_groups, seed_everything, whole_weights
 from launch.loop import Training
 from launch.plan import plan
+from launch.report import write_report
 from launch.world import start, stop
 from models.fcmae import FCMAE, check_size
 from models.start import open_init, start_autoencoder, with_statistics
 from models.weights import Weights, cpu_state, divide, save
 from pretrain.loop import Pretraining
+from pretrain.probing import probe_splits
 
 
 def main() -> None:
@@ -38,20 +40,20 @@ def main() -> None:
     grid = data.grid(config.model.stem_stride)
     check_size(config.model, grid)
     mean, std = data.statistics(config.model.channels)
-    split = open_split(data)
+    split, probed = open_split(data), probe_splits(config)
     if (ranks := dry_run()) is not None:
         model = FCMAE(config.model)
-        say(plan(config, model, parameter_groups(model, optim.weight_decay), len(split), ranks))
+        say(plan(config, model, parameter_groups(model, optim), len(split), ranks))
         return
     world = start(config.run)
     seed_everything(config.run.seed)
     model = FCMAE(config.model)
     if init:
         start_autoencoder(model, init)
-    engine = build_engine(model, parameter_groups(model, optim.weight_decay), optim, world)
+    engine = build_engine(model, parameter_groups(model, optim), optim, world)
 
     n = visible_patches(grid[0] * grid[1], config.model.mask_ratio)
-    transform = PretrainTransform(data.height_width, data.crop_scale, data.hflip, grid, n)
+    transform = PretrainTransform(data, grid, n)
     place = world.rank, world.ranks, world.device.type == "cuda"
     loader = train_loader(split, transform, config.model.channels, config.run.seed, data, optim, *place)
     identity = to_dict(config) | {"stage": "pretraining", "data_digest": split.digest}
@@ -65,15 +67,17 @@ def main() -> None:
         f"{world.device.type} x {world.ranks}; {len(split):,} images; {n} of {patches} patches visible "
         f"({1 - n / patches:.1%} hidden)"
     )
-    training.run(Pretraining(config, training, (mean, std)))
+    training.run(Pretraining(config, training, (mean, std), probed))
     with whole_weights(engine):
-        encoder, (_, decoder) = cpu_state(model.encoder), divide(cpu_state(model), "encoder.")
-    if world.first:
-        path = training.folder / "fcmae.pt"
-        image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}
-        settings = to_dict(config.model)
-        save(path, Weights(model.encoder.arch, image, encoder, decoder, settings, classes=split.classes))
-        print(f"wrote {path}: fine-tune it with `python finetune/main.py --init {path} ...`")
+        if world.first:
+            path = training.folder / "fcmae.pt"
+            _, decoder = divide(cpu_state(model), "encoder.")
+            image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}
+            content = Weights(model.encoder.arch, image, cpu_state(model.encoder), decoder, to_dict(config.model))
+            content.classes = split.classes
+            save(path, content)
+            print(f"wrote {path}: fine-tune it with `python finetune/main.py --init {path} ...`")
+            print(f"wrote {write_report(training.folder)}: open it in a browser")
     stop()
 
 

@@ -12,12 +12,14 @@ from models.convnext import ConvNeXt
 from models.fcmae import FCMAE, patch_statistics
 from models.sparse.layouts import Dense, patchify, unpatchify
 
-CELL, GAP, CAPTION = 128, 4, 18  # pixels: least side of one image, gap between two, height of the caption line
-GREY = 0.5  # of hidden patches
+COLUMNS = ("input", "visible patches", "prediction", "prediction pasted")
+CELL, GAP, CAPTION = 128, 4, 18  # pixels: least side of one image, gap between two, height of a line of text
+GREY = 0.5  # where there is nothing
 
 
-def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """(masked, reconstruction) of normalised images [B, C, H, W]; masked has NaN at hidden patches.
+def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(masked, predicted, pasted) of normalised images [B, C, H, W]: what the encoder saw, what the decoder says of the
+    rest, and both together. NaN where there is nothing.
 
     Visible patches are pasted from the input: the model was never trained on them. Where it predicts normalised
     pixels (norm_pix), the true patch's mean and variance bring them back, so brightness and contrast of a hidden
@@ -27,36 +29,36 @@ def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, T
     grid = tuple(visible.shape[1:])
     patches = patchify(image, grid).flatten(1, 2)  # [B, gy * gx, P, P, C]
     rows = torch.arange(len(image), device=image.device)[:, None]
-    predicted = output.prediction.float()
+    pixels = output.prediction.float()
     if model.config.norm_pix:
         mean, std = patch_statistics(model.true_pixels(image, output.hidden))
-        predicted = predicted * std + mean
-    filled, masked = patches.clone(), patches.clone()
-    filled[rows, output.hidden] = predicted.view(*output.hidden.shape, *patches.shape[2:]).to(patches.dtype)
+        pixels = pixels * std + mean
+    masked, predicted = patches.clone(), torch.full_like(patches, float("nan"))
     masked[rows, output.hidden] = float("nan")
-    return unpatchify(masked.unflatten(1, grid)), unpatchify(filled.unflatten(1, grid))
+    predicted[rows, output.hidden] = pixels.view(*output.hidden.shape, *patches.shape[2:]).to(patches.dtype)
+    pasted = torch.where(masked.isnan(), predicted, masked)
+    return tuple(unpatchify(x.unflatten(1, grid)) for x in (masked, predicted, pasted))
 
 
 def reconstruction_grid(model: FCMAE, image: Tensor, visible: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """A captioned picture [3, height, width], uint8: a row an image, with its visible patches and reconstruction."""
-    masked, filled = reconstruct(model, image, visible)
-    columns = [_to_rgb(x, mean, std) for x in (image, masked, filled)]
+    """A captioned picture [3, height, width], uint8: for each image the four of `COLUMNS`, two images in a row."""
+    columns = [_to_rgb(x, mean, std) for x in (image, *reconstruct(model, image, visible))]
     zoom = max(1, -(-CELL // max(image.shape[2:])))
-    columns = [x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for x in columns]
-    height, width = columns[0].shape[2:]
-    rows, across = len(image), 2 if len(image) > 2 else 1  # two triples side by side
-    down = -(-rows // across)
-    sheet_width = across * 3 * (width + GAP) + (across - 1) * 4 * GAP + GAP
-    sheet = torch.full((3, down * (height + GAP) + GAP + CAPTION, sheet_width), 255, dtype=torch.uint8)
-    for i in range(rows):
-        top = CAPTION + GAP + i // across * (height + GAP)
-        for j, column in enumerate(columns):
-            left = GAP + (i % across) * (3 * (width + GAP) + 4 * GAP) + j * (width + GAP)
-            sheet[:, top : top + height, left : left + width] = column[i]
-    text = "input | visible patches | reconstruction"
+    cells = [x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for x in columns]
+    height, width = cells[0].shape[2:]
+    across = min(2, len(image))
+    down, group = -(-len(image) // across), len(COLUMNS) * (width + GAP) + 4 * GAP
+    sheet = Image.new("RGB", (across * group - 3 * GAP, down * (height + GAP) + GAP + 2 * CAPTION), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i in range(len(image)):
+        for j, (name, column) in enumerate(zip(COLUMNS, cells, strict=True)):
+            left = GAP + i % across * group + j * (width + GAP)
+            sheet.paste(F.to_pil_image(column[i]), (left, CAPTION + GAP + i // across * (height + GAP)))
+            draw.text((left, GAP), name, fill="black")
     if model.config.norm_pix:
-        text += " (hidden patches: predicted, scaled with the true mean and variance)"
-    return _caption(sheet, text)
+        place = GAP, sheet.height - CAPTION + GAP / 2
+        draw.text(place, "predicted patches have the mean and variance of the true ones", fill="black")
+    return F.pil_to_tensor(sheet)
 
 
 def _to_rgb(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -64,12 +66,6 @@ def _to_rgb(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     pixels = (image.float() * std[:, None, None] + mean[:, None, None]).nan_to_num(GREY).clamp(0, 1)
     pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
     return (pixels * 255).round().to(torch.uint8).cpu()
-
-
-def _caption(sheet: Tensor, text: str) -> Tensor:
-    picture = F.to_pil_image(sheet)
-    ImageDraw.Draw(picture).text((GAP, GAP), text, fill="black")
-    return F.pil_to_tensor(picture)
 
 
 def write_png(path: Path, picture: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs.schema import Encoder
+from configs.schema import Encoder, Optim
 from finetune.layer_decay import group_layer, layer_decay, single_layer
 from launch.engine import parameter_groups
 from models.convnext import ConvNeXt
@@ -45,7 +45,7 @@ def test_group_rises_steadily_at_other_depths():
 
 def test_parameter_groups():
     model = ConvNeXt(Encoder("convnextv2_atto", dims=(8, 8, 8, 8)), classes=2)
-    groups = parameter_groups(model, 0.05, layer_decay(0.5, (2, 2, 6, 2), "single"))
+    groups = parameter_groups(model, Optim(), layer_decay(0.5, (2, 2, 6, 2), "single"))
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in groups:

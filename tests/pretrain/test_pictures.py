@@ -15,11 +15,12 @@ def test_visible_patches_are_pasted_and_hidden_ones_predicted(norm_pix):
     random_weights(model)
     visible, image = masks(2, (2, 3), 0.6), torch.randn(2, 3, 16, 24)
     with torch.no_grad():
-        masked, filled = reconstruct(model, image, visible)
+        masked, predicted, pasted = reconstruct(model, image, visible)
     seen = visible.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand_as(image)
     assert torch.equal(masked[seen], image[seen]) and masked[~seen].isnan().all()
-    assert torch.equal(filled[seen], image[seen])
-    assert filled.isfinite().all() and not torch.isclose(filled[~seen], image[~seen]).any()
+    assert predicted[seen].isnan().all() and torch.equal(pasted[~seen], predicted[~seen])
+    assert torch.equal(pasted[seen], image[seen])
+    assert pasted.isfinite().all() and not torch.isclose(pasted[~seen], image[~seen]).any()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

@@ -1,0 +1,376 @@
+"""Exported files in their own runtimes, against timm's models with the same weights."""
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from functools import partialmethod
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from torch.onnx import ONNXProgram
+
+from configs.errors import UserError
+from configs.schema import Data
+from data.loader import open_split
+from data.transforms import EvalTransform, decode
+from finetune import export as command
+from finetune.exporters import METADATA, SUFFIXES, Deployed, export, run
+from finetune.half import half
+from models.convnext import ConvNeXt
+from models.formats.write import how_to_load, how_to_load_backbone, write
+from models.sparse import layouts
+from models.weights import Weights, save
+from tests.conftest import names
+from tests.conftest import run as run_command
+from tests.models.formats.helpers import SMALL, autoencoder, classifier
+from tests.models.helpers import assert_close
+
+GRAPHS = ["onnx", "torch-export", "torchscript"]
+FORMATS = [*GRAPHS, "safetensors"]
+MODELS = {
+    "v2": ("convnextv2_atto", {"channels": 3, "stem_stride": 4}, [64, 96]),
+    "v1": ("convnext_atto", {"channels": 1, "stem_stride": 1}, [32, 24]),
+}
+
+
+def lively(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A random state whose logits differ from image to image."""
+    return {
+        name: torch.randn(t.shape) * (2 / t[0].numel() ** 0.5 if t.ndim > 1 else 0.1 if name.endswith("bias") else 1)
+        for name, t in model.state_dict().items()
+    }
+
+
+def trained(kind: str = "v2", classes: int = 5) -> Weights:
+    name, shape, size = MODELS[kind]
+    weights = classifier(name, classes, lively, **shape, **SMALL)
+    weights.image |= {"size": size, "eval_crop": 0.9, "interpolation": "bilinear"}
+    return weights
+
+
+def call(*words: object) -> None:
+    command.main([str(word) for word in words])
+
+
+def exported(weights: Weights, folder: Path, digits: Path, to: str, *options: str) -> Path:
+    """The file that the command writes of weights."""
+    save(folder / "best.pt", weights)
+    out = folder / f"out{SUFFIXES[to]}"
+    call(folder / "best.pt", out, "--to", to, "--images", digits, *options)
+    return out
+
+
+def outputs(line: str, images: torch.Tensor) -> list[torch.Tensor]:
+    """What the line that the command prints gives for images; timm's models want them normalised."""
+    found = eval(line, {"images": images, "torch": torch, "timm": timm, "onnxruntime": onnxruntime})
+    if isinstance(found, torch.nn.Module):
+        with torch.no_grad():
+            found = found.eval()(images)
+    found = [found] if isinstance(found, torch.Tensor) else found
+    return [torch.as_tensor(output) for output in found]
+
+
+def reference(weights: Weights, folder: Path, images: torch.Tensor, features: bool) -> list[torch.Tensor]:
+    """What timm's model of the same weights gives."""
+    write(folder / "reference.pth", replace(weights, ema=None), "timm")
+    line = (how_to_load_backbone if features else how_to_load)(folder / "reference.pth", weights, "timm")
+    return outputs(line, normalized(weights, images))
+
+
+def normalized(weights: Weights, images: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(weights.image[key])[:, None, None] for key in ("mean", "std"))
+    return (images - mean) / std
+
+
+def some_digits(weights: Weights, digits: Path, count: int = 5) -> torch.Tensor:
+    """Digits as the model takes them, from 0 to 1."""
+    split, transform = (
+        open_split(Data(str(digits)), "val"),
+        EvalTransform(weights.image["size"], 0.9, "bilinear"),
+    )
+    decoded = [decode(split.read(70 * i)[0], weights.arch.channels) for i in range(count)]
+    return torch.stack([transform(image)["image"] for image in decoded]) / 255
+
+
+def about(path: Path, to: str) -> dict:
+    """The metadata of a file."""
+    if to == "onnx":
+        return json.loads({entry.key: entry.value for entry in onnx.load(path).metadata_props}[METADATA])
+    held = {METADATA: ""}
+    if to == "torch-export":
+        torch.export.load(path, extra_files=held)
+    else:
+        torch.jit.load(path, _extra_files=held)
+    return json.loads(held[METADATA])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_classifier_gives_the_logits_of_timm(to, kind, digits, tmp_path, capsys):
+    weights = trained(kind)
+    out = exported(weights, tmp_path, digits, to)
+    printed = capsys.readouterr()
+    line = printed.out.splitlines()[-1]
+    images = some_digits(weights, digits)
+    expected = reference(weights, tmp_path, images, features=False)[0]
+    assert expected.std(0).max() > 0.02 * expected.abs().max()  # they tell images apart
+    for batch in (images, images[:1], images.repeat(2, 1, 1, 1)):
+        given = normalized(weights, batch) if to == "safetensors" else batch
+        found = outputs(line, given)[0]
+        assert_close(found[: len(images)], expected[: len(batch)])
+    assert printed.err == "" and names(tmp_path) == {"best.pt", "reference.pth", out.name}
+    if to != "safetensors":
+        held = about(out, to)
+        assert held["classes"] == weights.classes and held["model"] == weights.arch.name
+        assert {key: held[key] for key in weights.image} == weights.image
+        size = ", ".join(map(str, [weights.arch.channels, *weights.image["size"]]))
+        assert held["input"]["image"].startswith(f"float32 [batch, {size}]")
+        assert held["output"] == {"logits": "float32 [batch, 5]"} and held["precision"] == "float32"
+        return
+    with safe_open(out, "pt") as file:
+        held = json.loads(file.metadata()["config"])
+    settings = held["pretrained_cfg"]
+    assert held["label_names"] == weights.classes and settings["crop_pct"] == 0.9
+    assert settings["interpolation"] == "bilinear" and settings["mean"] == weights.image["mean"]
+
+
+@pytest.mark.parametrize(
+    ("to", "kind"),
+    [("onnx", "v2"), ("torch-export", "v1"), ("torchscript", "v2"), ("safetensors", "v1"), ("safetensors", "v2")],
+)
+def test_a_backbone_gives_the_maps_of_timm(to, kind, digits, tmp_path, capsys):
+    """Of images of any size: of another height and width, and of sides that are no multiple of a patch."""
+    weights = trained(kind)
+    out = exported(weights, tmp_path, digits, to, "--features")
+    line, stride = capsys.readouterr().out.splitlines()[-1], weights.arch.stem_stride
+    for batch, height, width in ((2, 16, 24), (1, 27, 17)):
+        images = torch.rand(batch, weights.arch.channels, height * stride, width * stride + stride // 2)
+        expected = reference(weights, tmp_path, images, features=True)
+        found = outputs(line, normalized(weights, images) if to == "safetensors" else images)
+        assert [output.shape[1] for output in found] == list(weights.arch.dims)
+        assert found[0].shape[2:] == (height, width)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours, theirs)
+    if to != "safetensors":
+        held = about(out, to)
+        assert f"height >= {16 * stride}, width >= {16 * stride}]" in held["input"]["image"]
+        assert held["output"]["stage4"] == f"float32 [batch, 32, height / {8 * stride}, width / {8 * stride}]"
+
+
+def test_a_backbone_of_pretraining(digits, tmp_path, capsys):
+    """fcmae.pt has a decoder and no classifier; one patch wide, its width is fixed."""
+    weights = autoencoder(channels=1, **SMALL)
+    weights.image |= {"size": [64, 32]}
+    out = exported(weights, tmp_path, digits, "torch-export", "--features")
+    printed = capsys.readouterr().out
+    assert "size is fixed where a side is below 64 pixels" in printed
+    assert "height >= 64, 32]" in about(out, "torch-export")["input"]["image"]
+    images = torch.rand(2, 1, 128, 32)
+    weights = replace(weights, decoder={})
+    for ours, theirs in zip(
+        outputs(printed.splitlines()[-1], images), reference(weights, tmp_path, images, True), strict=True
+    ):
+        assert_close(ours, theirs)
+
+
+def test_averaged_weights_and_another_size(digits, tmp_path, capsys):
+    weights, other = trained("v1"), trained("v1")
+    weights.ema = other.encoder | other.head
+    out = exported(weights, tmp_path, digits, "torchscript", "--ema", "--size", "[48,40]")
+    images = torch.rand(2, 1, 48, 40)
+    found = outputs(capsys.readouterr().out.splitlines()[-1], images)
+    assert_close(found[0], reference(other, tmp_path, images, features=False)[0])
+    assert about(out, "torchscript")["size"] == [48, 40]
+
+
+def test_files_are_for_any_device(digits, tmp_path):
+    """No operation in them names the CPU, on which they were made."""
+    program = torch.export.load(exported(trained(), tmp_path, digits, "torch-export"))
+    assert not [node for node in program.graph.nodes if "device" in node.kwargs]
+    assert program.module().to("meta")(torch.rand(2, 3, 64, 96, device="meta")).shape == (2, 5)
+    scripted = torch.jit.load(exported(trained(), tmp_path, digits, "torchscript"))
+    assert "Device" not in str(scripted.inlined_graph)
+
+
+def test_images_of_a_folder_and_one_alone(digits, tmp_path):
+    split = open_split(Data(str(digits)), "val")
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / f"in/{i}.png").write_bytes(split.read(i)[0])
+    exported(trained(), tmp_path, tmp_path / "in", "torchscript")
+    call(tmp_path / "best.pt", tmp_path / "one.pt", "--to", "torchscript", "--images", tmp_path / "in/0.png")
+    (tmp_path / "in/1.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"in, sample 1: not a readable image"):
+        call(tmp_path / "best.pt", tmp_path / "two.pt", "--to", "torchscript", "--images", tmp_path / "in")
+
+
+def test_a_large_model_keeps_its_weights_beside_it(digits, tmp_path, monkeypatch, capsys):
+    """As ONNX of more than 2 GB must; also when the two are brought elsewhere."""
+    monkeypatch.setattr(ONNXProgram, "save", partialmethod(ONNXProgram.save, external_data=True))
+    weights = trained("v1")
+    out = exported(weights, tmp_path, digits, "onnx")
+    assert f"wrote {out}.data and {out}, " in capsys.readouterr().out
+    (tmp_path / "moved").mkdir()
+    for file in (out, tmp_path / "out.onnx.data"):
+        file.rename(tmp_path / "moved" / file.name)
+    images = some_digits(weights, digits)
+    session = onnxruntime.InferenceSession(str(tmp_path / "moved/out.onnx"))
+    assert_close(
+        torch.from_numpy(session.run(None, {"image": images.numpy()})[0]),
+        reference(weights, tmp_path, images, features=False)[0],
+    )
+    (tmp_path / "out.onnx.data").touch()
+    with pytest.raises(UserError, match=r"out\.onnx\.data exists: choose another name"):
+        call(tmp_path / "best.pt", out, "--to", "onnx", "--images", digits)
+
+
+# ---- fp16
+
+
+def with_large_tokens(value: float, tensor: str = "stages.0.blocks.0.mlp.fc1.bias") -> Weights:
+    weights = trained()
+    weights.encoder[tensor] = weights.encoder[tensor] + value
+    return weights
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_fp16_where_the_sum_of_squares_would_overflow(to, digits, tmp_path, capsys):
+    """300 squared is more than fp16 holds, 300 is not."""
+    weights = with_large_tokens(300)
+    out = exported(weights, tmp_path, digits, to, "--fp16")
+    images = some_digits(weights, digits)
+    given = normalized(weights, images) if to == "safetensors" else images
+    found = outputs(capsys.readouterr().out.splitlines()[-1], given)[0]
+    expected = reference(weights, tmp_path, images, features=False)[0]
+    assert_close(found, expected, tolerance=1e-2)
+    assert found.dtype == torch.float32 and torch.equal(found.argmax(1), expected.argmax(1))
+    assert not torch.equal(found, expected)
+    if to == "onnx":
+        types = {tensor.name: tensor.data_type for tensor in onnx.load(out).graph.initializer}
+        assert types["model.stages.0.blocks.0.conv_dw.weight"] == onnx.TensorProto.FLOAT16
+        assert types["model.stages.0.blocks.0.norm.weight"] == onnx.TensorProto.FLOAT
+
+
+def test_naive_fp16_overflows_there(digits, monkeypatch):
+    """The test above can fail."""
+    weights = with_large_tokens(300)
+    model = ConvNeXt(weights.arch, weights.outputs).eval()
+    model.load_state_dict(weights.encoder | weights.head)
+    low = run(half(Deployed(model, *(torch.tensor(weights.image[key]) for key in ("mean", "std")))))
+    images = some_digits(weights, digits)
+    assert low(images)[0].isfinite().all()
+    monkeypatch.setattr(layouts, "channel_norm", lambda x, dims: x.square().sum(dims, keepdim=True).sqrt())
+    assert not low(images)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "layer"),
+    [
+        ("stages.0.blocks.0.mlp.fc1.bias", r"stages\.0\.blocks\.0\.mlp\.fc1 reaches 1e\+05"),
+        ("stages.1.blocks.0.conv_dw.bias", r"what enters stages\.1\.blocks\.0\.norm reaches 1e\+05"),
+    ],
+)
+def test_fp16_is_refused_where_tokens_overflow(tensor, layer, digits, tmp_path):
+    """Though onnxruntime may take fp32 for lack of fp16 on this machine."""
+    with pytest.raises(UserError, match=f"--fp16 does not suit this model: {layer}, fp16 ends at 65504"):
+        exported(with_large_tokens(1e5, tensor), tmp_path, digits, "onnx", "--fp16")
+    assert names(tmp_path) == {"best.pt"}
+
+
+def test_fp16_is_refused_where_it_is_too_coarse(digits, tmp_path):
+    """No number is too large, but beside what all channels share, 20000, fp16 cannot tell 1 from 2."""
+    with pytest.raises(UserError, match=r"--fp16 does not suit this model: it differs from the source by \S+ of"):
+        exported(with_large_tokens(20000, "stages.3.blocks.0.mlp.fc2.bias"), tmp_path, digits, "onnx", "--fp16")
+
+
+# ---- the comparison can fail
+
+
+def tampered(path: Path, to: str, deployed: Deployed, weights: Weights) -> None:
+    """Writes another model: one number of a bias is a thousandth of the largest logit off."""
+    deployed, weights = deepcopy(deployed), deepcopy(weights)
+    deployed.model.head.fc.bias.data[0] += 3e-3
+    weights.head["head.fc.bias"][0] += 3e-3
+    export(path, to, deployed, weights)
+
+
+def cut(path: Path, to: str, deployed: Deployed, weights: Weights) -> None:
+    """Writes half a file."""
+    export(path, to, deployed, weights)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_file_that_is_another_model_is_not_written(to, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "export", tampered)
+    with pytest.raises(UserError, match=r"out\.\w+ is not written: it differs from the source by \S+ of the largest"):
+        exported(trained("v1"), tmp_path, digits, to)
+    assert names(tmp_path) == {"best.pt"}
+
+
+@pytest.mark.parametrize("to", ["onnx", "torchscript", "safetensors"])
+def test_a_file_that_its_runtime_refuses_is_not_written(to, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "export", cut)
+    with pytest.raises(UserError, match=f"the runtime of {to} cannot take this model here"):
+        exported(trained("v1"), tmp_path, digits, to)
+    assert names(tmp_path) == {"best.pt"}
+
+
+def test_another_class_is_noticed(digits, tmp_path, monkeypatch):
+    """Where the difference alone would pass."""
+    weights = trained("v1")
+    weights.head["head.fc.weight"][1], weights.head["head.fc.bias"][:2] = weights.head["head.fc.weight"][0], 10
+    weights.head["head.fc.bias"][1] += 2e-4  # class 1 always, by a hair
+
+    def other(path: Path, to: str, deployed: Deployed, weights: Weights) -> None:
+        deployed.model.head.fc.bias.data[0] += 3e-4
+        export(path, to, deployed, weights)
+
+    monkeypatch.setattr(command, "export", other)
+    with pytest.raises(UserError, match="is not written: it gives 1 of 1 images another class than the source"):
+        exported(weights, tmp_path, digits, "torchscript")
+
+
+# ---- input
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["{tmp}/best.pt", "{tmp}/x.onnx", "--to", "onxx"], "invalid choice: 'onxx'"),
+        (["{tmp}/best.pt", "{tmp}/x.onnx"], "the following arguments are required: --to"),
+        (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "onnx"], r"x\.pt2: the name of a file of onnx ends in \.onnx"),
+        (["{tmp}/best.pt", "{tmp}/best.pt", "--to", "torchscript"], r"best\.pt exists: choose another name"),
+        (["{tmp}/best.pt", "{tmp}/no/x.pt2", "--to", "torch-export"], "no is not a folder: make it first"),
+        (["{tmp}/no.pt", "{tmp}/x.pt2", "--to", "torch-export"], r"no\.pt does not exist"),
+        (["{tmp}/fcmae.pt", "{tmp}/x.pt2", "--to", "torch-export"], r"fcmae\.pt has no classifier"),
+        (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--ema"], "holds no averaged weights"),
+        (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--size", "50"], "50"),
+        (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--features", "--size", "50"], "50"),
+        (["{tmp}/best.pt", "{tmp}/x.safetensors", "--to", "safetensors"], "model.stem_stride 2 has no timm format"),
+        (["{tmp}/fcmae.pt", "{tmp}/x.pt2", "--to", "torch-export", "--features"], "does not tell how its 5 channels"),
+        (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--split", "tst"], r"has no split tst"),
+    ],
+)
+def test_bad_input(words, says, digits, tmp_path):
+    weights = classifier(channels=1, stem_stride=2, **SMALL)
+    save(tmp_path / "best.pt", weights)
+    weights = autoencoder(channels=5, **SMALL)
+    save(tmp_path / "fcmae.pt", replace(weights, image=weights.image | {"mean": None, "std": None}))
+    before = names(tmp_path)
+    with pytest.raises(UserError, match=says):
+        call(*(word.format(tmp=tmp_path) for word in words), "--images", digits)
+    assert names(tmp_path) == before
+
+
+def test_the_command_says_little(digits, tmp_path):
+    """No warning of an exporter is seen."""
+    save(tmp_path / "best.pt", trained("v1"))
+    words = ["python", "finetune/export.py", tmp_path / "best.pt", tmp_path / "x.onnx", "--to", "onnx"]
+    done = run_command(*words, "--images", digits)
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 3

@@ -1,0 +1,132 @@
+"""The probe as a command: scores, ranks, other formats, bad input."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from configs.errors import UserError
+from configs.schema import Data
+from data.loader import open_split
+from data.transforms import center_crop, decode
+from finetune import probe
+from models.convnext import ConvNeXt
+from models.formats.write import write
+from models.sparse.layouts import Dense
+from models.weights import load, save
+from tests.conftest import one_core, run
+
+FAST = ["--workers", "0", "--device", "cpu", "--batch", "240"]
+SETTINGS = ["--epochs", "20", "--crop", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_core():
+    before = os.sched_getaffinity(0)
+    one_core()
+    yield
+    os.sched_setaffinity(0, before)
+
+
+def scores(weights, digits, out, *more, program=("python",)) -> tuple[dict, str]:
+    """What the command writes, and what it prints."""
+    done = run(*program, "finetune/probe.py", weights, digits, *FAST, "--out", out, *more)
+    assert f"wrote {out}" in done.stdout
+    return json.loads(out.read_text()), done.stdout
+
+
+@pytest.fixture(scope="module")
+def probed(pretrained, digits, tmp_path_factory) -> tuple[dict, str]:
+    out = tmp_path_factory.mktemp("probe") / "probe.json"
+    return scores(
+        pretrained / "fcmae.pt", digits, out, "--random", "--epochs", "20", "--crop", "1", "--k", "20", "5000"
+    )
+
+
+def test_scores(probed, pretrained, digits):
+    """The nearest neighbours are those of scikit-learn, on features made one image at a time."""
+    weights = load(pretrained / "fcmae.pt")
+    encoder = ConvNeXt(weights.arch)
+    encoder.load_state_dict(weights.encoder)
+    parts = []
+    for name in ("train", "val"):
+        split = open_split(Data(path=str(digits)), name)
+        read = [split.read(i) for i in range(len(split))]
+        image = torch.stack([center_crop(decode(data, 1), (24, 24), 1) for data, _ in read])
+        with torch.no_grad():
+            tokens = encoder.forward_features((image / 255 - 0.5) / 0.5, Dense())
+        parts.append((tokens.mean((1, 2)).numpy(), [label for _, label in read]))
+    judge = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    expected = judge.fit(*parts[0]).score(*parts[1])
+    found, _ = probed
+    assert found["knn"].keys() == {"20"} and found["knn"]["20"]["top1"] == pytest.approx(expected, abs=0.003)
+    assert (found["train_images"], found["eval_images"], found["classes"]) == (1442, 355, 10)
+    assert found["settings"]["crop"] == 1 and found["settings"]["size"] == [24, 24]
+
+
+def test_the_best_learning_rate_is_that_of_the_held_out_images(probed):
+    linear = probed[0]["linear"]
+    assert [row["lr"] for row in linear["grid"]] == list(probe.LRS)
+    assert linear["held_out"] == max(row["held_out"] for row in linear["grid"])
+    assert {key: linear[key] for key in linear["grid"][0]} in linear["grid"]
+
+
+def test_fresh_weights_are_scored_as_well(probed):
+    found, text = probed
+    assert found["random"]["knn"]["20"] != found["knn"]["20"] and found["random"]["eval_images"] == 355
+    assert found["random"]["linear"]["top1"] < found["linear"]["top1"]
+    assert "fresh top-1" in text and f"{found['linear']['top1']:.2%}" in text
+    assert "k 5000 left out: split train has 1,442 images" in text
+
+
+def test_deepspeeds_launcher_adds_a_rank():
+    assert probe.parse(["--local_rank=1", "x.pt", "shards"]).weights == "x.pt"
+
+
+@pytest.mark.slow
+def test_two_ranks(pretrained, digits, probed, tmp_path):
+    more, launcher = [*SETTINGS, "--no-linear", "--k", "20"], ("deepspeed", "--num_gpus", "2")
+    found, text = scores(pretrained / "fcmae.pt", digits, tmp_path / "two.json", *more, program=launcher)
+    assert found["settings"]["ranks"] == 2 and found["knn"] == probed[0]["knn"]
+    assert "linear" not in found and text.count("kNN, k 20") == 1
+
+
+def test_another_format(pretrained, digits, probed, tmp_path):
+    write(tmp_path / "timm.safetensors", load(pretrained / "fcmae.pt"), "timm")
+    found, text = scores(tmp_path / "timm.safetensors", digits, tmp_path / "timm.json", *SETTINGS, "--k", "10", "20")
+    assert found["linear"] == probed[0]["linear"]
+    assert found["knn"]["20"] == probed[0]["knn"]["20"] and found["knn"].keys() == {"10", "20"}
+    assert "fresh" not in text
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--k", "0"], "--k 0: must be positive"),
+        (["--lrs", "0.1", "-1"], "--lrs 0.1 -1: must be positive"),
+        (["--temperature", "0"], "--temperature 0.0: must be positive"),
+        (["--crop", "2"], "--crop 2.0: must be above 0 and at most 1"),
+        (["--size", "30"], "data.size 30x30 is not a multiple of the patch, 8 pixels"),
+        (["--eval-split", "test"], r"has no split test \(one of: train, val\)"),
+        (["--eval-split", "train"], "--eval-split train: must be another than --train-split"),
+        (["--images", "9"], "9 training images are too few for the linear classifier: give 10, or --no-linear"),
+        (["--out", "nowhere/x.json"], "nowhere is not a folder: make it first"),
+        (["--ema"], "holds no averaged weights"),
+        (["--workers", "-1"], "data.workers is -1"),
+        (["--kk", "1"], r"unrecognized arguments: --kk 1 \(see --help\)"),
+    ],
+)
+def test_bad_input(more, says, pretrained, digits):
+    with pytest.raises(UserError, match=says):
+        probe.main([str(pretrained / "fcmae.pt"), str(digits), *more])
+
+
+def test_weights_without_statistics(pretrained, digits, tmp_path):
+    weights = load(pretrained / "fcmae.pt")
+    weights.image |= {"mean": None, "std": None}
+    save(tmp_path / "bare.pt", weights)
+    with pytest.raises(UserError, match="does not tell how its 1 channels were normalised"):
+        probe.main([str(tmp_path / "bare.pt"), str(digits)])

@@ -1,0 +1,138 @@
+"""The probe along the way: what it records, that training does not feel it, bad input."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from configs.errors import UserError
+from configs.schema import Data, Optim, Pretrain, PretrainModel, Probe
+from launch.world import World
+from models.fcmae import FCMAE
+from models.weights import load
+from pretrain.probing import Probing, probe_splits
+from tests.conftest import losses, run
+from tests.pretrain import test_main
+
+
+def words(digits, runs, name, *more):
+    return test_main.words(digits, runs, name, *more, epochs=3)
+
+
+def recorded(folder) -> dict[int, dict]:
+    """The probes of a run's log, by step."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {entry["step"]: entry["knn"] for entry in entries if "knn" in entry}
+
+
+def after(weights, digits, out, *more) -> dict:
+    """What finetune/probe.py finds of the weights a run ended with, as the run would record it."""
+    more = ["--no-linear", "--workers", "0", "--device", "cpu", "--batch", "240", "--out", out, *more]
+    run("python", "finetune/probe.py", weights, digits, *more)
+    found = json.loads(out.read_text())["knn"]
+    return {f"{top}_k{k}": score for k, held in found.items() for top, score in held.items()}
+
+
+@pytest.fixture(scope="module")
+def probed(digits, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("probed")
+    return runs / "with", run("python", "pretrain/main.py", *words(digits, runs, "with", "--probe.every", "2")).stdout
+
+
+def test_what_is_recorded(probed, digits, tmp_path):
+    folder, text = probed
+    found = recorded(folder)
+    assert found.keys() == {12, 18}  # epoch 2, and the last
+    assert found[18] == after(folder / "fcmae.pt", digits, tmp_path / "after.json")
+    assert found[18].keys() == {f"{top}_k{k}" for top in ("top1", "top5") for k in (10, 20, 100, 200)}
+    assert 0.2 < found[18]["top1_k20"] < found[18]["top5_k20"] <= 1
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("knn/top1_k20")] == [12, 18]
+    assert text.index("probe: after every 2 epochs and the last, kNN") < text.index("step 1/18")
+    assert f"epoch 3: val kNN top-1 {found[18]['top1_k10']:.2%} (k 10)" in text and "355 images by 1,442" in text
+
+
+def test_training_does_not_feel_it(probed, digits, tmp_path):
+    run("python", "pretrain/main.py", *words(digits, tmp_path, "without"))
+    assert losses(tmp_path / "without") == losses(probed[0]) and recorded(tmp_path / "without") == {}
+    one, other = (load(folder / "fcmae.pt") for folder in (tmp_path / "without", probed[0]))
+    for part in ("encoder", "decoder"):
+        assert all(torch.equal(tensor, getattr(other, part)[name]) for name, tensor in getattr(one, part).items())
+
+
+@pytest.mark.slow
+def test_on_two_ranks_with_divided_weights(digits, tmp_path):
+    """The shards of the probe are others than those of the training; part of each split."""
+    run("python", "data/prepare.py", "digits", tmp_path / "bare", "--no-labels")
+    more = ["--probe.every", "1", "--probe.path", digits, "--probe.images", "300", "--optim.zero_stage", "3"]
+    command = words(tmp_path / "bare", tmp_path, "two", *more, "--probe.crop", "1")
+    run("deepspeed", "--num_gpus", "2", "pretrain/main.py", *command)
+    found = recorded(tmp_path / "two")
+    assert len(found) == 3
+    offline = after(tmp_path / "two/fcmae.pt", digits, tmp_path / "after.json", "--images", "300", "--crop", "1")
+    assert list(found.values())[-1] == offline
+
+
+def test_the_watchdog_knows_where_it_is_and_the_model_stays_in_training(digits):
+    places, told = [], {}
+    small = PretrainModel(channels=1, stem_stride=1, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), decoder_dim=8)
+    data, optim, asked = Data(path=str(digits), size=24, workers=0), Optim(batch_size=16), Probe(every=1, images=40)
+    config, model = Pretrain(model=small, data=data, optim=optim, probe=asked), FCMAE(small).train()
+    training = SimpleNamespace(
+        world=World(0, 1, torch.device("cpu")),
+        engine=SimpleNamespace(module=model, zero_optimization_stage=lambda: 1),
+        log=SimpleNamespace(say=lambda line: None, scores=lambda step, name, values: told.update({name: values})),
+        watchdog=SimpleNamespace(at=places.append),
+    )
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        before = torch.get_rng_state()
+        Probing(config, training, probe_splits(config), (torch.zeros(1), torch.ones(1))).score(1, 6)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+    steps = [f"probe, features of {split}, {i} of 3" for split in ("train", "val") for i in (1, 2, 3)]
+    assert places == [*steps, "probe, nearest neighbours, 1 of 1"]
+    assert told["knn"].keys() == {"top1_k10", "top5_k10", "top1_k20", "top5_k20"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"eval_split": "test"}, r"index.json has no split test \(one of: train, val\)"),
+        ({"path": "nowhere"}, "no shards at nowhere"),
+        ({"images": 9}, r"9 images of .*, split train \(probe.images 9\) are fewer than 10 neighbours"),
+    ],
+)
+def test_bad_input(keys, says, digits):
+    config = Pretrain(data=Data(path=str(digits)), probe=Probe(every=5, **keys))
+    with pytest.raises(UserError, match=f"probe.every is 5, but .*{says}.*; set probe.path, .* or probe.every 0"):
+        probe_splits(config)
+    assert probe_splits(Pretrain(data=Data(path="nowhere"))) is None
+
+
+def test_images_without_labels(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "bare")
+    index = json.loads((tmp_path / "bare/index.json").read_bytes())
+    (tmp_path / "bare/index.json").write_text(json.dumps(index | {"classes": None}))
+    with pytest.raises(UserError, match=r"probe.every is 1, but .*bare, split train has images without labels.*; set"):
+        probe_splits(Pretrain(data=Data(path=str(digits)), probe=Probe(every=1, path=str(tmp_path / "bare"))))
+
+
+def test_an_error_comes_before_anything_is_written(digits, tmp_path):
+    done = run(
+        "python", "pretrain/main.py", *words(digits, tmp_path, "x", "--probe.every", "1", "--probe.path", "no"), code=2
+    )
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: probe.every is 1, but no shards at no") and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("every", -1), ("images", 0), ("crop", 0), ("eval_split", "train")])
+def test_keys(key, value):
+    with pytest.raises(UserError, match=rf"probe\.{key} is {value}: it must be"):
+        Probe(**{key: value})

@@ -1,0 +1,97 @@
+"""`pretrain/reconstruct.py`: the picture, its options, and what it refuses."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.command import to_dict
+from configs.errors import UserError
+from configs.schema import PretrainModel
+from models.convnext import ConvNeXt
+from models.fcmae import FCMAE
+from models.weights import Weights, cpu_state, divide, load, save
+from pretrain.pictures import CAPTION, COLUMNS
+from pretrain.reconstruct import main
+from tests.conftest import run
+from tests.data.helpers import picture
+
+SHAPE = {"stem_stride": 1, "depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)}
+IMAGE = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    config = PretrainModel(decoder_dim=16, **SHAPE)
+    decoder, _ = divide(cpu_state(FCMAE(config)), ("proj.", "mask_token", "decoder.", "pred."))
+    model = FCMAE(config)
+    content = Weights(model.encoder.arch, IMAGE, cpu_state(model.encoder), decoder, to_dict(config))
+    save(tmp_path / "fcmae.pt", content)
+    return tmp_path / "fcmae.pt"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        (tmp_path / f"photos/{i}.png").write_bytes(picture(i, (40, 30), kind="png"))
+    Image.fromarray(np.full((20, 20, 3), 90, np.uint8)).save(tmp_path / "photos/3.tiff")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def grid(monkeypatch, capsys):
+    """The command, in this process; returns what it prints."""
+
+    def call(*words) -> str:
+        monkeypatch.setattr("sys.argv", ["reconstruct.py", *map(str, words)])
+        main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_a_folder_is_shown(grid, weights, photos, tmp_path):
+    output = grid(photos, "--weights", weights, "--out", tmp_path / "grid.png")
+    assert "4 images, 6 of 16 patches visible" in output and "mean and variance of the true ones" in output
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert sheet.shape[0] == 2 * 132 + 4 + 2 * CAPTION and sheet.shape[1] > 2 * len(COLUMNS) * 128
+
+
+def test_options(grid, weights, photos, tmp_path):
+    more = ["--most", "1", "--size", "[48,64]", "--ratio", "0.75"]
+    output = grid(photos, "--weights", weights, "--out", tmp_path / "folder.png", *more)
+    assert "1 images, 12 of 48 patches visible" in output
+    for name, seed in (("file", 0), ("seed", 1)):
+        grid(photos / "0.png", "--weights", weights, "--out", tmp_path / f"{name}.png", *more, "--seed", seed)
+    bytes_of = {name: (tmp_path / f"{name}.png").read_bytes() for name in ("folder", "file", "seed")}
+    assert bytes_of["file"] == bytes_of["folder"] != bytes_of["seed"]
+
+
+def test_a_model_that_predicts_pixels_says_nothing_of_statistics(grid, weights, photos, tmp_path):
+    content = load(weights)
+    content.decoder_config["norm_pix"] = False
+    save(weights, content)
+    assert "mean and variance" not in grid(photos, "--weights", weights, "--out", tmp_path / "x.png")
+
+
+def test_what_is_refused(grid, weights, photos, tmp_path):
+    model = ConvNeXt(load(weights).arch)
+    save(tmp_path / "encoder.pt", Weights(model.arch, IMAGE, cpu_state(model)))
+    (photos / "broken.png").write_bytes(b"nonsense")
+    out = ["--out", tmp_path / "x.png"]
+    for words, says in [
+        ([photos, "--weights", weights, *out], "broken.png: not a readable image"),
+        ([tmp_path / "none.png", "--weights", weights, *out], "none.png does not exist"),
+        ([photos / "0.png", "--weights", tmp_path / "encoder.pt", *out], "encoder.pt has no decoder"),
+        ([photos / "0.png", "--weights", weights, "--size", "33", *out], "not a multiple of the patch"),
+        ([photos / "0.png", "--weights", weights, "--ratio", "1.5", *out], "mask_ratio is 1.5"),
+        ([photos / "0.png", "--weights", weights, "--out", tmp_path / "no/x.png"], "no is not a folder"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            grid(*words)
+        assert not (tmp_path / "x.png").exists()
+
+
+def test_as_a_command(weights, tmp_path):
+    done = run("python", "pretrain/reconstruct.py", "none.png", "--weights", weights, "--out", "x.png", code=2)
+    assert done.stderr == "error: none.png does not exist: give a picture or a folder of pictures\n"

@@ -3,15 +3,18 @@
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")  # before Triton's import
 
 import pytest
 import torch
+
+from configs.errors import run_main
+from launch.world import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--model.decoder_dim", "16"]  # pretraining
@@ -28,11 +31,18 @@ QUICK = [
 BIN = Path(sys.executable).parent
 
 
-def free_port() -> int:
-    """A port of this machine that is not in use."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sample", metavar="K/N", help="of the slow tests every N-th, beginning with number K, from 0")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not (sample := config.getoption("--sample")):
+        return
+    first, every = map(int, sample.split("/"))
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    left_out = set(slow) - set(slow[first::every])
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def deepspeed(*words: str) -> list[str]:
@@ -69,6 +79,25 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 def names(folder: Path) -> set[str]:
     """What a folder holds."""
     return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Calls an entry point that must end with one line and exit code 2, and returns the line.
+
+    It runs in this process, which saves the seconds that a new one takes; so it must end before it joins a process
+    group.
+    """
+
+    def call(main: Callable[[], None], *words: object) -> str:
+        monkeypatch.setattr("sys.argv", ["main.py", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            run_main(main)
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1
+        return line
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.files import write_whole
+from launch.summary import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
@@ -123,13 +124,6 @@ def machine(device: str) -> dict:
         "python": platform.python_version(),
         "commit": _commit(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -62,7 +62,8 @@ class PretrainModel(Encoder):
         decoder_depth: ConvNeXt V2 blocks of the decoder
         norm_pix: predict pixels normalised patch by patch (the paper's target)
         backend: packed = visible tokens only (fast); masked = dense convolutions and a mask (plain reference);
-            minkowski = MinkowskiEngine's sparse convolutions (the published code's; bash launch/install_minkowski.sh)
+            minkowski = MinkowskiEngine's sparse convolutions (the published code's; bash launch/install_minkowski.sh);
+            zeroed = ordinary convolutions on images with zeros at hidden patches: worse, the paper's control
         grn_scope: what the encoder's GRN takes its norm over: image = each image, as in the paper; batch = a rank's
             micro batch, as the official sparse code does; only to go on with, or repeat, a run of that code
         recompute: what the backward pass computes again instead of keeping it: mlp = the hidden layer of 4 widths, most
@@ -76,7 +77,7 @@ class PretrainModel(Encoder):
     decoder_dim: int = 512
     decoder_depth: int = 1
     norm_pix: bool = True
-    backend: Literal["packed", "masked", "minkowski"] = "packed"
+    backend: Literal["packed", "masked", "minkowski", "zeroed"] = "packed"
     grn_scope: Literal["image", "batch"] = "image"
     recompute: Literal["none", "mlp", "block"] = "none"
 
@@ -329,7 +330,7 @@ def check_repeats(data: Data, optim: Optim) -> None:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the encoder's features tell of labelled images while it is pretrained: accuracy of nearest neighbours.
+    """What the encoder's features tell of labelled images while it is pretrained.
 
     Args:
         every: epochs between two probes, and one after the last epoch; 0 = none; needs labels
@@ -337,6 +338,7 @@ class Probe:
         train_split: split whose images are the neighbours
         eval_split: split that is classified
         images: the most images that are taken of either split, evenly spread over it
+        linear_epochs: passes of a linear classifier over the features, which is scored too; 0 = none
         crop: share of the image's side in the centre crop; 1 = squash without crop
     """
 
@@ -345,11 +347,13 @@ class Probe:
     train_split: str = "train"
     eval_split: str = "val"
     images: int = 50_000
+    linear_epochs: int = 0
     crop: float = 0.875
 
     def __post_init__(self):
         require(self.every >= 0, "probe.every", self.every, "0 or more")
         require(self.images > 0, "probe.images", self.images, "positive")
+        require(self.linear_epochs >= 0, "probe.linear_epochs", self.linear_epochs, "0 or more")
         require(0 < self.crop <= 1, "probe.crop", self.crop, "above 0 and at most 1")
         require(
             self.eval_split != self.train_split, "probe.eval_split", self.eval_split, "another than probe.train_split"
@@ -443,6 +447,7 @@ class Finetune:
         layer_decay_kind: what a layer is: single = each block; group = a twelfth of the network
         balance: how far rare classes are drawn more often: 0 = as they come, 1 = all classes alike; an image of a class
             with n images is drawn in proportion to n ** -balance
+        label_share: share of the images of each class that are trained on, drawn from run.seed: what few labels suffice
         data: Images
         model: Classifier
         optim: Optimisation
@@ -456,6 +461,7 @@ class Finetune:
     layer_decay: float = 1.0
     layer_decay_kind: Literal["single", "group"] = "single"
     balance: float = 0.0
+    label_share: float = 1.0
     data: Data = field(default_factory=Data)
     model: FinetuneModel = field(default_factory=FinetuneModel)
     optim: Optim = field(default_factory=Optim)
@@ -466,6 +472,7 @@ class Finetune:
         require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0 and at most 1")
         check_repeats(self.data, self.optim)
         require(0 <= self.balance <= 1, "balance", self.balance, "from 0 to 1")
+        require(0 < self.label_share <= 1, "label_share", self.label_share, "above 0 and at most 1")
         if self.augment.ema and self.optim.zero_stage == 3:
             raise UserError(
                 f"augment.ema is {self.augment.ema} with optim.zero_stage 3, where no rank has all weights to average: "

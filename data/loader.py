@@ -235,7 +235,7 @@ def train_loader(
     batches = TrainBatches(order, optim.batch_size, micro, rank, ranks, optim.epochs, data.repeats)
     if batches.steps_per_epoch == 0:
         raise UserError(
-            f"{split.folder} has {len(split)} samples in split {split.name}, fewer than one batch: "
+            f"{split.folder} has {len(order)} samples in split {split.name}, fewer than one batch: "
             f"lower optim.batch_size (now {optim.batch_size})"
         )
     return Loader(Samples(split, channels, seed, transform), batches, data.workers, pin)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 # What a random number is for: the second word of every generator's key, so that no two purposes share a stream
-SHARDS, WINDOWS, SAMPLES, STEPS, SUBSTITUTES, DRAWS = 1, 2, 3, 4, 5, 6
+SHARDS, WINDOWS, SAMPLES, STEPS, SUBSTITUTES, DRAWS, SHARE = 1, 2, 3, 4, 5, 6, 7
 WINDOW = 16  # shards that are shuffled together
 
 
@@ -21,8 +21,8 @@ class EpochOrder:
     Args:
         counts: samples in each shard
         seed: of the run
-        weights: how often each sample is drawn, up to a factor: an epoch then is as long, but has some samples several
-            times and others not; None = each once
+        weights: how often each sample is drawn, up to a factor: an epoch then has some samples several times and others
+            not, and is as long as there are samples with a weight; None = each once
         window: shards shuffled together
     """
 
@@ -34,7 +34,7 @@ class EpochOrder:
         self._window: tuple[tuple[int, int], np.ndarray] | None = None
 
     def __len__(self) -> int:
-        return int(self.counts.sum())
+        return int(self.counts.sum()) if self.weights is None else np.count_nonzero(self.weights)
 
     def _copies(self, epoch: int) -> np.ndarray:
         """How often an epoch has each sample: its weight, rounded up or down so that the sum is right."""
@@ -42,7 +42,7 @@ class EpochOrder:
             share = np.cumsum(self.weights, dtype=np.float64)
             start = np.random.default_rng([self.seed, DRAWS, epoch]).random()
             edges = np.floor(share * (len(self) / share[-1]) + start).astype(np.int64)
-            edges[-1] = len(self)  # rounding could lose one
+            edges[share == share[-1]] = len(self)  # rounding could lose one
             self._drawn = epoch, np.diff(edges, prepend=0)
         return self._drawn[1]
 
@@ -155,3 +155,15 @@ class EvalBatches:
 def class_weights(labels: np.ndarray, power: float) -> np.ndarray:
     """Weight of each sample for `EpochOrder`: n ** -power, where n samples have its label."""
     return np.bincount(labels).astype(np.float64)[labels] ** -power
+
+
+def labelled_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Which samples are used where only a share of the labels is, as bools: of each class that share, at least one.
+
+    With the same seed, a smaller share is part of a larger one.
+    """
+    used = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        samples = np.random.default_rng([seed, SHARE, label]).permutation(np.flatnonzero(labels == label))
+        used[samples[: max(1, round(len(samples) * share))]] = True
+    return used

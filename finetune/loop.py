@@ -1,6 +1,5 @@
 """Fine-tuning: the loss of a batch, the moving average, and the scores after an epoch."""
 
-import json
 from dataclasses import asdict
 
 import numpy as np
@@ -12,7 +11,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from configs.files import write_whole
 from configs.schema import Encoder, Finetune
 from data.loader import Loader
 from data.sampler import STEPS
@@ -21,6 +19,7 @@ from finetune.pictures import calibration_picture, confusion_picture
 from finetune.scores import Predictions, Score, predict
 from launch.engine import precision, seed_everything, whole_weights
 from launch.loop import Training
+from launch.summary import write_summary
 from models.weights import Weights, cpu_state, divide, save
 
 
@@ -74,6 +73,9 @@ class Classifier:
         self.found: Predictions | None = None  # of the best weights
         training.faults.watch(val_loader.samples.split)
         self.best = {"top1": -1.0, "epoch": 0}
+
+    def begin(self, step: int) -> None:
+        """Nothing to do before the first step."""
 
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         """Loss of one micro batch, after erasing and mixing.
@@ -137,9 +139,10 @@ class Classifier:
         if self.ema:
             last.ema = cpu_state(self.ema.module)
         save(folder / "last.pt", last)
-        summary = {"epoch": epoch, "epochs": self.config.optim.epochs, "init": self.config.init, "best": self.best}
+        summary = {"stage": "fine-tuning", "epoch": epoch, "epochs": self.config.optim.epochs}
+        summary |= {"init": self.config.init, "best": self.best}
         summary["last"] = {kind: asdict(score) for kind, score in scores.items()}
-        write_whole(folder / "summary.json", json.dumps(summary, indent=1).encode())
+        write_summary(folder, self.config, self.world, self.training.log.seconds(), summary)
 
     def draw(self) -> None:
         """Write pictures of what the best weights predict. The first rank calls this, at the end."""

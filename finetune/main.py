@@ -9,6 +9,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the project, not this folder
 
@@ -16,7 +18,7 @@ from configs.command import dry_run, parse, say, to_dict
 from configs.errors import UserError, run_main
 from configs.schema import Encoder, Finetune, Pretrain
 from data.loader import eval_loader, open_split, train_loader
-from data.sampler import class_weights
+from data.sampler import class_weights, labelled_share
 from data.transforms import EvalTransform, train_transform
 from finetune.layer_decay import layer_decay
 from finetune.loop import Classifier, check_pairs, moving_average
@@ -46,10 +48,12 @@ def main() -> None:
                 f"{data.path}, split {split.name} has images without labels: fine-tuning needs one for each"
             )
     transform = train_transform(data, augment, mean)
+    weights = sample_weights(config, train_split.labels())
+    images = len(train_split) if weights is None else np.count_nonzero(weights)
     decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
     if (ranks := dry_run()) is not None:
         model = build(config, arch, len(classes))
-        say(plan(config, model, parameter_groups(model, optim, decay), len(train_split), ranks))
+        say(plan(config, model, parameter_groups(model, optim, decay), images, ranks))
         return
 
     world = start(config.run)
@@ -63,7 +67,6 @@ def main() -> None:
     ema = moving_average(model.to(world.device), augment.ema)
     engine = build_engine(model, parameter_groups(model, optim, decay), optim, world)
 
-    weights = class_weights(train_split.labels(), config.balance) if config.balance else None
     eval_transform = EvalTransform(data.height_width, augment.eval_crop, data.eval_interpolation)
     place = world.rank, world.ranks, world.device.type == "cuda"
     loader = train_loader(train_split, transform, arch.channels, config.run.seed, data, optim, *place, weights)
@@ -75,7 +78,7 @@ def main() -> None:
     classifier = Classifier(config, training, ema, val_loader, arch, classes, (mean, std))
     training.log.say(
         f"{arch.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(classes)} classes, "
-        f"from {'scratch' if init is None else config.init}; {len(train_split):,} images, scored on {len(eval_split):,}"
+        f"from {'scratch' if init is None else config.init}; {images:,} images, scored on {len(eval_split):,}"
     )
     training.run(classifier)
     best, path = classifier.best, training.folder / "best.pt"
@@ -84,6 +87,14 @@ def main() -> None:
         classifier.draw()
         say(f"wrote {write_report(training.folder)}: open it in a browser")
     stop()
+
+
+def sample_weights(config: Finetune, labels: np.ndarray) -> np.ndarray | None:
+    """How often each sample of the training split is drawn, as `EpochOrder` takes it."""
+    if config.label_share == 1 and not config.balance:
+        return None
+    used = labelled_share(labels, config.label_share, config.run.seed)
+    return np.where(used, class_weights(labels, config.balance), 0)
 
 
 def build(config: Finetune, arch: Encoder, classes: int) -> ConvNeXt:

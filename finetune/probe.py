@@ -31,7 +31,7 @@ from data.loader import Loader, open_split
 from data.shards import Split
 from finetune.trained import Trained, add_options, open_trained
 from launch.engine import precision, seed_everything
-from launch.probe import KS, LRS, TEMPERATURE, check_labels, count, features, knn, linear, probe_loader
+from launch.probe import KS, LRS, TEMPERATURE, best_of, check_labels, count, features, knn, linear, probe_loader
 from launch.world import World, peers, start, stop
 from models.convnext import ConvNeXt
 
@@ -130,8 +130,7 @@ def probe(encoder: ConvNeXt, loaders: list[Loader], trained: Trained, args: argp
     found["knn"] = knn(train, evaluation, classes, args.k, args.temperature, world, watch)
     if not args.no_linear:
         grid = linear(train, evaluation, classes, args.lrs, args.epochs, args.seed, watch)
-        best = max(grid, key=lambda one: one.held_out)
-        found["linear"] = asdict(best) | {"grid": [asdict(one) for one in grid]}
+        found["linear"] = asdict(best_of(grid)) | {"grid": [asdict(one) for one in grid]}
     return found
 
 

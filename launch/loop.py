@@ -24,6 +24,9 @@ from launch.world import Agreement, World, check_alike, gather, peers
 class Stage(Protocol):
     """What a stage adds to the loop."""
 
+    def begin(self, step: int) -> None:
+        """Before the first step of this process; `step` steps are done already."""
+
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         """Loss [] of a micro batch; `step` counts from 0, `micro` within the step."""
 
@@ -96,8 +99,10 @@ class Training:
         self.log.close()
 
     def _train(self, stage: Stage, batches: Iterator[dict[str, Tensor]]) -> None:
-        optim, saved = self.config.optim, time.monotonic()
         self.engine.train()
+        stage.begin(self.step)
+        self.log.restart_clock(self.step)
+        optim, saved = self.config.optim, time.monotonic()
         while self.step < self.steps and not stage.enough():
             lr = optim.lr_at(self.step, self.steps_per_epoch)
             set_lr(self.engine, lr)

@@ -218,6 +218,11 @@ def linear(
     return [Linear(lr, held[0], *test) for lr, held, test in zip(lrs, held_out, tested, strict=True)]
 
 
+def best_of(grid: list[Linear]) -> Linear:
+    """The classifier of the learning rate that is best on the training images held out."""
+    return max(grid, key=lambda one: one.held_out)
+
+
 def _fit(
     x: Tensor, label: Tensor, orders: Iterable[np.ndarray], steps: int, classes: int, lrs: list[float]
 ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import json
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from configs.errors import Parser, UserError, run_main
 from configs.files import write_whole
+from launch.runlog import read_log
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PICTURES = {  # files of a run that the page shows, where they are
@@ -34,6 +35,7 @@ CURVES = {  # title of a plot: the curves in it, by their names in log.jsonl
     "loss": {"loss": "training"},
     "top-1 accuracy": {"raw/top1": "raw weights", "ema/top1": "moving average"},
     "loss of the evaluation": {"raw/loss": "raw weights", "ema/loss": "moving average"},
+    "linear classifier on the features, top-1": {"linear/top1": "best learning rate"},
     "nearest neighbours, top-1": {f"knn/top1_k{k}": f"k = {k}" for k in (10, 20, 100, 200)},
     "channel distance (near 0: collapsed)": {"features/channel_distance": "last stage"},
     "learning rate": {"lr": "before layer decay"},
@@ -74,15 +76,6 @@ def write_report(run: Path) -> Path:
     return run / "report.html"
 
 
-def read_log(path: Path) -> Iterator[dict]:
-    """The lines of a log; the last one of a run that was killed may be cut, and is left out."""
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
-
-
 def results(run: Path, lines: list[dict]) -> dict[str, str]:
     """What came out, by name."""
     found = {}
@@ -96,6 +89,9 @@ def results(run: Path, lines: list[dict]) -> dict[str, str]:
             found["nearest neighbours"] = f"{best[0]:.2%} top-1 at last ({best[1].removeprefix('top1_')})"
     if (run / "summary.json").exists():
         summary = json.loads((run / "summary.json").read_text())
+        found["time and hardware"] = f"{timedelta(seconds=summary['seconds'])} on {summary['hardware']}"
+        if summary["stage"] == "pretraining":
+            return found
         best = summary["best"]
         which = "averaged" if best["weights"] == "ema" else "raw"
         found["best top-1"] = f"{best['top1']:.2%} in epoch {best['epoch']} of {summary['epochs']} ({which} weights)"

@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,16 +34,15 @@ class RunLog:
     def __init__(self, folder: Path, config: dict, steps: int, first_step: int, images_per_step: int, active: bool):
         self.active, self.steps, self.images_per_step = active, steps, images_per_step
         self.last_step, self.last_time = first_step, time.perf_counter()
+        self.began = self.last_time
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
         self.path = folder / "log.jsonl"
-        kept = (
-            [line for line in self.path.read_text().splitlines() if _step(line) <= first_step]
-            if self.path.exists()
-            else []
-        )
+        before = self.path.read_text().splitlines() if first_step and self.path.exists() else []
+        kept = [line for line in before if _step(line) <= first_step]
+        self.began -= max((json.loads(line).get("seconds", 0) for line in kept), default=0)
         write_whole(self.path, "".join(f"{line}\n" for line in kept).encode())
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
@@ -71,7 +71,7 @@ class RunLog:
         mean = total / count if count else math.nan
         values = {"loss": mean, "lr": lr, "grad_norm": float(grad_norm), "images_per_s": rate}
         values = {name: value for name, value in values.items() if math.isfinite(value)} | {"peak_gib": peak_memory()}
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.write(json.dumps({"step": step, **values, "seconds": round(self.seconds(), 1)}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         shown = f"loss {mean:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
@@ -79,6 +79,10 @@ class RunLog:
         if not self.console.is_terminal:
             left = _duration((self.steps - step) * self.images_per_step / rate)
             print(f"{epoch}  step {step}/{self.steps}  {shown}  {left} left", flush=True)
+
+    def seconds(self) -> float:
+        """Time that the run took so far, evaluations and earlier processes up to their last report included."""
+        return time.perf_counter() - self.began
 
     def restart_clock(self, step: int) -> None:
         """Leave what was done since the last report (evaluation, pictures, checkpoints) out of images/s."""
@@ -150,6 +154,15 @@ def peak_memory() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     return kilobytes / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def read_log(path: Path) -> Iterator[dict]:
+    """The lines of a log; the last one of a run that was killed may be cut, and is left out."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
 
 
 def _step(line: str) -> int:

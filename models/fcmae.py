@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.schema import PATCH_PER_STEM_STRIDE, PretrainModel, visible_patches
 from models.convnext import Block, ConvNeXt, init_weights
-from models.sparse.layouts import Dense, Masked, Packed, patchify, split_patches, take_patches
+from models.sparse.layouts import Dense, Masked, Packed, Zeroed, patchify, split_patches, take_patches
 
 VARIANCE_EPS = 1e-6  # of the per-patch pixel normalisation
 
@@ -56,6 +56,8 @@ class FCMAE(nn.Module):
             return Packed(visible, n, scope)
         if self.config.backend == "masked":
             return Masked(visible, scope)
+        if self.config.backend == "zeroed":
+            return Zeroed(visible)
         from models.sparse.minkowski import Minkowski  # optional: imported only where it was asked for
 
         return Minkowski(visible, scope)

@@ -1,5 +1,6 @@
-"""Pretraining: the loss of a batch; pictures and probes after an epoch."""
+"""Pretraining: the loss of a batch; pictures and probes after an epoch; what came of the run."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -8,6 +9,7 @@ from data.shards import Split
 from data.transforms import normalize
 from launch.engine import whole_weights
 from launch.loop import Training
+from launch.runlog import read_log
 from pretrain.pictures import feature_distance, reconstruction_grid, write_png
 from pretrain.probing import Probing
 
@@ -29,6 +31,11 @@ class Pretraining:
         self.mean, self.std = (torch.tensor(values, device=training.world.device) for values in statistics)
         self.probing = Probing(config, training, splits, (self.mean, self.std)) if splits else None
 
+    def begin(self, step: int) -> None:
+        """Probe the weights that the run starts from: what training adds is told by the difference."""
+        if self.probing and step == 0:
+            self.probing.score(0, 0)
+
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         """Mean squared error of the hidden patches."""
         device = self.training.world.device
@@ -47,6 +54,27 @@ class Pretraining:
                 self.show(step)
         if self.probing and (last or epoch % self.config.probe.every == 0):
             self.probing.score(epoch, step)
+
+    def summary(self) -> dict:
+        """What came of the run, as plain values: by epoch the mean loss, and what was measured then; 0 = at first."""
+        steps = self.training.steps_per_epoch
+        found = {"stage": "pretraining", "steps": self.training.step, "epochs": self.config.optim.epochs}
+        found |= {"loss": {}, "images_per_s": {}, "knn": {}, "linear": {}, "features": {}}
+        before, parts = 0, []
+        for line in read_log(self.training.folder / "log.jsonl"):
+            epoch = -(-line["step"] // steps)
+            for name in ("knn", "linear", "features"):
+                if name in line:
+                    found[name][epoch] = line[name]
+            if "loss" in line:
+                parts.append((line["step"] - before, line["loss"], line["images_per_s"]))
+                before = line["step"]
+                if before % steps == 0 or before == self.training.step:
+                    weights, *columns = zip(*parts, strict=True)
+                    for name, column in zip(("loss", "images_per_s"), columns, strict=True):
+                        found[name][epoch] = float(np.average(column, weights=weights))
+                    parts = []
+        return found
 
     def enough(self) -> bool:
         """Pretraining goes on to its last step."""

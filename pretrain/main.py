@@ -1,4 +1,4 @@
-"""FCMAE pretraining of a ConvNeXt on shards of images; writes runs/NAME/fcmae.pt and report.html.
+"""FCMAE pretraining of a ConvNeXt on shards of images; writes runs/NAME/fcmae.pt, summary.json and report.html.
 
 deepspeed pretrain/main.py                                              built-in digits
 deepspeed pretrain/main.py --config configs/pretrain/cifar10.yaml
@@ -23,6 +23,7 @@ from launch.engine import build_engine, parameter_groups, seed_everything, whole
 from launch.loop import Training
 from launch.plan import plan
 from launch.report import write_report
+from launch.summary import write_summary
 from launch.world import start, stop
 from models.fcmae import FCMAE, check_size
 from models.start import open_init, start_autoencoder, with_statistics
@@ -67,7 +68,8 @@ def main() -> None:
         f"{world.device.type} x {world.ranks}; {len(split):,} images; {n} of {patches} patches visible "
         f"({1 - n / patches:.1%} hidden)"
     )
-    training.run(Pretraining(config, training, (mean, std), probed))
+    stage = Pretraining(config, training, (mean, std), probed)
+    training.run(stage)
     with whole_weights(engine):
         if world.first:
             path = training.folder / "fcmae.pt"
@@ -76,6 +78,7 @@ def main() -> None:
             content = Weights(model.encoder.arch, image, cpu_state(model.encoder), decoder, to_dict(config.model))
             content.classes = split.classes
             save(path, content)
+            write_summary(training.folder, config, world, training.log.seconds(), stage.summary())
             print(f"wrote {path}: fine-tune it with `python finetune/main.py --init {path} ...`")
             print(f"wrote {write_report(training.folder)}: open it in a browser")
     stop()

@@ -1,4 +1,4 @@
-"""The probe along the way: how well nearest neighbours among the encoder's features tell labelled images apart."""
+"""The probe along the way: how well the encoder's features, as they are, tell labelled images apart."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -12,7 +12,19 @@ from data.shards import Split
 from data.transforms import EvalTransform
 from launch.engine import precision, whole_weights
 from launch.loop import Training
-from launch.probe import KS, TEMPERATURE, check_labels, count, features, knn, probe_loader
+from launch.probe import (
+    KS,
+    LRS,
+    TEMPERATURE,
+    Features,
+    best_of,
+    check_labels,
+    count,
+    features,
+    knn,
+    linear,
+    probe_loader,
+)  # fmt: skip
 
 
 def probe_splits(config: Pretrain) -> tuple[Split, Split] | None:
@@ -42,7 +54,7 @@ def probe_splits(config: Pretrain) -> tuple[Split, Split] | None:
 
 
 class Probing:
-    """kNN accuracy of the encoder as it is, for log.jsonl, TensorBoard and the console.
+    """kNN and linear accuracy of the encoder as it is, for log.jsonl, TensorBoard and the console.
 
     Args:
         splits: the neighbours', and the one that is classified
@@ -51,6 +63,7 @@ class Probing:
 
     def __init__(self, config: Pretrain, training: Training, splits: tuple[Split, Split], statistics: tuple):
         self.probe, self.training, self.statistics = config.probe, training, statistics
+        self.seed = config.run.seed
         self.classes = len(splits[0].classes)
         data, world = config.data, training.world
         self.precision = precision(config.optim, world.device)
@@ -64,8 +77,8 @@ class Probing:
             loader.samples[0, 0, 0]  # images that cannot be read are to be told now, not after an epoch
         bank, queries = (f"{min(len(split), self.probe.images):,} of {split.name}" for split in splits)
         training.log.say(
-            f"probe: after every {self.probe.every} epochs and the last, kNN (temperature {TEMPERATURE:g}) of images "
-            f"{queries} among {bank}, {splits[0].folder}"
+            f"probe: before the first step, after every {self.probe.every} epochs and the last, kNN (temperature "
+            f"{TEMPERATURE:g}) of images {queries} among {bank}, {splits[0].folder}"
         )
 
     def score(self, epoch: int, step: int) -> None:
@@ -83,6 +96,14 @@ class Probing:
         shown = ", ".join(f"{held['top1']:.2%} (k {k})" for k, held in found.items())
         images = f"{count(queries):,} images by {count(bank):,}"
         training.log.say(f"epoch {epoch}: {self.probe.eval_split} kNN top-1 {shown}; {images}")
+        if self.probe.linear_epochs:
+            self._score_linear(bank, queries, epoch, step)
+
+    def _score_linear(self, bank: Features, queries: Features, epoch: int, step: int) -> None:
+        epochs = self.probe.linear_epochs
+        best = best_of(linear(bank, queries, self.classes, LRS, epochs, self.seed, self._watched))
+        self.training.log.scores(step, "linear", {"top1": best.top1, "top5": best.top5, "lr": best.lr})
+        self.training.log.say(f"epoch {epoch}: {self.probe.eval_split} linear top-1 {best.top1:.2%} (lr {best.lr:g})")
 
     def _watched(self, steps: Iterable, number: int, what: str) -> Iterator:
         """The steps; the watchdog learns of each."""

@@ -2,11 +2,12 @@
 
 A ConvNeXt is local to a token except for four things: the stem and the downsampling (local to a patch), the depthwise
 convolution (sees neighbours) and GRN's norm (sees the whole image). A layout owns these four; blocks own the rest, and
-the same block code and weights serve every layout. A fourth layout, models/sparse/minkowski.py, is optional.
+the same block code and weights serve every layout. A fifth layout, models/sparse/minkowski.py, is optional.
 
     Dense    x [B, H, W, C]      every token of the image                   fine-tuning, decoder
     Masked   x [B, H, W, C]      the same and a mask; the plain reference   tests
     Packed   x [B, n, s, s, C]   the n visible patches, s x s tokens each   pretraining
+    Zeroed   x [B, H, W, C]      hidden pixels are zero, else as Dense      the control without sparse convolution
 
 Letters: B images, H W token rows and columns, C channels, g patch grid (gy x gx), n visible patches of an image,
 s tokens along a patch's side (8, 4, 2, 1 in the four stages), P pixels along it. Channels are last everywhere.
@@ -148,6 +149,24 @@ class Masked(Layout):
     def to_grid(self, x: Tensor, fill: Tensor) -> Tensor:
         """Last stage's tokens on the patch grid [B, gy, gx, C], with `fill` [C] at hidden patches."""
         return torch.where(self.visible[..., None], x, fill.to(x.dtype))
+
+
+class Zeroed(Dense):
+    """Ordinary convolutions on an image whose hidden patches are zero: what sparse convolution is there to avoid.
+
+    Biases, and features that spread from visible patches, fill the hidden positions and take part in every convolution
+    and in GRN's norm: the encoder meets masks that fine-tuning never shows it (table 2 of the paper; section 3.1).
+    """
+
+    def __init__(self, visible: Tensor):
+        self.visible = visible
+
+    def embed(self, image: Tensor, stem: nn.Conv2d) -> Tensor:
+        """Stem: images [B, C, H, W] to tokens; hidden pixels count as zero."""
+        patches = patchify(image, tuple(self.visible.shape[1:]))
+        return super().embed(unpatchify(patches.masked_fill(~self.visible[..., None, None, None], 0)), stem)
+
+    to_grid = Masked.to_grid
 
 
 class Packed(Layout):

@@ -84,6 +84,8 @@ class PretrainModel(Encoder):
     def __post_init__(self):
         super().__post_init__()
         require(0 < self.mask_ratio < 1, "model.mask_ratio", self.mask_ratio, "between 0 and 1")
+        scopes = ("image",) if self.backend == "zeroed" else ("image", "batch")
+        require(self.grn_scope in scopes, "model.grn_scope", self.grn_scope, f"image with backend {self.backend}")
         require(self.decoder_dim > 0, "model.decoder_dim", self.decoder_dim, "positive")
         require(self.decoder_depth > 0, "model.decoder_depth", self.decoder_depth, "positive")
 

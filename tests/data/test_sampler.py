@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.sampler import EpochOrder, EvalBatches, TrainBatches, class_weights
+from data.sampler import EpochOrder, EvalBatches, TrainBatches, class_weights, labelled_share
 
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(lambda counts: sum(counts) > 0)
 
@@ -90,6 +90,29 @@ def test_balanced_classes():
     assert np.allclose(shares[0.5], roots / roots.sum(), atol=0.002) and np.allclose(shares[1], 1 / 3, atol=0.002)
     ids = [np.bincount(order.ids(epoch, 0, 1000)[:900], minlength=1000)[:900] for epoch in range(2)]
     assert not np.array_equal(*ids)  # other images of the frequent class each time
+
+
+def test_a_share_of_the_labels():
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [900, 90, 10]))
+    few, more, other = (labelled_share(labels, share, seed) for share, seed in ((0.05, 0), (0.3, 0), (0.05, 1)))
+    assert np.bincount(labels[few]).tolist() == [45, 4, 1]  # of ten images half a one is none: at least one
+    assert np.bincount(labels[more]).tolist() == [270, 27, 3] and more[few].all()
+    assert np.bincount(labels[other]).tolist() == [45, 4, 1] and not np.array_equal(few, other)
+    assert labelled_share(labels, 1, 0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(COUNTS, st.integers(1, 7), st.integers(0, 3), st.integers(0, 99))
+def test_an_epoch_of_a_share(counts, window, epoch, seed):
+    """Samples without weight are not drawn, the others once each, in an order that is cut anywhere."""
+    used = np.random.default_rng(seed).random(sum(counts)) < 0.3
+    used[seed % len(used)] = True
+    order = EpochOrder(np.array(counts), 3, used.astype(float), window)
+    assert len(order) == used.sum()
+    ids = order.ids(epoch, 0, len(order))
+    assert np.array_equal(np.sort(ids), np.flatnonzero(used))
+    assert np.array_equal(order.ids(epoch, len(order) // 2, len(order)), ids[len(order) // 2 :])
+    assert list(order.windows(epoch, 0, len(order)))[-1] < -(-len(counts) // window)
 
 
 def test_a_resumed_run_sees_the_rest():

@@ -122,17 +122,30 @@ def test_the_learning_rate_begins_where_it_is_told():
 
 
 def test_frozen_and_tried_out(digits, pretrained, tmp_path):
-    """--model.freeze_encoder, --run.max_steps, --balance, --data.repeats, fp16: three steps, and their result."""
+    """--model.freeze_encoder, --run.max_steps, --label_share, --balance, --data.repeats, fp16: three steps."""
     more = ["--init", pretrained / "fcmae.pt", "--model.freeze_encoder", "true", "--run.max_steps", "3"]
     more += ["--data.size", "32", "--model.head_init", "0"]  # a larger image than in pretraining
-    more += ["--balance", "1", "--data.repeats", "2", "--optim.precision", "fp16", "--augment.ema", "0.5"]
-    run("python", "finetune/main.py", *words(digits, tmp_path, "x", *more, epochs=5))
+    more += [
+        "--label_share",
+        "0.5",
+        "--balance",
+        "1",
+        "--data.repeats",
+        "2",
+        "--optim.precision",
+        "fp16",
+        "--augment.ema",
+        "0.5",
+    ]
+    done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", *more, epochs=5))
+    assert "; 721 images, scored on 355" in done.stdout  # half of 1,442
     init, best = load(pretrained / "fcmae.pt"), load(tmp_path / "x/best.pt")
     assert all(torch.equal(best.encoder[name], tensor) for name, tensor in init.encoder.items())
     assert best.image["size"] == [32, 32] and init.image["size"] == [24, 24]
     assert 0 < best.head["head.fc.weight"].abs().max() < 0.02  # three steps from zero; a step is 4e-3 at most
     lines = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3] and summary(tmp_path / "x")["epoch"] == 1
+    assert summary(tmp_path / "x")["config"]["label_share"] == 0.5
 
 
 def test_early_stop_and_evaluation_interval(digits, tmp_path):

@@ -33,7 +33,10 @@ def finished(tmp_path):
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 51, "lo')
     best = {"epoch": 3, "weights": "ema", "top1": 0.9, "top5": 0.99, "loss": 0.33, "images": 40}
     (folder / "summary.json").write_text(
-        json.dumps({"epoch": 3, "epochs": 3, "init": HOSTILE, "best": best, "last": {}})
+        json.dumps(
+            {"stage": "fine-tuning", "epoch": 3, "epochs": 3, "init": HOSTILE, "best": best, "last": {}}
+            | {"seconds": 3700, "hardware": "a processor, 2 cores"}
+        )
     )
     (folder / "best.pt").write_bytes(b"")
     Image.fromarray(np.full((60, 80, 3), (200, 30, 30), np.uint8)).save(folder / "confusion.png")
@@ -42,6 +45,7 @@ def finished(tmp_path):
 
 def test_what_is_on_the_page(finished):
     page = write_report(finished).read_text()
+    assert "1:01:40 on a processor, 2 cores" in page
     assert "90.00% in epoch 3 of 3 (averaged weights)" in page and "1.9800 at first, 1.0000 at last" in page
     assert "12 skipped steps and damaged images" in page and page.count("&#34;not_finite&#34;") in (0, 10)
     assert page.count("<svg") == 6 and "predict.py" in page and HOSTILE not in page

@@ -59,6 +59,29 @@ def test_visible_pixels_are_no_target():
     assert torch.equal(model.target(image, hidden), model.target(image.masked_fill(shown, 7.0), hidden))
 
 
+def test_zeroed_is_plain_dense_code():
+    """Ordinary convolutions of the image with zeros at hidden patches, in the encoder; the decoder is the same."""
+    model = FCMAE(tiny(backend="zeroed"))
+    random_weights(model)
+    visible, image = masks(3, (3, 4), 0.6), torch.randn(3, 3, 24, 32)
+    shown = visible.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+    layout = model.layout(visible, int(visible[0].sum()))
+    unread = image.masked_fill(~shown, float("nan"))
+    found = model.encoder.forward_features(unread, layout)
+    reference = model.encoder.forward_features(image * shown, Dense())
+    assert torch.equal(found, reference) and reference[~visible].std() > 0.01  # what sparse convolution has not: leaks
+    grid = layout.to_grid(found, torch.full([found.shape[-1]], 7.0))
+    assert torch.equal(grid[visible], found[visible]) and (grid[~visible] == 7).all()
+    packed = FCMAE(tiny())
+    packed.load_state_dict(model.state_dict())
+    assert abs(float((packed(image, visible) - model(image, visible)).detach())) > 1e-4
+
+
+def test_zeroed_has_no_batch_scope():
+    with pytest.raises(UserError, match=r"model\.grn_scope"):
+        tiny(backend="zeroed", grn_scope="batch")
+
+
 def test_the_published_mask_keeps_19_of_49():
     assert visible_patches(49, 0.6) == 19
     assert visible_patches(10, 0.9) == 1  # 10 * (1 - .9) is a little under 1 in floating point

@@ -43,6 +43,7 @@ def test_what_a_run_writes(pretrained):
         "checkpoints",
         "fcmae.pt",
         "reconstruction.png",
+        "summary.json",
         "report.html",
     }
     assert [step for step, _ in losses(pretrained)] == list(range(1, 13))
@@ -52,6 +53,16 @@ def test_what_a_run_writes(pretrained):
     weights = load(pretrained / "fcmae.pt")
     assert weights.arch.dims == (8, 16, 16, 16) and weights.arch.name == "convnextv2_atto"
     assert weights.decoder_config["mask_ratio"] == 0.6 and {"mask_token", "pred.weight"} < weights.decoder.keys()
+
+
+def test_summary(pretrained):
+    found = json.loads((pretrained / "summary.json").read_text())
+    assert (found["stage"], found["epochs"], found["steps"], found["knn"]) == ("pretraining", 2, 12, {})
+    logged = [loss for _, loss in losses(pretrained)]
+    assert found["loss"] == {"1": pytest.approx(np.mean(logged[:6])), "2": pytest.approx(np.mean(logged[6:]))}
+    assert 0 < found["features"]["2"]["channel_distance"] < 2 and found["images_per_s"]["2"] > 0
+    assert found["seconds"] > 0 and "core" in found["hardware"]
+    assert found["config"] == yaml.safe_load((pretrained / "config.yaml").read_text())
 
 
 def test_tensorboard(pretrained):

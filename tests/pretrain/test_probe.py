@@ -45,15 +45,30 @@ def probed(digits, tmp_path_factory):
 def test_what_is_recorded(probed, digits, tmp_path):
     folder, text = probed
     found = recorded(folder)
-    assert found.keys() == {12, 18}  # epoch 2, and the last
+    assert found.keys() == {0, 12, 18}  # the weights at first, epoch 2, and the last
     assert found[18] == after(folder / "fcmae.pt", digits, tmp_path / "after.json")
     assert found[18].keys() == {f"{top}_k{k}" for top in ("top1", "top5") for k in (10, 20, 100, 200)}
     assert 0.2 < found[18]["top1_k20"] < found[18]["top5_k20"] <= 1
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("knn/top1_k20")] == [12, 18]
-    assert text.index("probe: after every 2 epochs and the last, kNN") < text.index("step 1/18")
+    assert [event.step for event in events.Scalars("knn/top1_k20")] == [0, 12, 18]
+    assert text.index("after every 2 epochs and the last, kNN") < text.index("step 1/18")
     assert f"epoch 3: val kNN top-1 {found[18]['top1_k10']:.2%} (k 10)" in text and "355 images by 1,442" in text
+
+
+def test_linear_classifier(digits, tmp_path):
+    """It is finetune/probe.py's, of the weights that the run ended with; the summary has all of them."""
+    more = ["--probe.every", "3", "--probe.linear_epochs", "4", "--run.log_every", "100"]
+    text = run("python", "pretrain/main.py", *words(digits, tmp_path, "x", *more)).stdout
+    found = json.loads((tmp_path / "x/summary.json").read_text())
+    assert found["linear"].keys() == found["knn"].keys() == {"0", "3"}
+    out = tmp_path / "after.json"
+    command = ["--workers", "0", "--device", "cpu", "--batch", "240", "--epochs", "4", "--out", out]
+    run("python", "finetune/probe.py", tmp_path / "x/fcmae.pt", digits, *command)
+    linear = json.loads(out.read_text())["linear"]
+    assert found["linear"]["3"] == {key: linear[key] for key in ("top1", "top5", "lr")}
+    assert f"epoch 3: val linear top-1 {linear['top1']:.2%} (lr {linear['lr']:g})" in text
+    assert found["loss"].keys() == {"1", "2", "3"}  # one line an epoch
 
 
 def test_training_does_not_feel_it(probed, digits, tmp_path):
@@ -72,7 +87,7 @@ def test_on_two_ranks_with_divided_weights(digits, tmp_path):
     command = words(tmp_path / "bare", tmp_path, "two", *more, "--probe.crop", "1")
     run("deepspeed", "--num_gpus", "2", "pretrain/main.py", *command)
     found = recorded(tmp_path / "two")
-    assert len(found) == 3
+    assert len(found) == 4
     offline = after(tmp_path / "two/fcmae.pt", digits, tmp_path / "after.json", "--images", "300", "--crop", "1")
     assert list(found.values())[-1] == offline
 

@@ -1,0 +1,165 @@
+"""The experiments of docs/results.md: what is run, in which order, and what the page says of it."""
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench import evidence, evidence_page
+from bench.evidence import ABLATIONS, PARTS, SCALES, Evidence, main
+from configs.command import parse
+from configs.schema import Finetune, Pretrain
+from finetune.evaluate import parse as parse_evaluate
+from tests.conftest import ROOT
+
+RATES = SCALES["cpu"].rates
+
+
+def accuracy(start: str, share: float, rate: float, seed: int) -> float:
+    """Of the stand-in for training: FCMAE is better, and its best learning rate is another."""
+    best = {"scratch": RATES[0], "fcmae": RATES[1]}.get(start, RATES[2])
+    return (
+        0.3
+        + 0.2 * share
+        + (0.1 if start == "fcmae" else 0)
+        - 0.01 * abs(RATES.index(rate) - RATES.index(best))
+        + seed / 1e3
+    )
+
+
+def stand_in(runs: list[str]):
+    """In place of a command: note its name, and write what it would write."""
+
+    def run(words: list[str], check: bool) -> subprocess.CompletedProcess:
+        _, command, *rest = words
+        if command == "finetune/evaluate.py":
+            args = parse_evaluate(rest)
+            folder, name = Path(args.out), f"{Path(args.weights).parent.name}-test"
+            found = {"split": args.split, "scores": {"top1": 0.5}, "predictions": "many"}
+            assert (args.split, Path(args.weights).name) == ("test", "best.pt")
+        else:
+            kind = Pretrain if command == "pretrain/main.py" else Finetune
+            config = parse(kind, "", "", rest)
+            folder, name = Path(config.run.folder) / config.run.name, config.run.name
+            found = {"seconds": 60, "hardware": "two cores", "config": {"run": {"seed": config.run.seed}}}
+            found |= summary(config)
+        runs.append(name)
+        folder.mkdir(parents=True)
+        file = "evaluation.json" if command == "finetune/evaluate.py" else "summary.json"
+        (folder / file).write_text(json.dumps(found))
+        return subprocess.CompletedProcess(words, 0)
+
+    return run
+
+
+def summary(config: Pretrain | Finetune) -> dict:
+    """What a command writes into summary.json, as far as the page reads it."""
+    if isinstance(config, Finetune):
+        start = "scratch" if config.init == "none" else Path(config.init).parent.name
+        top1 = accuracy(start, config.label_share, config.optim.lr, config.run.seed)
+        held = {"label_share": config.label_share, "optim": {"lr": config.optim.lr}, "run": {"seed": config.run.seed}}
+        return {"stage": "fine-tuning", "best": {"top1": top1}, "config": held}
+    epochs = range(0, config.optim.epochs + 1, max(1, config.probe.every))
+    probed = epochs if config.probe.every else ()
+    return {
+        "stage": "pretraining", "epochs": config.optim.epochs, "steps": 100,
+        "loss": {str(i): 1 / i for i in range(1, config.optim.epochs + 1)}, "images_per_s": {"1": 100.0},
+        "knn": {str(i): {"top1_k20": 0.3 + i / 1000} for i in probed},
+        "linear": {str(i): {"top1": 0.35 + i / 1000} for i in probed},
+        "features": {str(i): {"channel_distance": 0.9} for i in epochs if i},
+        "config": {"model": {"mask_ratio": config.model.mask_ratio}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Evidence in a folder of its own, with the stand-in; and the names of what was run."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(evidence_page, "RESULTS", tmp_path / "results")
+    runs: list[str] = []
+    monkeypatch.setattr(evidence.subprocess, "run", stand_in(runs))
+    return runs
+
+
+def test_labels(started):
+    """The learning rate is chosen for each start; then all seeds; the test images are seen last, once each."""
+    Evidence("cpu", dry=False, save=False).labels()
+    shares = sorted(SCALES["cpu"].budgets)
+    assert started[0] == "fcmae" and len(started) == len(set(started))
+    tested = [name for name in started if name.endswith("-test")]
+    assert started[-len(tested) :] == tested
+    wanted = [
+        Evidence.name(start, share, rate, seed) + "-test"
+        for share in shares
+        for start, rate in (("scratch", RATES[0]), ("fcmae", RATES[1]))
+        for seed in SCALES["cpu"].seeds
+    ]
+    assert tested == wanted
+    tuned = len(started) - 1 - len(tested)
+    assert tuned == 2 * len(shares) * (len(RATES) + len(SCALES["cpu"].seeds) - 1)
+
+
+def test_it_goes_on_where_it_stopped(started):
+    Evidence("cpu", dry=False, save=False).labels()
+    done = list(started)
+    Path("runs/evidence-cpu/done/fcmae-labels-0.1-lr-0.002-seed-0.json").unlink()
+    evidence.shutil.rmtree("runs/evidence-cpu/fcmae-labels-0.1-lr-0.002-seed-0")
+    Evidence("cpu", dry=False, save=False).labels()
+    assert started[len(done) :] == ["fcmae-labels-0.1-lr-0.002-seed-0"]
+
+
+def test_a_command_that_fails_ends_it(started, monkeypatch):
+    failed = subprocess.CompletedProcess([], 2)
+    monkeypatch.setattr(evidence.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SystemExit) as end:
+        Evidence("cpu", dry=False, save=False).labels()
+    assert end.value.code == 2 and not Path("runs/evidence-cpu/done").exists()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_dry_run(scale, started, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["evidence.py", scale, str(tmp_path), "--dry-run"])
+    main()
+    commands = [shlex.split(line[4:-4]) for line in capsys.readouterr().out.splitlines()]
+    assert not started and not (tmp_path / "runs").exists()
+    assert commands[0][1:3] == ["data/prepare.py", str(tmp_path)]
+    assert sum(words[1] == "pretrain/main.py" for words in commands) == 1 + 3 + len(ABLATIONS)
+    for words in commands:
+        assert (ROOT / words[1]).exists()
+
+
+def test_bad_input(refused, tmp_path):
+    assert "nowhere: no such file" in refused(main, "cpu", tmp_path / "nowhere")
+    assert "grn: no such part; there are labels, backends, ablations" in refused(main, "cpu", tmp_path, "grn")
+
+
+def test_page(started):
+    """The numbers of the page are the runs'; what is not there is said."""
+    found = Evidence("cpu", dry=False, save=True)
+    found.labels()
+    text, pictures = evidence_page.page()
+    assert pictures.keys() == {"results-cpu-labels.svg", "results-cpu-probes.svg"}
+    assert "| 10% | 4,500 | 50.00% (50.00% to 50.00%) | 50.00% (50.00% to 50.00%) | +0.0 | 0.0 | 3 |" in text
+    assert "### Backends\n\nNot measured yet" in text and "## On a GPU\n\n**Not measured yet.**" in text
+    for name in started:
+        if not name.endswith("-test"):
+            assert f"| {name} |" in text
+    for part in PARTS.values():
+        part(found)
+    text, pictures = evidence_page.page()
+    assert len(pictures) == 4 and text.count("Not measured yet") == 1  # the GPU's
+    assert "| ordinary convolutions, hidden patches set to zero | 62.5% |" in text
+    assert "| masked | 0.250000 | 0.0e+00 | 100 |" in text
+
+
+def test_the_page_is_that_of_the_results():
+    """docs/results.md and its pictures are what bench/evidence_page.py makes of bench/results/."""
+    text, pictures = evidence_page.page()
+    assert evidence_page.PAGE.read_text() == text
+    for name in pictures:
+        assert evidence_page.PAGE.with_name(name).exists()
+    assert all(name in text for name in pictures)

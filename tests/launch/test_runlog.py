@@ -42,6 +42,14 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
     assert [entry["step"] for entry in write(tmp_path, [3, 4, 5], first_step=2)] == [1, 2, 3, 4, 5]
 
 
+def test_the_time_of_a_run_goes_on(tmp_path):
+    first = write(tmp_path, [1])
+    assert 0 <= first[0]["seconds"] < 60
+    (tmp_path / "log.jsonl").write_text(json.dumps(first[0] | {"seconds": 500.0}) + "\n")
+    assert 500 <= write(tmp_path, [2], first_step=1)[1]["seconds"] < 560
+    assert [entry["step"] for entry in write(tmp_path, [1])] == [1]  # nothing was saved: from the beginning
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_left_out(value, tmp_path):
     """The loss of a skipped step is not in the mean, and every line is JSON."""

@@ -30,8 +30,8 @@ from configs.files import write_whole
 SHARDS = Path("shards/cifar10")
 FEW = 0.1  # share of the labels with which variants of pretraining are compared
 ABLATIONS = {
-    "base": (),
     "mask-0.4": ("--model.mask_ratio", "0.4"),
+    "mask-0.6": ("--model.mask_ratio", "0.6"),
     "mask-0.75": ("--model.mask_ratio", "0.75"),
     "mask-0.9": ("--model.mask_ratio", "0.9"),
     "zeroed": ("--model.backend", "zeroed"),
@@ -53,6 +53,7 @@ class Scale:
         budgets: options of fine-tuning for each share of the labels
         rates: base learning rates among which validation accuracy chooses
         seeds: of fine-tuning; each also draws the share of the labels
+        base: the one of `ABLATIONS` that is the recipe itself
         ablation: options of the pretrainings that are compared with each other
         ablation_seeds: how many of the seeds each of them is fine-tuned with
         backends: options of the same pretraining on each backend
@@ -62,6 +63,7 @@ class Scale:
     budgets: dict[float, tuple[str, ...]]
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
+    base: str
     ablation: tuple[str, ...]
     ablation_seeds: int
     backends: tuple[str, ...]
@@ -76,7 +78,8 @@ SCALES = {
         },
         (1e-3, 2e-3, 4e-3),
         (0, 1, 2),
-        ("--optim.epochs", "5"),
+        "mask-0.75",
+        ("--optim.epochs", "15"),
         1,
         ("--optim.epochs", "4"),
     ),
@@ -89,6 +92,7 @@ SCALES = {
         },
         (5e-4, 1e-3, 2e-3, 4e-3),
         (0, 1, 2),
+        "mask-0.6",
         ("--optim.epochs", "100"),
         3,
         ("--optim.epochs", "10"),
@@ -173,7 +177,7 @@ class Evidence:
 
     def labels(self) -> None:
         """Few labels: the best learning rate of each start, all seeds; then, once, the test images."""
-        self.pretrain("fcmae", "--probe.every", "5", "--run.picture_every", "5")
+        self.pretrain("fcmae")
         chosen = []
         for share in sorted(self.scale.budgets):
             for start in ("scratch", "fcmae"):
@@ -193,7 +197,7 @@ class Evidence:
         """Short pretrainings that differ in one thing, each fine-tuned in the same way."""
         rate = self.scale.rates[len(self.scale.rates) // 2]
         for name, words in ABLATIONS.items():
-            self.pretrain(name, *words, "--probe.every", "2", "--run.picture_every", "2", *self.scale.ablation)
+            self.pretrain(name, *words, *self.scale.ablation)
             for seed in self.scale.seeds[: self.scale.ablation_seeds]:
                 self.finetune(name, FEW, rate, seed)
 

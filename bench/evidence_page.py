@@ -36,8 +36,8 @@ the first seed chooses the learning rate, validation accuracy in a run chooses t
 once, at the end. `a to b` is the lowest and the highest of the seeds. Every run is listed.
 """
 NAMES = {
-    "base": "base: 60 % hidden, packed, one decoder block, GRN",
     "mask-0.4": "mask ratio .4",
+    "mask-0.6": "mask ratio .6",
     "mask-0.75": "mask ratio .75",
     "mask-0.9": "mask ratio .9",
     "zeroed": "ordinary convolutions, hidden patches set to zero",
@@ -167,11 +167,12 @@ def probes(found: Found, scale: str) -> tuple[list[str], Figure | None]:
 
 def collapse(found: Found, scale: str) -> tuple[list[str], Figure | None]:
     """Channel distance with GRN and without."""
-    if not {"base", "without-grn"} <= found.keys():
+    base = SCALES[scale].base
+    if not {base, "without-grn"} <= found.keys():
         return ["\n### Feature collapse\n\nNot measured yet.\n"], None
     figure, axes = plot("Feature collapse: distance of channels")
     ends = {}
-    for name, colour, label in (("base", "fcmae", "with GRN (V2)"), ("without-grn", "other", "without (V1)")):
+    for name, colour, label in ((base, "fcmae", "with GRN (V2)"), ("without-grn", "other", "without (V1)")):
         values = {epoch: value["channel_distance"] for epoch, value in found[name]["features"].items()}
         axes.plot(list(values), list(values.values()), "o-", color=COLOURS[colour], label=label)
         ends[label] = list(values.values())[-1]
@@ -216,14 +217,15 @@ def ablations(found: Found, scale: str) -> tuple[list[str], Figure | None]:
         top1 = [found[other]["best"]["top1"] for other in found if tuned.fullmatch(other)]
         last, (epoch, linear) = max(run["loss"]), max(run["linear"].items())
         hidden = 1 - visible_patches(16, run["config"]["model"]["mask_ratio"]) / 16
-        cells = [NAMES[name], f"{hidden:.1%}", f"{run['loss'][last]:.3f}", f"{run['knn'][epoch][K]:.2%}"]
+        title = f"**{NAMES[name]}, the recipe**" if name == SCALES[scale].base else NAMES[name]
+        cells = [title, f"{hidden:.1%}", f"{run['loss'][last]:.3f}", f"{run['knn'][epoch][K]:.2%}"]
         rows.append([*cells, f"{linear['top1']:.2%}", several(top1) if top1 else "-"])
     if not rows:
         return ["\n### What matters in pretraining\n\nNot measured yet.\n"], None
-    epochs = found["base"]["epochs"] if "base" in found else "?"
+    epochs = ", ".join(sorted({str(found[name]["epochs"]) for name in ABLATIONS if name in found}))
     text = (
-        f"\n### What matters in pretraining\n\nPretrainings of {epochs} epochs that differ from the first in one "
-        "thing; then fine-tuning with 10 % of the labels, all with the same learning rate. Accuracies on the "
+        f"\n### What matters in pretraining\n\nPretrainings of {epochs} epochs that differ from the recipe in "
+        "one thing; then fine-tuning with 10 % of the labels, all with the same learning rate. Accuracies on the "
         "validation images. Losses of different mask ratios are of different tasks.\n\n"
     )
     head = ["pretraining", "really hidden", "loss", "kNN, k = 20", "linear", "fine-tuned"]

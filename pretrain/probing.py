@@ -24,7 +24,7 @@ from launch.probe import (
     knn,
     linear,
     probe_loader,
-)  # fmt: skip
+)
 
 
 def probe_splits(config: Pretrain) -> tuple[Split, Split] | None:

@@ -76,7 +76,7 @@ SCALES = {
             0.01: ("--optim.epochs", "80", "--optim.batch_size", "50", "--run.eval_every", "10"),
             0.1: ("--optim.epochs", "24", "--optim.batch_size", "100", "--run.eval_every", "4"),
         },
-        (1e-3, 2e-3, 4e-3),
+        (2e-3, 4e-3, 8e-3),
         (0, 1, 2),
         "mask-0.75",
         ("--optim.epochs", "15"),

@@ -106,10 +106,10 @@ def test_labels(started):
 def test_it_goes_on_where_it_stopped(started):
     Evidence("cpu", dry=False, save=False).labels()
     done = list(started)
-    Path("runs/evidence-cpu/done/fcmae-labels-0.1-lr-0.002-seed-0.json").unlink()
-    evidence.shutil.rmtree("runs/evidence-cpu/fcmae-labels-0.1-lr-0.002-seed-0")
+    Path("runs/evidence-cpu/done/fcmae-labels-0.1-lr-0.004-seed-0.json").unlink()
+    evidence.shutil.rmtree("runs/evidence-cpu/fcmae-labels-0.1-lr-0.004-seed-0")
     Evidence("cpu", dry=False, save=False).labels()
-    assert started[len(done) :] == ["fcmae-labels-0.1-lr-0.002-seed-0"]
+    assert started[len(done) :] == ["fcmae-labels-0.1-lr-0.004-seed-0"]
 
 
 def test_a_command_that_fails_ends_it(started, monkeypatch):

@@ -124,7 +124,7 @@ def test_a_command_that_fails_ends_it(started, monkeypatch):
 def test_dry_run(scale, started, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["evidence.py", scale, str(tmp_path), "--dry-run"])
     main()
-    commands = [shlex.split(line[4:-4]) for line in capsys.readouterr().out.splitlines()]
+    commands = [shlex.split(line[len("\033[1m$ ") : -len("\033[0m")]) for line in capsys.readouterr().out.splitlines()]
     assert not started and not (tmp_path / "runs").exists()
     assert commands[0][1:3] == ["data/prepare.py", str(tmp_path)]
     assert sum(words[1] == "pretrain/main.py" for words in commands) == 1 + 3 + len(ABLATIONS)
@@ -152,7 +152,7 @@ def test_page(started):
         part(found)
     text, pictures = evidence_page.page()
     assert len(pictures) == 4 and text.count("Not measured yet") == 1  # the GPU's
-    assert "| ordinary convolutions, hidden patches set to zero | 62.5% |" in text
+    assert "| ordinary convolutions, hidden patches set to zero | 75.0% |" in text
     assert "| masked | 0.250000 | 0.0e+00 | 100 |" in text
 
 

@@ -66,7 +66,8 @@ def optimizer_groups(folder):
     return [(*group, count) for group, count in zip(groups, steps, strict=True)]
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_two_ranks_then_one_then_four(stage, digits, tmp_path):
     """The same samples in the same global batches, so the losses of one rank; decay, rates and counters go along."""
     more = ["--optim.zero_stage", stage]

@@ -60,11 +60,12 @@ class Progress:
         return found[0] if found else "; rank 0 does not answer"
 
     def _behind(self) -> str:
-        names = [f"rank {rank}" for rank in range(self.world.ranks)]
+        names, own = [f"rank {rank}" for rank in range(self.world.ranks)], self.world.rank
         try:
-            first = self.store.multi_get(names)
-            time.sleep(3 * INTERVAL)
-            second = self.store.multi_get(names)
+            first = second = self.store.multi_get(names)
+            while second[own] == first[own]:  # on a machine that stalls, all would look frozen
+                time.sleep(3 * INTERVAL)
+                second = self.store.multi_get(names)
         except RuntimeError:
             return "; rank 0 does not answer"
         frozen = [name for name, before, after in zip(names, first, second, strict=True) if before == after]

@@ -79,13 +79,14 @@ def test_a_killed_rank_ends_all_within_30_seconds(rank, digits, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_frozen_rank_is_named(rank, digits, tmp_path):
-    with Job(digits, tmp_path / "run", 2, "--run.hang_minutes", ".1") as job:
+    with Job(digits, tmp_path / "run", 2, "--run.hang_minutes", ".2") as job:
         job.wait_for_step(8)
         job.rank(rank).suspend()
         assert job.end(90) in (HUNG, 1)
         other = 1 - rank
         says = "rank 0 does not answer" if rank == 0 else "no answer from rank 1"
-        assert f"[rank {other}] no progress for" in job.text() and says in job.text()
+        errors = [line for line in job.text().splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and errors[0].startswith(f"error: [rank {other}] no progress for") and says in errors[0]
         assert "_optimize" in (job.folder / f"hang-rank{other}.txt").read_text()
 
 

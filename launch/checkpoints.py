@@ -14,12 +14,14 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 
 from configs.command import differences, say
 from configs.errors import UserError, reason
 from configs.files import sha256, sync_folder, write_whole
+from configs.schema import Probe
 from launch.engine import load_engine, to_universal
 from launch.world import World, agree, barrier, gather, peers
 
@@ -27,8 +29,7 @@ MAY_CHANGE = {  # keys that may differ on resume: they do not change what is lea
     "resume", "run.log_every", "run.eval_every", "run.patience", "run.max_steps", "run.picture_every", "run.save_every",
     "run.save_minutes", "run.keep", "run.folder", "run.name", "run.hang_minutes", "run.device", "run.kernels",
     "optim.micro_batch", "optim.max_skipped", "data.path", "data.workers", "data.cache", "data.cache_gb",
-    "data.max_damaged", "probe.every", "probe.path", "probe.train_split", "probe.eval_split", "probe.images",
-    "probe.crop", "init",
+    "data.max_damaged", "init", *(f"probe.{field.name}" for field in fields(Probe)),
 }  # fmt: skip  # the content behind data.path and init is compared by its digest
 UNIVERSAL = ".universal"  # folder of a checkpoint that is being converted to another number of ranks
 

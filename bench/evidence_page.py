@@ -24,7 +24,7 @@ from configs.schema import visible_patches
 
 PAGE = ROOT / "docs/results.md"
 K = "top1_k20"  # the number of neighbours that tables and pictures show
-COLOURS = {"scratch": "#808080", "fcmae": "#3b6fd4", "other": "#d9822b", "third": "#3a9b6a"}
+COLOURS = {"scratch": "#808080", "fcmae": "#3b6fd4", "other": "#d9822b"}
 HEAD = """# Does pretraining pay?
 
 Made by `python bench/evidence_page.py` from the runs' summaries in `bench/results/cifar10-*/`; do not edit.
@@ -91,6 +91,11 @@ def about(scale: str, found: Found) -> str:
         f"{'; '.join(machines)}. Recipes {' and '.join(f'[{name}](../configs/{name}.yaml)' for name in recipes)}. "
         f"All runs together took {hours:.1f} hours: `bash launch/evidence.sh {scale} CIFAR10`.\n"
     )
+
+
+def last(by_epoch: dict):
+    """The value of the last epoch."""
+    return by_epoch[max(by_epoch)]
 
 
 def several(values: list[float]) -> str:
@@ -167,7 +172,7 @@ def collapse(found: Found, scale: str) -> tuple[list[str], Figure | None]:
     for name, colour, label in ((base, "fcmae", "with GRN (V2)"), ("without-grn", "other", "without (V1)")):
         values = {epoch: value["channel_distance"] for epoch, value in found[name]["features"].items()}
         axes.plot(list(values), list(values.values()), "o-", color=COLOURS[colour], label=label)
-        ends[label] = list(values.values())[-1]
+        ends[label] = last(values)
     axes.set_xlabel("epochs of pretraining")
     finish(axes, percent=False)
     text = (
@@ -189,7 +194,7 @@ def backends(found: Found, scale: str) -> tuple[list[str], Figure | None]:
     for (backend, run), style in zip(runs.items(), ("-", "--", ":"), strict=False):
         apart = max(abs(run["loss"][epoch] - base[epoch]) / base[epoch] for epoch in base)
         speed = mean(run["images_per_s"].values())
-        rows.append([backend, f"{list(run['loss'].values())[-1]:.6f}", f"{apart:.1e}", f"{speed:,.0f}"])
+        rows.append([backend, f"{last(run['loss']):.6f}", f"{apart:.1e}", f"{speed:,.0f}"])
         axes.plot(list(run["loss"]), list(run["loss"].values()), style, lw=2, label=backend)
     axes.set_xlabel("epochs")
     finish(axes, percent=False)
@@ -207,11 +212,10 @@ def ablations(found: Found, scale: str) -> tuple[list[str], Figure | None]:
     for name in (name for name in ABLATIONS if name in found):
         run, tuned = found[name], re.compile(re.escape(f"{name}-labels-") + r".*-seed-\d+")
         top1 = [found[other]["best"]["top1"] for other in found if tuned.fullmatch(other)]
-        last, (epoch, linear) = max(run["loss"]), max(run["linear"].items())
         hidden = 1 - visible_patches(16, run["config"]["model"]["mask_ratio"]) / 16
         title = f"**{NAMES[name]}, the recipe**" if name == SCALES[scale].base else NAMES[name]
-        cells = [title, f"{hidden:.1%}", f"{run['loss'][last]:.3f}", f"{run['knn'][epoch][K]:.2%}"]
-        rows.append([*cells, f"{linear['top1']:.2%}", several(top1) if top1 else "-"])
+        cells = [title, f"{hidden:.1%}", f"{last(run['loss']):.3f}", f"{last(run['knn'])[K]:.2%}"]
+        rows.append([*cells, f"{last(run['linear'])['top1']:.2%}", several(top1) if top1 else "-"])
     if not rows:
         return ["\n### What matters in pretraining\n\nNot measured yet.\n"], None
     epochs = ", ".join(sorted({str(found[name]["epochs"]) for name in ABLATIONS if name in found}))
@@ -233,11 +237,10 @@ def all_runs(found: Found) -> list[str]:
         time = str(timedelta(seconds=run["seconds"]))
         if run["stage"] == "pretraining":
             knn = [
-                f"{run[kind][max(run[kind])][key]:.2%}" if run[kind] else "-"
-                for kind, key in (("knn", K), ("linear", "top1"))
+                f"{last(run[kind])[key]:.2%}" if run[kind] else "-" for kind, key in (("knn", K), ("linear", "top1"))
             ]
             speed = f"{mean(run['images_per_s'].values()):,.0f}"
-            pretrained.append([name, str(run["epochs"]), f"{run['loss'][max(run['loss'])]:.4f}", *knn, speed, time])
+            pretrained.append([name, str(run["epochs"]), f"{last(run['loss']):.4f}", *knn, speed, time])
         else:
             config, score = run["config"], found.get(f"{name}-test")
             cells = [name, f"{config['label_share']:.0%}", f"{config['optim']['lr']:g}", str(config["run"]["seed"])]

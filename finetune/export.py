@@ -23,14 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.command import parse_size
 from configs.errors import Parser, UserError, run_main
 from configs.files import sync_folder
 from data.folder import open_images, read_image
 from data.transforms import decode, to_float
 from finetune.exporters import SUFFIXES, Deployed, call, compare, export, free_sides, least_side, load, run
 from finetune.half import HALF_TOLERANCE, check_half, half, half_tensors
-from finetune.trained import Trained, open_trained
+from finetune.trained import Trained, add_model, open_trained
 from models.convert import describe
 
 COMPARED = 16  # images
@@ -40,17 +39,14 @@ TOLERANCE = 1e-4  # of the largest output: runtimes add up in other orders
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument("weights", metavar="WEIGHTS", help="best.pt, or a file or folder of any other format")
+    add_model(parser)
     parser.add_argument("out", metavar="OUT", help=f"file to write, named *{', *'.join(SUFFIXES.values())}")
     parser.add_argument("--to", required=True, choices=SUFFIXES, metavar="FORMAT", help=f"one of {', '.join(SUFFIXES)}")
     images = f"what to compare on: an image, a folder, or shards; {COMPARED} are taken"
     parser.add_argument("--images", required=True, metavar="PATH", help=images)
     parser.add_argument("--split", default="val", help="which one of --images (default %(default)s)")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights in place of the raw ones")
     parser.add_argument("--features", action="store_true", help="without the classifier: the maps of the four stages")
     parser.add_argument("--fp16", action="store_true", help="weights and tokens in fp16; norms and head stay fp32")
-    size = "side of the images, or [height,width] (default: the file's)"
-    parser.add_argument("--size", type=parse_size, metavar="PIXELS", help=size)
     return parser.parse_args(argv)
 
 

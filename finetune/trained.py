@@ -38,13 +38,18 @@ class Trained:
     std: Tensor
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The arguments of a command that uses a classifier: which one, at which size, and where it runs."""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a classifier: its file, which of its weights, at which size."""
     parser.add_argument("weights", metavar="WEIGHTS", help="best.pt, or a file or folder of any other format")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights in place of the raw ones")
     parser.add_argument(
         "--size", type=parse_size, metavar="PIXELS", help="side of the images, or [height,width] (default: the file's)"
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a command that uses a classifier: those of `add_model`, and where it runs."""
+    add_model(parser)
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
     )

@@ -70,9 +70,9 @@ class Pretraining:
                 parts.append((line["step"] - before, line["loss"], line["images_per_s"]))
                 before = line["step"]
                 if before % steps == 0 or before == self.training.step:
-                    weights, *columns = zip(*parts, strict=True)
-                    for name, column in zip(("loss", "images_per_s"), columns, strict=True):
-                        found[name][epoch] = float(np.average(column, weights=weights))
+                    steps_each, losses, rates = zip(*parts, strict=True)
+                    found["loss"][epoch] = float(np.average(losses, weights=steps_each))
+                    found["images_per_s"][epoch] = float(np.average(rates, weights=steps_each))
                     parts = []
         return found
 

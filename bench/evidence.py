@@ -51,7 +51,7 @@ class Scale:
     Args:
         recipe: name of the recipes in configs/pretrain and configs/finetune
         budgets: options of fine-tuning for each share of the labels
-        rates: base learning rates among which validation accuracy chooses
+        rates: base learning rates among which validation accuracy chooses; where an outer one is best, more are tried
         seeds: of fine-tuning; each also draws the share of the labels
         base: the one of `ABLATIONS` that is the recipe itself
         ablation: options of the pretrainings that are compared with each other
@@ -156,9 +156,14 @@ class Evidence:
         return self.run(name, f"{name}/summary.json", "finetune/main.py", *words)
 
     def best_rate(self, start: str, share: float) -> float:
-        """The learning rate with the best validation accuracy, at the first seed."""
-        seed = self.scale.seeds[0]
-        return max(self.scale.rates, key=lambda rate: self.finetune(start, share, rate, seed)["best"]["top1"])
+        """The learning rate with the best validation accuracy, at the first seed; both its neighbours were tried."""
+        rates, seed = list(self.scale.rates), self.scale.seeds[0]
+        while True:
+            top1 = {rate: self.finetune(start, share, rate, seed)["best"]["top1"] for rate in rates}
+            best = max(rates, key=top1.get)
+            if self.dry or best not in (min(rates), max(rates)):
+                return best
+            rates.append(best / 2 if best == min(rates) else best * 2)
 
     def test(self, start: str, share: float, rate: float, seed: int) -> None:
         """Score a fine-tuned model on the test images."""

@@ -31,9 +31,9 @@ Made by `python bench/evidence_page.py` from the runs' summaries in `bench/resul
 
 CIFAR-10: 45,000 training, 5,000 validation and 10,000 test images of 32x32 pixels. Pretraining sees the 45,000 without
 labels. Fine-tuning sees 1, 10 or 100 % of the labels, the same share of each class; the seed draws which, and all else
-that is random. Both starts get the same steps, augmentation and learning rates to choose from; validation accuracy at
-the first seed chooses the learning rate, validation accuracy in a run chooses the epoch, and the test images are scored
-once, at the end. `a to b` is the lowest and the highest of the seeds. Every run is listed.
+that is random. Both starts get the same steps and augmentation; each gets the learning rate that is best on validation
+at the first seed, better than half and twice as much. Validation accuracy in a run chooses the epoch, and the test
+images are scored once, at the end. `a to b` is the lowest and the highest of the seeds. Every run is listed.
 """
 NAMES = {
     "mask-0.4": "mask ratio .4",

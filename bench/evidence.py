@@ -28,7 +28,7 @@ from configs.errors import Parser, UserError, run_main
 from configs.files import write_whole
 
 SHARDS = Path("shards/cifar10")
-FEW = 0.1  # share of the labels with which variants of pretraining are compared
+FEW = 0.01  # share of the labels with which variants of pretraining are compared
 ABLATIONS = {
     "mask-0.4": ("--model.mask_ratio", "0.4"),
     "mask-0.6": ("--model.mask_ratio", "0.6"),
@@ -79,7 +79,7 @@ SCALES = {
         (2e-3, 4e-3, 8e-3),
         (0, 1, 2),
         "mask-0.75",
-        ("--optim.epochs", "15"),
+        ("--optim.epochs", "10"),
         1,
         ("--optim.epochs", "4"),
     ),

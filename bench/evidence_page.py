@@ -17,7 +17,7 @@ import matplotlib.ticker
 from matplotlib.figure import Figure
 
 from bench.common import RESULTS, table
-from bench.evidence import ABLATIONS, BACKENDS, SCALES
+from bench.evidence import ABLATIONS, BACKENDS, FEW, SCALES
 from configs.errors import Parser, run_main
 from configs.files import write_whole
 from configs.schema import visible_patches
@@ -221,7 +221,7 @@ def ablations(found: Found, scale: str) -> tuple[list[str], Figure | None]:
     epochs = ", ".join(sorted({str(found[name]["epochs"]) for name in ABLATIONS if name in found}))
     text = (
         f"\n### What matters in pretraining\n\nPretrainings of {epochs} epochs that differ from the recipe in "
-        "one thing; then fine-tuning with 10 % of the labels, all with the same learning rate. Accuracies on the "
+        f"one thing; then fine-tuning with {FEW:.0%} of the labels, all with the same learning rate. Accuracies on the "
         "validation images. Losses of different mask ratios are of different tasks.\n\n"
     )
     head = ["pretraining", "really hidden", "loss", "kNN, k = 20", "linear", "fine-tuned"]

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import kernels
-
-MARGIN = 3  # tokens that a 7x7 kernel sees to each side
+from models.sparse import depthwise
 
 
 def patchify(image: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -58,12 +57,6 @@ def local_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return y.permute(0, 2, 3, 1).unflatten(0, x.shape[:-3])
 
 
-def depthwise_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The block's depthwise convolution on a dense grid [B, H, W, C]; outside counts as zero."""
-    y = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)
-    return y.permute(0, 2, 3, 1)
-
-
 def channel_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Euclidean norm over `dims`, kept with length 1; fp32. On a CPU much faster than torch.linalg.vector_norm."""
     squares = x.float().square().sum(dims, keepdim=True)
@@ -95,7 +88,7 @@ class Dense(Layout):
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """7x7 depthwise convolution."""
-        return depthwise_conv(x, conv)
+        return depthwise.dense(x, conv)
 
     def image_norm(self, x: Tensor) -> Tensor:
         """Euclidean norm of each channel over an image's tokens, fp32, shaped to broadcast against x."""
@@ -140,7 +133,7 @@ class Masked(Layout):
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """7x7 depthwise convolution; hidden positions count as zero."""
-        return depthwise_conv(self.zero_hidden(x), conv)
+        return depthwise.plain(self.zero_hidden(x), conv)
 
     def image_norm(self, x: Tensor) -> Tensor:
         """Euclidean norm of each channel over the visible tokens of an image, or of the batch; fp32, to broadcast."""
@@ -187,7 +180,7 @@ class Packed(Layout):
         """Row in x [B * n * s * s, C] of each token of each patch's window [B * n, s + 6, s + 6]; its length = none."""
         if s not in self._windows:
             (gy, gx), (batch, n), (slot, _) = self.grid, self.patch.shape, self.slots()
-            offset = torch.arange(-MARGIN, s + MARGIN, device=slot.device)
+            offset = torch.arange(-depthwise.MARGIN, s + depthwise.MARGIN, device=slot.device)
             y = (self.patch // gx * s)[..., None, None] + offset[:, None]
             x = (self.patch % gx * s)[..., None, None] + offset
             inside = (y >= 0) & (y < gy * s) & (x >= 0) & (x < gx * s)
@@ -208,11 +201,7 @@ class Packed(Layout):
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """7x7 depthwise convolution; hidden patches and the outside count as zero."""
-        dtype, device = x.dtype, x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        parts = (part.to(dtype) for part in (x.flatten(0, 1), conv.weight, conv.bias))
-        return WindowConv.apply(*parts, self.windows(x.shape[2])).view_as(x)
+        return depthwise.windows(x.flatten(0, 1), conv, self.windows(x.shape[2])).view_as(x)
 
     def image_norm(self, x: Tensor) -> Tensor:
         """Euclidean norm of each channel over the visible tokens of an image, or of the batch; fp32, to broadcast."""
@@ -248,53 +237,3 @@ class Packed(Layout):
         grid = fill.to(x.dtype).expand(len(x), self.grid[0] * self.grid[1], -1)
         index = self.patch[..., None].expand(-1, -1, x.shape[-1])
         return grid.scatter(1, index, x.flatten(1, 3)).unflatten(1, self.grid)
-
-
-class WindowConv(torch.autograd.Function):
-    """Depthwise 7x7 convolution of patches x [P, s, s, C], each in a window with a margin of 3 tokens.
-
-    `index` [P, s + 6, s + 6] has the row of every token of a window in x [P * s * s, C], or P * s * s where there is
-    none. Only outputs that exist are computed, and no gradient is added up in place: the input's is the same
-    convolution with the kernel turned round.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, index)
-        return _convolve_windows(x, weight, bias, index)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight, index = ctx.saved_tensors
-        grad_x = _convolve_windows(grad, weight.flip(2, 3), None, index)
-        taps = weight_gradient if grad.is_cuda else weight_gradient_cpu
-        return grad_x, taps(x, grad, index), grad.sum((0, 1, 2)), None
-
-
-def weight_gradient(x: Tensor, grad: Tensor, index: Tensor) -> Tensor:
-    """Gradient of the depthwise weight [C, 1, 7, 7], for `grad` [P, s, s, C] of the output."""
-    windows, channels = _windows(x, index).permute(0, 3, 1, 2), x.shape[-1]
-    return torch.nn.grad.conv2d_weight(windows, (channels, 1, 7, 7), grad.permute(0, 3, 1, 2), groups=channels)
-
-
-def weight_gradient_cpu(x: Tensor, grad: Tensor, index: Tensor) -> Tensor:
-    """The same, several times faster on a CPU: each window is convolved with the patch's gradient as kernel.
-
-    Patches and channels together are the channels of one image: [1, P * C, s + 6, s + 6] by [P * C, 1, s, s].
-    """
-    patches, _, _, channels = x.shape
-    image = _windows(x, index.permute(1, 2, 0)).flatten(2)[None].permute(0, 3, 1, 2)
-    kernel = grad.permute(1, 2, 0, 3).flatten(2)[None].permute(3, 0, 1, 2)
-    taps = F.conv2d(image, kernel, groups=patches * channels).permute(0, 2, 3, 1)
-    return taps.view(7, 7, patches, channels).sum(2).permute(2, 0, 1)[:, None]
-
-
-def _windows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x [P, s, s, C] that `index` names: [*index.shape, C]; zeros where it names none."""
-    rows = F.pad(x.flatten(0, 2), (0, 0, 0, 1))
-    return rows.index_select(0, index.flatten()).view(*index.shape, -1)
-
-
-def _convolve_windows(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
-    y = F.conv2d(_windows(x, index).permute(0, 3, 1, 2), weight, bias, groups=x.shape[-1])
-    return y.permute(0, 2, 3, 1)

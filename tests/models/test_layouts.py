@@ -5,15 +5,7 @@ import torch
 
 from configs.schema import visible_patches
 from models.fcmae import FCMAE
-from models.sparse.layouts import (
-    Dense,
-    Masked,
-    Packed,
-    patchify,
-    unpatchify,
-    weight_gradient,
-    weight_gradient_cpu,
-)  # fmt: skip
+from models.sparse.layouts import Dense, Masked, Packed, patchify, unpatchify
 from tests.models.helpers import assert_close, assert_same_training, masks, pair, random_weights, tiny
 
 
@@ -103,20 +95,6 @@ def test_all_visible_packed_equals_dense(grid):
         packed = model.encoder.forward_features(image, Packed(visible, visible[0].numel()))
         dense = model.encoder.forward_features(image, Dense())
     assert_close(packed.flatten(0, 3), dense.flatten(0, 2))
-
-
-@pytest.mark.parametrize("s", [1, 2, 4, 8])
-def test_the_two_weight_gradients_are_equal(s):
-    """The one for a GPU without kernels, and the one for a CPU; and that of an ordinary convolution on the grid."""
-    visible = masks(2, (3, 4), 0.5)
-    x, grad = torch.randn(12, s, s, 5), torch.randn(12, s, s, 5)
-    index = Packed(visible, 6).windows(s)
-    found = weight_gradient(x, grad, index)
-    assert_close(weight_gradient_cpu(x, grad, index), found)
-    grids = torch.zeros(2, 2, 12, s, s, 5)
-    grids[0][visible.flatten(1)], grids[1][visible.flatten(1)] = x, grad
-    image, out = (unpatchify(grid.unflatten(1, (3, 4))) for grid in grids)
-    assert_close(torch.nn.grad.conv2d_weight(image, (5, 1, 7, 7), out, padding=3, groups=5), found)
 
 
 def test_unequal_masks_are_refused():

@@ -28,7 +28,7 @@ from configs.errors import Parser, UserError, run_main
 from configs.files import write_whole
 
 SHARDS = Path("shards/cifar10")
-FEW = 0.01  # share of the labels with which variants of pretraining are compared
+FEW = 0.1  # share of the labels with which variants of pretraining are compared
 ABLATIONS = {
     "mask-0.4": ("--model.mask_ratio", "0.4"),
     "mask-0.6": ("--model.mask_ratio", "0.6"),
@@ -55,7 +55,8 @@ class Scale:
         seeds: of fine-tuning; each also draws the share of the labels
         base: the one of `ABLATIONS` that is the recipe itself
         ablation: options of the pretrainings that are compared with each other
-        ablation_seeds: how many of the seeds each of them is fine-tuned with
+        ablation_rate: base learning rate that each of them is fine-tuned with
+        ablation_seeds: how many of the seeds
         backends: options of the same pretraining on each backend
     """
 
@@ -65,6 +66,7 @@ class Scale:
     seeds: tuple[int, ...]
     base: str
     ablation: tuple[str, ...]
+    ablation_rate: float
     ablation_seeds: int
     backends: tuple[str, ...]
 
@@ -79,7 +81,8 @@ SCALES = {
         (2e-3, 4e-3, 8e-3),
         (0, 1, 2),
         "mask-0.75",
-        ("--optim.epochs", "10"),
+        ("--optim.epochs", "10", "--run.picture_every", "2"),
+        16e-3,
         1,
         ("--optim.epochs", "4"),
     ),
@@ -94,6 +97,7 @@ SCALES = {
         (0, 1, 2),
         "mask-0.6",
         ("--optim.epochs", "100"),
+        2e-3,
         3,
         ("--optim.epochs", "10"),
     ),
@@ -200,11 +204,10 @@ class Evidence:
 
     def ablations(self) -> None:
         """Short pretrainings that differ in one thing, each fine-tuned in the same way."""
-        rate = self.scale.rates[len(self.scale.rates) // 2]
         for name, words in ABLATIONS.items():
             self.pretrain(name, *words, *self.scale.ablation)
             for seed in self.scale.seeds[: self.scale.ablation_seeds]:
-                self.finetune(name, FEW, rate, seed)
+                self.finetune(name, FEW, self.scale.ablation_rate, seed)
 
 
 PARTS = {"labels": Evidence.labels, "backends": Evidence.backends, "ablations": Evidence.ablations}

@@ -210,7 +210,7 @@ def ablations(found: Found, scale: str) -> tuple[list[str], Figure | None]:
     """Pretrainings that differ in one thing."""
     rows = []
     for name in (name for name in ABLATIONS if name in found):
-        run, tuned = found[name], re.compile(re.escape(f"{name}-labels-") + r".*-seed-\d+")
+        run, tuned = found[name], re.compile(re.escape(f"{name}-labels-{FEW:g}-lr-") + r"[\d.e-]+-seed-\d+")
         top1 = [found[other]["best"]["top1"] for other in found if tuned.fullmatch(other)]
         hidden = 1 - visible_patches(16, run["config"]["model"]["mask_ratio"]) / 16
         title = f"**{NAMES[name]}, the recipe**" if name == SCALES[scale].base else NAMES[name]

@@ -37,6 +37,14 @@ def test_under_autocast_it_convolves_in_bf16():
         assert (found - exact).norm() <= 1.2 * (theirs - exact).norm() + 1e-6 * exact.norm()
 
 
+def test_frozen_weights_get_no_gradient():
+    conv = nn.Conv2d(4, 4, 7, padding=3, groups=4).requires_grad_(False)
+    x = torch.randn(2, 6, 6, 4, requires_grad=True)
+    (found,) = torch.autograd.grad(depthwise.dense(x, conv).square().sum(), x)
+    (expected,) = torch.autograd.grad(depthwise.plain(x, conv).square().sum(), x)
+    assert_close(found, expected)
+
+
 def test_what_is_traced_is_an_ordinary_convolution():
     conv = nn.Conv2d(4, 4, 7, padding=3, groups=4).requires_grad_(False)
     with torch.no_grad():

@@ -89,7 +89,7 @@ def about(scale: str, found: Found) -> str:
     recipes = [f"{stage}/{SCALES[scale].recipe}" for stage in ("pretrain", "finetune")]
     return (
         f"{'; '.join(machines)}. Recipes {' and '.join(f'[{name}](../configs/{name}.yaml)' for name in recipes)}. "
-        f"All runs together took {hours:.1f} hours: `bash launch/evidence.sh {scale} CIFAR10`.\n"
+        f"The times of all runs add up to {hours:.1f} hours: `bash launch/evidence.sh {scale} CIFAR10`.\n"
     )
 
 
@@ -240,17 +240,20 @@ def all_runs(found: Found) -> list[str]:
                 f"{last(run[kind])[key]:.2%}" if run[kind] else "-" for kind, key in (("knn", K), ("linear", "top1"))
             ]
             speed = f"{mean(run['images_per_s'].values()):,.0f}"
-            pretrained.append([name, str(run["epochs"]), f"{last(run['loss']):.4f}", *knn, speed, time])
+            loss = f"{last(run['loss']):.4f}"
+            pretrained.append([name, str(run["epochs"]), loss, *knn, speed, time, run["hardware"]])
         else:
             config, score = run["config"], found.get(f"{name}-test")
             cells = [name, f"{config['label_share']:.0%}", f"{config['optim']['lr']:g}", str(config["run"]["seed"])]
-            cells += [f"{run['best']['top1']:.2%}", f"{score['scores']['top1']:.2%}" if score else "-", time]
-            tuned.append(cells)
+            cells += [f"{run['best']['top1']:.2%}", f"{score['scores']['top1']:.2%}" if score else "-"]
+            tuned.append([*cells, time, run["hardware"]])
     text = ["\n### Every run\n"]
     if pretrained:
-        text += ["\n", table(["pretraining", "epochs", "loss", "kNN", "linear", "images/s", "time"], pretrained)]
+        head = ["pretraining", "epochs", "loss", "kNN", "linear", "images/s", "time", "hardware"]
+        text += ["\n", table(head, pretrained)]
     if tuned:
-        text += ["\n", table(["fine-tuning", "labels", "base lr", "seed", "validation", "test", "time"], tuned)]
+        head = ["fine-tuning", "labels", "base lr", "seed", "validation", "test", "time", "hardware"]
+        text += ["\n", table(head, tuned)]
     return text
 
 

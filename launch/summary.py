@@ -25,10 +25,11 @@ def write_summary(folder: Path, config: Pretrain | Finetune, world: World, secon
 
 
 def hardware(world: World) -> str:
-    """The processors that a run used, like "NVIDIA H200 x 8" or "AMD EPYC, 2 cores"."""
+    """The processors that a run used, like "NVIDIA H200 x 8" or "AMD EPYC, 2 cores"; of a CPU, on this machine."""
     if world.device.type == "cuda":
         return f"{torch.cuda.get_device_name(world.device)} x {world.ranks}"
-    return f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
+    cores = torch.get_num_threads() * int(os.environ["LOCAL_WORLD_SIZE"])
+    return f"{cpu_name()}, {cores} core{'s' * (cores > 1)}"
 
 
 def cpu_name() -> str:

@@ -55,7 +55,8 @@ def start(run: Run) -> World:
     if use_cuda:
         torch.cuda.set_device(local % torch.cuda.device_count())  # srun may show each task its own GPU only
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        if local_ranks > 1 or "OMP_NUM_THREADS" not in os.environ:  # for several, torchrun says 1 whoever asks
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         keep_memory()
     patience = timedelta(minutes=run.hang_minutes + 10)  # the watchdog comes first: it knows who is waited for
     where = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")

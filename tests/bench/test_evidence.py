@@ -130,9 +130,18 @@ def test_dry_run(scale, started, capsys, monkeypatch, tmp_path):
         assert (ROOT / words[1]).exists()
 
 
+def test_some_of_the_ablations(started, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["evidence.py", "cpu", str(tmp_path), "zeroed", "mask-0.9", "--dry-run"])
+    main()
+    told = [line for line in capsys.readouterr().out.splitlines() if "prepare.py" not in line]
+    names = [line.split("--run.name ")[1].split()[0] for line in told]
+    tuned = "-labels-0.1-lr-0.016-seed-0"
+    assert names == ["zeroed", f"zeroed{tuned}", "mask-0.9", f"mask-0.9{tuned}"]
+
+
 def test_bad_input(refused, tmp_path):
     assert "nowhere: no such file" in refused(main, "cpu", tmp_path / "nowhere")
-    assert "grn: no such part; there are labels, backends, ablations" in refused(main, "cpu", tmp_path, "grn")
+    assert "grn: no such part; there are labels, backends, ablations, mask-0.4" in refused(main, "cpu", tmp_path, "grn")
 
 
 def test_page(started):

@@ -84,6 +84,23 @@ def test_ranks_that_are_not_alike(others, says, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("ranks", "asked", "set_to"), [("1", None, [4]), ("1", "3", []), ("2", "1", [2])])
+def test_cores_are_divided_among_ranks_but_a_single_rank_may_be_told(monkeypatch, ranks, asked, set_to):
+    places = {"RANK": "0", "WORLD_SIZE": ranks, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": ranks, "DS_ACCELERATOR": "cpu"}
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    found = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(world, "keep_memory", lambda: None)
+    monkeypatch.setattr(world.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    world.start(Run(device="cpu"))
+    assert found == set_to
+
+
 def test_a_rank_that_nobody_joins(monkeypatch):
     places = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in places.items():

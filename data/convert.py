@@ -46,18 +46,16 @@ def convert(data: bytes, name: str, options: Options) -> tuple[str, bytes]:
             f"--resize does not apply to .npy images, this one is {tuple(image.shape)}: resize it beforehand"
         )
     picture = open_picture(data)
-    if picture.mode not in EIGHT_BIT:
-        return "npy", _to_npy(np.asarray(picture))
     small = options.resize is None or min(picture.size) <= options.resize
+    if picture.mode not in EIGHT_BIT:
+        return "npy", _to_npy(np.asarray(picture) if small else _shrink_deep(picture, options.resize))
     if small and kind in IMAGE_TYPES and options.quality is None:
         decode(data, 3)  # as the loader will
         return kind, data
     if picture.mode in ("P", "1", "LA", "CMYK", "YCbCr"):
         picture = picture.convert({"1": "L", "LA": "RGBA"}.get(picture.mode, "RGB"))
     if not small:
-        scale = options.resize / min(picture.size)
-        size = [max(options.resize, round(side * scale)) for side in picture.size]
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
+        picture = _shrink(picture, options.resize)
     lossy = kind == "jpg" or options.quality is not None
     out = io.BytesIO()
     if lossy and picture.mode != "RGBA":
@@ -65,6 +63,19 @@ def convert(data: bytes, name: str, options: Options) -> tuple[str, bytes]:
         return "jpg", out.getvalue()
     picture.save(out, "png")
     return "png", out.getvalue()
+
+
+def _shrink(picture: Image.Image, shorter: int) -> Image.Image:
+    scale = shorter / min(picture.size)
+    return picture.resize([max(shorter, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+
+
+def _shrink_deep(picture: Image.Image, shorter: int) -> np.ndarray:
+    """A grey picture of 16 or 32 bits; its type stays, and no value leaves the range of those it had."""
+    pixels = np.asarray(picture)
+    shrunk = np.asarray(_shrink(picture.convert("F"), shorter), np.float64)
+    whole = shrunk.round() if pixels.dtype.kind in "iu" else shrunk
+    return whole.clip(pixels.min(), pixels.max()).astype(pixels.dtype)
 
 
 def _to_npy(pixels: np.ndarray) -> bytes:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from configs.errors import UserError
 from data import prepare
+from data.convert import Options, convert
 from data.index import index_folder, verify
 from data.shards import Split, index_file, read_index
 from data.transforms import decode
@@ -123,6 +124,18 @@ def test_resize_and_quality(tmp_path):
     assert shapes == [(3, 20, 10), (3, 20, 40)]
     prepared(source, tmp_path / "jpeg", "--quality", "50")
     assert all(data.startswith(b"\xff\xd8") for data in content(tmp_path / "jpeg"))
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_resize_keeps_the_depth_of_grey_pictures(kind):
+    columns = np.linspace(0, 60000, 64).astype(kind)
+    columns[32:] = 60000  # an edge, at which bicubic overshoots
+    out = io.BytesIO()
+    Image.fromarray(np.tile(columns, (32, 1))).save(out, "tiff")
+    name, data = convert(out.getvalue(), "scan.tif", Options(resize=16))
+    small = np.load(io.BytesIO(data))
+    assert (name, small.dtype, small.shape) == ("npy", np.dtype(kind), (16, 32))
+    assert np.allclose(small[:, :14], columns.reshape(32, 2).mean(1)[:14], atol=400) and small.max() == 60000
 
 
 def test_types_the_loader_cannot_read_are_converted_without_loss(tmp_path):

@@ -2,12 +2,12 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # threads of so small models only wait for each other, longer on a busy machine
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")  # before Triton's import
 
 import pytest
@@ -50,22 +50,15 @@ def deepspeed(*words: str) -> list[str]:
     return [str(BIN / "deepspeed"), "--master_port", str(free_port()), *words]
 
 
-def one_core() -> None:
-    """For a process to begin with: threads of so small a model only wait for each other, longer on a busy machine."""
-    os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})
-
-
 def run(*command: str, cwd: Path = ROOT, code: int = 0) -> subprocess.CompletedProcess:
     """Run a command of the README in the project's folder, and demand an exit code."""
     words = [str(word) for word in command]
     program = [sys.executable, *words[1:]] if words[0] == "python" else [str(BIN / words[0]), *words[1:]]
     program = deepspeed(*words[1:]) if words[0] == "deepspeed" else program
     env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
-    alone = one_core if words[:2] in (["python", "pretrain/main.py"], ["python", "finetune/main.py"]) else None
     done = subprocess.run(
-        program, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL,
-        preexec_fn=alone,
-    )  # fmt: skip
+        program, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 

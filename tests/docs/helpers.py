@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from launch.world import free_port
 from models.formats.write import write
-from tests.conftest import ROOT, one_core, run
+from tests.conftest import ROOT, run
 from tests.docs.stand_in import PROGRAMS
 from tests.models.formats.helpers import autoencoder, classifier
 
@@ -70,7 +70,7 @@ class Reader:
         assert block.kind in programs, f"{block.place}: nobody knows how to run {block.kind or 'this'}"
         done = subprocess.run(
             programs[block.kind], input=block.text, cwd=self.folder, env=self.env | {"PORT": str(free_port())},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS, preexec_fn=one_core,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS,
         )  # fmt: skip
         assert done.returncode == 0, f"{block.place}: exit code {done.returncode}\n{done.stdout[-3000:]}"
         return done.stdout

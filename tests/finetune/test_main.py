@@ -14,7 +14,7 @@ from finetune.main import main
 from models.convnext import ConvNeXt
 from models.formats.write import write
 from models.weights import load, load_strict
-from tests.conftest import QUICK, ROOT, losses, names, one_core, run
+from tests.conftest import QUICK, ROOT, losses, names, run
 
 SHAPE = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]"]
 RECIPE = [
@@ -100,7 +100,7 @@ def test_killed_and_resumed_equals_uninterrupted(digits, pretrained, tmp_path):
     more = ["--init", pretrained / "fcmae.pt", *RECIPE, "--model.drop_path", "0.2", "--optim.micro_batch", "120"]
     run("python", "finetune/main.py", *words(digits, tmp_path, "whole", *more, epochs=5))
     command = [sys.executable, "finetune/main.py", *map(str, words(digits, tmp_path, "killed", *more, epochs=5))]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, preexec_fn=one_core)
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)

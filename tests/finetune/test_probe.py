@@ -1,7 +1,6 @@
 """The probe as a command: scores, ranks, other formats, bad input."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -17,18 +16,10 @@ from models.convnext import ConvNeXt
 from models.formats.write import write
 from models.sparse.layouts import Dense
 from models.weights import load, save
-from tests.conftest import one_core, run
+from tests.conftest import run
 
 FAST = ["--workers", "0", "--device", "cpu", "--batch", "240"]
 SETTINGS = ["--epochs", "20", "--crop", "1"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_core():
-    before = os.sched_getaffinity(0)
-    one_core()
-    yield
-    os.sched_setaffinity(0, before)
 
 
 def scores(weights, digits, out, *more, program=("python",)) -> tuple[dict, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import BIN, QUICK, ROOT, TINY, deepspeed, one_core
+from tests.conftest import BIN, QUICK, ROOT, TINY, deepspeed
 
 SMALL = [*TINY, *QUICK]  # some ten steps a second
 
@@ -24,7 +24,7 @@ class Job:
     def __init__(
         self, shards: Path, folder: Path, ranks: int, *more: str, epochs: int = 1000, program: list[str] | None = None
     ):
-        self.folder, self.ranks = folder, ranks
+        self.folder = folder
         launcher = deepspeed("--num_gpus", str(ranks)) if ranks else [sys.executable]
         words = ["--data.path", shards, "--run.folder", folder.parent, "--run.name", folder.name, *SMALL]
         words += ["--optim.epochs", epochs, *more]
@@ -35,9 +35,8 @@ class Job:
         env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
-                self.command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                preexec_fn=None if self.ranks else one_core,
-            )  # fmt: skip
+                self.command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
         self.family = [psutil.Process(self.process.pid)]
         return self
 

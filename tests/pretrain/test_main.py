@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from models.formats.write import write
 from models.weights import load
 from pretrain.main import main
-from tests.conftest import QUICK, ROOT, TINY, losses, names, one_core, run
+from tests.conftest import QUICK, ROOT, TINY, losses, names, run
 
 
 def words(digits, runs, name, *more, epochs=2):
@@ -105,7 +105,7 @@ def test_the_masked_backend_gives_the_same_losses(digits, pretrained, tmp_path):
 def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path):
     run("python", "pretrain/main.py", *words(digits, tmp_path, "whole", epochs=6))
     command = [sys.executable, "pretrain/main.py", *map(str, words(digits, tmp_path, "killed", epochs=6))]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, preexec_fn=one_core)
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     checkpoints, deadline = tmp_path / "killed/checkpoints", time.monotonic() + 120
     while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)

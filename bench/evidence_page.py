@@ -53,7 +53,7 @@ def load(scale: str) -> Found:
     """The summaries of one kind of machine; those of pretraining with their epochs as numbers."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / f"cifar10-{scale}").glob("*.json"))}
     for summary in found.values():
-        for name in ("loss", "images_per_s", "knn", "linear", "features"):
+        for name in ("loss", "images_per_s", "knn", "linear", "feature_distance"):
             if name in summary:
                 summary[name] = {int(epoch): value for epoch, value in summary[name].items()}
     return found
@@ -163,24 +163,25 @@ def probes(found: Found, scale: str) -> tuple[list[str], Figure | None]:
 
 
 def collapse(found: Found, scale: str) -> tuple[list[str], Figure | None]:
-    """Channel distance with GRN and without."""
-    base = SCALES[scale].base
-    if not {base, "without-grn"} <= found.keys():
+    """Distance of channels with GRN and without, by stage."""
+    runs = {"with GRN (V2)": SCALES[scale].base, "without (V1)": "without-grn"}
+    if not all(found.get(name, {}).get("feature_distance") for name in runs.values()):
         return ["\n### Feature collapse\n\nNot measured yet.\n"], None
-    figure, axes = plot("Feature collapse: distance of channels")
-    ends = {}
-    for name, colour, label in ((base, "fcmae", "with GRN (V2)"), ("without-grn", "other", "without (V1)")):
-        values = {epoch: value["channel_distance"] for epoch, value in found[name]["features"].items()}
-        axes.plot(list(values), list(values.values()), "o-", color=COLOURS[colour], label=label)
-        ends[label] = last(values)
-    axes.set_xlabel("epochs of pretraining")
+    stages = [f"stage_{i}" for i in (1, 2, 3, 4)]
+    figure, axes = plot("Feature collapse: distance of channels at the end")
+    rows = []
+    for (label, name), colour in zip(runs.items(), ("fcmae", "other"), strict=True):
+        distance = found[name]["feature_distance"]
+        rows += [[label, str(epoch), *(f"{distance[epoch][stage]:.3f}" for stage in stages)] for epoch in distance]
+        axes.plot((1, 2, 3, 4), [last(distance)[stage] for stage in stages], "o-", color=COLOURS[colour], label=label)
+    axes.set_xticks((1, 2, 3, 4))
+    axes.set_xlabel("stage")
     finish(axes, percent=False)
     text = (
-        "\n### Feature collapse\n\nMean cosine distance between channels of the last stage (figure 3 of 2301.00808): "
-        "near 0, all channels say the same. At the end "
-        f"{', '.join(f'{value:.2f} {label}' for label, value in ends.items())}.\n"
+        "\n### Feature collapse\n\nMean cosine distance of two channels of the MLPs' expanded layers (figure 3 of "
+        "2301.00808): 0 = all channels are alike, .5 = they are unrelated.\n\n"
     )
-    return [text], figure
+    return [text, table(["blocks", "epoch", *(f"stage {i}" for i in (1, 2, 3, 4))], rows)], figure
 
 
 def backends(found: Found, scale: str) -> tuple[list[str], Figure | None]:

@@ -37,7 +37,7 @@ CURVES = {  # title of a plot: the curves in it, by their names in log.jsonl
     "loss of the evaluation": {"raw/loss": "raw weights", "ema/loss": "moving average"},
     "linear classifier on the features, top-1": {"linear/top1": "best learning rate"},
     "nearest neighbours, top-1": {f"knn/top1_k{k}": f"k = {k}" for k in (10, 20, 100, 200)},
-    "channel distance (near 0: collapsed)": {"features/channel_distance": "last stage"},
+    "feature distance (0: channels are alike)": {f"feature_distance/stage_{i}": f"stage {i}" for i in (1, 2, 3, 4)},
     "learning rate": {"lr": "before layer decay"},
     "norm of the gradient": {"grad_norm": "before clipping"},
     "images/s": {"images_per_s": "all ranks"},

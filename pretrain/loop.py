@@ -59,11 +59,11 @@ class Pretraining:
         """What came of the run, as plain values: by epoch the mean loss, and what was measured then; 0 = at first."""
         steps = self.training.steps_per_epoch
         found = {"stage": "pretraining", "steps": self.training.step, "epochs": self.config.optim.epochs}
-        found |= {"loss": {}, "images_per_s": {}, "knn": {}, "linear": {}, "features": {}}
+        found |= {"loss": {}, "images_per_s": {}, "knn": {}, "linear": {}, "feature_distance": {}}
         before, parts = 0, []
         for line in read_log(self.training.folder / "log.jsonl"):
             epoch = -(-line["step"] // steps)
-            for name in ("knn", "linear", "features"):
+            for name in ("knn", "linear", "feature_distance"):
                 if name in line:
                     found[name][epoch] = line[name]
             if "loss" in line:
@@ -93,7 +93,7 @@ class Pretraining:
         if self.training.world.first:
             write_png(self.training.folder / "reconstruction.png", picture)
         log.picture(step, "input, visible patches, reconstruction", picture)
-        log.scores(step, "features", {"channel_distance": feature_distance(model.encoder, image)})
+        log.scores(step, "feature_distance", feature_distance(model.encoder, image))
         model.train()
 
     def state(self) -> dict:

@@ -1,6 +1,8 @@
 """Reconstruction pictures, and the measure of feature collapse."""
 
+import itertools
 from pathlib import Path
+from statistics import mean
 
 import torch
 from PIL import Image, ImageDraw
@@ -74,8 +76,25 @@ def write_png(path: Path, picture: Tensor) -> None:
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "png")
 
 
-def feature_distance(encoder: ConvNeXt, image: Tensor) -> float:
-    """Mean pairwise cosine distance of the last stage's channels (2301.00808, section 3.2): near 0 = collapsed."""
-    tokens = encoder.forward_features(image, Dense()).flatten(0, 2).float()  # [T, C]
-    channels = torch.nn.functional.normalize(tokens.T, dim=1)
-    return float((1 - channels @ channels.T).mean() / 2)
+def feature_distance(encoder: ConvNeXt, image: Tensor) -> dict[str, float]:
+    """Feature collapse (2301.00808, section 3.2): mean cosine distance of two channels' maps, for each stage.
+
+    0 = all channels are alike, .5 = they are unrelated. Taken in each block where the paper found the collapse, in the
+    expanded layer of the MLP (after GRN, where there is one). Tokens between blocks have channels of both signs, whose
+    cosines cancel: there the measure stays at .5 whatever happens.
+    """
+    found = []
+
+    def measure(_, inputs: tuple[Tensor]) -> None:
+        maps = torch.nn.functional.normalize(inputs[0].flatten(1, 2).float(), dim=1)  # [B, T, C]: length 1 over T
+        cosine = maps.sum(2).square().sum(1) / maps.shape[2] ** 2  # the mean of all pairs is the mean map's square
+        found.append(float((1 - cosine).mean() / 2))
+
+    hooks = [block.mlp.fc2.register_forward_pre_hook(measure) for stage in encoder.stages for block in stage.blocks]
+    encoder.forward_features(image, Dense())
+    for hook in hooks:
+        hook.remove()
+    blocks = iter(found)
+    return {
+        f"stage_{i}": mean(itertools.islice(blocks, len(stage.blocks))) for i, stage in enumerate(encoder.stages, 1)
+    }

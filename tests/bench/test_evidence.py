@@ -64,7 +64,7 @@ def summary(config: Pretrain | Finetune) -> dict:
         "loss": {str(i): 1 / i for i in range(1, config.optim.epochs + 1)}, "images_per_s": {"1": 100.0},
         "knn": {str(i): {"top1_k20": 0.3 + i / 1000} for i in probed},
         "linear": {str(i): {"top1": 0.35 + i / 1000} for i in probed},
-        "features": {str(i): {"channel_distance": 0.9} for i in epochs if i},
+        "feature_distance": {str(i): {f"stage_{j}": 0.1 * j for j in (1, 2, 3, 4)} for i in epochs if i},
         "config": {"model": {"mask_ratio": config.model.mask_ratio}},
     }  # fmt: skip
 
@@ -160,6 +160,7 @@ def test_page(started):
     text, pictures = evidence_page.page()
     assert len(pictures) == 4 and text.count("Not measured yet") == 1  # the GPU's
     assert "| ordinary convolutions, hidden patches set to zero | 75.0% |" in text
+    assert "| without (V1) | 10 | 0.100 | 0.200 | 0.300 | 0.400 |" in text
     assert "| masked | 0.250000 | 0.0e+00 | 100 |" in text
 
 

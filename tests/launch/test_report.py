@@ -83,7 +83,7 @@ def test_no_run(tmp_path):
 
 def test_of_a_pretraining_run(pretrained):
     page = (pretrained / "report.html").read_text()
-    assert "data:image/png" in page and f"--init {pretrained}/fcmae.pt" in page and "channel distance" in page
+    assert "data:image/png" in page and f"--init {pretrained}/fcmae.pt" in page and "feature distance" in page
     done = run("python", "launch/report.py", pretrained)
     assert done.stdout == f"wrote {pretrained}/report.html\n" and (pretrained / "report.html").read_text() == page
 

@@ -60,7 +60,9 @@ def test_summary(pretrained):
     assert (found["stage"], found["epochs"], found["steps"], found["knn"]) == ("pretraining", 2, 12, {})
     logged = [loss for _, loss in losses(pretrained)]
     assert found["loss"] == {"1": pytest.approx(np.mean(logged[:6])), "2": pytest.approx(np.mean(logged[6:]))}
-    assert 0 < found["features"]["2"]["channel_distance"] < 2 and found["images_per_s"]["2"] > 0
+    assert found["feature_distance"]["2"].keys() == {f"stage_{i}" for i in (1, 2, 3, 4)}
+    assert all(0.2 < value < 0.6 for value in found["feature_distance"]["2"].values())
+    assert found["images_per_s"]["2"] > 0
     assert found["seconds"] > 0 and found["hardware"].endswith((" core", " cores"))
     assert found["config"] == yaml.safe_load((pretrained / "config.yaml").read_text())
 
@@ -69,7 +71,7 @@ def test_tensorboard(pretrained):
     events = EventAccumulator(str(pretrained / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    assert {"loss", "lr", "grad_norm", "images_per_s", "features/channel_distance"} <= set(tags["scalars"])
+    assert {"loss", "lr", "grad_norm", "images_per_s", "feature_distance/stage_4"} <= set(tags["scalars"])
     assert len(events.Scalars("loss")) == 12 and all(event.value > 0 for event in events.Scalars("grad_norm"))
     assert tags["images"] == ["input, visible patches, reconstruction"]
 

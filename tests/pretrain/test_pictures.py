@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity
 
 from models.fcmae import FCMAE
 from models.sparse.layouts import Dense
@@ -32,15 +33,28 @@ def test_the_grid_shows_any_number_of_channels(channels):
     assert picture.dtype == torch.uint8 and picture.shape[0] == 3 and picture.float().std() > 10
 
 
-def test_feature_distance():
-    class Fixed:
-        def __init__(self, tokens):
-            self.tokens = tokens
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_atto"])
+@torch.no_grad()
+def test_feature_distance(name):
+    """The mean over all pairs of channels, images and blocks of a stage, of what fc2 takes in."""
+    encoder, image = FCMAE(tiny(name)).encoder, torch.randn(2, 3, 32, 32)
+    random_weights(encoder)
+    found = feature_distance(encoder, image)
+    inputs = []
+    for block in encoder.stages[2].blocks:
+        block.mlp.fc2.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+    encoder.forward_features(image, Dense())
+    maps = torch.stack(inputs).flatten(2, 3).mT  # [blocks, B, C, T]
+    cosine = cosine_similarity(maps[:, :, :, None], maps[:, :, None], dim=-1)
+    assert cosine.shape == (2, 2, 128, 128)
+    assert found["stage_3"] == pytest.approx(float((1 - cosine).mean() / 2), abs=1e-5)
 
-        def forward_features(self, image, layout):
-            assert isinstance(layout, Dense)
-            return self.tokens
 
-    collapsed = torch.ones(2, 3, 3, 8) * torch.rand(2, 3, 3, 1)
-    assert feature_distance(Fixed(collapsed), None) == pytest.approx(0, abs=1e-6)
-    assert feature_distance(Fixed(torch.randn(4, 9, 9, 32)), None) == pytest.approx(0.5, abs=0.05)
+@torch.no_grad()
+def test_feature_distance_of_alike_and_of_unrelated_channels():
+    encoder, image = FCMAE(tiny()).encoder, torch.randn(2, 3, 64, 64)
+    for stage in encoder.stages:
+        stage.blocks[0].mlp.fc1.weight[1:] = stage.blocks[0].mlp.fc1.weight[0]
+    found = feature_distance(encoder, image)
+    assert [found[f"stage_{i}"] for i in (1, 2, 4)] == pytest.approx([0, 0, 0], abs=1e-5)
+    assert 0.15 < found["stage_3"] < 0.3  # of its two blocks only one is alike

@@ -176,6 +176,7 @@ def collapse(found: Found, scale: str) -> tuple[list[str], Figure | None]:
         axes.plot((1, 2, 3, 4), [last(distance)[stage] for stage in stages], "o-", color=COLOURS[colour], label=label)
     axes.set_xticks((1, 2, 3, 4))
     axes.set_xlabel("stage")
+    axes.set_ylim(0, 0.55)
     finish(axes, percent=False)
     text = (
         "\n### Feature collapse\n\nMean cosine distance of two channels of the MLPs' expanded layers (figure 3 of "

@@ -206,7 +206,7 @@ class Evidence:
             self.pretrain(f"backend-{backend}", "--model.backend", backend, *COMPARED, *self.scale.backends)
 
     def ablations(self) -> None:
-        """All of them."""
+        """What matters in pretraining: every ablation."""
         for name in ABLATIONS:
             self.ablation(name)
 

@@ -1,6 +1,6 @@
 """Reconstruction pictures, and the measure of feature collapse."""
 
-import itertools
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -83,18 +83,19 @@ def feature_distance(encoder: ConvNeXt, image: Tensor) -> dict[str, float]:
     expanded layer of the MLP (after GRN, where there is one). Tokens between blocks have channels of both signs, whose
     cosines cancel: there the measure stays at .5 whatever happens.
     """
-    found = []
+    found = {f"stage_{i}": [] for i in range(1, 1 + len(encoder.stages))}
 
-    def measure(_, inputs: tuple[Tensor]) -> None:
+    def measure(stage: str, _, inputs: tuple[Tensor]) -> None:
         maps = torch.nn.functional.normalize(inputs[0].flatten(1, 2).float(), dim=1)  # [B, T, C]: length 1 over T
         cosine = maps.sum(2).square().sum(1) / maps.shape[2] ** 2  # the mean of all pairs is the mean map's square
-        found.append(float((1 - cosine).mean() / 2))
+        found[stage].append(float((1 - cosine).mean() / 2))
 
-    hooks = [block.mlp.fc2.register_forward_pre_hook(measure) for stage in encoder.stages for block in stage.blocks]
+    hooks = [
+        block.mlp.fc2.register_forward_pre_hook(partial(measure, name))
+        for name, stage in zip(found, encoder.stages, strict=True)
+        for block in stage.blocks
+    ]
     encoder.forward_features(image, Dense())
     for hook in hooks:
         hook.remove()
-    blocks = iter(found)
-    return {
-        f"stage_{i}": mean(itertools.islice(blocks, len(stage.blocks))) for i, stage in enumerate(encoder.stages, 1)
-    }
+    return {stage: mean(distances) for stage, distances in found.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.files import write_whole
-from launch.summary import cpu_name
+from launch.training.summary import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"

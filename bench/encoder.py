@@ -35,7 +35,7 @@ from bench.common import (
 )  # fmt: skip
 from configs.errors import Parser, UserError, run_main
 from configs.schema import Encoder, visible_patches
-from launch.memory import keep_memory
+from launch.training.malloc import keep_memory
 from models import kernels
 from models.convnext import ConvNeXt
 from models.sparse.layouts import Masked, Packed

@@ -28,7 +28,7 @@ from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Data
 from data.loader import Samples, collate
 from data.shards import Split
 from data.transforms import PretrainTransform, decode, normalize
-from launch.memory import keep_memory
+from launch.training.malloc import keep_memory
 
 SCALE = (0.2, 1.0)
 TOLERANCE = 1.0  # grey levels, mean over a picture

@@ -46,7 +46,7 @@ CPU = """
   round, instead of oneDNN's own: backward 18 ms became 3 (100 images of 16x16 tokens, 40 channels, bf16, two cores).
 - GRN's norm as a sum of squares instead of `torch.linalg.vector_norm`: 2.0 ms became .3 a call.
 - glibc gives large tensors back to the system when they are freed; each page faults again when the next is written.
-  Training and benchmarks keep memory (`launch/memory.py`); the masked peer gains more from that than packed does.
+  Training and benchmarks keep memory (`launch/training/malloc.py`); the masked peer gains more from that than packed.
 - torch.compile on the packed encoder: 0 to 2 % faster after 40 seconds of compiling. Not used.
 - What is left is matrix products: 60 % of the packed encoder's time for tiny.
 """

@@ -39,9 +39,9 @@ from configs.files import sha256
 from configs.schema import Optim, PretrainModel, Run
 from data.sampler import WINDOW, EpochOrder, TrainBatches
 from data.shards import ROW, Index, Shard, Split, index_file, index_tar, read_index, write_index, write_tar
-from launch.checkpoints import Checkpoints
-from launch.engine import build_engine, parameter_groups
-from launch.world import free_port, start, stop
+from launch.training.checkpoints import Checkpoints
+from launch.training.engine import build_engine, parameter_groups
+from launch.training.world import free_port, start, stop
 from models.fcmae import FCMAE
 
 PER_SHARD, BATCH, EPOCHS, EPOCH = 10_000, 4096, 800, 700  # EPOCH: in which the sampler is asked to resume

@@ -37,12 +37,12 @@ from bench.common import (
 from bench.roofline import count, floor_seconds, peaks
 from configs.errors import Parser, UserError, run_main
 from configs.schema import Encoder, PretrainModel, visible_patches
-from launch.memory import keep_memory
+from launch.training.malloc import keep_memory
 from models import kernels
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
 from models.formats.write import to_form
-from models.weights import Weights, divide
+from models.weights import Weights, split_by_prefix
 
 CLASSES = 1000
 PARTS = ("forward", "forward+backward", "step")
@@ -89,7 +89,7 @@ def finetuning(args: argparse.Namespace) -> tuple[dict[str, tuple[nn.Module, Cal
     arch = Encoder(args.model)
     ours = ConvNeXt(arch, CLASSES, recompute=args.recompute)
     fill(ours)
-    head, encoder = divide(ours.state_dict(), "head.")
+    head, encoder = split_by_prefix(ours.state_dict(), "head.")
     theirs = timm.create_model(args.model, num_classes=CLASSES)
     theirs.load_state_dict(to_form(Weights(ours.arch, {}, encoder, head=head), "timm")[0])
     ours, theirs = ours.to(args.device).train(), theirs.to(args.device).train()

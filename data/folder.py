@@ -10,8 +10,8 @@ import numpy as np
 from configs.command import say
 from configs.errors import UserError, nearest
 from configs.schema import Data
-from data.convert import Options, convert
 from data.loader import open_split
+from data.reencode import Options, convert
 from data.remote import Remote, is_url
 from data.shards import IMAGE_TYPES, Shard, Split, split_name
 from data.sources import SPLITS, Item, open_source

@@ -29,9 +29,9 @@ import numpy as np
 
 from configs.errors import Parser, UserError, reason, run_main
 from configs.files import write_whole
-from data.convert import Options, convert
 from data.index import describe, index_folder, verify
 from data.pool import count, run_tasks
+from data.reencode import Options, convert
 from data.repair import LOST, repair, salvaged
 from data.shards import Index, Shard, flaw, index_file, index_tar, read_index, write_index, write_tar
 from data.sources import Item, open_source
@@ -254,7 +254,7 @@ def write_shard(task: Task, options: Options) -> dict:
     def samples():
         for i, (item, label) in enumerate(task.items, task.first):
             try:
-                kind, data = convert(read(item), item.name, options)
+                kind, data = convert(read_item(item), item.name, options)
             except UserError as error:
                 skipped.append(f"{item.name}: {error}")
             else:
@@ -267,10 +267,10 @@ def write_shard(task: Task, options: Options) -> dict:
     return record
 
 
-def read(item: Item) -> bytes:
+def read_item(item: Item) -> bytes:
     """An image's bytes. Raises `UserError` for a damaged member of a zip; a source that is gone stops everything."""
     try:
-        return item.read()
+        return item.read_bytes()
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:  # RuntimeError: encrypted
         raise UserError(f"cannot be read from the zip ({reason(error)})") from None
 

@@ -44,7 +44,7 @@ class Item:
     split: str = "train"
     label: str | None = None
 
-    def read(self) -> bytes:
+    def read_bytes(self) -> bytes:
         """The image's bytes."""
         if self.container == "digits":
             return _digits()[self.name][0]

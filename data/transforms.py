@@ -104,7 +104,7 @@ def _decode_png(picture: Image.Image, data: bytes, channels: int | None) -> Tens
     PIL's colours have 8 bits. So of 16 it is asked for the upper ones, and told another order of bytes, for the lower.
     """
 
-    def read(bytes_as: str) -> np.ndarray:
+    def plane(bytes_as: str) -> np.ndarray:
         again = Image.open(io.BytesIO(data), formats=PICTURES)
         again.tile = [again.tile[0]._replace(args=bytes_as)]
         return np.asarray(again).astype(np.uint16)
@@ -114,12 +114,12 @@ def _decode_png(picture: Image.Image, data: bytes, channels: int | None) -> Tens
     if "16" not in stored:
         return _from_pil(Image.open(io.BytesIO(data), formats=PICTURES), channels)
     if stored == "LA;16B":
-        halves = read("RGBA")
+        halves = plane("RGBA")
         pixels = halves[..., ::2] * 256 + halves[..., 1::2]
     elif stored == "I;16B":
-        pixels = read(stored)[..., None]
+        pixels = plane(stored)[..., None]
     else:
-        pixels = read(stored) * 256 + read(stored.replace("16B", "16L"))
+        pixels = plane(stored) * 256 + plane(stored.replace("16B", "16L"))
     return torch.from_numpy(pixels / np.float32(65535)).permute(2, 0, 1)
 
 

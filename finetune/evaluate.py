@@ -40,8 +40,8 @@ from data.shards import Split
 from finetune.pictures import calibration_picture, confusion_picture
 from finetune.scores import Predictions, calibration_error, predict
 from finetune.trained import Trained, add_options, open_trained
-from launch.engine import precision
-from launch.world import World, gather, peers, start, stop
+from launch.training.engine import precision
+from launch.training.world import World, gather, peers, start, stop
 
 FEW_CLASSES = 20  # the table has all classes of so many
 WORST = 10  # else the worst; and the most frequent confusions

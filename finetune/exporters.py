@@ -20,7 +20,7 @@ from configs.errors import UserError, reason
 from configs.schema import PATCH_PER_STEM_STRIDE, Encoder
 from data.transforms import normalize
 from models.convnext import ConvNeXt
-from models.formats.write import how_to_load, how_to_load_backbone, timm_backbone, timm_options, write
+from models.formats.write import how_to_load, how_to_load_backbone, timm_backbone, timm_options, write_weights
 from models.sparse.layouts import Dense
 from models.weights import Weights
 
@@ -91,7 +91,7 @@ def export(path: Path, to: str, deployed: Deployed, weights: Weights) -> None:
         UserError: timm cannot build this model
     """
     if to == "safetensors":
-        write(path, weights, "timm")
+        write_weights(path, weights, "timm")
         return
     example = torch.zeros(2, weights.arch.channels, *weights.image["size"])
     text = json.dumps(metadata(weights, str(deployed.model.stem[0].weight.dtype).removeprefix("torch.")))

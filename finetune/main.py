@@ -20,13 +20,13 @@ from configs.schema import Encoder, Finetune, Pretrain
 from data.loader import eval_loader, open_split, train_loader
 from data.sampler import class_weights, labelled_share
 from data.transforms import EvalTransform, train_transform
+from finetune.finetuning import Classifier, check_pairs, moving_average
 from finetune.layer_decay import layer_decay
-from finetune.loop import Classifier, check_pairs, moving_average
-from launch.engine import build_engine, parameter_groups, seed_everything
-from launch.loop import Training
-from launch.plan import plan
-from launch.report import write_report
-from launch.world import start, stop
+from launch.training.dry_run import plan
+from launch.training.engine import build_engine, parameter_groups, seed_everything
+from launch.training.report import write_report
+from launch.training.trainer import Training
+from launch.training.world import start, stop
 from models.convnext import ConvNeXt, resolve
 from models.start import Init, open_init, start_classifier, with_statistics
 

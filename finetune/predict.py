@@ -37,8 +37,8 @@ from data.transforms import decode
 from finetune.pictures import annotate
 from finetune.scores import logits_of
 from finetune.trained import Trained, add_options, open_trained
-from launch.engine import precision
-from launch.world import start, stop
+from launch.training.engine import precision
+from launch.training.world import start, stop
 
 STDIN = "-"
 AHEAD = 2  # batches that are decoded while one is classified
@@ -190,7 +190,7 @@ def is_known(path: Path) -> bool:
 def load(paths: Iterator[Path], trained: Trained, args: argparse.Namespace) -> Iterator[list[Picture]]:
     """Batches of pictures, decoded by threads, some ahead; those from standard input as soon as a batch is there."""
 
-    def read(path: Path) -> Picture:
+    def read_picture(path: Path) -> Picture:
         if not is_known(path):
             return Picture(path, error=UNKNOWN)
         try:
@@ -201,7 +201,7 @@ def load(paths: Iterator[Path], trained: Trained, args: argparse.Namespace) -> I
     ahead, pending = 0 if args.images == [STDIN] else AHEAD, deque()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         while batch := list(islice(paths, args.batch)):
-            pending.append([pool.submit(read, path) for path in batch])
+            pending.append([pool.submit(read_picture, path) for path in batch])
             if len(pending) > ahead:
                 yield [future.result() for future in pending.popleft()]
         for batch in pending:

@@ -30,9 +30,20 @@ from configs.schema import Augment, Data, Optim, Run
 from data.loader import Loader, open_split
 from data.shards import Split
 from finetune.trained import Trained, add_options, open_trained
-from launch.engine import precision, seed_everything
-from launch.probe import KS, LRS, TEMPERATURE, best_of, check_labels, count, features, knn, linear, probe_loader
-from launch.world import World, peers, start, stop
+from launch.training.engine import precision, seed_everything
+from launch.training.feature_eval import (
+    KS,
+    LRS,
+    TEMPERATURE,
+    best_of,
+    check_labels,
+    count,
+    features,
+    knn,
+    linear,
+    probe_loader,
+)
+from launch.training.world import World, peers, start, stop
 from models.convnext import ConvNeXt
 
 LEAST = 10  # training images, so that there is a tenth to hold out

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.transforms import normalize
-from launch.engine import autocast
-from launch.world import World, gather
+from launch.training.engine import autocast
+from launch.training.world import World, gather
 
 TOP = 5
 BINS = 15  # of confidence, as in 1706.04599

@@ -11,7 +11,7 @@ from configs.errors import UserError
 from configs.schema import Augment, Data
 from data.transforms import EvalTransform
 from models.convnext import ConvNeXt
-from models.formats.read import read
+from models.formats.read import read_weights
 from models.weights import Weights, averaged, load_strict
 
 
@@ -76,7 +76,7 @@ def open_trained(
         UserError: the file cannot be read, has no classifier, no averaged weights or no statistics; the size does not
             suit the model
     """
-    weights, _, _ = read(path)
+    weights, _, _ = read_weights(path)
     if not (weights.outputs or backbone):
         raise UserError(f"{path} has no classifier: fine-tune it first, with python finetune/main.py --init {path}")
     weights = averaged(weights, path) if ema else weights

@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
 from configs.errors import Parser, UserError, run_main
-from models.formats.read import read
-from models.formats.write import FORMATS, how_to_load, how_to_load_backbone, write
+from models.formats.read import read_weights
+from models.formats.write import FORMATS, how_to_load, how_to_load_backbone, write_weights
 from models.weights import Weights, averaged
 
 
@@ -44,11 +44,11 @@ def main() -> None:
         raise UserError(f"{destination} exists: choose another name, or remove it")
     if not destination.parent.is_dir():
         raise UserError(f"{destination.parent} is not a folder: make it first")
-    weights, form, remarks = read(args.source)
+    weights, form, remarks = read_weights(args.source)
     print(f"{args.source} is {form}: {describe(weights)}")
     if args.ema:
         weights = averaged(weights, args.source)
-    for remark in remarks + write(destination, weights, args.to):
+    for remark in remarks + write_weights(destination, weights, args.to):
         print(f"  {remark}")
     print(f"wrote {destination}; load it with\n  {how_to_load(destination, weights, args.to)}")
     if backbone := how_to_load_backbone(destination, weights, args.to):

@@ -10,8 +10,8 @@ from configs.schema import Data, Encoder
 from models.convnext import ConvNeXt, resolve
 from models.fcmae import FCMAE
 from models.formats.open import digest
-from models.formats.read import read
-from models.weights import Tensors, Weights, decoder_shape, divide, load_strict, other_channels
+from models.formats.read import read_weights
+from models.weights import Tensors, Weights, decoder_shape, load_strict, other_channels, split_by_prefix
 
 BRACKETS = str.maketrans("()", "[]")  # no shell takes a bare (1,2)
 SHAPE_KEYS = ("stem_stride", "depths", "dims")
@@ -30,7 +30,7 @@ def open_init(path: str) -> Init | None:
     """What `--init` names, in any format; None for `none`. Raises `UserError` where it cannot be read."""
     if path == "none":
         return None
-    weights, form, remarks = read(path)
+    weights, form, remarks = read_weights(path)
     say(f"starting from {path} ({form}{''.join(f'; {remark}' for remark in remarks)})")
     return Init(path, weights, digest(path))
 
@@ -68,7 +68,7 @@ def start_classifier(model: ConvNeXt, init: Init, classes: list[str]) -> bool:
         fate = "kept" if keep else f"replaced by a new one for {len(classes)} classes{other}"
         say(f"{path}: its classifier of {outputs} classes is {fate}")
     if not keep:
-        _, head = divide(head, "head.fc.")
+        _, head = split_by_prefix(head, "head.fc.")
     ignored = "head." if not head else None if keep else "head.fc."
     load_strict(model, encoder | head, path, ignored)
     return keep

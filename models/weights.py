@@ -63,7 +63,7 @@ def cpu_state(model: nn.Module) -> Tensors:
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
-def divide(tensors: dict, prefix: str | tuple[str, ...]) -> tuple[dict, dict]:
+def split_by_prefix(tensors: dict, prefix: str | tuple[str, ...]) -> tuple[dict, dict]:
     """(those whose names begin with `prefix`, or with one of several; the others)."""
     inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return inside, {name: tensor for name, tensor in tensors.items() if name not in inside}
@@ -80,7 +80,7 @@ def averaged(weights: Weights, path: str) -> Weights:
     """The weights with their moving average in place of the raw ones. Raises `UserError` where there is none."""
     if weights.ema is None:
         raise UserError(f"{path} holds no averaged weights: leave --ema out")
-    head, encoder = divide(weights.ema, "head.")
+    head, encoder = split_by_prefix(weights.ema, "head.")
     return replace(weights, encoder=encoder, head=head, ema=None)
 
 
@@ -160,8 +160,8 @@ def from_content(content: dict, path: str | Path) -> Weights:
     if missing:
         raise UserError(f"{path} is a damaged weight file (no {', '.join(sorted(missing))}): write it again")
     check_tensors(path, parts)
-    decoder, others = divide(_shapes(expected_tensors(weights.arch, parts)), DECODER)
-    head, encoder = divide(others, "head.")
+    decoder, others = split_by_prefix(_shapes(expected_tensors(weights.arch, parts)), DECODER)
+    head, encoder = split_by_prefix(others, "head.")
     check_shapes(path, encoder, _shapes(weights.encoder))
     check_shapes(path, decoder, _shapes(weights.decoder))
     check_shapes(path, head, _shapes(weights.head))
@@ -181,10 +181,10 @@ def expected_tensors(arch: Encoder, found: Tensors) -> Tensors:
         if any(name.startswith(DECODER) for name in found):
             width, depth = decoder_shape(found)
             config = PretrainModel(**asdict(arch), decoder_dim=width, decoder_depth=depth)
-            tensors |= divide(FCMAE(config).state_dict(), "encoder.")[1]
+            tensors |= split_by_prefix(FCMAE(config).state_dict(), "encoder.")[1]
     for part in ("head.fc.", "head."):
         if not any(name.startswith(part) for name in found):
-            _, tensors = divide(tensors, part)
+            _, tensors = split_by_prefix(tensors, part)
     return tensors
 
 
@@ -220,7 +220,7 @@ def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: s
     """
     own = module.state_dict()
     if ignore is not None:
-        _, own = divide(own, ignore)
+        _, own = split_by_prefix(own, ignore)
     check_shapes(path, _shapes(own), _shapes(tensors))
     module.load_state_dict(tensors, strict=False)
 

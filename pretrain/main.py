@@ -19,17 +19,17 @@ from configs.errors import run_main
 from configs.schema import Pretrain, visible_patches
 from data.loader import open_split, train_loader
 from data.transforms import PretrainTransform
-from launch.engine import build_engine, parameter_groups, seed_everything, whole_weights
-from launch.loop import Training
-from launch.plan import plan
-from launch.report import write_report
-from launch.summary import write_summary
-from launch.world import start, stop
+from launch.training.dry_run import plan
+from launch.training.engine import build_engine, parameter_groups, seed_everything, whole_weights
+from launch.training.report import write_report
+from launch.training.summary import write_summary
+from launch.training.trainer import Training
+from launch.training.world import start, stop
 from models.fcmae import FCMAE, check_size
 from models.start import open_init, start_autoencoder, with_statistics
-from models.weights import Weights, cpu_state, divide, save
-from pretrain.loop import Pretraining
-from pretrain.probing import probe_splits
+from models.weights import Weights, cpu_state, save, split_by_prefix
+from pretrain.online_eval import probe_splits
+from pretrain.pretraining import Pretraining
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
     with whole_weights(engine):
         if world.first:
             path = training.folder / "fcmae.pt"
-            _, decoder = divide(cpu_state(model), "encoder.")
+            _, decoder = split_by_prefix(cpu_state(model), "encoder.")
             image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}
             content = Weights(model.encoder.arch, image, cpu_state(model.encoder), decoder, to_dict(config.model))
             content.classes = split.classes

@@ -20,7 +20,7 @@ from configs.schema import Data, PretrainModel, visible_patches
 from data.folder import list_images, read_image
 from data.transforms import center_crop, decode, draw_visible, normalize
 from models.fcmae import FCMAE, check_size
-from models.formats.read import read
+from models.formats.read import read_weights
 from models.weights import load_strict
 from pretrain.pictures import reconstruction_grid, write_png
 
@@ -45,7 +45,7 @@ def open_autoencoder(path: str, ratio: float | None) -> tuple[FCMAE, dict]:
     Raises:
         UserError: the file cannot be read or has no decoder
     """
-    weights, _, _ = read(path)
+    weights, _, _ = read_weights(path)
     if not weights.decoder:
         raise UserError(f"{path} has no decoder: give the fcmae.pt of a pretraining run")
     if weights.image["mean"] is None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from configs.errors import run_main
-from launch.world import free_port
+from launch.training.world import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--model.decoder_dim", "16"]  # pretraining

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "finetune": {"configs", "models", "data", "launch", "finetune"},
     "bench": {"configs", "models", "data", "launch", "pretrain", "finetune", "bench"},
 }
-ONLY_IN = {"deepspeed": "launch/engine.py", "MinkowskiEngine": "models/sparse/minkowski.py"}
+ONLY_IN = {"deepspeed": "launch/training/engine.py", "MinkowskiEngine": "models/sparse/minkowski.py"}
 
 
 def imports(path) -> set[str]:
@@ -48,5 +48,5 @@ def test_only_one_file_imports(library):
 
 
 def test_the_rule_sees_a_wrong_import(tmp_path):
-    (tmp_path / "x.py").write_text("def f():\n    from pretrain.loop import pretrain\n")
+    (tmp_path / "x.py").write_text("def f():\n    from pretrain.pretraining import pretrain\n")
     assert imports(tmp_path / "x.py") == {"pretrain"}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.summary import cpu_name
+from launch.training.summary import cpu_name
 from tests.conftest import ROOT, run
 
 GOLDEN = ROOT / "tests/golden.json"
@@ -25,14 +25,15 @@ RUN += ["--data.workers", "0", "--optim.batch_size", "240", "--optim.lr", "3e-3"
 ACCUMULATED = ["--optim.micro_batch", "60"]
 MIXED = ["--augment.mixup", "0.8", "--augment.cutmix", "1", "--augment.erase", "0.25", "--augment.ema", "0.9"]
 SAMPLED = ["--balance", "0.5", "--label_share", "0.9", "--augment.smoothing", "0.2"]
+TWO_RANKS = ["deepspeed", "--num_gpus", "2"]
+DECAYED = ["--layer_decay", "0.8", "--model.drop_path", "0.1"]
+CLIPPED = ["--optim.clip_grad", "0.5"]
 CASES = {
-    "pretrain": ["python", "pretrain/main.py", *MODEL, *RUN, *ACCUMULATED, "--optim.clip_grad", "0.5"],
-    "pretrain-2-ranks": ["deepspeed", "--num_gpus", "2", "pretrain/main.py", *MODEL, *RUN, "--model.backend", "masked"],
-    "finetune": ["python", "finetune/main.py", *RUN, *ACCUMULATED, *MIXED, "--layer_decay", "0.8", "--model.drop_path", "0.1"],
-    "finetune-2-ranks": [
-        "deepspeed", "--num_gpus", "2", "finetune/main.py", *RUN, *SAMPLED, "--optim.zero_stage", "0", "--optim.clip_grad", "0.5",
-    ],
-}  # fmt: skip
+    "pretrain": ["python", "pretrain/main.py", *MODEL, *RUN, *ACCUMULATED, *CLIPPED],
+    "pretrain-2-ranks": [*TWO_RANKS, "pretrain/main.py", *MODEL, *RUN, "--model.backend", "masked"],
+    "finetune": ["python", "finetune/main.py", *RUN, *ACCUMULATED, *MIXED, *DECAYED],
+    "finetune-2-ranks": [*TWO_RANKS, "finetune/main.py", *RUN, *SAMPLED, *CLIPPED, "--optim.zero_stage", "0"],
+}
 
 
 def machine() -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import Encoder
 from models.convnext import SIZES, resolve
-from models.formats.beside import class_names, preprocessing, pretraining
+from models.formats.metadata import class_names, preprocessing, pretraining
 from models.formats.names import PREFIXES, detect, from_name, from_shape, to_name, to_shape
 from models.formats.open import open_weights
 from models.weights import (
@@ -21,16 +21,16 @@ from models.weights import (
     check_shapes,
     check_tensors,
     count,
-    divide,
     expected_tensors,
     from_content,
+    split_by_prefix,
 )  # fmt: skip
 
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before each name
 WIDEST = 1 << 16  # channels; no model comes near
 
 
-def read(path: str | Path) -> tuple[Weights, str, list[str]]:
+def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
     """(weights, format, remarks on what the file does not tell).
 
     Args:
@@ -105,7 +105,7 @@ def translate(
     )
     check_tensors(source, found)
     mine = {ours: from_shape(ours, tensor, form, tuple(needed[ours].shape)) for ours, tensor in found.items()}
-    head, rest = divide(mine, "head.")
+    head, rest = split_by_prefix(mine, "head.")
     encoder = {name: tensor for name, tensor in rest.items() if name.startswith(("stem.", "stages."))}
     return arch, encoder, {name: tensor for name, tensor in rest.items() if name not in encoder}, head
 

@@ -12,14 +12,14 @@ from configs.errors import UserError
 from configs.files import sync_folder, whole_file, write_whole
 from configs.schema import Encoder
 from models.convnext import EPS, LAYER_SCALE, resolve
-from models.formats.beside import RESAMPLE, SQUASH_FROM, WHOLE_CENTRE
+from models.formats.metadata import RESAMPLE, SQUASH_FROM, WHOLE_CENTRE
 from models.formats.names import CONV_MLP, to_name, to_shape
 from models.weights import Tensors, Weights, save
 
 FORMATS = ("ours", "official", "official-sparse", "timm", "transformers", "mmpretrain")
 
 
-def write(path: Path, weights: Weights, form: str) -> list[str]:
+def write_weights(path: Path, weights: Weights, form: str) -> list[str]:
     """Write weights to a file, or for transformers to a folder; it is there whole or not at all.
 
     Returns:

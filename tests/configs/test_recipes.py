@@ -13,8 +13,8 @@ import torch
 from configs.command import RECIPES, parse
 from configs.schema import Encoder, Finetune, Pretrain, visible_patches
 from finetune.layer_decay import layer_decay
-from launch.engine import parameter_groups
-from launch.plan import schedule
+from launch.training.dry_run import schedule
+from launch.training.engine import parameter_groups
 from models.convnext import SIZES, ConvNeXt, resolve
 
 IMAGES = {"shards/imagenet": 1_281_167, "shards/imagenet22k": 14_197_122}

@@ -19,8 +19,8 @@ from PIL import Image
 
 from configs.errors import UserError
 from data import prepare
-from data.convert import Options, convert
 from data.index import index_folder, verify
+from data.reencode import Options, convert
 from data.shards import Split, index_file, read_index
 from data.transforms import decode
 from tests.conftest import ROOT, names, run

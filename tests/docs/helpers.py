@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from launch.world import free_port
-from models.formats.write import write
+from launch.training.world import free_port
+from models.formats.write import write_weights
 from tests.conftest import ROOT, run
 from tests.docs.stand_in import PROGRAMS
 from tests.models.formats.helpers import autoencoder, classifier
@@ -98,7 +98,7 @@ def give(name: str, folder: Path) -> None:
         weights = WEIGHTS[name][0]()
         weights.classes = sorted(CLASSES) if weights.outputs == len(CLASSES) else None
         weights.image |= {"size": [224, 224], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "eval_crop": 0.875}
-        write(path, weights, WEIGHTS[name][1])
+        write_weights(path, weights, WEIGHTS[name][1])
     else:
         IMAGES[name](path)
 

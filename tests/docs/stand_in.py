@@ -42,7 +42,7 @@ def plan(words: list[str], *more: str) -> None:
     become("python", *small([*words, "--dry-run", str(NODES * RANKS), *more]))
 
 
-def divide(words: list[str], suffix: str) -> tuple[list[str], list[str]]:
+def split_words(words: list[str], suffix: str) -> tuple[list[str], list[str]]:
     """(a launcher's options, the script and its arguments)."""
     first = next(i for i, word in enumerate(words) if word.endswith(suffix))
     return words[:first], words[first:]
@@ -53,7 +53,7 @@ def python(words: list[str]) -> None:
 
 
 def deepspeed(words: list[str]) -> None:
-    options, script = divide(words, ".py")
+    options, script = split_words(words, ".py")
     if "--hostfile" not in options:
         become("deepspeed", "--master_port", os.environ["PORT"], *options, *small(script))
     from deepspeed.launcher import runner
@@ -72,7 +72,7 @@ def torchrun(words: list[str]) -> None:
 
 
 def sbatch(words: list[str]) -> None:
-    options, (script, *training) = divide(words, ".sh")
+    options, (script, *training) = split_words(words, ".sh")
     assert options == ["--nodes", str(NODES)], options
     assert f"\n#SBATCH --ntasks-per-node={RANKS}\n" in Path(script).read_text()
     subprocess.run(["bash", "-n", script], check=True)

@@ -14,14 +14,14 @@ from configs.errors import UserError
 from configs.schema import Encoder, Finetune, Pretrain, PretrainModel
 from data import prepare
 from finetune import evaluate, export, predict, probe
-from launch.plan import PROBE, activations, example
+from launch.training.dry_run import PROBE, activations, example
 from models import convert
 from models.convnext import ConvNeXt, resolve
 from models.fcmae import FCMAE
 from pretrain import reconstruct
 from tests.conftest import ROOT
 from tests.docs.helpers import Block, Reader, blocks, check_output, give
-from tests.docs.stand_in import divide
+from tests.docs.stand_in import split_words
 
 GUIDE = ROOT / "docs/guide"
 PAGES = sorted(path.stem for path in GUIDE.glob("*.md"))
@@ -47,7 +47,7 @@ PARSERS = {
 }
 
 
-def read(page: str, reader: Reader) -> None:
+def follow(page: str, reader: Reader) -> None:
     """Type a page's blocks, in order, and compare what they print with what it shows."""
     output = ""
     for block in blocks(GUIDE / f"{page}.md"):
@@ -62,14 +62,14 @@ def read(page: str, reader: Reader) -> None:
 def test_commands_run_and_print_what_the_page_shows(page, tmp_path):
     for name in HAS[page]:
         give(name, tmp_path)
-    read(page, Reader(tmp_path, do=True))
+    follow(page, Reader(tmp_path, do=True))
 
 
 def check_arguments(reader: Reader) -> None:
     """Hand the arguments of each command that was typed to its script's own parser."""
     for program, *words in map(json.loads, reader.commands.read_text().splitlines()):
         if program in ("python", "deepspeed", "torchrun", "sbatch"):
-            script, *arguments = divide(words, ".py")[1]
+            script, *arguments = split_words(words, ".py")[1]
             assert (ROOT / script).exists(), script
             if script in PARSERS:
                 PARSERS[script](arguments)

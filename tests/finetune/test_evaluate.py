@@ -23,11 +23,11 @@ from data.sources import _digits
 from data.transforms import EvalTransform, normalize
 from finetune.evaluate import evaluation, main
 from finetune.scores import Predictions
-from launch.world import stop
+from launch.training.world import stop
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
 from models.sparse.layouts import Dense
-from models.weights import Weights, cpu_state, divide, load, save
+from models.weights import Weights, cpu_state, load, save, split_by_prefix
 from tests.conftest import names, run
 from tests.data.helpers import as_folder
 from tests.data.test_loader import damage
@@ -70,7 +70,7 @@ def classifier(shards: Path, path: Path) -> Path:
     targets = torch.nn.functional.one_hot(batch["label"], 10) - 0.1
     ridge = features.T @ features + 100 * torch.eye(features.shape[1])  # else rounding errors would be multiplied
     model.head.fc.weight.copy_(8 * torch.linalg.solve(ridge, features.T @ targets).T)
-    head, encoder = divide(cpu_state(model), "head.")
+    head, encoder = split_by_prefix(cpu_state(model), "head.")
     image = {"size": [8, 8], "mean": [0.5], "std": [0.5], "eval_crop": 1.0}
     save(path, Weights(model.arch, image, encoder, head=head, classes=split.classes))
     return path
@@ -79,7 +79,7 @@ def classifier(shards: Path, path: Path) -> Path:
 def autoencoder(path: Path) -> Path:
     """Write an fcmae.pt."""
     model = FCMAE(tiny())
-    encoder, decoder = divide(cpu_state(model), "encoder.")
+    encoder, decoder = split_by_prefix(cpu_state(model), "encoder.")
     encoder = {name.removeprefix("encoder."): tensor for name, tensor in encoder.items()}
     image = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
     save(path, Weights(model.encoder.arch, image, encoder, decoder, asdict(model.config)))

@@ -22,7 +22,7 @@ from finetune import export as command
 from finetune.exporters import METADATA, SUFFIXES, Deployed, export, run
 from finetune.half import half
 from models.convnext import ConvNeXt
-from models.formats.write import how_to_load, how_to_load_backbone, write
+from models.formats.write import how_to_load, how_to_load_backbone, write_weights
 from models.sparse import layouts
 from models.weights import Weights, save
 from tests.conftest import names
@@ -77,7 +77,7 @@ def outputs(line: str, images: torch.Tensor) -> list[torch.Tensor]:
 
 def reference(weights: Weights, folder: Path, images: torch.Tensor, features: bool) -> list[torch.Tensor]:
     """What timm's model of the same weights gives."""
-    write(folder / "reference.pth", replace(weights, ema=None), "timm")
+    write_weights(folder / "reference.pth", replace(weights, ema=None), "timm")
     line = (how_to_load_backbone if features else how_to_load)(folder / "reference.pth", weights, "timm")
     return outputs(line, normalized(weights, images))
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from configs.schema import Augment, Data, Finetune, FinetuneModel, Optim
-from finetune.loop import Classifier
+from finetune.finetuning import Classifier
 from finetune.main import build
-from launch.world import World
+from launch.training.world import World
 from models.convnext import Encoder, resolve
 from models.weights import load
 from tests.conftest import run

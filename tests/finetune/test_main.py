@@ -12,7 +12,7 @@ import torch
 from configs.schema import Encoder
 from finetune.main import main
 from models.convnext import ConvNeXt
-from models.formats.write import write
+from models.formats.write import write_weights
 from models.weights import load, load_strict
 from tests.conftest import QUICK, ROOT, losses, names, run
 
@@ -72,13 +72,13 @@ def test_starts_from_the_pretrained_encoder(digits, pretrained, tmp_path):
 def test_from_an_official_sparse_file(digits, pretrained, tmp_path):
     """Sparse weights in, a dense classifier out; with other channels and a head of its own the second time."""
     sparse = tmp_path / "checkpoint-799.pth"
-    write(sparse, load(pretrained / "fcmae.pt"), "official-sparse")
+    write_weights(sparse, load(pretrained / "fcmae.pt"), "official-sparse")
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", "--init", sparse, epochs=1))
     assert f"starting from {sparse} (official-sparse)" in done.stdout
     assert load(tmp_path / "x/last.pt").arch.dims == (8, 16, 16, 16)
 
     hub = tmp_path / "hub"
-    write(hub, load(tmp_path / "x/best.pt"), "transformers")
+    write_weights(hub, load(tmp_path / "x/best.pt"), "transformers")
     more = ["--init", hub, "--optim.lr", "1e-12", "--model.channels", "3"]
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "y", *more, epochs=1))
     assert "its classifier of 10 classes is kept" in done.stdout and "the model 3: stem adapted" in done.stdout

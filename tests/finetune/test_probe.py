@@ -13,7 +13,7 @@ from data.loader import open_split
 from data.transforms import center_crop, decode
 from finetune import probe
 from models.convnext import ConvNeXt
-from models.formats.write import write
+from models.formats.write import write_weights
 from models.sparse.layouts import Dense
 from models.weights import load, save
 from tests.conftest import run
@@ -86,7 +86,7 @@ def test_two_ranks(pretrained, digits, probed, tmp_path):
 
 
 def test_another_format(pretrained, digits, probed, tmp_path):
-    write(tmp_path / "timm.safetensors", load(pretrained / "fcmae.pt"), "timm")
+    write_weights(tmp_path / "timm.safetensors", load(pretrained / "fcmae.pt"), "timm")
     found, text = scores(tmp_path / "timm.safetensors", digits, tmp_path / "timm.json", *SETTINGS, "--k", "10", "20")
     assert found["linear"] == probed[0]["linear"]
     assert found["knn"]["20"] == probed[0]["knn"]["20"] and found["knn"].keys() == {"10", "20"}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from finetune.scores import Predictions, calibration_error, predict
-from launch.world import World
+from launch.training.world import World
 
 LOGITS = torch.tensor([[9.0, 5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]])
 LABELS = torch.tensor([0, 6, 1, -1])  # right, right, sixth best, filling

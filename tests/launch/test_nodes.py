@@ -8,9 +8,9 @@ import sys
 import pytest
 import yaml
 
-from launch.world import free_port
+from launch.training.world import free_port
 from tests.conftest import BIN, ROOT, losses
-from tests.launch.helpers import SMALL
+from tests.launch.training.helpers import SMALL
 
 NODES = ROOT / "launch/nodes"
 

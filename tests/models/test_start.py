@@ -9,7 +9,7 @@ from configs.errors import UserError
 from configs.schema import Data, PretrainModel
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
-from models.formats.write import FORMATS, write
+from models.formats.write import FORMATS, write_weights
 from models.start import Init, open_init, start_autoencoder, start_classifier, with_statistics
 from models.weights import other_channels
 from tests.models.formats.helpers import FILES, SMALL, assert_same, autoencoder, classifier, logits
@@ -23,7 +23,7 @@ def start(tmp_path):
     """Write weights in a format and open them as --init."""
 
     def make(weights, form="ours"):
-        write(tmp_path / FILES[form], weights, form)
+        write_weights(tmp_path / FILES[form], weights, form)
         return open_init(str(tmp_path / FILES[form]))
 
     return make

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models.formats.write import write
+from models.formats.write import write_weights
 from models.weights import load
 from pretrain.main import main
 from tests.conftest import QUICK, ROOT, TINY, losses, names, run
@@ -131,7 +131,7 @@ def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path):
 def test_goes_on_from_other_weights(digits, pretrained, tmp_path):
     """With the official sparse file of a finished run, the first loss is where that run ended, not where it began."""
     sparse = tmp_path / "sparse.pth"
-    write(sparse, load(pretrained / "fcmae.pt"), "official-sparse")
+    write_weights(sparse, load(pretrained / "fcmae.pt"), "official-sparse")
     done = run("python", "pretrain/main.py", *words(digits, tmp_path, "on", "--init", sparse, epochs=1))
     assert f"starting from {sparse} (official-sparse)" in done.stdout
     before, after = losses(pretrained), losses(tmp_path / "on")

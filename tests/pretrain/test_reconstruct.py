@@ -9,7 +9,7 @@ from configs.errors import UserError
 from configs.schema import PretrainModel
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
-from models.weights import Weights, cpu_state, divide, load, save
+from models.weights import Weights, cpu_state, load, save, split_by_prefix
 from pretrain.pictures import CAPTION, COLUMNS
 from pretrain.reconstruct import main
 from tests.conftest import run
@@ -22,7 +22,7 @@ IMAGE = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
 @pytest.fixture
 def weights(tmp_path):
     config = PretrainModel(decoder_dim=16, **SHAPE)
-    decoder, _ = divide(cpu_state(FCMAE(config)), ("proj.", "mask_token", "decoder.", "pred."))
+    decoder, _ = split_by_prefix(cpu_state(FCMAE(config)), ("proj.", "mask_token", "decoder.", "pred."))
     model = FCMAE(config)
     content = Weights(model.encoder.arch, IMAGE, cpu_state(model.encoder), decoder, to_dict(config))
     save(tmp_path / "fcmae.pt", content)

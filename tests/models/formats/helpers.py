@@ -8,7 +8,7 @@ from configs.schema import Encoder, PretrainModel
 from models.convnext import ConvNeXt, resolve
 from models.fcmae import FCMAE
 from models.sparse.layouts import Dense
-from models.weights import Weights, divide
+from models.weights import Weights, split_by_prefix
 
 SMALL = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32)}
 IMAGE = {"size": [64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "eval_crop": 0.8}
@@ -36,7 +36,7 @@ def classifier(name: str = "convnextv2_atto", classes: int = 5, fill=natural, ch
     arch = resolve(Encoder(name, channels=channels, **shape))
     with torch.device("meta"):
         model = ConvNeXt(arch, classes)
-    head, encoder = divide(fill(model), "head.")
+    head, encoder = split_by_prefix(fill(model), "head.")
     names = [f"class {i}" for i in range(classes)] or None
     image = IMAGE | {key: [0.1 * (i + 1) for i in range(channels)] for key in ("mean", "std")}
     return Weights(arch, image, encoder, head=head, classes=names)
@@ -47,7 +47,7 @@ def autoencoder(name: str = "convnextv2_atto", fill=natural, channels: int = 3, 
     config = PretrainModel(name, channels=channels, **settings)
     with torch.device("meta"):
         model = FCMAE(config)
-    encoder, decoder = divide(fill(model), "encoder.")
+    encoder, decoder = split_by_prefix(fill(model), "encoder.")
     encoder = {key.removeprefix("encoder."): tensor for key, tensor in encoder.items()}
     image = IMAGE | {key: [0.1 * (i + 1) for i in range(channels)] for key in ("mean", "std")}
     return Weights(model.encoder.arch, image, encoder, decoder, asdict(config))

@@ -13,9 +13,9 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import Encoder
-from models.formats.beside import class_names
-from models.formats.read import read
-from models.formats.write import FORMATS, to_form, write
+from models.formats.metadata import class_names
+from models.formats.read import read_weights
+from models.formats.write import FORMATS, to_form, write_weights
 from models.weights import save
 from tests.models.formats.helpers import FILES, SMALL, assert_same, autoencoder, classifier
 
@@ -50,7 +50,7 @@ def test_an_official_sparse_checkpoint(tmp_path):
     optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}
     content = {"model": tensors, "optimizer": optimizer, "epoch": 799, "scaler": {"scale": 1.0}, "args": args}
     torch.save(content, tmp_path / "checkpoint-799.pth")
-    found, form, remarks = read(tmp_path / "checkpoint-799.pth")
+    found, form, remarks = read_weights(tmp_path / "checkpoint-799.pth")
     assert form == "official-sparse" and "ImageNet's mean and std taken" in remarks[0]
     assert_same(found.encoder | found.decoder, weights.encoder | weights.decoder)
     assert found.image["size"] == [192, 192] and found.image["mean"] == [0.485, 0.456, 0.406]
@@ -64,7 +64,7 @@ def test_an_official_fine_tuned_checkpoint(tmp_path):
     tensors, _ = to_form(weights, "official")
     average = {name: tensor * 2 for name, tensor in tensors.items()}
     torch.save({"model": tensors, "model_ema": average, "args": argparse.Namespace(lr=1.0)}, tmp_path / "x.pth")
-    found, form, _ = read(tmp_path / "x.pth")
+    found, form, _ = read_weights(tmp_path / "x.pth")
     assert form == "official"
     assert_same(found.encoder | found.head, weights.encoder | weights.head)
     assert_same(found.ema, {name: tensor * 2 for name, tensor in (weights.encoder | weights.head).items()})
@@ -77,7 +77,7 @@ def test_containers_and_wrappers(form, container, wrapper, tmp_path):
     weights = weights_for(form)
     tensors = {wrapper + name: tensor for name, tensor in to_form(weights, form)[0].items()}
     torch.save({container: tensors} if container else tensors, tmp_path / "x.pth")
-    found, detected, _ = read(tmp_path / "x.pth")
+    found, detected, _ = read_weights(tmp_path / "x.pth")
     assert detected == form
     assert_same(found.encoder | found.decoder | found.head, weights.encoder | weights.decoder | weights.head)
 
@@ -88,7 +88,7 @@ def test_released_files_after_pretraining(tmp_path):
     tensors, _ = to_form(weights, "official")
     tensors = {name: tensor[0, 0] if "grn" in name else tensor for name, tensor in tensors.items()}
     torch.save({"model": tensors}, tmp_path / "x.pt")
-    found, form, _ = read(tmp_path / "x.pt")
+    found, form, _ = read_weights(tmp_path / "x.pt")
     assert form == "official" and found.head == {}
     assert_same(found.encoder, weights.encoder)
 
@@ -98,7 +98,7 @@ def test_averaged_weights_of_another_model(tmp_path):
     average, _ = to_form(classifier(classes=7, **SMALL), "official")
     torch.save({"model": tensors, "model_ema": average}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="averaged weights are of another model"):
-        read(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_garbage_beside_the_tensors_is_left_out(form, key, tmp_path):
         for nested in (value, {"mean": value, "std": value, "size": value, "input_size": value, "eval_crop": value},
                        {"image": value, "dataset_meta": value, "CLASSES": value, "mask_ratio": value}):  # fmt: skip
             torch.save({"model": tensors, key: nested}, tmp_path / "x.pth")
-            found, _, _ = read(tmp_path / "x.pth")
+            found, _, _ = read_weights(tmp_path / "x.pth")
             assert found.image == {"size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
             assert found.classes is None and found.decoder_config.get("mask_ratio") in (None, 0.6)
 
@@ -134,13 +134,13 @@ def test_garbage_beside_the_tensors_is_left_out(form, key, tmp_path):
     "key", ["id2label", "image_size", "preprocessor", "size", "crop_size", "image_mean", "crop_pct"]
 )
 def test_garbage_in_a_folder_is_left_out(key, tmp_path):
-    write(tmp_path / "x", classifier(**SMALL), "transformers")
+    write_weights(tmp_path / "x", classifier(**SMALL), "transformers")
     config, processor = tmp_path / "x/config.json", tmp_path / "x/preprocessor_config.json"
     inside = json.loads(config.read_text()), json.loads(processor.read_text())
     for value in (value for value in GARBAGE if not isinstance(value, bytes | torch.Tensor)):
         for file, content in zip((config, processor), inside, strict=True):
             file.write_text(json.dumps(content | {key: value}))
-        read(tmp_path / "x")
+        read_weights(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_damaged_file_of_our_own(damage, tmp_path):
     damage(weights)
     save(tmp_path / "x.pt", weights)
     with pytest.raises(UserError, match=r"x\.pt.*(damaged|another model|no floating-point)"):
-        read(tmp_path / "x.pt")
+        read_weights(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
@@ -173,46 +173,46 @@ def test_only_floating_point_numbers(dtype, tmp_path):
     tensors["stem.1.bias"] = tensors["stem.1.bias"].to(dtype)
     torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"stem\.1\.bias holds no floating-point numbers"):
-        read(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
 
 
 def test_absurd_numbers_in_names_and_widths(tmp_path):
     tensors, _ = to_form(classifier(**SMALL), "timm")
     torch.save(tensors | {"stages.0.blocks.20000.gamma": torch.zeros(8)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"unexpected stages\.0\.blocks\.20000\.gamma"):
-        read(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
     torch.save(tensors | {"stages.1.downsample.1.bias": torch.zeros(1).expand(2**40)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="are no ConvNeXt"):
-        read(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
 
 
 def test_bytes_flipped_anywhere_end_in_one_line(tmp_path):
     """A damaged file is read, if the damage is in a number, or refused; the reader never fails in another way."""
     weights = classifier(**SMALL)
-    write(tmp_path / "x.pth", weights, "official")
+    write_weights(tmp_path / "x.pth", weights, "official")
     whole, rng = (tmp_path / "x.pth").read_bytes(), np.random.default_rng(0)
     for place in rng.integers(0, len(whole), 300):
         (tmp_path / "y.pth").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         with contextlib.suppress(UserError):
-            read(tmp_path / "y.pth")
+            read_weights(tmp_path / "y.pth")
 
 
 def test_mmpretrains_older_key_for_class_names(tmp_path):
     tensors, _ = to_form(classifier(**SMALL), "mmpretrain")
     torch.save({"state_dict": tensors, "meta": {"CLASSES": ("a", "b", "c", "d", "e")}}, tmp_path / "x.pth")
-    assert read(tmp_path / "x.pth")[0].classes == ["a", "b", "c", "d", "e"]
+    assert read_weights(tmp_path / "x.pth")[0].classes == ["a", "b", "c", "d", "e"]
 
 
 def test_class_names_that_do_not_fit_are_left_out_and_said(tmp_path):
     tensors, _ = to_form(classifier(**SMALL), "timm")
     torch.save({"state_dict": tensors, "label_names": ["a", "b"]}, tmp_path / "x.pth")
-    found, _, remarks = read(tmp_path / "x.pth")
+    found, _, remarks = read_weights(tmp_path / "x.pth")
     assert found.classes is None and any("names 2 classes for 5 outputs" in remark for remark in remarks)
 
 
 def test_unknown_statistics_of_four_channels(tmp_path):
     torch.save(to_form(classifier(channels=4, **SMALL), "official")[0], tmp_path / "x.pth")
-    found, _, remarks = read(tmp_path / "x.pth")
+    found, _, remarks = read_weights(tmp_path / "x.pth")
     assert found.image["mean"] is None and "of its 4 channels unknown" in remarks[0]
 
 
@@ -220,12 +220,12 @@ def test_unknown_statistics_of_four_channels(tmp_path):
 @pytest.mark.parametrize("form", FORMATS)
 def test_truncated(form, keep, tmp_path):
     path = tmp_path / FILES[form]
-    write(path, weights_for(form), form)
+    write_weights(path, weights_for(form), form)
     file = path / "model.safetensors" if path.is_dir() else path
     size = file.stat().st_size
     os.truncate(file, keep if keep in (0, 10) else int(size * keep))
     with pytest.raises(UserError, match="truncated or not a"):
-        read(path)
+        read_weights(path)
 
 
 @pytest.mark.parametrize("form", FOREIGN)
@@ -238,7 +238,7 @@ def test_missing_unexpected_and_misshapen_are_listed_under_the_files_own_names(f
     del tensors[gone]
     torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(UserError) as error:
-        read(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
     assert f"missing {gone}" in str(error.value) and "unexpected extra.weight" in str(error.value)
     assert f"{bent} is [7, 7], needed [" in str(error.value) and "\n" not in str(error.value)
 
@@ -251,7 +251,7 @@ def test_a_transposed_tensor_is_misshapen(form, tmp_path):
     tensors[name] = tensors[name].transpose(0, 1).contiguous()
     torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(UserError, match="is of another model"):
-        read(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize(("first", "second"), itertools.permutations(FOREIGN, 2))
@@ -260,14 +260,14 @@ def test_mixed_up_formats(first, second, tmp_path):
     half = {name: tensor for name, tensor in one.items() if ".2." not in name}
     torch.save(half | {name: tensor for name, tensor in two.items() if ".2." in name}, tmp_path / "x.pth")
     with pytest.raises(UserError, match=" missing "):
-        read(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("content", [{"fc.weight": torch.zeros(2)}, {"epoch": 3}, {}, {"model": {}}, [torch.zeros(2)]])
 def test_other_models(content, tmp_path):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"no format that is known here|not a dict"):
-        read(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
 
 
 def test_another_architecture_of_timm(tmp_path):
@@ -276,7 +276,7 @@ def test_another_architecture_of_timm(tmp_path):
     tensors["stem.0.weight"] = torch.zeros(8, 3, 9, 9)
     torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"stem.0.weight is \[8, 3, 9, 9\]"):
-        read(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("place", ["tensors", "args", "beside", "bare"])
@@ -291,7 +291,7 @@ def test_code_is_refused_and_does_not_run(place, tmp_path):
     }[place]
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"holds code or objects .*mkdir.* nothing was run"):
-        read(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
     assert not trap.exists()
 
 
@@ -301,7 +301,7 @@ def test_a_bare_pickle_is_not_opened(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "convnextv2"}))
     (tmp_path / name).write_bytes(pickle.dumps(Payload(trap)))
     with pytest.raises(UserError, match="truncated or not a"):
-        read(tmp_path if name.endswith("bin") else tmp_path / name)
+        read_weights(tmp_path if name.endswith("bin") else tmp_path / name)
     assert not trap.exists()
 
 
@@ -310,13 +310,13 @@ def test_no_other_class_is_allowed(value, tmp_path):
     tensors, _ = to_form(classifier(**SMALL), "official")
     torch.save({"model": tensors, "args": value}, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"holds code or objects .*\((tests|numpy)\.\S+\): refused"):
-        read(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
 
 
 def test_the_allowed_class_stays_allowed_only_here(tmp_path):
     torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="no format that is known here"):  # opened, and not known
-        read(tmp_path / "x.pth")
+        read_weights(tmp_path / "x.pth")
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "x.pth", weights_only=True)
 
@@ -338,4 +338,4 @@ def test_folders_that_are_none(files, says, tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=says):
-        read(tmp_path)
+        read_weights(tmp_path)

@@ -10,8 +10,8 @@ import transformers
 from configs.errors import UserError
 from models.convnext import SIZES
 from models.formats.names import TABLES
-from models.formats.read import read, translate
-from models.formats.write import FORMATS, how_to_load_backbone, to_form, write
+from models.formats.read import read_weights, translate
+from models.formats.write import FORMATS, how_to_load_backbone, to_form, write_weights
 from tests.models.formats.helpers import (
     FILES,
     SMALL,
@@ -55,8 +55,8 @@ def test_files_there_and_back(form, shape, tmp_path):
     if form in ("ours", "official"):
         weights.ema = {name: tensor + 1 for name, tensor in (weights.encoder | weights.head).items()}
     path = tmp_path / FILES[form]
-    assert write(path, weights, form) == []
-    found, detected, remarks = read(path)
+    assert write_weights(path, weights, form) == []
+    found, detected, remarks = read_weights(path)
     assert detected == form and remarks == []
     assert found.arch == weights.arch and found.classes == weights.classes
     assert found.image == weights.image
@@ -72,16 +72,16 @@ def test_files_there_and_back(form, shape, tmp_path):
 def test_a_trained_final_norm_without_a_classifier_stays(form, tmp_path):
     weights = classifier(**SMALL)
     del weights.head["head.fc.weight"], weights.head["head.fc.bias"]
-    write(tmp_path / FILES[form], weights, form)
-    assert_same(read(tmp_path / FILES[form])[0].head, weights.head)
+    write_weights(tmp_path / FILES[form], weights, form)
+    assert_same(read_weights(tmp_path / FILES[form])[0].head, weights.head)
 
 
 @pytest.mark.parametrize("form", ["official", "timm", "transformers", "mmpretrain"])
 def test_an_encoder_alone_there_and_back(form, tmp_path):
     weights = classifier(classes=0, **SMALL)
     path = tmp_path / FILES[form]
-    write(path, weights, form)
-    found, _, remarks = read(path)
+    write_weights(path, weights, form)
+    found, _, remarks = read_weights(path)
     assert found.head == {} and found.arch == weights.arch and remarks == []
     assert_same(found.encoder, weights.encoder)
 
@@ -92,8 +92,8 @@ def test_half_precision_stays(form, dtype, tmp_path):
     weights = autoencoder(**SMALL) if form == "official-sparse" else classifier(**SMALL)
     for part in (weights.encoder, weights.decoder, weights.head):
         part.update({name: tensor.to(dtype) for name, tensor in part.items()})
-    write(tmp_path / FILES[form], weights, form)
-    found, *_ = read(tmp_path / FILES[form])
+    write_weights(tmp_path / FILES[form], weights, form)
+    found, *_ = read_weights(tmp_path / FILES[form])
     assert_same(found.encoder | found.decoder | found.head, weights.encoder | weights.decoder | weights.head)
 
 
@@ -102,14 +102,14 @@ def test_real_timm(name, tmp_path):
     """timm loads our file and computes the same; timm's own state dict comes back bit for bit."""
     weights, image = classifier(name), torch.randn(2, 3, 64, 96)
     path = tmp_path / ("x.safetensors" if name.endswith("tiny") else "x.pth")
-    write(path, weights, "timm")
+    write_weights(path, weights, "timm")
     model = timm.create_model(name, num_classes=5, checkpoint_path=str(path)).eval()
     with torch.no_grad():
         assert_close(logits(weights, image), model(image))
 
     theirs = model.state_dict()
     torch.save(theirs, tmp_path / "theirs.pth")
-    found, form, remarks = read(tmp_path / "theirs.pth")
+    found, form, remarks = read_weights(tmp_path / "theirs.pth")
     assert form == "timm" and "ImageNet's mean and std taken" in remarks[0]
     assert_same(to_form(found, "timm")[0], theirs)
 
@@ -118,7 +118,7 @@ def test_real_timm(name, tmp_path):
 def test_real_transformers(name, tmp_path):
     """`from_pretrained` loads our folder and computes the same; its own folder comes back bit for bit."""
     weights, image = classifier(name), torch.randn(2, 3, 64, 96)
-    write(tmp_path / "x", weights, "transformers")
+    write_weights(tmp_path / "x", weights, "transformers")
     model, report = transformers.AutoModelForImageClassification.from_pretrained(
         tmp_path / "x", output_loading_info=True
     )
@@ -128,7 +128,7 @@ def test_real_transformers(name, tmp_path):
     assert model.config.id2label == dict(enumerate(weights.classes)) and model.config.image_size == 64
 
     model.save_pretrained(tmp_path / "theirs")
-    found, form, _ = read(tmp_path / "theirs")
+    found, form, _ = read_weights(tmp_path / "theirs")
     assert form == "transformers" and found.classes == weights.classes
     assert_same(to_form(found, "transformers")[0], model.state_dict())
 
@@ -139,7 +139,7 @@ def test_real_models_of_unusual_shape(classes, tmp_path):
     weights = classifier(classes=classes, channels=1, stem_stride=1, **SMALL)
     image = torch.randn(2, 1, 16, 24)
     for form in ("timm", "transformers"):
-        write(tmp_path / FILES[form], weights, form)
+        write_weights(tmp_path / FILES[form], weights, form)
     options = {"in_chans": 1, "patch_size": 1, "depths": SMALL["depths"], "dims": SMALL["dims"]}
     from_timm = timm.create_model(
         "convnextv2_atto", num_classes=classes, checkpoint_path=str(tmp_path / "x.pth"), **options
@@ -161,7 +161,7 @@ def test_timm_backbone(name, classes, channels, stride, tmp_path):
     """`features_only` of our file gives the maps of the four stages, with or without a classifier in it."""
     weights = classifier(name, classes, channels=channels, stem_stride=stride, **SMALL)
     image = torch.randn(2, channels, 16 * stride, 27 * stride)  # 27: no multiple of a patch
-    write(tmp_path / "x.pth", weights, "timm")
+    write_weights(tmp_path / "x.pth", weights, "timm")
     model = eval(how_to_load_backbone(tmp_path / "x.pth", weights, "timm"), {"timm": timm}).eval()
     assert model.feature_info.reduction() == [stride, 2 * stride, 4 * stride, 8 * stride]
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_transformers_backbone(name, classes, channels, stride, tmp_path):
     """It gives the maps after a LayerNorm that begins as identity; `hidden_states` are the maps themselves."""
     weights = classifier(name, classes, channels=channels, stem_stride=stride, **SMALL)
     image = torch.randn(2, channels, 16 * stride, 24 * stride)
-    write(tmp_path / "x", weights, "transformers")
+    write_weights(tmp_path / "x", weights, "transformers")
     model = eval(how_to_load_backbone(tmp_path / "x", weights, "transformers"), {"transformers": transformers}).eval()
     with torch.no_grad():
         found = model(image, output_hidden_states=True)
@@ -194,21 +194,21 @@ def test_transformers_backbone(name, classes, channels, stride, tmp_path):
 )
 def test_what_the_other_code_cannot_build_is_refused(form, weights, says, tmp_path):
     with pytest.raises(UserError, match=says):
-        write(tmp_path / "x", classifier(**weights, **SMALL), form)
+        write_weights(tmp_path / "x", classifier(**weights, **SMALL), form)
     assert not list(tmp_path.iterdir())
 
 
 def test_transformers_bare_model_and_older_files(tmp_path):
     """A folder without a classifier, in two safetensors parts or as pytorch_model.bin."""
     weights = classifier(classes=0, **SMALL)
-    write(tmp_path / "x", weights, "transformers")
+    write_weights(tmp_path / "x", weights, "transformers")
     model = transformers.ConvNextV2Model.from_pretrained(tmp_path / "x")
     model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
     assert (tmp_path / "parts/model.safetensors.index.json").exists()
-    assert_same(read(tmp_path / "parts")[0].encoder, weights.encoder)
+    assert_same(read_weights(tmp_path / "parts")[0].encoder, weights.encoder)
     (tmp_path / "x/model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "x/pytorch_model.bin")
-    assert_same(read(tmp_path / "x")[0].encoder, weights.encoder)
+    assert_same(read_weights(tmp_path / "x")[0].encoder, weights.encoder)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -216,27 +216,27 @@ def test_transformers_bare_model_and_older_files(tmp_path):
 def test_interpolation_there_and_back(interpolation, form, tmp_path):
     weights = (autoencoder if form in ("ours", "official-sparse") else classifier)(**SMALL)
     weights.image |= {"interpolation": interpolation}
-    write(tmp_path / FILES[form], weights, form)
-    found, _, remarks = read(tmp_path / FILES[form])
+    write_weights(tmp_path / FILES[form], weights, form)
+    found, _, remarks = read_weights(tmp_path / FILES[form])
     assert found.image == weights.image and remarks == []
 
 
 @pytest.mark.parametrize("form", ["timm", "transformers"])
 def test_bicubic_is_written_but_not_kept(form, tmp_path):
     """timm's and transformers' own defaults are others; here what is not said is bicubic."""
-    write(tmp_path / FILES[form], classifier(**SMALL), form)
+    write_weights(tmp_path / FILES[form], classifier(**SMALL), form)
     if form == "timm":
         assert torch.load(tmp_path / "x.pth")["pretrained_cfg"]["interpolation"] == "bicubic"
     else:
         assert json.loads((tmp_path / "x/preprocessor_config.json").read_text())["resample"] == 3
-    assert "interpolation" not in read(tmp_path / FILES[form])[0].image
+    assert "interpolation" not in read_weights(tmp_path / FILES[form])[0].image
 
 
 @pytest.mark.parametrize(
     ("form", "held"), [("timm", "lanczos"), ("timm", ["bilinear"]), ("transformers", 1), ("transformers", {})]
 )
 def test_other_interpolations_are_said(form, held, tmp_path):
-    write(tmp_path / FILES[form], classifier(**SMALL), form)
+    write_weights(tmp_path / FILES[form], classifier(**SMALL), form)
     if form == "timm":
         content = torch.load(tmp_path / "x.pth")
         content["pretrained_cfg"]["interpolation"] = held
@@ -244,7 +244,7 @@ def test_other_interpolations_are_said(form, held, tmp_path):
     else:
         path = tmp_path / "x/preprocessor_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": held}))
-    found, _, remarks = read(tmp_path / FILES[form])
+    found, _, remarks = read_weights(tmp_path / FILES[form])
     assert "interpolation" not in found.image and ["bicubic taken" in remark for remark in remarks] == [True]
 
 
@@ -263,9 +263,9 @@ def test_transformers_preprocessing_is_ours(size, crop, kind, interpolation, tmp
     weights = classifier(**SMALL)
     weights.image |= {"size": size, "eval_crop": crop}
     weights.image |= {} if interpolation == "bicubic" else {"interpolation": interpolation}
-    write(tmp_path / "x", weights, "transformers")
+    write_weights(tmp_path / "x", weights, "transformers")
     assert json.loads((tmp_path / "x/preprocessor_config.json").read_text())["image_processor_type"] == kind
-    assert read(tmp_path / "x")[0].image == weights.image
+    assert read_weights(tmp_path / "x")[0].image == weights.image
     picture = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 17) * 255, (200, 300), mode="bicubic")
     picture = picture[0].clamp(0, 255).to(torch.uint8)
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "x")(picture, return_tensors="pt")
@@ -288,9 +288,9 @@ def test_transformers_preprocessing_is_ours(size, crop, kind, interpolation, tmp
     ],
 )
 def test_other_preprocessors(held, size, crop, tmp_path):
-    write(tmp_path / "x", classifier(**SMALL), "transformers")
+    write_weights(tmp_path / "x", classifier(**SMALL), "transformers")
     (tmp_path / "x/preprocessor_config.json").write_text(json.dumps(held))
-    image = read(tmp_path / "x")[0].image
+    image = read_weights(tmp_path / "x")[0].image
     assert image["size"] == size and image.get("eval_crop") == crop
 
 
@@ -298,27 +298,27 @@ def test_other_preprocessors(held, size, crop, tmp_path):
 def test_timm_crop_mode(crop, mode, tmp_path):
     weights = classifier(**SMALL)
     weights.image["eval_crop"] = crop
-    write(tmp_path / "x.pth", weights, "timm")
+    write_weights(tmp_path / "x.pth", weights, "timm")
     held = torch.load(tmp_path / "x.pth")["pretrained_cfg"]
     assert (held["crop_pct"], held["crop_mode"]) == (round(crop, 3), mode)
-    assert read(tmp_path / "x.pth")[0].image["eval_crop"] == crop
+    assert read_weights(tmp_path / "x.pth")[0].image["eval_crop"] == crop
 
 
 def test_what_no_processor_can_do_is_said(tmp_path):
     weights = classifier(**SMALL)
     weights.image |= {"size": [48, 80]}
-    assert "preprocessor_config.json" in write(tmp_path / "x", weights, "transformers")[0]
+    assert "preprocessor_config.json" in write_weights(tmp_path / "x", weights, "transformers")[0]
     assert not (tmp_path / "x/preprocessor_config.json").exists()
-    assert read(tmp_path / "x")[0].image["size"] == [48, 80]
+    assert read_weights(tmp_path / "x")[0].image["size"] == [48, 80]
 
 
 def test_timm_hub_folder(tmp_path):
     """The config.json of timm's own hub folders."""
     weights = classifier(**SMALL)
-    write(tmp_path / "model.safetensors", weights, "timm")
+    write_weights(tmp_path / "model.safetensors", weights, "timm")
     config = {"architecture": "convnextv2_atto", "label_names": weights.classes}
     (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {"input_size": [3, 96, 96]}}))
-    found, form, _ = read(tmp_path)
+    found, form, _ = read_weights(tmp_path)
     assert form == "timm" and found.classes == weights.classes and found.image["size"] == [96, 96]
 
 

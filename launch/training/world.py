@@ -15,7 +15,7 @@ from torch import Tensor
 from configs.command import differences
 from configs.errors import LostPeer, UserError, reason
 from configs.schema import Run
-from launch.memory import keep_memory
+from launch.training.malloc import keep_memory
 from models import kernels
 
 LOST = ("onnection closed by peer", "onnection reset by peer", "NCCL error")  # in what collectives raise

@@ -7,7 +7,7 @@ import torch
 
 from configs.errors import UserError, run_main
 from configs.schema import Optim
-from launch import engine
+from launch.training import engine
 from models.fcmae import FCMAE
 from tests.models.helpers import tiny
 

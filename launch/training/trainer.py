@@ -13,12 +13,12 @@ from configs.command import to_dict
 from configs.errors import INTERRUPTED, SAVED, Stopped
 from configs.schema import Finetune, Pretrain
 from data.loader import Loader
-from launch.checkpoints import Checkpoints
-from launch.engine import backward, set_lr, was_applied
-from launch.faults import Faults
-from launch.runlog import Mean, RunLog
-from launch.watchdog import REQUESTS, Watchdog
-from launch.world import Agreement, World, check_alike, gather, peers
+from launch.training.checkpoints import Checkpoints
+from launch.training.engine import backward, set_lr, was_applied
+from launch.training.faults import Faults
+from launch.training.runlog import Mean, RunLog
+from launch.training.watchdog import REQUESTS, Watchdog
+from launch.training.world import Agreement, World, check_alike, gather, peers
 
 
 class Stage(Protocol):

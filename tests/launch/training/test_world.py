@@ -5,7 +5,7 @@ import torch
 
 from configs.errors import LostPeer, UserError
 from configs.schema import Run
-from launch import world
+from launch.training import world
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs.errors import UserError
 from configs.schema import Data, Optim, Pretrain, PretrainModel, Probe
-from launch.world import World
+from launch.training.world import World
 from models.fcmae import FCMAE
 from models.weights import load
-from pretrain.probing import Probing, probe_splits
+from pretrain.online_eval import Probing, probe_splits
 from tests.conftest import losses, run
 from tests.pretrain import test_main
 

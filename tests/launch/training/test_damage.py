@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import losses, run
 from tests.data.test_loader import damage
-from tests.launch.helpers import Job, saved
+from tests.launch.training.helpers import Job, saved
 
 
 def damaged_digits(digits, folder, split, *samples):

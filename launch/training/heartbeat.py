@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
-from launch.world import World, agree
+from launch.training.world import World, agree
 
 INTERVAL = 1.0  # seconds between two reports
 ANSWER = 10.0  # seconds that the store may take to answer

@@ -18,8 +18,8 @@ from data.loader import Loader, Samples
 from data.sampler import EvalBatches
 from data.shards import Split
 from data.transforms import EvalTransform, normalize
-from launch.engine import autocast
-from launch.world import World, gather, sum_over_ranks
+from launch.training.engine import autocast
+from launch.training.world import World, gather, sum_over_ranks
 from models.convnext import ConvNeXt
 from models.sparse.layouts import Dense
 

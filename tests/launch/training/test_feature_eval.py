@@ -16,11 +16,11 @@ from configs.errors import UserError
 from configs.schema import Data, Encoder
 from data.loader import open_split
 from data.transforms import EvalTransform
-from launch import probe
-from launch.probe import KS, Features, check_labels, features, knn, linear, probe_loader
-from launch.world import World
+from launch.training import feature_eval as probe
+from launch.training.feature_eval import KS, Features, check_labels, features, knn, linear, probe_loader
+from launch.training.world import World
 from models.convnext import ConvNeXt
-from models.formats.read import read
+from models.formats.read import read_weights
 
 CPU = torch.device("cpu")
 TINY = Encoder("convnextv2_atto", 1, 1, (1, 1, 1, 1), (8, 16, 16, 16))
@@ -106,7 +106,7 @@ def test_features_are_those_of_timm(alone, digits, tmp_path):
     theirs = timm.create_model("convnextv2_atto", in_chans=1).eval()
     torch.save(theirs.state_dict(), tmp_path / "atto.pth")
     encoder = ConvNeXt(Encoder("convnextv2_atto", 1))
-    encoder.load_state_dict(read(tmp_path / "atto.pth")[0].encoder)
+    encoder.load_state_dict(read_weights(tmp_path / "atto.pth")[0].encoder)
     transform = EvalTransform((32, 32), 0.875)
     split = open_split(Data(path=str(digits)), "val")
     loader = probe_loader(split, 20, transform, 1, Data(workers=0), 8, alone)

@@ -11,8 +11,8 @@ from torch import Tensor
 from configs.errors import UserError
 from data.loader import Loader
 from data.shards import Split
-from launch.runlog import RunLog
-from launch.world import gather
+from launch.training.runlog import RunLog
+from launch.training.world import gather
 
 
 class Faults:

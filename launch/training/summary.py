@@ -10,7 +10,7 @@ import torch
 from configs.command import to_dict
 from configs.files import write_whole
 from configs.schema import Finetune, Pretrain
-from launch.world import World
+from launch.training.world import World
 
 
 def write_summary(folder: Path, config: Pretrain | Finetune, world: World, seconds: float, found: dict) -> None:

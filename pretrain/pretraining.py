@@ -7,17 +7,17 @@ from torch import Tensor
 from configs.schema import Pretrain
 from data.shards import Split
 from data.transforms import normalize
-from launch.engine import whole_weights
-from launch.loop import Training
-from launch.runlog import read_log
+from launch.training.engine import whole_weights
+from launch.training.runlog import read_log
+from launch.training.trainer import Training
+from pretrain.online_eval import Probing
 from pretrain.pictures import feature_distance, reconstruction_grid, write_png
-from pretrain.probing import Probing
 
 PICTURES = 8  # images in a reconstruction grid
 
 
 class Pretraining:
-    """The stage that `launch.loop` trains (its `Stage`).
+    """The stage that `launch.training.trainer` trains (its `Stage`).
 
     Args:
         statistics: mean and standard deviation of each channel

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from configs.errors import HUNG, INTERRUPTED, SAVED
-from tests.launch.helpers import Job, logged, saved
+from tests.launch.training.helpers import Job, logged, saved
 
 
 def check_saved(job: Job, by: str) -> None:

@@ -7,12 +7,12 @@ import time
 import psutil
 import torch
 
-from launch.watchdog import INTERVAL, REQUESTS, Watchdog
-from launch.world import World
+from launch.training.watchdog import INTERVAL, REQUESTS, Watchdog
+from launch.training.world import World
 
 
 def test_one_ctrl_c_after_the_launcher_died_saves_and_does_not_end_the_process(tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.watchdog.barrier", lambda: None)  # no process group here
+    monkeypatch.setattr("launch.training.watchdog.barrier", lambda: None)  # no process group here
     launcher = psutil.Popen(["true"])
     launcher.wait()
     watchdog = Watchdog(World(0, 1, torch.device("cpu")), tmp_path, 60)

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.weights import load
 from tests.conftest import QUICK, ROOT, TINY, losses, run
-from tests.launch.helpers import Job, logged, saved
+from tests.launch.training.helpers import Job, logged, saved
 
 
 def weights(folder):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from configs.errors import UserError
-from launch.report import CURVES, curves_of, write_report
+from launch.training.report import CURVES, curves_of, write_report
 from tests.conftest import run
 
 HOSTILE = "<script>document.title='broken'</script>"

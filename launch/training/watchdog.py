@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 
 from configs.errors import HUNG, INTERRUPTED, Stopped
-from launch.progress import INTERVAL, Progress
-from launch.world import World, barrier
+from launch.training.heartbeat import INTERVAL, Progress
+from launch.training.world import World, barrier
 
 # SLURM announces the end of a job's time with SIGUSR1. The last one wins: at Ctrl-C a launcher sends SIGTERM as well
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

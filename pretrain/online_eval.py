@@ -10,9 +10,8 @@ from configs.schema import Pretrain
 from data.loader import open_split
 from data.shards import Split
 from data.transforms import EvalTransform
-from launch.engine import precision, whole_weights
-from launch.loop import Training
-from launch.probe import (
+from launch.training.engine import precision, whole_weights
+from launch.training.feature_eval import (
     KS,
     LRS,
     TEMPERATURE,
@@ -25,6 +24,7 @@ from launch.probe import (
     linear,
     probe_loader,
 )
+from launch.training.trainer import Training
 
 
 def probe_splits(config: Pretrain) -> tuple[Split, Split] | None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from launch import faults, runlog
-from launch.faults import Faults
-from launch.runlog import RunLog
+from launch.training import faults, runlog
+from launch.training.faults import Faults
+from launch.training.runlog import RunLog
 
 
 @pytest.fixture

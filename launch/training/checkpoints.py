@@ -22,8 +22,8 @@ from configs.command import differences, say
 from configs.errors import UserError, reason
 from configs.files import sha256, sync_folder, write_whole
 from configs.schema import Probe
-from launch.engine import load_engine, to_universal
-from launch.world import World, agree, barrier, gather, peers
+from launch.training.engine import load_engine, to_universal
+from launch.training.world import World, agree, barrier, gather, peers
 
 MAY_CHANGE = {  # keys that may differ on resume: they do not change what is learnt
     "resume", "run.log_every", "run.eval_every", "run.patience", "run.max_steps", "run.picture_every", "run.save_every",

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from launch import checkpoints
-from launch.world import World
+from launch.training import checkpoints
+from launch.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 IDENTITY = {"seed": 1, "optim": {"zero_stage": 1}}

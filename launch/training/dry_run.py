@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from configs.errors import UserError
 from configs.schema import Encoder, Finetune, Optim, Pretrain, visible_patches
-from launch.engine import bucket, precision
+from launch.training.engine import bucket, precision
 from models import kernels
 from models.convnext import Block, Mlp
 
@@ -143,7 +143,7 @@ def states(sizes: Sequence[int], ranks: int, stage: int) -> dict[str, int]:
 
     ZeRO 1 to 3 clone the rank's part of the weights for AdamW to update, and reduce gradients in a bucket. ZeRO 2 and 3
     flatten them once more to reduce them; 3 gathers all weights of a model of less than a billion parameters for a
-    whole pass. tests/launch/test_plan.py counts it all in an engine.
+    whole pass. tests/launch/training/test_dry_run.py counts it all in an engine.
 
     Args:
         sizes: number of parameters of each group

@@ -9,8 +9,8 @@ import torch
 from configs.errors import UserError
 from configs.schema import Augment, Data, Encoder, Finetune, Optim, Pretrain, PretrainModel, Run
 from finetune.layer_decay import layer_decay
-from launch.engine import parameter_groups
-from launch.plan import PIECES, PROBE, activations, example, plan, saved, schedule, states
+from launch.training.dry_run import PIECES, PROBE, activations, example, plan, saved, schedule, states
+from launch.training.engine import parameter_groups
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
 from tests.conftest import QUICK, ROOT, TINY, run
@@ -24,8 +24,8 @@ warnings.simplefilter("ignore")
 sys.path[:0] = [sys.argv[1]]
 import torch
 from configs.schema import Optim, PretrainModel, Run
-from launch.engine import build_engine, parameter_groups
-from launch.world import start, stop
+from launch.training.engine import build_engine, parameter_groups
+from launch.training.world import start, stop
 from models.fcmae import FCMAE
 
 

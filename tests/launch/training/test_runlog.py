@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from launch import runlog
-from launch.runlog import Mean, RunLog
+from launch.training import runlog
+from launch.training.runlog import Mean, RunLog
 
 
 @pytest.fixture(autouse=True)

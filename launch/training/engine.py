@@ -17,7 +17,7 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.schema import Optim
-from launch.world import World
+from launch.training.world import World
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_REDUCED = 50_000_000  # DeepSpeed's own default, 500 million, takes 1.9 GiB however small the model is

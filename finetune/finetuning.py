@@ -17,10 +17,10 @@ from data.sampler import STEPS
 from data.transforms import normalize
 from finetune.pictures import calibration_picture, confusion_picture
 from finetune.scores import Predictions, Score, predict
-from launch.engine import precision, seed_everything, whole_weights
-from launch.loop import Training
-from launch.summary import write_summary
-from models.weights import Weights, cpu_state, divide, save
+from launch.training.engine import precision, seed_everything, whole_weights
+from launch.training.summary import write_summary
+from launch.training.trainer import Training
+from models.weights import Weights, cpu_state, save, split_by_prefix
 
 
 def check_pairs(config: Finetune, ranks: int) -> None:
@@ -36,7 +36,7 @@ def moving_average(model: nn.Module, decay: float) -> ModelEmaV3 | None:
 
 
 class Classifier:
-    """The stage that `launch.loop` trains (its `Stage`): batch augmentation, criterion, moving average, best score.
+    """The stage that the trainer runs: batch augmentation, criterion, moving average, best score.
 
     Args:
         ema: moving average of the weights, if asked for
@@ -164,7 +164,7 @@ class Classifier:
 
     def weights(self, kind: str) -> Weights:
         """The `raw` or `ema` weights as a file's content."""
-        head, encoder = divide(cpu_state(self.ema.module if kind == "ema" else self.engine.module), "head.")
+        head, encoder = split_by_prefix(cpu_state(self.ema.module if kind == "ema" else self.engine.module), "head.")
         data = self.config.data
         image = {
             "size": list(data.height_width), "mean": self.mean.tolist(), "std": self.std.tolist(),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from configs.files import write_whole
-from launch.world import sum_over_ranks
+from launch.training.world import sum_over_ranks
 
 
 class RunLog:

@@ -14,8 +14,8 @@ warnings.simplefilter("ignore")
 sys.path[:0] = [sys.argv[1]]
 import torch
 from configs.schema import Encoder, Optim, Run
-from launch import engine as build
-from launch.world import start, stop
+from launch.training import engine as build
+from launch.training.world import start, stop
 from models.convnext import ConvNeXt
 
 

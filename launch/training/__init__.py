@@ -1,0 +1,1 @@
+"""Training machinery of both stages: engine, trainer, checkpoints, faults, ranks."""

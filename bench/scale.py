@@ -20,7 +20,7 @@ import tempfile
 import time
 import tracemalloc
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import product
@@ -132,21 +132,20 @@ def order_of(shards: int, rounds: int) -> dict:
     if not np.array_equal(owners, first + np.arange(PER_SHARD)):
         raise UserError("a window is not a permutation of its shards' samples: not timed")
 
-    def batches(step: int = 0) -> TrainBatches:
+    def batches(step: int = 0) -> Iterator[list[tuple[int, int, int]]]:
         found = TrainBatches(EpochOrder(counts, seed=0), BATCH, BATCH, 0, 1, EPOCHS)
-        found.first_step = EPOCH * found.steps_per_epoch + step if step else 0
-        return found
+        return found.iterate(EPOCH * found.steps_per_epoch + step if step else 0)
 
     middle = int(np.random.default_rng(0).integers(1, shards * PER_SHARD // BATCH))
-    running, steps = iter(batches()), size // BATCH  # a window's
+    running, steps = batches(), size // BATCH  # a window's
     next(running)
     return {
         "shards": shards,
         "samples": shards * PER_SHARD,
-        "first_s": best(lambda: next(iter(batches())), rounds),
+        "first_s": best(lambda: next(batches()), rounds),
         "batch_ms": 1e3 * best(lambda: [next(running) for _ in range(steps)], rounds) / steps,
-        "resume_s": best(lambda: next(iter(batches(middle))), rounds),
-        "peak_mb": memory(lambda: next(iter(batches(middle))))[1],
+        "resume_s": best(lambda: next(batches(middle)), rounds),
+        "peak_mb": memory(lambda: next(batches(middle)))[1],
     }
 
 

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -104,41 +104,48 @@ class Loader:
         if workers is None:
             cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             workers = min(MOST_WORKERS, max(1, cores))
-        self.torch_loader = DataLoader(
-            samples,
-            batch_sampler=batches,
-            num_workers=workers,
-            pin_memory=pin,
+        self.workers, self.pin = workers, pin
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        self.prefetcher = Prefetcher(samples.split) if first and isinstance(samples.split.folder, Remote) else None
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self.iterate()
+
+    def iterate(self, first_step: int = 0) -> Iterator[dict[str, Tensor]]:
+        """The batches; those of training from optimizer step `first_step` (over all epochs) on.
+
+        Each iteration draws one number from torch's global generator, in DataLoader.
+        """
+        prefetch = self.prefetcher.request if self.prefetcher else None
+        training = isinstance(self.batches, TrainBatches)
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=self.batches.iterate(first_step, prefetch) if training else self.batches,
+            num_workers=self.workers,
+            pin_memory=self.pin,
             collate_fn=collate,
             worker_init_fn=_quiet_worker,
         )
-        self.ahead = None
-        if isinstance(samples.split.folder, Remote) and os.environ.get("LOCAL_RANK", "0") == "0":
-            self.ahead = Ahead(samples.split)
-            if isinstance(batches, TrainBatches):
-                batches.ahead = self.ahead.want
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        batches = iter(self.torch_loader)  # loader processes start here, so before the threads that fetch
+        batches = iter(loader)  # starts the loader processes: fork before the prefetching threads exist
         try:
-            if self.ahead and isinstance(self.batches, EvalBatches):
-                self.ahead.want(range(len(self.samples.split.shards)))
+            if prefetch and not training:
+                prefetch(range(len(self.samples.split.shards)))
             yield from batches
         except UserError as error:  # torch wraps a worker's message into its traceback
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
         finally:
-            if self.torch_loader.num_workers:
-                # torch does so when the iterator is collected: late where a traceback holds it, and then it waits 10 s
-                # for each process, because the queues that would tell them are gone
+            if self.workers:
+                # torch shuts them down when the iterator is collected: late if a traceback refers to it, and then it
+                # waits 10 s for each process, because their queues are gone
                 batches._shutdown_workers()
-            if self.ahead:
-                self.ahead.want([])
+            if prefetch:
+                prefetch([])
 
 
-class Ahead:
-    """Fetches shards of a remote split in the background, for all processes of a host, before they are read.
+class Prefetcher:
+    """Fetches shards of a remote split in background threads, for all processes of a host, before they are read.
 
-    What goes wrong is said and left: reading the shard meets it again, and raises.
+    Errors are only logged: reading the shard runs into them again, and raises.
     """
 
     def __init__(self, split: Split):
@@ -146,8 +153,8 @@ class Ahead:
         self._wanted: deque[int] = deque()
         self._threads, self._lock, self._said = 0, threading.Lock(), False
 
-    def want(self, shards: Iterable[int]) -> None:
-        """Fetch these shards, in this order, as far as the cache has room for them; earlier wishes are forgotten."""
+    def request(self, shards: Iterable[int]) -> None:
+        """Fetch these shards, in this order, as far as the cache has room for them; replaces earlier requests."""
         cache, wanted, missing = self.split.folder.cache, deque(), []
         room = cache.limit
         for number in shards:
@@ -250,7 +257,8 @@ def eval_loader(
     rank: int = 0,
     ranks: int = 1,
     pin: bool = False,
+    samples: Sequence[int] | None = None,
 ) -> Loader:
-    """Every sample of a split once, in batches of `batch` for each rank."""
-    batches = EvalBatches(len(split), batch, rank, ranks)
+    """The given samples of a split, once each, in batches of `batch` per rank; None = all samples."""
+    batches = EvalBatches(range(len(split)) if samples is None else samples, batch, rank, ranks)
     return Loader(Samples(split, channels, 0, transform, score=True), batches, data.workers, pin)

@@ -4,7 +4,7 @@ No state is kept and nothing is drawn in sequence, so a run can begin at any pos
 processes, and see the same samples in the same global batches.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -92,10 +92,10 @@ class EpochOrder:
 
 
 class TrainBatches:
-    """Micro batches of one rank, from a step of an epoch to the end of training.
+    """Micro batches of one rank, from any optimizer step to the end of training, as lists of (epoch, sample, view).
 
     A global batch is `batch_size` consecutive positions; rank r takes its r-th part. An epoch's tail that does not fill
-    a global batch is left out, so ranks always agree on the number of steps. Yields lists of (epoch, sample, view).
+    a global batch is left out, so ranks always agree on the number of steps.
 
     With `repeats` r, a global batch is `batch_size` / r positions, first each one's view 0, then each one's view 1, and
     so on. An epoch has as many steps as without, so it ends after an r-th of its samples.
@@ -108,26 +108,27 @@ class TrainBatches:
         self.rank, self.ranks, self.epochs = rank, ranks, epochs
         self.share, self.positions = batch_size // ranks, batch_size // repeats  # of a rank; of a global batch
         self.steps_per_epoch = len(order) // batch_size
-        self.first_step = 0  # optimizer steps already done, over all epochs
-        self.ahead: Callable[[list[int]], None] | None = None  # told which shards come next, when a new window begins
-
-    def _coming(self, epoch: int, now: range) -> list[int]:
-        """Shards of some windows, then those of the window after them."""
-        last = self.order.windows(epoch, 0, self.steps_per_epoch * self.positions)[-1]  # of those that are used
-        shards = [shard for number in now for shard in self.order.shards(epoch, number)]
-        if now[-1] < last:
-            return shards + self.order.shards(epoch, now[-1] + 1)
-        return shards + (self.order.shards(epoch + 1, 0) if epoch + 1 < self.epochs else [])
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        told = None
+        return self.iterate()
+
+    def iterate(
+        self, first_step: int = 0, prefetch: Callable[[list[int]], None] | None = None
+    ) -> Iterator[list[tuple[int, int, int]]]:
+        """The micro batches from `first_step` on.
+
+        Args:
+            first_step: optimizer steps already done, over all epochs
+            prefetch: called when a new window begins, with the shards that are read next, in order
+        """
+        previous = None
         views, places = np.divmod(np.arange(self.rank * self.share, (self.rank + 1) * self.share), self.positions)
-        for step in range(self.first_step, self.epochs * self.steps_per_epoch):
+        for step in range(first_step, self.epochs * self.steps_per_epoch):
             epoch, batch = divmod(step, self.steps_per_epoch)
-            now = epoch, self.order.windows(epoch, batch * self.positions, (batch + 1) * self.positions)
-            if self.ahead and now != told:
-                self.ahead(self._coming(*now))
-                told = now
+            current = epoch, self.order.windows(epoch, batch * self.positions, (batch + 1) * self.positions)
+            if prefetch and current != previous:
+                prefetch(self._upcoming_shards(*current))
+                previous = current
             first, last = places.min(), places.max() + 1
             start = batch * self.positions
             ids = self.order.ids(epoch, start + first, start + last)[places - first].tolist()
@@ -135,14 +136,25 @@ class TrainBatches:
                 part = slice(i, i + self.micro)
                 yield [(epoch, sample, view) for sample, view in zip(ids[part], views[part].tolist(), strict=True)]
 
+    def _upcoming_shards(self, epoch: int, windows: range) -> list[int]:
+        """Shards of `windows`, then those of the window after them."""
+        last = self.order.windows(epoch, 0, self.steps_per_epoch * self.positions)[-1]  # the tail is not read
+        shards = [shard for number in windows for shard in self.order.shards(epoch, number)]
+        if windows[-1] < last:
+            return shards + self.order.shards(epoch, windows[-1] + 1)
+        return shards + (self.order.shards(epoch + 1, 0) if epoch + 1 < self.epochs else [])
+
 
 class EvalBatches:
-    """Batches of one rank over all samples once, in order. Ranks get equal numbers of batches; filling is sample -1."""
+    """Batches of one rank over the given samples, in order, as lists of (0, sample, 0).
 
-    def __init__(self, samples: int, batch: int, rank: int, ranks: int):
-        per_rank = -(-samples // ranks)
-        ids = np.arange(rank, per_rank * ranks, ranks)
-        self.ids, self.batch = np.where(ids < samples, ids, -1).tolist(), batch
+    All ranks get the same number of batches; sample -1 pads the last one.
+    """
+
+    def __init__(self, samples: Sequence[int], batch: int, rank: int, ranks: int):
+        padded = np.full(-(-len(samples) // ranks) * ranks, -1)
+        padded[: len(samples)] = samples
+        self.ids, self.batch = padded[rank::ranks].tolist(), batch
 
     def __len__(self) -> int:
         return -(-len(self.ids) // self.batch)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Data
-from data.loader import Loader, Samples
-from data.sampler import EvalBatches
+from data.loader import Loader, eval_loader
 from data.shards import Split
 from data.transforms import EvalTransform, normalize
 from launch.training.engine import autocast
@@ -77,10 +76,9 @@ def probe_loader(
 ) -> Loader:
     """At most so many images of a split (None = all), evenly spread over it, each once; a rank's part of them."""
     taken = min(images or len(split), len(split))
-    batches = EvalBatches(taken, min(batch, taken), world.rank, world.ranks)
-    batches.ids = [-1 if i < 0 else i * len(split) // taken for i in batches.ids]
-    samples = Samples(split, channels, 0, transform, score=True)
-    return Loader(samples, batches, data.workers, pin=world.device.type == "cuda")
+    spread = np.arange(taken) * len(split) // taken
+    pin = world.device.type == "cuda"
+    return eval_loader(split, transform, channels, data, min(batch, taken), world.rank, world.ranks, pin, spread)
 
 
 @torch.no_grad()

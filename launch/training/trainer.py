@@ -77,7 +77,6 @@ class Training:
             self.losses.load_state(self.state["losses"], world.rank)
             if engine.loss_scaling:
                 vars(engine.loss_scaling).update(self.state["loss_scaling"])
-        loader.batches.first_step = self.step
 
     def run(self, stage: Stage) -> None:
         """Train from the present step to the last.
@@ -89,7 +88,7 @@ class Training:
         if self.state:
             stage.load_state(self.state["stage"])
         try:
-            with self.watchdog, peers(), closing(iter(self.loader)) as batches:
+            with self.watchdog, peers(), closing(self.loader.iterate(self.step)) as batches:
                 self._train(stage, batches)
                 self.checkpoints.wait()
         except BaseException:

@@ -22,8 +22,7 @@ transform = PretrainTransform(Data(size=16), (2, 2), 2)
 def batches(folder, workers, first_step=0):
     data = Data(str(folder), workers=workers)
     loader = train_loader(open_split(data), transform, 1, 7, data, Optim(batch_size=240, epochs=2), 0, 1)
-    loader.batches.first_step = first_step
-    return list(loader)
+    return list(loader.iterate(first_step))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -36,6 +35,19 @@ def test_batches_do_not_depend_on_workers(digits):
         for a, b in zip(alone[first:], batches(digits, workers, first), strict=True):
             assert a.keys() == b.keys()
             assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_an_iteration_draws_one_number_from_the_global_generator(digits):
+    """Later draws of the training process (dropout, mixup) must not depend on where a run was resumed."""
+    data = Data(str(digits), workers=0)
+    loader = train_loader(open_split(data), transform, 1, 7, data, Optim(batch_size=240, epochs=2))
+    torch.manual_seed(3)
+    torch.empty((), dtype=torch.int64).random_()
+    expected = torch.rand(1)
+    for first_step in (0, 7):
+        torch.manual_seed(3)
+        next(loader.iterate(first_step))
+        assert torch.equal(torch.rand(1), expected)
 
 
 def test_epochs_differ_in_crops_and_masks(digits):

@@ -21,7 +21,7 @@ from configs.errors import UserError
 from configs.schema import Data, Optim
 from data import cache, loader, remote
 from data.cache import Cache
-from data.loader import Ahead, eval_loader, open_split, train_loader
+from data.loader import Prefetcher, eval_loader, open_split, train_loader
 from data.remote import Remote
 from data.sampler import WINDOW, EpochOrder, TrainBatches
 from data.shards import Split, index_bytes
@@ -308,8 +308,7 @@ def test_a_damaged_copy_is_fetched_again(harm, split, server, shards, capfd):
 def batches(path, folder, workers, first_step=0):
     data = Data(str(path), cache=str(folder), workers=workers)
     found = train_loader(open_split(data), transform, 3, 7, data, Optim(batch_size=8, epochs=2))
-    found.batches.first_step = first_step
-    return list(found)
+    return list(found.iterate(first_step))
 
 
 @pytest.mark.usefixtures("forks")
@@ -366,7 +365,7 @@ def test_the_next_window_is_fetched_while_one_is_used(server, tmp_path, monkeypa
         assert set((batch["sample"] // 2).tolist()) <= set(order.shards(epoch, window))
         assert len(tars(server)) == 4 * (window + 2)
     iterator.close()
-    wait_for(lambda: found.ahead._threads == 0)
+    wait_for(lambda: found.prefetcher._threads == 0)
     assert set(tars(server).values()) == {1}
     assert re.search(rf"^fetching 8 shards, \S+ GB, to {tmp_path}; ", capfd.readouterr().out)
 
@@ -376,9 +375,9 @@ def test_fetching_ahead_is_bounded_by_the_cache(server, shards, tmp_path):
     split = Split(Remote(server.url, Cache(tmp_path, sum(sizes[:5]))), "train")
     split.fetch(4)
     split.fetch(30)
-    ahead = Ahead(split)
-    ahead.want(range(36))
-    wait_for(lambda: ahead._threads == 0)
+    prefetcher = Prefetcher(split)
+    prefetcher.request(range(36))
+    wait_for(lambda: prefetcher._threads == 0)
     assert set(tars(server)) == {f"train-{number:06}.tar" for number in (0, 1, 2, 3, 4, 30)}
     assert set(tars(server).values()) == {1}  # what was there, and wanted, did not go
     assert not (tmp_path / split.shards[30].sha256).exists()
@@ -387,15 +386,14 @@ def test_fetching_ahead_is_bounded_by_the_cache(server, shards, tmp_path):
 def test_other_ranks_of_a_host_leave_it_to_the_first(server, tmp_path, monkeypatch):
     data = Data(server.url, cache=str(tmp_path), workers=0)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert train_loader(open_split(data), transform, 3, 7, data, Optim(batch_size=8, epochs=2)).ahead is None
+    assert train_loader(open_split(data), transform, 3, 7, data, Optim(batch_size=8, epochs=2)).prefetcher is None
 
 
 def test_what_comes_next_at_any_position():
     def coming(first_step):
-        found, told = TrainBatches(EpochOrder(np.full(10, 5), 3, window=4), 8, 8, 0, 1, epochs=2), []
-        found.first_step, found.ahead = first_step, lambda shards: told.append(shards)
-        list(found)
-        return told
+        batches, requests = TrainBatches(EpochOrder(np.full(10, 5), 3, window=4), 8, 8, 0, 1, epochs=2), []
+        list(batches.iterate(first_step, requests.append))
+        return requests
 
     order = EpochOrder(np.full(10, 5), 3, window=4)  # windows begin at 0, 20 and 40; batches at 0, 8, 16, ... 40
     a, b, c = (order.shards(0, number) for number in range(3))

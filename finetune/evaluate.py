@@ -37,10 +37,12 @@ from configs.schema import Data, Optim, Run
 from data.folder import Folder, open_images, sample_names
 from data.loader import Loader, eval_loader
 from data.shards import Split
-from finetune.pictures import calibration_picture, confusion_picture
-from finetune.scores import Predictions, calibration_error, predict
+from finetune.evaluation import predict
+from finetune.tasks.classification import scores as classification
+from finetune.tasks.classification.pictures import calibration_picture, confusion_picture
+from finetune.tasks.classification.scores import Predictions, calibration_error
 from finetune.trained import Trained, add_options, open_trained
-from launch.training.engine import precision
+from launch.training.precision import precision
 from launch.training.world import World, gather, peers, start, stop
 
 FEW_CLASSES = 20  # the table has all classes of so many
@@ -145,7 +147,7 @@ def evaluate(
     batches = watched(loader, torch.from_numpy(classes), batch, damaged, world.first)
     model, mean, std = (x.to(device) for x in (trained.model, trained.mean, trained.std))
     with peers():
-        found = predict({"": model}, batches, world, mean, std, kind)[""]
+        found = predict(classification, {"": model}, batches, world, mean, std, kind)[""]
         damaged = dict(ChainMap(*gather(damaged)))
     if not np.isfinite(found.loss).all():
         raise UserError(f"{trained.path} gives numbers that are not finite with precision {kind}: try --precision fp32")

@@ -30,7 +30,7 @@ from configs.schema import Augment, Data, Optim, Run
 from data.loader import Loader, open_split
 from data.shards import Split
 from finetune.trained import Trained, add_options, open_trained
-from launch.training.engine import precision, seed_everything
+from launch.training.engine import seed_everything
 from launch.training.feature_eval import (
     KS,
     LRS,
@@ -43,6 +43,7 @@ from launch.training.feature_eval import (
     linear,
     probe_loader,
 )
+from launch.training.precision import precision
 from launch.training.world import World, peers, start, stop
 from models.convnext import ConvNeXt
 

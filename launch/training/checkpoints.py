@@ -22,7 +22,7 @@ from configs.command import differences, say
 from configs.errors import UserError, reason
 from configs.files import sha256, sync_folder, write_whole
 from configs.schema import Probe
-from launch.training.engine import load_engine, to_universal
+from launch.training.engine import Engine, to_universal
 from launch.training.world import World, agree, barrier, gather, peers
 
 MAY_CHANGE = {  # keys that may differ on resume: they do not change what is learnt
@@ -39,12 +39,12 @@ class Checkpoints:
 
     Args:
         run: runs/NAME
-        engine: DeepSpeed engine that is saved and loaded
+        engine: whose weights and optimizer are saved and loaded
         identity: resolved configuration and digests of data and initial weights
         keep: how many checkpoints to keep, besides the best
     """
 
-    def __init__(self, run: Path, engine, identity: dict, world: World, keep: int):
+    def __init__(self, run: Path, engine: Engine, identity: dict, world: World, keep: int):
         self.folder, self.keep = run / "checkpoints", keep
         self.engine, self.identity, self.world = engine, identity, world
         self.commit: threading.Thread | None = None
@@ -68,9 +68,7 @@ class Checkpoints:
                 part.mkdir(parents=True)
             with peers():
                 barrier()
-                self.engine.save_checkpoint(
-                    str(part), tag="engine", client_state={"training": state}, save_latest=False
-                )
+                self.engine.save(part, "engine", state)
                 barrier()
         except (OSError, RuntimeError) as error:  # torch's writer wraps what the disk says into a RuntimeError
             self._give_up(part, step, error)
@@ -173,7 +171,7 @@ class Checkpoints:
                 self._check_same(name, manifest)
                 passed_over = f" (passed over: {'; '.join(damaged)})" if damaged else ""
                 say(f"resuming from {self.folder / name}{passed_over}")
-                return manifest["step"], self._load(name, manifest)["training"]
+                return manifest["step"], self._load(name, manifest)
             damaged.append(f"{name}: {harm}")
         if mode == "must" or damaged:
             which = f" ({'; '.join(damaged)})" if damaged else ""
@@ -208,7 +206,7 @@ class Checkpoints:
         """Load a checkpoint, first converted where it was made on another number of ranks."""
         stage, source = self.identity["optim"]["zero_stage"], self.folder / name
         if manifest["ranks"] == self.world.ranks or stage == 0:  # with stage 0 every rank holds everything
-            return load_engine(self.engine, source, "engine")
+            return self.engine.load(source, "engine")
         if stage == 3:
             raise UserError(
                 f"{source} was made on {manifest['ranks']} ranks, this is {self.world.ranks}: with optim.zero_stage 3 "
@@ -220,7 +218,7 @@ class Checkpoints:
             to_universal(source / "engine", target / "engine")
         barrier()
         try:
-            return load_engine(self.engine, target, "engine", universal=True)
+            return self.engine.load(target, "engine", universal=True)
         finally:
             barrier()
             if self.world.first:

@@ -14,7 +14,7 @@ from configs.command import RECIPES, parse
 from configs.schema import Encoder, Finetune, Pretrain, visible_patches
 from finetune.layer_decay import layer_decay
 from launch.training.dry_run import schedule
-from launch.training.engine import parameter_groups
+from launch.training.parameter_groups import parameter_groups
 from models.convnext import SIZES, ConvNeXt, resolve
 
 IMAGES = {"shards/imagenet": 1_281_167, "shards/imagenet22k": 14_197_122}

@@ -22,7 +22,7 @@ from data.shards import Index, read_index, write_index
 from data.sources import _digits
 from data.transforms import EvalTransform, normalize
 from finetune.evaluate import evaluation, main
-from finetune.scores import Predictions
+from finetune.tasks.classification.scores import Predictions
 from launch.training.world import stop
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from configs.schema import Data, Optim, Pretrain, PretrainModel, Probe
 from launch.training.world import World
 from models.fcmae import FCMAE
 from models.weights import load
-from pretrain.online_eval import Probing, probe_splits
+from pretrain.online_eval import OnlineEval, probe_splits
 from tests.conftest import losses, run
 from tests.pretrain import test_main
 
@@ -92,28 +93,31 @@ def test_on_two_ranks_with_divided_weights(digits, tmp_path):
     assert list(found.values())[-1] == offline
 
 
-def test_the_watchdog_knows_where_it_is_and_the_model_stays_in_training(digits):
-    places, told = [], {}
+def test_steps_are_watched_and_the_model_stays_in_training(digits):
+    places = []
+
+    def watch(steps, count, what):
+        for i, step in enumerate(steps, 1):
+            places.append(f"{what}, {i} of {count}")
+            yield step
+
     small = PretrainModel(channels=1, stem_stride=1, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), decoder_dim=8)
     data, optim, asked = Data(path=str(digits), size=24, workers=0), Optim(batch_size=16), Probe(every=1, images=40)
     config, model = Pretrain(model=small, data=data, optim=optim, probe=asked), FCMAE(small).train()
-    training = SimpleNamespace(
-        world=World(0, 1, torch.device("cpu")),
-        engine=SimpleNamespace(module=model, zero_optimization_stage=lambda: 1),
-        log=SimpleNamespace(say=lambda line: None, scores=lambda step, name, values: told.update({name: values})),
-        watchdog=SimpleNamespace(at=places.append),
-    )
+    engine = SimpleNamespace(model=model, precision="fp32", whole_weights=nullcontext)
+    world = World(0, 1, torch.device("cpu"))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         before = torch.get_rng_state()
-        Probing(config, training, probe_splits(config), (torch.zeros(1), torch.ones(1))).score(1, 6)
+        online = OnlineEval(config, probe_splits(config), (torch.zeros(1), torch.ones(1)), world)
+        report = online.evaluate(engine, 1, watch)
     finally:
         torch.distributed.destroy_process_group()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in model.modules())
-    steps = [f"probe, features of {split}, {i} of 3" for split in ("train", "val") for i in (1, 2, 3)]
-    assert places == [*steps, "probe, nearest neighbours, 1 of 1"]
-    assert told["knn"].keys() == {"top1_k10", "top5_k10", "top1_k20", "top5_k20"}
+    steps = [f"features of {split}, {i} of 3" for split in ("train", "val") for i in (1, 2, 3)]
+    assert places == [*steps, "nearest neighbours, 1 of 1"]
+    assert report.scores["knn"].keys() == {"top1_k10", "top5_k10", "top1_k20", "top5_k20"}
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,10 @@
-"""What a classifier says of the images of a split, on any number of ranks, and how good that is."""
+"""Predictions of a classifier for a split, and their scores."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from data.transforms import normalize
-from launch.training.engine import autocast
-from launch.training.world import World, gather
+from torch import Tensor
 
 TOP = 5
 BINS = 15  # of confidence, as in 1706.04599
@@ -55,6 +49,10 @@ class Predictions:
     confidence: np.ndarray
     loss: np.ndarray
 
+    def scores(self) -> dict[str, float]:
+        """The fields of `score` by name."""
+        return asdict(self.score())
+
     def score(self) -> Score:
         """Means over the samples."""
         hits = self.best == self.label[:, None]
@@ -88,52 +86,12 @@ def calibration_error(bins: list[Bin]) -> float:
     return sum(gaps) / max(1, sum(bin.images for bin in bins))
 
 
-@torch.no_grad()
-def logits_of(model: nn.Module, image: Tensor, mean: Tensor, std: Tensor, precision: str) -> Tensor:
-    """What a classifier in evaluation mode says of images [B, C, H, W] as loaded, on its device: fp32 [B, classes].
+def collect(logits: Tensor, batch: dict[str, Tensor]) -> Predictions:
+    """A batch's predictions, from logits [B, classes].
 
-    Args:
-        mean: [C] of the channels
-        std: [C]
-        precision: fp32, bf16 or fp16
+    Label -1 marks padding of a batch and images in place of damaged ones: they are left out.
     """
-    with autocast(image.device, precision):
-        return model(normalize(image, mean, std)).float()
-
-
-def predict(
-    models: dict[str, nn.Module],
-    batches: Iterable[dict[str, Tensor]],
-    world: World,
-    mean: Tensor,
-    std: Tensor,
-    precision: str,
-) -> dict[str, Predictions]:
-    """Classify every sample of a split, each once, with each of several classifiers.
-
-    Label -1 is a batch's filling, or an image in place of a damaged one: it is left out. Every rank calls this, with
-    its own part of the samples, and gets the same predictions.
-
-    Args:
-        mean: [C] of the channels
-        std: [C]
-        precision: fp32, bf16 or fp16
-    """
-    training = {name: model.training for name, model in models.items()}
-    for model in models.values():
-        model.eval()
-    parts: dict[str, list[Predictions]] = {name: [] for name in models}
-    for batch in batches:
-        image = batch["image"].to(world.device, non_blocking=True)
-        for name, model in models.items():
-            parts[name].append(_rows(logits_of(model, image, mean, std, precision), batch))
-    for name, model in models.items():
-        model.train(training[name])
-    return {name: _join(gather(_join(found))) for name, found in parts.items()}
-
-
-def _rows(logits: Tensor, batch: dict[str, Tensor]) -> Predictions:
-    """A batch's predictions, from logits [B, classes], without what has no label."""
+    logits = logits.float()
     real = batch["label"] >= 0
     logits, label = logits[real.to(logits.device)], batch["label"][real]
     best = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
@@ -142,8 +100,8 @@ def _rows(logits: Tensor, batch: dict[str, Tensor]) -> Predictions:
     return Predictions(*(x.cpu().numpy() for x in (batch["sample"][real], label, best.int(), confidence, loss)))
 
 
-def _join(parts: list[Predictions]) -> Predictions:
-    """Parts of a split, from batches or ranks, in the order of the samples."""
+def join(parts: list[Predictions]) -> Predictions:
+    """The predictions of batches or ranks as one, in the order of the samples."""
     order = np.argsort(np.concatenate([part.sample for part in parts]))
     return Predictions(
         *(np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(Predictions))

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from configs.files import whole_file
 from data.transforms import to_float
-from finetune.scores import Bin, Predictions, calibration_error
+from finetune.tasks.classification.scores import Bin, Predictions, calibration_error
 
 MOST_CLASSES, MOST_CONFUSED = 100, 30  # classes that a confusion matrix shows; of more, so many
 MOST_NUMBERS = 30  # classes up to which the cells have numbers

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune import pictures
-from finetune.scores import Predictions
+from finetune.tasks.classification import pictures
+from finetune.tasks.classification.scores import Predictions
 
 
 @pytest.fixture

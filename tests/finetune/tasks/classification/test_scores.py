@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.scores import Predictions, calibration_error, predict
+from finetune.evaluation import predict
+from finetune.tasks.classification import scores
+from finetune.tasks.classification.scores import Predictions, calibration_error
 from launch.training.world import World
 
 LOGITS = torch.tensor([[9.0, 5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]])
-LABELS = torch.tensor([0, 6, 1, -1])  # right, right, sixth best, filling
+LABELS = torch.tensor([0, 6, 1, -1])  # right, right, sixth best, padding
+STATISTICS = torch.zeros(1), torch.ones(1)
 
 
 class Table(torch.nn.Module):
@@ -20,7 +23,7 @@ class Table(torch.nn.Module):
 
 @pytest.fixture
 def alone(monkeypatch):
-    monkeypatch.setattr("finetune.scores.gather", lambda value: [value])
+    monkeypatch.setattr("finetune.evaluation.gather", lambda value: [value])
     return World(0, 1, torch.device("cpu"))
 
 
@@ -38,7 +41,7 @@ def predictions(label, first, confidence):
 
 def test_scores_by_hand(alone):
     model = Table().train()
-    found = predict({"raw": model}, [batch([3, 2]), batch([1, 0])], alone, torch.zeros(1), torch.ones(1), "fp32")["raw"]
+    found = predict(scores, {"raw": model}, [batch([3, 2]), batch([1, 0])], alone, *STATISTICS, "fp32")["raw"]
     assert model.training
     assert found.sample.tolist() == [0, 1, 2] and found.label.tolist() == [0, 6, 1]  # in order, without the filling
     assert found.best[0].tolist() == [0, 1, 2, 3, 4] and found.best[1].tolist() == [6, 5, 4, 3, 2]
@@ -53,9 +56,9 @@ def test_scores_by_hand(alone):
 def test_ranks_are_joined_in_the_order_of_the_samples(alone, monkeypatch):
     """Each of two ranks has every other sample; what one gathers is all of them."""
     parts = []
-    monkeypatch.setattr("finetune.scores.gather", lambda value: parts.append(value) or parts)
+    monkeypatch.setattr("finetune.evaluation.gather", lambda value: parts.append(value) or parts)
     for rank in (1, 0):
-        part = predict({"": Table()}, [batch([rank, rank + 2])], alone, torch.zeros(1), torch.ones(1), "fp32")[""]
+        part = predict(scores, {"": Table()}, [batch([rank, rank + 2])], alone, *STATISTICS, "fp32")[""]
     assert part.sample.tolist() == [0, 1, 2] and part.label.tolist() == [0, 6, 1]
 
 

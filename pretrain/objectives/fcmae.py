@@ -1,0 +1,86 @@
+"""FCMAE, the default objective: predict the pixels of hidden patches (arXiv 2301.00808, section 3.1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from configs.errors import UserError
+from configs.schema import PATCH_PER_STEM_STRIDE, Pretrain, visible_patches
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data.transforms import PretrainTransform
+    from models.fcmae import FCMAE
+    from models.start import Init
+    from models.weights import Tensors
+
+
+class Objective:
+    """Masked autoencoding: the encoder sees some patches of an image, a decoder predicts the pixels of the others.
+
+    Args:
+        config: of the run
+    Raises:
+        UserError: the image size is not a multiple of the patch, or the mask ratio hides no patch of it
+    """
+
+    def __init__(self, config: Pretrain):
+        self.config = config
+        self.grid = config.data.grid(config.model.stem_stride)
+        self.patches = self.grid[0] * self.grid[1]
+        self.visible = visible_patches(self.patches, config.model.mask_ratio)
+        if self.visible == self.patches:
+            raise UserError(
+                f"data.size gives {self.patches} patch(es) of {PATCH_PER_STEM_STRIDE * config.model.stem_stride} "
+                f"pixels: none is hidden at model.mask_ratio {config.model.mask_ratio}; use larger images or a smaller "
+                "model.stem_stride"
+            )
+
+    def describe(self) -> str:
+        """Part of the run's first line."""
+        share = 1 - self.visible / self.patches
+        return f"{self.visible} of {self.patches} patches visible ({share:.1%} hidden)"
+
+    def transform(self) -> PretrainTransform:
+        """Makes a sample: a random crop, and a mask `visible` [gy, gx] of bool."""
+        from data.transforms import PretrainTransform
+
+        return PretrainTransform(self.config.data, self.grid, self.visible)
+
+    def build(self) -> FCMAE:
+        """The model with initial weights; its forward takes `inputs` and returns the loss."""
+        from models.fcmae import FCMAE
+
+        return FCMAE(self.config.model)
+
+    def load(self, model: FCMAE, init: Init) -> None:
+        """Start from the weights of --init, with the decoder if the file has one."""
+        from models.start import start_autoencoder
+
+        start_autoencoder(model, init)
+
+    def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """What the model's forward takes: normalised images [B, C, H, W] and masks [B, gy, gx]."""
+        return image, batch["visible"].to(image.device, non_blocking=True)
+
+    def example(self, count: int) -> dict[str, Tensor]:
+        """What `transform` adds to a batch of `count` images, to measure memory with."""
+        import torch
+
+        visible = torch.arange(self.patches).view(self.grid) < self.visible
+        return {"visible": visible.expand(count, -1, -1)}
+
+    def picture(self, model: FCMAE, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Tensor]:
+        """Title and picture uint8 [3, H, W] of a few images: what the encoder saw, and what the decoder predicts."""
+        from pretrain.pictures import reconstruction_grid
+
+        return "input, visible patches, reconstruction", reconstruction_grid(model, *inputs, mean, std)
+
+    def decoder(self, model: FCMAE) -> tuple[Tensors, dict]:
+        """Tensors besides the encoder's for the weight file, and the settings to build them with."""
+        from configs.command import to_dict
+        from models.weights import cpu_state, split_by_prefix
+
+        _, tensors = split_by_prefix(cpu_state(model), "encoder.")
+        return tensors, to_dict(self.config.model)

@@ -26,8 +26,8 @@ from models.weights import Weights, cpu_state, save, split_by_prefix
 def check_pairs(config: Finetune, ranks: int) -> None:
     """Raise `UserError` for mixup or cutmix with an odd micro batch."""
     micro, _ = config.optim.accumulation(ranks)
-    if micro % 2 and (config.augment.mixup or config.augment.cutmix):
-        raise UserError(f"augment.mixup and cutmix pair images: optim.micro_batch {micro} must be even")
+    if micro % 2 and (config.task.mixup or config.task.cutmix):
+        raise UserError(f"task.mixup and cutmix pair images: optim.micro_batch {micro} must be even")
 
 
 def moving_average(model: nn.Module, decay: float) -> ModelEmaV3 | None:
@@ -55,17 +55,17 @@ class Classifier:
         self.engine, self.world = training.engine, training.world
         self.mean, self.std = (torch.tensor(values, device=self.world.device) for values in statistics)
         self.precision = precision(config.optim, self.world.device)
-        augment = config.augment
+        augment, task = config.augment, config.task
         self.erase = None
         if augment.erase:
             how = {"mode": augment.erase_mode, "max_count": augment.erase_count}
             self.erase = RandomErasing(augment.erase, **how, device=self.world.device)
         self.mixup = None
-        self.criterion = LabelSmoothingCrossEntropy(augment.smoothing)
-        if augment.mixup or augment.cutmix:
+        self.criterion = LabelSmoothingCrossEntropy(task.smoothing)
+        if task.mixup or task.cutmix:
             self.mixup = Mixup(
-                augment.mixup, augment.cutmix, prob=augment.mix_prob, switch_prob=augment.mix_switch,
-                mode=augment.mix_mode, label_smoothing=augment.smoothing, num_classes=len(classes),
+                task.mixup, task.cutmix, prob=task.mix_prob, switch_prob=task.mix_switch,
+                mode=task.mix_mode, label_smoothing=task.smoothing, num_classes=len(classes),
             )  # fmt: skip
             self.criterion = SoftTargetCrossEntropy()
         self.ema = ema

@@ -8,32 +8,44 @@ deepspeed finetune/main.py --config configs/finetune/cifar10.yaml --init runs/ci
 import sys
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the project, not this folder
 
-from configs.command import dry_run, parse, say, to_dict
+from configs.command import dry_run, parse, recipe_section
+from configs.compare import to_dict
 from configs.errors import UserError, run_main
-from configs.schema import Encoder, Finetune, Pretrain
-from data.loader import eval_loader, open_split, train_loader
-from data.sampler import class_weights, labelled_share
-from data.transforms import EvalTransform, train_transform
-from finetune.finetuning import Classifier, check_pairs, moving_average
-from finetune.layer_decay import layer_decay
-from launch.training.dry_run import plan
-from launch.training.engine import build_engine, parameter_groups, seed_everything
-from launch.training.report import write_report
-from launch.training.trainer import Training
-from launch.training.world import start, stop
-from models.convnext import ConvNeXt, resolve
-from models.start import Init, open_init, start_classifier, with_statistics
+from configs.log import say
+from configs.schema import Encoder, Finetune, PretrainModel
+from finetune.tasks import TASKS
+from launch.inputs import check_inputs
+from models.sizes import resolve
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from models.convnext import ConvNeXt
+    from models.start import Init
 
 
 def main() -> None:
     """Entry point: parse, build, run."""
-    config = parse(Finetune, "finetune/digits.yaml", __doc__)
+    config = parse(Finetune, "finetune/digits.yaml", __doc__, {"task": TASKS})
+    check_inputs(config)
+    import numpy as np
+
+    from data.loader import eval_loader, open_split, train_loader
+    from data.transforms import EvalTransform, train_transform
+    from finetune.finetuning import Classifier, check_pairs, moving_average
+    from finetune.layer_decay import layer_decay
+    from launch.training.dry_run import plan
+    from launch.training.engine import build_engine, parameter_groups, seed_everything
+    from launch.training.report import write_report
+    from launch.training.trainer import Training
+    from launch.training.world import start, stop
+    from models.start import open_init, start_classifier, with_statistics
+
     init = open_init(config.init)
     arch = architecture(config, init)
     config = replace(config, data=with_statistics(config.data, init, arch.channels))
@@ -61,7 +73,7 @@ def main() -> None:
     seed_everything(config.run.seed)
     model = build(config, arch, len(classes))
     if init is None or not start_classifier(model, init, classes):
-        head_init = config.model.head_init
+        head_init = config.task.head_init
         for parameter in model.head.fc.parameters():
             parameter.data.mul_((1.0 if init is None else 0.001) if head_init is None else head_init)
     ema = moving_average(model.to(world.device), augment.ema)
@@ -89,16 +101,22 @@ def main() -> None:
     stop()
 
 
-def sample_weights(config: Finetune, labels: np.ndarray) -> np.ndarray | None:
+def sample_weights(config: Finetune, labels: "np.ndarray") -> "np.ndarray | None":
     """How often each sample of the training split is drawn, as `EpochOrder` takes it."""
-    if config.label_share == 1 and not config.balance:
+    import numpy as np
+
+    from data.sampler import class_weights, labelled_share
+
+    if config.task.label_share == 1 and not config.task.balance:
         return None
-    used = labelled_share(labels, config.label_share, config.run.seed)
-    return np.where(used, class_weights(labels, config.balance), 0)
+    used = labelled_share(labels, config.task.label_share, config.run.seed)
+    return np.where(used, class_weights(labels, config.task.balance), 0)
 
 
-def build(config: Finetune, arch: Encoder, classes: int) -> ConvNeXt:
+def build(config: Finetune, arch: Encoder, classes: int) -> "ConvNeXt":
     """The classifier, with initial weights. A frozen encoder has no drop path, and nothing to recompute."""
+    from models.convnext import ConvNeXt
+
     if not config.model.freeze_encoder:
         return ConvNeXt(arch, classes, config.model.drop_path, config.model.recompute)
     model = ConvNeXt(arch, classes)
@@ -107,7 +125,7 @@ def build(config: Finetune, arch: Encoder, classes: int) -> ConvNeXt:
     return model
 
 
-def architecture(config: Finetune, init: Init | None) -> Encoder:
+def architecture(config: Finetune, init: "Init | None") -> Encoder:
     """The model to build: the one in --init, but with `model.channels` channels if given (the stem is adapted); with
     --init none, the keys given, filled up from `model.like`.
 
@@ -128,7 +146,7 @@ def architecture(config: Finetune, init: Init | None) -> Encoder:
     if "name" not in given and config.model.like:
         path = Path(config.model.like)
         path = path if path.exists() or path.is_absolute() else ROOT / path
-        recipe = parse(Pretrain, "", "", ["--config", str(path)]).model
+        recipe = recipe_section(path, "model", PretrainModel)
         given = {key: getattr(recipe, key) for key in keys} | given
         say(f"--init none: the model of {config.model.like}, from scratch")
     if "name" not in given:

@@ -14,46 +14,52 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.command import dry_run, parse, say, to_dict
+from configs.command import dry_run, parse
+from configs.compare import to_dict
 from configs.errors import run_main
+from configs.log import say
 from configs.schema import Pretrain, visible_patches
-from data.loader import open_split, train_loader
-from data.transforms import PretrainTransform
-from launch.training.dry_run import plan
-from launch.training.engine import build_engine, parameter_groups, seed_everything, whole_weights
-from launch.training.report import write_report
-from launch.training.summary import write_summary
-from launch.training.trainer import Training
-from launch.training.world import start, stop
-from models.fcmae import FCMAE, check_size
-from models.start import open_init, start_autoencoder, with_statistics
-from models.weights import Weights, cpu_state, save, split_by_prefix
-from pretrain.online_eval import probe_splits
-from pretrain.pretraining import Pretraining
+from launch.inputs import check_inputs
+from pretrain.objectives import OBJECTIVES
 
 
 def main() -> None:
     """Entry point: parse, build, run."""
-    config = parse(Pretrain, "pretrain/digits.yaml", __doc__)
+    config = parse(Pretrain, "pretrain/digits.yaml", __doc__, {"objective": OBJECTIVES})
+    check_inputs(config)
+    from data.loader import open_split, train_loader
+    from data.transforms import PretrainTransform
+    from launch.training.dry_run import plan
+    from launch.training.engine import build_engine, parameter_groups, seed_everything, whole_weights
+    from launch.training.report import write_report
+    from launch.training.summary import write_summary
+    from launch.training.trainer import Training
+    from launch.training.world import start, stop
+    from models.fcmae import FCMAE, check_size, flat_config
+    from models.start import open_init, start_autoencoder, with_statistics
+    from models.weights import Weights, cpu_state, save, split_by_prefix
+    from pretrain.online_eval import probe_splits
+    from pretrain.pretraining import Pretraining
+
     init = open_init(config.init)
     config = replace(config, data=with_statistics(config.data, init, config.model.channels))
     data, optim = config.data, config.optim
     grid = data.grid(config.model.stem_stride)
-    check_size(config.model, grid)
+    check_size(config.model, config.objective, grid)
     mean, std = data.statistics(config.model.channels)
     split, probed = open_split(data), probe_splits(config)
     if (ranks := dry_run()) is not None:
-        model = FCMAE(config.model)
+        model = FCMAE(config.model, config.objective)
         say(plan(config, model, parameter_groups(model, optim), len(split), ranks))
         return
     world = start(config.run)
     seed_everything(config.run.seed)
-    model = FCMAE(config.model)
+    model = FCMAE(config.model, config.objective)
     if init:
         start_autoencoder(model, init)
     engine = build_engine(model, parameter_groups(model, optim), optim, world)
 
-    n = visible_patches(grid[0] * grid[1], config.model.mask_ratio)
+    n = visible_patches(grid[0] * grid[1], config.objective.mask_ratio)
     transform = PretrainTransform(data, grid, n)
     place = world.rank, world.ranks, world.device.type == "cuda"
     loader = train_loader(split, transform, config.model.channels, config.run.seed, data, optim, *place)
@@ -75,7 +81,13 @@ def main() -> None:
             path = training.folder / "fcmae.pt"
             _, decoder = split_by_prefix(cpu_state(model), "encoder.")
             image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}
-            content = Weights(model.encoder.arch, image, cpu_state(model.encoder), decoder, to_dict(config.model))
+            content = Weights(
+                model.encoder.arch,
+                image,
+                cpu_state(model.encoder),
+                decoder,
+                flat_config(config.model, config.objective),
+            )
             content.classes = split.classes
             save(path, content)
             write_summary(training.folder, config, world, training.log.seconds(), stage.summary())

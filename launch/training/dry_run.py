@@ -85,11 +85,10 @@ def schedule(optim: Optim, images: int, ranks: int) -> list[str]:
         raise UserError(f"{images:,} images are fewer than one batch: lower optim.batch_size (now {optim.batch_size})")
     total = steps * optim.epochs
     warmup = min(total, math.ceil(optim.warmup_epochs * steps))
-    scale = optim.batch_size / 256
     return [
         f"batch   micro batch {micro} x accumulation {accumulation} x {_count(ranks, 'rank')} = {optim.batch_size}",
-        f"lr      {optim.lr:g} x {optim.batch_size} / 256 = {optim.lr * scale:.3g} after warm-up, "
-        f"{optim.min_lr * scale:.3g} at the end",
+        f"lr      {optim.lr:g} x {optim.batch_size} / 256 = {optim.scaled(optim.lr):.3g} after warm-up, "
+        f"{optim.scaled(optim.min_lr):.3g} at the end",
         f"images  {images:,}; each epoch leaves out {left_out:,}, others each time",
         f"steps   {steps:,} an epoch x {_count(optim.epochs, 'epoch')} = {total:,}; warm-up takes the first {warmup:,}",
     ]
@@ -98,7 +97,7 @@ def schedule(optim: Optim, images: int, ranks: int) -> list[str]:
 def group_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
     """Each parameter group: its size, weight decay, learning rate after warm-up, first and last parameter."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    peak = optim.lr * optim.batch_size / 256
+    peak = optim.scaled(optim.lr)
     table = _table("tensors", "parameters", "decay", "lr scale", "lr")
     table.add_column("first and last parameter")
     for group in groups:
@@ -113,7 +112,7 @@ def group_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
 
 def parameter_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
     """Each parameter: its shape, weight decay, learning rate scale and learning rate after warm-up; or `frozen`."""
-    peak = optim.lr * optim.batch_size / 256
+    peak = optim.scaled(optim.lr)
     group_of = {parameter: group for group in groups for parameter in group["params"]}
     table = _table("shape", "decay", "lr scale", "lr")
     table.add_column("parameter")
@@ -169,7 +168,7 @@ def example(config: Pretrain | Finetune, arch: Encoder, count: int) -> list[Tens
         return [image]
     grid = config.data.grid(arch.stem_stride)
     patches = grid[0] * grid[1]
-    visible = torch.arange(patches).view(grid) < visible_patches(patches, config.model.mask_ratio)
+    visible = torch.arange(patches).view(grid) < visible_patches(patches, config.objective.mask_ratio)
     return [image, visible.expand(count, -1, -1)]
 
 

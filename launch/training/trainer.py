@@ -9,8 +9,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from configs.command import to_dict
+from configs.compare import to_dict
 from configs.errors import INTERRUPTED, SAVED, Stopped
+from configs.keys import free_keys
 from configs.schema import Finetune, Pretrain
 from data.loader import Loader
 from launch.training.checkpoints import Checkpoints
@@ -60,7 +61,8 @@ class Training:
         self.config, self.engine, self.loader, self.world = config, engine, loader, world
         self.folder = Path(config.run.folder) / config.run.name
         check_alike(world, self.folder, identity)
-        self.checkpoints = Checkpoints(self.folder, engine, identity, world, config.run.keep)
+        may_change = free_keys(type(config))
+        self.checkpoints = Checkpoints(self.folder, engine, identity, world, config.run.keep, may_change)
         self.step, self.state = self.checkpoints.resume(config.resume)
         self.steps_per_epoch = loader.batches.steps_per_epoch
         self.steps = config.optim.epochs * self.steps_per_epoch

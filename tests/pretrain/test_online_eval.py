@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.errors import UserError
-from configs.schema import Data, Optim, Pretrain, PretrainModel, Probe
+from configs.schema import Data, FCMAESettings, Optim, Pretrain, PretrainModel, Probe
 from launch.training.world import World
 from models.fcmae import FCMAE
 from models.weights import load
@@ -94,9 +94,12 @@ def test_on_two_ranks_with_divided_weights(digits, tmp_path):
 
 def test_the_watchdog_knows_where_it_is_and_the_model_stays_in_training(digits):
     places, told = [], {}
-    small = PretrainModel(channels=1, stem_stride=1, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), decoder_dim=8)
+    small = PretrainModel(channels=1, stem_stride=1, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
     data, optim, asked = Data(path=str(digits), size=24, workers=0), Optim(batch_size=16), Probe(every=1, images=40)
-    config, model = Pretrain(model=small, data=data, optim=optim, probe=asked), FCMAE(small).train()
+    config, model = (
+        Pretrain(model=small, data=data, optim=optim, probe=asked),
+        FCMAE(small, FCMAESettings(decoder_dim=8)).train(),
+    )
     training = SimpleNamespace(
         world=World(0, 1, torch.device("cpu")),
         engine=SimpleNamespace(module=model, zero_optimization_stage=lambda: 1),

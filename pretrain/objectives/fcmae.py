@@ -1,0 +1,5 @@
+"""FCMAE: predict the pixels of hidden patches (arXiv 2301.00808)."""
+
+from configs.schema import FCMAESettings
+
+Settings = FCMAESettings

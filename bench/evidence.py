@@ -33,13 +33,13 @@ from configs.files import write_whole
 SHARDS = Path("shards/cifar10")
 FEW = 0.1  # share of the labels with which variants of pretraining are compared
 ABLATIONS = {
-    "mask-0.4": ("--model.mask_ratio", "0.4"),
-    "mask-0.6": ("--model.mask_ratio", "0.6"),
-    "mask-0.75": ("--model.mask_ratio", "0.75"),
-    "mask-0.9": ("--model.mask_ratio", "0.9"),
+    "mask-0.4": ("--objective.mask_ratio", "0.4"),
+    "mask-0.6": ("--objective.mask_ratio", "0.6"),
+    "mask-0.75": ("--objective.mask_ratio", "0.75"),
+    "mask-0.9": ("--objective.mask_ratio", "0.9"),
     "zeroed": ("--model.backend", "zeroed"),
-    "decoder-2": ("--model.decoder_depth", "2"),
-    "decoder-4": ("--model.decoder_depth", "4"),
+    "decoder-2": ("--objective.decoder_depth", "2"),
+    "decoder-4": ("--objective.decoder_depth", "4"),
     "without-grn": ("--model.name", "convnext_atto"),  # V1's block: layer scale instead of GRN
 }
 BACKENDS = ("packed", "masked", "minkowski")
@@ -159,7 +159,7 @@ class Evidence:
         name = self.name(start, share, rate, seed)
         init = "none" if start == "scratch" else self.runs / start / "fcmae.pt"
         words = ("--config", f"configs/finetune/{self.scale.recipe}.yaml", "--init", init, *self._place(name))
-        words += ("--label_share", share, "--optim.lr", rate, "--run.seed", seed, *self.scale.budgets[share])
+        words += ("--task.label_share", share, "--optim.lr", rate, "--run.seed", seed, *self.scale.budgets[share])
         return self.run(name, f"{name}/summary.json", "finetune/main.py", *words)
 
     def best_rate(self, start: str, share: float) -> float:

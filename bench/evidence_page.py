@@ -214,7 +214,8 @@ def ablations(found: Found, scale: str) -> tuple[list[str], Figure | None]:
     for name in (name for name in ABLATIONS if name in found):
         run, tuned = found[name], re.compile(re.escape(f"{name}-labels-{FEW:g}-lr-") + r"[\d.e-]+-seed-\d+")
         top1 = [found[other]["best"]["top1"] for other in found if tuned.fullmatch(other)]
-        hidden = 1 - visible_patches(16, run["config"]["model"]["mask_ratio"]) / 16
+        settings = run["config"]["model"] | run["config"].get("objective", {})  # older results: under model
+        hidden = 1 - visible_patches(16, settings["mask_ratio"]) / 16
         title = f"**{NAMES[name]}, the recipe**" if name == SCALES[scale].base else NAMES[name]
         cells = [title, f"{hidden:.1%}", f"{last(run['loss']):.3f}", f"{last(run['knn'])[K]:.2%}"]
         rows.append([*cells, f"{last(run['linear'])['top1']:.2%}", several(top1) if top1 else "-"])
@@ -246,7 +247,8 @@ def all_runs(found: Found) -> list[str]:
             pretrained.append([name, str(run["epochs"]), loss, *knn, speed, time, run["hardware"]])
         else:
             config, score = run["config"], found.get(f"{name}-test")
-            cells = [name, f"{config['label_share']:.0%}", f"{config['optim']['lr']:g}", str(config["run"]["seed"])]
+            share = (config | config.get("task", {}))["label_share"]  # older results: at the top
+            cells = [name, f"{share:.0%}", f"{config['optim']['lr']:g}", str(config["run"]["seed"])]
             cells += [f"{run['best']['top1']:.2%}", f"{score['scores']['top1']:.2%}" if score else "-"]
             tuned.append([*cells, time, run["hardware"]])
     text = ["\n### Every run\n"]

@@ -19,7 +19,8 @@ from bench.common import TOLERANCE, add_common, check, check_arguments, machine,
 from bench.roofline import peaks
 from configs.errors import Parser, UserError, run_main
 from models import kernels
-from models.convnext import GRN, SIZES
+from models.convnext import GRN
+from models.sizes import SIZES
 from models.sparse.layouts import Dense, Packed
 
 GRID, VISIBLE = (7, 7), 19

@@ -19,7 +19,10 @@ from configs.command import RECIPES, parse
 from configs.errors import Parser, run_main
 from configs.files import write_whole
 from configs.schema import Encoder, Finetune, Pretrain
-from models.convnext import SIZES, ConvNeXt
+from finetune.tasks import TASKS
+from models.convnext import ConvNeXt
+from models.sizes import SIZES
+from pretrain.objectives import OBJECTIVES
 
 PAGE = ROOT / "docs/recipes.md"
 CLASSES = {"shards/imagenet": 1_000, "shards/imagenet22k": 21_841}
@@ -72,7 +75,11 @@ def recipes() -> dict[str, Pretrain | Finetune]:
     found = {}
     for path in RECIPES.rglob("*.yaml"):
         name = path.relative_to(RECIPES).with_suffix("").as_posix()
-        found[name] = parse(Pretrain if name.startswith("pretrain/") else Finetune, "", "", ["--config", str(path)])
+        words = ["--config", str(path)]
+        if name.startswith("pretrain/"):
+            found[name] = parse(Pretrain, "", "", {"objective": OBJECTIVES}, words)
+        else:
+            found[name] = parse(Finetune, "", "", {"task": TASKS}, words)
     order = {model: number for number, model in enumerate(SIZES)}
     return dict(sorted(found.items(), key=lambda item: (order.get(item[1].model.name, 0), item[0])))
 

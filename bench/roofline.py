@@ -10,7 +10,7 @@ import time
 import torch
 
 from configs.schema import PATCH_PER_STEM_STRIDE, Encoder
-from models.convnext import resolve
+from models.sizes import resolve
 
 ELEMENTS = 52  # per token, block and channel; forward and backward
 

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 from bench.common import add_common, check_arguments, machine, show
 from configs.errors import Parser, UserError, run_main
 from configs.files import sha256
-from configs.schema import Optim, PretrainModel, Run
+from configs.schema import FCMAESettings, Optim, PretrainModel, Run
 from data.sampler import WINDOW, EpochOrder, TrainBatches
 from data.shards import ROW, Index, Shard, Split, index_file, index_tar, read_index, write_index, write_tar
 from launch.training.checkpoints import Checkpoints
@@ -196,7 +196,7 @@ def checkpoints(args: argparse.Namespace, folder: Path) -> dict:
     """Checkpoints of a single rank under ZeRO 1: bytes, how long training waits, until one counts, until it is back."""
     world, found = start(Run(device=args.device)), {}
     for name in args.models:
-        model = FCMAE(PretrainModel(name))
+        model = FCMAE(PretrainModel(name), FCMAESettings())
         optim = Optim(batch_size=1, zero_stage=1)
         engine = build_engine(model, parameter_groups(model, optim), optim, world)
         a_step(engine)
@@ -247,7 +247,7 @@ def exchange(args: argparse.Namespace, folder: Path) -> dict:
                     f"ZeRO {case['stage']} hands {case[way]:.2f} copies to {way}, not {copies}: see payload"
                 )
     with torch.device("meta"):
-        models = {f"convnextv2_{size}": FCMAE(PretrainModel(f"convnextv2_{size}")) for size in SIZES}
+        models = {f"convnextv2_{size}": FCMAE(PretrainModel(f"convnextv2_{size}"), FCMAESettings()) for size in SIZES}
     parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     return {"counted": counted, "parameters": parameters}
 
@@ -258,7 +258,7 @@ def _count(rank: int, port: int, path: Path) -> None:
     os.environ |= {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
     world, cases = start(Run(device="cpu")), []
     for stage, micro_batches in product(range(4), (1, 2)):
-        model = FCMAE(PretrainModel("convnextv2_atto"))
+        model = FCMAE(PretrainModel("convnextv2_atto"), FCMAESettings())
         parameters = sum(p.numel() for p in model.parameters())
         optim = Optim(batch_size=2 * micro_batches, micro_batch=1, zero_stage=stage)
         engine = build_engine(model, parameter_groups(model, optim), optim, world)

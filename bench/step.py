@@ -36,7 +36,7 @@ from bench.common import (
 )  # fmt: skip
 from bench.roofline import count, floor_seconds, peaks
 from configs.errors import Parser, UserError, run_main
-from configs.schema import Encoder, PretrainModel, visible_patches
+from configs.schema import Encoder, FCMAESettings, PretrainModel, visible_patches
 from launch.training.malloc import keep_memory
 from models import kernels
 from models.convnext import ConvNeXt
@@ -68,20 +68,20 @@ def parse() -> argparse.Namespace:
 
 def pretraining(args: argparse.Namespace) -> tuple[dict[str, tuple[nn.Module, Callable[[], Tensor]]], tuple]:
     """({name: (model, loss)}, what roofline.count takes)."""
-    config = PretrainModel(args.model, recompute=args.recompute)
-    ours, plain = FCMAE(config), FCMAE(replace(config, backend="masked", recompute="none"))
+    config, settings = PretrainModel(args.model, recompute=args.recompute), FCMAESettings()
+    ours, plain = FCMAE(config, settings), FCMAE(replace(config, backend="masked", recompute="none"), settings)
     fill(ours)
     plain.load_state_dict(ours.state_dict())
     ours, plain = ours.to(args.device).train(), plain.to(args.device).train()
     grid = args.size // 32, args.size // 32
-    n = visible_patches(grid[0] * grid[1], config.mask_ratio)
+    n = visible_patches(grid[0] * grid[1], settings.mask_ratio)
     visible = random_masks(args.batch, grid, n)
     image, visible = torch.randn(args.batch, 3, args.size, args.size).to(args.device), visible.to(args.device)
     models = {"packed": (ours, lambda: ours(image, visible)), "masked": (plain, lambda: plain(image, visible))}
     if not args.no_compiled:
         compiled = torch.compile(plain)
         models["compiled"] = plain, lambda: compiled(image, visible)
-    return models, (config, grid, n, (config.decoder_dim, config.decoder_depth))
+    return models, (config, grid, n, (settings.decoder_dim, settings.decoder_depth))
 
 
 def finetuning(args: argparse.Namespace) -> tuple[dict[str, tuple[nn.Module, Callable[[], Tensor]]], tuple]:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.command import say
 from configs.errors import UserError, nearest
+from configs.log import say
 from configs.schema import Data
 from data.loader import open_split
+from data.place import is_url
 from data.reencode import Options, convert
-from data.remote import Remote, is_url
+from data.remote import Remote
 from data.shards import IMAGE_TYPES, Shard, Split, split_name
 from data.sources import SPLITS, Item, open_source
 

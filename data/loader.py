@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from configs.command import say
 from configs.errors import UserError, reason
+from configs.log import say
 from configs.schema import Data, Optim
 from data.cache import Cache, RemoteUserError
-from data.remote import FETCHES, Remote, is_url
+from data.place import is_url
+from data.remote import FETCHES, Remote
 from data.sampler import SUBSTITUTES, WINDOW, EpochOrder, EvalBatches, TrainBatches
 from data.shards import Split, index_bytes
 from data.transforms import decode, sample_rng, to_float

@@ -44,11 +44,6 @@ class AttemptError(Exception):
     """An attempt failed; another may do better."""
 
 
-def is_url(path: str) -> bool:
-    """Whether `data.path` names something else than a folder of this machine."""
-    return "://" in path or "::" in path or path.startswith("pipe:")
-
-
 def check_url(url: str) -> str:
     """A folder's URL without its last slashes. Raises `UserError` for any but a plain one of a known protocol."""
     protocol, _, place = url.partition("://")

@@ -27,6 +27,7 @@ import webdataset
 
 from configs.errors import UserError, nearest
 from configs.files import sha256, whole_file, write_whole
+from data.place import check_folder
 from data.remote import FETCHES, Remote
 from data.sampler import WINDOW
 
@@ -192,10 +193,8 @@ def write_index(folder: Path, index: Index) -> None:
 def read_index(folder: Path | Remote) -> Index:
     """Read index.json. Raises `UserError` where there is none, or it is not ours."""
     path = folder / "index.json"
-    if isinstance(folder, Path) and not path.exists():
-        if folder.is_dir() and any(folder.glob("*.tar")):
-            raise UserError(f"{folder} has tars but no index.json: run `python data/prepare.py {folder} --index`")
-        raise UserError(f"no shards at {folder}: make them with `python data/prepare.py SOURCE {folder}`")
+    if isinstance(folder, Path):
+        check_folder(folder)
     try:
         content = json.loads(path.read_bytes() if isinstance(folder, Path) else folder.read_index())
         if content["format"] != FORMAT:

@@ -30,9 +30,9 @@ from rich.table import Table
 from sklearn.metrics import f1_score, recall_score
 from torch import Tensor
 
-from configs.command import say
 from configs.errors import Parser, UserError, run_main
 from configs.files import write_whole
+from configs.log import say
 from configs.schema import Data, Optim, Run
 from data.folder import Folder, open_images, sample_names
 from data.loader import Loader, eval_loader

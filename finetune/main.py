@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the project, not this folder
 
-from configs.command import dry_run, parse, say, to_dict
+from configs.command import dry_run, parse, recipe_section
+from configs.compare import to_dict
 from configs.errors import UserError, run_main
-from configs.schema import Encoder, Finetune, Pretrain
+from configs.log import say
+from configs.schema import Encoder, Finetune, PretrainModel
 from finetune.tasks import TASKS
+from launch.inputs import check_inputs
+from models.sizes import resolve
 
 if TYPE_CHECKING:
     from models.start import Init
@@ -24,7 +28,8 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Entry point: parse, build, run."""
-    config = parse(Finetune, "finetune/digits.yaml", __doc__)
+    config = parse(Finetune, "finetune/digits.yaml", __doc__, {"task": TASKS})
+    check_inputs(config)
 
     import numpy as np
 
@@ -46,7 +51,7 @@ def main() -> None:
     data.grid(arch.stem_stride)  # raises for an image size that the model does not take
     statistics = data.statistics(arch.channels)
     train_split, eval_split = open_split(data), open_split(data, config.eval_split)
-    task = TASKS["classification"].Task(config, train_split, eval_split)
+    task = TASKS[config.task.name].Task(config, train_split, eval_split)
     transform, weights = task.train_transform(statistics[0]), task.sample_weights()
     images = len(train_split) if weights is None else np.count_nonzero(weights)
     decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
@@ -91,8 +96,6 @@ def architecture(config: Finetune, init: "Init | None") -> Encoder:
     Raises:
         UserError: no model is named, or a key contradicts the file of --init
     """
-    from models.convnext import resolve
-
     keys = ("name", "channels", "stem_stride", "depths", "dims")
     given = {key: getattr(config.model, key) for key in keys if getattr(config.model, key) is not None}
     if init is not None:
@@ -107,7 +110,7 @@ def architecture(config: Finetune, init: "Init | None") -> Encoder:
     if "name" not in given and config.model.like:
         path = Path(config.model.like)
         path = path if path.exists() or path.is_absolute() else ROOT / path
-        recipe = parse(Pretrain, "", "", ["--config", str(path)]).model
+        recipe = recipe_section(path, "model", PretrainModel)
         given = {key: getattr(recipe, key) for key in keys} | given
         say(f"--init none: the model of {config.model.like}, from scratch")
     if "name" not in given:

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from configs.command import say
 from configs.errors import Parser, UserError, run_main
 from configs.files import write_whole
+from configs.log import say
 from configs.schema import Augment, Data, Optim, Run
 from data.loader import Loader, open_split
 from data.shards import Split

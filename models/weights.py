@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from configs.errors import UserError, reason
 from configs.files import whole_file
-from configs.schema import Encoder, PretrainModel
-from models.convnext import ConvNeXt, resolve
+from configs.schema import Encoder, FCMAESettings, PretrainModel
+from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
+from models.sizes import resolve
 
 FORMAT = "convnext-fcmae/1"
 LISTED = 20  # names in an error message
@@ -180,8 +181,8 @@ def expected_tensors(arch: Encoder, found: Tensors) -> Tensors:
         tensors = ConvNeXt(arch, found["head.fc.bias"].numel() if "head.fc.bias" in found else 1).state_dict()
         if any(name.startswith(DECODER) for name in found):
             width, depth = decoder_shape(found)
-            config = PretrainModel(**asdict(arch), decoder_dim=width, decoder_depth=depth)
-            tensors |= split_by_prefix(FCMAE(config).state_dict(), "encoder.")[1]
+            settings = FCMAESettings(decoder_dim=width, decoder_depth=depth)
+            tensors |= split_by_prefix(FCMAE(PretrainModel(**asdict(arch)), settings).state_dict(), "encoder.")[1]
     for part in ("head.fc.", "head."):
         if not any(name.startswith(part) for name in found):
             _, tensors = split_by_prefix(tensors, part)

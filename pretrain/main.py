@@ -14,17 +14,21 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.command import dry_run, parse, say, to_dict
+from configs.command import dry_run, parse
+from configs.compare import to_dict
 from configs.errors import run_main
+from configs.log import say
 from configs.schema import Pretrain
+from launch.inputs import check_inputs
 from pretrain.objectives import OBJECTIVES
 
 
 def main() -> None:
     """Entry point: parse, build, run."""
-    config = parse(Pretrain, "pretrain/digits.yaml", __doc__)
-    make_objective = OBJECTIVES["fcmae"].Objective
+    config = parse(Pretrain, "pretrain/digits.yaml", __doc__, {"objective": OBJECTIVES})
+    make_objective = OBJECTIVES[config.objective.name].Objective
     make_objective(config)  # refuses settings that do not fit, before the slow imports
+    check_inputs(config)
 
     from data.loader import open_split, train_loader
     from launch.training.dry_run import plan
@@ -74,7 +78,7 @@ def main() -> None:
 
     with engine.whole_weights():
         if world.first:
-            path = trainer.folder / "fcmae.pt"
+            path = trainer.folder / f"{config.objective.name}.pt"
             mean, std = statistics
             image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}
             content = Weights(model.encoder.arch, image, cpu_state(model.encoder), *objective.decoder(model))

@@ -14,23 +14,17 @@ import os
 import shutil
 import threading
 import time
-from dataclasses import fields
+from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
 
-from configs.command import differences, say
+from configs.compare import differences
 from configs.errors import UserError, reason
 from configs.files import sha256, sync_folder, write_whole
-from configs.schema import Probe
+from configs.log import say
 from launch.training.engine import Engine, to_universal
 from launch.training.world import World, agree, barrier, gather, peers
 
-MAY_CHANGE = {  # keys that may differ on resume: they do not change what is learnt
-    "resume", "run.log_every", "run.eval_every", "run.patience", "run.max_steps", "run.picture_every", "run.save_every",
-    "run.save_minutes", "run.keep", "run.folder", "run.name", "run.hang_minutes", "run.device", "run.kernels",
-    "optim.micro_batch", "optim.max_skipped", "data.path", "data.workers", "data.cache", "data.cache_gb",
-    "data.max_damaged", "init", *(f"probe.{field.name}" for field in fields(Probe)),
-}  # fmt: skip  # the content behind data.path and init is compared by its digest
 UNIVERSAL = ".universal"  # folder of a checkpoint that is being converted to another number of ranks
 
 
@@ -42,10 +36,13 @@ class Checkpoints:
         engine: whose weights and optimizer are saved and loaded
         identity: resolved configuration and digests of data and initial weights
         keep: how many checkpoints to keep, besides the best
+        may_change: keys that may differ on resume; what data.path and init name is compared by its digest
     """
 
-    def __init__(self, run: Path, engine: Engine, identity: dict, world: World, keep: int):
-        self.folder, self.keep = run / "checkpoints", keep
+    def __init__(
+        self, run: Path, engine: Engine, identity: dict, world: World, keep: int, may_change: Collection[str] = ()
+    ):
+        self.folder, self.keep, self.may_change = run / "checkpoints", keep, may_change
         self.engine, self.identity, self.world = engine, identity, world
         self.commit: threading.Thread | None = None
         self.failure: BaseException | None = None
@@ -195,7 +192,7 @@ class Checkpoints:
                 f"{self.folder.parent} is a {config['stage']} run: choose another --run.name for "
                 f"{self.identity['stage']}"
             )
-        changed = [line for line in differences(config, self.identity) if line.split()[0] not in MAY_CHANGE]
+        changed = [line for line in differences(config, self.identity) if line.split()[0] not in self.may_change]
         if changed:
             raise UserError(
                 f"{self.folder / name} was made with another configuration ({'; '.join(changed)}): "

@@ -91,11 +91,10 @@ def schedule(optim: Optim, images: int, ranks: int) -> list[str]:
         raise UserError(f"{images:,} images are fewer than one batch: lower optim.batch_size (now {optim.batch_size})")
     total = steps * optim.epochs
     warmup = min(total, math.ceil(optim.warmup_epochs * steps))
-    scale = optim.batch_size / 256
     return [
         f"batch   micro batch {micro} x accumulation {accumulation} x {_count(ranks, 'rank')} = {optim.batch_size}",
-        f"lr      {optim.lr:g} x {optim.batch_size} / 256 = {optim.lr * scale:.3g} after warm-up, "
-        f"{optim.min_lr * scale:.3g} at the end",
+        f"lr      {optim.lr:g} x {optim.batch_size} / 256 = {optim.scaled(optim.lr):.3g} after warm-up, "
+        f"{optim.scaled(optim.min_lr):.3g} at the end",
         f"images  {images:,}; each epoch leaves out {left_out:,}, others each time",
         f"steps   {steps:,} an epoch x {_count(optim.epochs, 'epoch')} = {total:,}; warm-up takes the first {warmup:,}",
     ]
@@ -104,7 +103,7 @@ def schedule(optim: Optim, images: int, ranks: int) -> list[str]:
 def group_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
     """Each parameter group: its size, weight decay, learning rate after warm-up, first and last parameter."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    peak = optim.lr * optim.batch_size / 256
+    peak = optim.scaled(optim.lr)
     table = _table("tensors", "parameters", "decay", "lr scale", "lr")
     table.add_column("first and last parameter")
     for group in groups:
@@ -119,7 +118,7 @@ def group_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
 
 def parameter_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
     """Each parameter: its shape, weight decay, learning rate scale and learning rate after warm-up; or `frozen`."""
-    peak = optim.lr * optim.batch_size / 256
+    peak = optim.scaled(optim.lr)
     group_of = {parameter: group for group in groups for parameter in group["params"]}
     table = _table("shape", "decay", "lr scale", "lr")
     table.add_column("parameter")

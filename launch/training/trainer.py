@@ -10,8 +10,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from configs.command import to_dict
+from configs.compare import to_dict
 from configs.errors import INTERRUPTED, SAVED, Stopped
+from configs.keys import free_keys
 from configs.schema import Finetune, Pretrain
 from data.loader import Loader
 from data.shards import Split
@@ -119,7 +120,8 @@ class Trainer:
     def _resume(self) -> None:
         config, world = self.config, self.world
         check_alike(world, self.folder, self.identity)
-        self.checkpoints = Checkpoints(self.folder, self.engine, self.identity, world, config.run.keep)
+        may_change = free_keys(type(config))
+        self.checkpoints = Checkpoints(self.folder, self.engine, self.identity, world, config.run.keep, may_change)
         self.step, state = self.checkpoints.resume(config.resume)
         self.log = RunLog(self.folder, to_dict(config), self.steps, self.step, config.optim.batch_size, world.first)
         self.faults = Faults(config.optim.max_skipped, config.data.max_damaged, self.splits, self.log)

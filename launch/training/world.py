@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.command import differences
+from configs.compare import differences
 from configs.errors import LostPeer, UserError, reason
 from configs.schema import Run
 from launch.training.malloc import keep_memory

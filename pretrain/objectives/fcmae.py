@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from configs.errors import UserError
-from configs.schema import PATCH_PER_STEM_STRIDE, Pretrain, visible_patches
+from configs.schema import FCMAESettings as Settings  # in configs, because weight files hold them
+from configs.schema import Pretrain, visible_patches
+from models.sizes import check_size
+
+__all__ = ["Objective", "Settings"]
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,13 +32,8 @@ class Objective:
         self.config = config
         self.grid = config.data.grid(config.model.stem_stride)
         self.patches = self.grid[0] * self.grid[1]
-        self.visible = visible_patches(self.patches, config.model.mask_ratio)
-        if self.visible == self.patches:
-            raise UserError(
-                f"data.size gives {self.patches} patch(es) of {PATCH_PER_STEM_STRIDE * config.model.stem_stride} "
-                f"pixels: none is hidden at model.mask_ratio {config.model.mask_ratio}; use larger images or a smaller "
-                "model.stem_stride"
-            )
+        self.visible = visible_patches(self.patches, config.objective.mask_ratio)
+        check_size(config.model, config.objective, self.grid)
 
     def describe(self) -> str:
         """Part of the run's first line."""
@@ -52,7 +50,7 @@ class Objective:
         """The model with initial weights; its forward takes `inputs` and returns the loss."""
         from models.fcmae import FCMAE
 
-        return FCMAE(self.config.model)
+        return FCMAE(self.config.model, self.config.objective)
 
     def load(self, model: FCMAE, init: Init) -> None:
         """Start from the weights of --init, with the decoder if the file has one."""
@@ -79,8 +77,8 @@ class Objective:
 
     def decoder(self, model: FCMAE) -> tuple[Tensors, dict]:
         """Tensors besides the encoder's for the weight file, and the settings to build them with."""
-        from configs.command import to_dict
+        from models.fcmae import flat_config
         from models.weights import cpu_state, split_by_prefix
 
         _, tensors = split_by_prefix(cpu_state(model), "encoder.")
-        return tensors, to_dict(self.config.model)
+        return tensors, flat_config(self.config.model, self.config.objective)

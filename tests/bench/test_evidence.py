@@ -13,6 +13,8 @@ from bench.evidence import ABLATIONS, PARTS, SCALES, Evidence, main
 from configs.command import parse
 from configs.schema import Finetune, Pretrain
 from finetune.evaluate import parse as parse_evaluate
+from finetune.tasks import TASKS
+from pretrain.objectives import OBJECTIVES
 from tests.conftest import ROOT
 
 RATES = SCALES["cpu"].rates
@@ -36,8 +38,10 @@ def stand_in(runs: list[str]):
             found = {"split": args.split, "scores": {"top1": 0.5}, "predictions": "many"}
             assert (args.split, Path(args.weights).name) == ("test", "best.pt")
         else:
-            kind = Pretrain if command == "pretrain/main.py" else Finetune
-            config = parse(kind, "", "", rest)
+            kind, choices = Finetune, {"task": TASKS}
+            if command == "pretrain/main.py":
+                kind, choices = Pretrain, {"objective": OBJECTIVES}
+            config = parse(kind, "", "", choices, rest)
             folder, name = Path(config.run.folder) / config.run.name, config.run.name
             found = {"seconds": 60, "hardware": "two cores", "config": {"run": {"seed": config.run.seed}}}
             found |= summary(config)
@@ -54,8 +58,9 @@ def summary(config: Pretrain | Finetune) -> dict:
     """What a command writes into summary.json, as far as the page reads it."""
     if isinstance(config, Finetune):
         start = "scratch" if config.init == "none" else Path(config.init).parent.name
-        top1 = accuracy(start, config.label_share, config.optim.lr, config.run.seed)
-        held = {"label_share": config.label_share, "optim": {"lr": config.optim.lr}, "run": {"seed": config.run.seed}}
+        top1 = accuracy(start, config.task.label_share, config.optim.lr, config.run.seed)
+        held = {"task": {"label_share": config.task.label_share}, "optim": {"lr": config.optim.lr}}
+        held["run"] = {"seed": config.run.seed}
         return {"stage": "fine-tuning", "best": {"top1": top1}, "config": held}
     epochs = range(0, config.optim.epochs + 1, max(1, config.probe.every))
     probed = epochs if config.probe.every else ()
@@ -65,7 +70,7 @@ def summary(config: Pretrain | Finetune) -> dict:
         "knn": {str(i): {"top1_k20": 0.3 + i / 1000} for i in probed},
         "linear": {str(i): {"top1": 0.35 + i / 1000} for i in probed},
         "feature_distance": {str(i): {f"stage_{j}": 0.1 * j for j in (1, 2, 3, 4)} for i in epochs if i},
-        "config": {"model": {"mask_ratio": config.model.mask_ratio}},
+        "config": {"model": {}, "objective": {"mask_ratio": config.objective.mask_ratio}},
     }  # fmt: skip
 
 

@@ -13,9 +13,12 @@ import torch
 from configs.command import RECIPES, parse
 from configs.schema import Encoder, Finetune, Pretrain, visible_patches
 from finetune.layer_decay import layer_decay
+from finetune.tasks import TASKS
 from launch.training.dry_run import schedule
 from launch.training.parameter_groups import parameter_groups
-from models.convnext import SIZES, ConvNeXt, resolve
+from models.convnext import ConvNeXt
+from models.sizes import SIZES, resolve
+from pretrain.objectives import OBJECTIVES
 
 IMAGES = {"shards/imagenet": 1_281_167, "shards/imagenet22k": 14_197_122}
 CLASSES = {"shards/imagenet": 1_000, "shards/imagenet22k": 21_841}
@@ -144,7 +147,9 @@ PRETRAINED = {  # table 4 for base, large and huge; for the others table 14
 
 @cache
 def recipe(name: str) -> Pretrain | Finetune:
-    return parse(Pretrain if name.startswith("pretrain/") else Finetune, "", "", ["--config", str(FILES[name])])
+    if name.startswith("pretrain/"):
+        return parse(Pretrain, "", "", {"objective": OBJECTIVES}, ["--config", str(FILES[name])])
+    return parse(Finetune, "", "", {"task": TASKS}, ["--config", str(FILES[name])])
 
 
 def head(name: str) -> dict[str, str]:
@@ -214,11 +219,11 @@ def test_the_head_of_a_published_recipe(name):
 @pytest.mark.parametrize("name", sorted(PRETRAINED))
 def test_pretraining_is_the_published(name):
     config, (epochs, steps, _) = recipe(name), PRETRAINED[name]
-    optim, data, model = config.optim, config.data, config.model
+    optim, data, model, own = config.optim, config.data, config.model, config.objective
     assert (model.name, model.channels, model.stem_stride) == (model_of(name), 3, 4)
     assert model.depths is None and model.dims is None
-    assert visible_patches(49, model.mask_ratio) == 19 and (model.decoder_dim, model.decoder_depth) == (512, 1)
-    assert model.norm_pix and model.grn_scope == "image"
+    assert visible_patches(49, own.mask_ratio) == 19 and (own.decoder_dim, own.decoder_depth) == (512, 1)
+    assert own.norm_pix and model.grn_scope == "image"
     assert (data.path, data.height_width, data.crop_scale) == ("shards/imagenet", (224, 224), (0.2, 1.0))
     assert_plain(config)
     assert (optim.epochs, optim.warmup_epochs, optim.batch_size, optim.betas) == (epochs, 40, 4096, (0.9, 0.95))
@@ -231,17 +236,17 @@ def test_pretraining_is_the_published(name):
 @pytest.mark.parametrize("name", sorted(FINETUNED))
 def test_finetuning_is_the_published(name):
     config, row = recipe(name), FINETUNED[name]
-    optim, data, augment = config.optim, config.data, config.augment
+    optim, data, augment, task = config.optim, config.data, config.augment, config.task
     assert config.model.name == model_of(name)
     assert config.model.drop_path == row.drop_path and not config.model.freeze_encoder
     assert (data.path, data.height_width, data.crop_scale) == (row.data, (row.size, row.size), (0.08, 1.0))
     assert_plain(config)
     assert (augment.auto_augment, augment.color_jitter) == ("rand-m9-mstd0.5-inc1", 0)
     assert (augment.erase, augment.erase_mode, augment.erase_count) == (0.25, "pixel", 1)
-    assert (augment.mixup, augment.cutmix) == row.mix and augment.smoothing == row.smoothing
-    assert (augment.mix_prob, augment.mix_switch, augment.mix_mode) == (1, 0.5, "batch")
-    assert (augment.ema, augment.eval_crop, config.balance) == (row.ema, row.crop, 0)
-    assert config.model.head_init is None and config.init == "none"  # .001 with --init, 1 without
+    assert (task.mixup, task.cutmix) == row.mix and task.smoothing == row.smoothing
+    assert (task.mix_prob, task.mix_switch, task.mix_mode) == (1, 0.5, "batch")
+    assert (augment.ema, augment.eval_crop, task.balance) == (row.ema, row.crop, 0)
+    assert task.head_init is None and config.init == "none"  # .001 with --init, 1 without
     assert (optim.batch_size, optim.epochs, optim.warmup_epochs) == (row.batch, row.epochs, row.warmup)
     assert optim.betas == (0.9, 0.999)
     assert_schedule(config, row.lr, 1e-6, row.warmup, row.steps)

@@ -78,7 +78,7 @@ def classifier(shards: Path, path: Path) -> Path:
 
 def autoencoder(path: Path) -> Path:
     """Write an fcmae.pt."""
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     encoder, decoder = split_by_prefix(cpu_state(model), "encoder.")
     encoder = {name.removeprefix("encoder."): tensor for name, tensor in encoder.items()}
     image = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from configs.schema import Augment, Data, Finetune, FinetuneModel, Optim
+from configs.schema import Augment, Data, Encoder, Finetune, FinetuneModel, Optim
 from finetune.finetuning import Finetuning
-from finetune.tasks.classification import Task
+from finetune.tasks.classification import Settings, Task
 from launch.training.world import World
-from models.convnext import Encoder, resolve
+from models.sizes import resolve
 from models.weights import load
 from tests.conftest import run
 from tests.finetune.test_main import summary, words
@@ -27,15 +27,15 @@ def task_of(config: Finetune) -> Task:
     return Task(config, split, split)
 
 
-def seen(augment: Augment, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def seen(augment: Augment, task: Settings | None = None, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Images [8, 1, 8, 8] and targets [8, 10] as the model and the criterion get them; before, image i is all i + 1."""
     world, got = World(0, 1, torch.device("cpu")), []
     engine = lambda image: got.append(image) or torch.zeros(len(image), 10)  # noqa: E731
-    config = Finetune(data=Data(size=8), augment=augment)
-    task = task_of(config)
-    stage = Finetuning(config, task, engine, world, None, None, ARCH, "", ((0.0,), (1.0,)))
-    criterion = task.criterion
-    task.criterion = lambda logits, target: got.append(target) or criterion(logits, target)
+    config = Finetune(data=Data(size=8), augment=augment, task=task or Settings())
+    made = task_of(config)
+    stage = Finetuning(config, made, engine, world, None, None, ARCH, "", ((0.0,), (1.0,)))
+    criterion = made.criterion
+    made.criterion = lambda logits, target: got.append(target) or criterion(logits, target)
     image = torch.arange(1.0, 9).view(8, 1, 1, 1).expand(8, 1, 8, 8)
     stage.loss({"image": image, "label": torch.arange(8)}, step, 0)
     return got[0], got[1]
@@ -57,20 +57,20 @@ def test_nothing_is_changed_unasked():
 def test_erasing(mode, holds):
     areas = []
     for step in range(10):
-        image, _ = seen(Augment(erase=1.0, erase_mode=mode), step)
+        image, _ = seen(Augment(erase=1.0, erase_mode=mode), step=step)
         for i, one in enumerate(image):
             erased = one[one != i + 1]
             assert holds(erased)
             areas.append(erased.numel())
     assert min(areas) > 0
-    some = [seen(Augment(erase=0.25), step)[0].flatten(1).std(1) > 0 for step in range(40)]
+    some = [seen(Augment(erase=0.25), step=step)[0].flatten(1).std(1) > 0 for step in range(40)]
     assert 0.15 < torch.stack(some).float().mean() < 0.35
 
 
 def test_several_areas_are_erased():
     colours = []
     for step in range(10):
-        image, _ = seen(Augment(erase=1.0, erase_mode="rand", erase_count=4), step)
+        image, _ = seen(Augment(erase=1.0, erase_mode="rand", erase_count=4), step=step)
         colours += [len(one[one != i + 1].unique()) for i, one in enumerate(image)]
     assert set(colours) == {1, 2, 3, 4}
 
@@ -79,7 +79,7 @@ def mixed(**settings) -> list[str]:
     """What happened to each of 30 batches: nothing, mixup (whole images are blended) or cutmix (parts replaced)."""
     found = []
     for step in range(30):
-        image, target = seen(Augment(mixup=1.0, cutmix=1.0, **settings), step)
+        image, target = seen(Augment(), Settings(mixup=1.0, cutmix=1.0, **settings), step)
         blended = image.flatten(1).std(1) < 1e-4
         pure = target.max(1).values > 0.9
         found.append("nothing" if pure.all() else "mixup" if blended.all() else "cutmix")
@@ -97,12 +97,12 @@ def test_what_shares_a_draw():
     """How much of its own class each image of a batch keeps."""
     for mode, different in (("batch", 1), ("pair", 4), ("elem", 8)):
         settings = {"mixup": 1.0, "mix_mode": mode, "smoothing": 0.0}
-        own = [seen(Augment(**settings), step)[1][torch.arange(8), torch.arange(8)] for step in range(5)]
+        own = [seen(Augment(), Settings(**settings), step)[1][torch.arange(8), torch.arange(8)] for step in range(5)]
         assert {len(kept.mul(1e4).round().unique()) for kept in own} == {different}
 
 
 def test_smoothing():
-    _, target = seen(Augment(mixup=1.0, mix_prob=0.0, smoothing=0.2))
+    _, target = seen(Augment(), Settings(mixup=1.0, mix_prob=0.0, smoothing=0.2))
     assert torch.allclose(target[0], torch.tensor([0.82, *[0.02] * 9]))
 
 
@@ -126,13 +126,13 @@ def test_the_learning_rate_begins_where_it_is_told():
 
 
 def test_frozen_and_tried_out(digits, pretrained, tmp_path):
-    """--model.freeze_encoder, --run.max_steps, --label_share, --balance, --data.repeats, fp16: three steps."""
+    """--model.freeze_encoder, --run.max_steps, --task.label_share, .balance, --data.repeats, fp16: three steps."""
     more = ["--init", pretrained / "fcmae.pt", "--model.freeze_encoder", "true", "--run.max_steps", "3"]
-    more += ["--data.size", "32", "--model.head_init", "0"]  # a larger image than in pretraining
+    more += ["--data.size", "32", "--task.head_init", "0"]  # a larger image than in pretraining
     more += [
-        "--label_share",
+        "--task.label_share",
         "0.5",
-        "--balance",
+        "--task.balance",
         "1",
         "--data.repeats",
         "2",
@@ -149,7 +149,7 @@ def test_frozen_and_tried_out(digits, pretrained, tmp_path):
     assert 0 < best.head["head.fc.weight"].abs().max() < 0.02  # three steps from zero; a step is 4e-3 at most
     lines = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3] and summary(tmp_path / "x")["epoch"] == 1
-    assert summary(tmp_path / "x")["config"]["label_share"] == 0.5
+    assert summary(tmp_path / "x")["config"]["task"]["label_share"] == 0.5
 
 
 def test_early_stop_and_evaluation_interval(digits, tmp_path):

@@ -18,9 +18,9 @@ from tests.conftest import QUICK, ROOT, losses, names, run
 
 SHAPE = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]"]
 RECIPE = [
-    "--augment.mixup",
+    "--task.mixup",
     "0.5",
-    "--augment.cutmix",
+    "--task.cutmix",
     "0.5",
     "--augment.erase",
     "0.5",
@@ -159,7 +159,7 @@ def test_bad_input(more, says, digits, pretrained, tmp_path, refused):
 
 
 def test_an_odd_micro_batch_is_not_mixed(digits, tmp_path):
-    more = ["--augment.mixup", "1", "--optim.batch_size", "3", "--optim.micro_batch", "3"]
+    more = ["--task.mixup", "1", "--optim.batch_size", "3", "--optim.micro_batch", "3"]
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "bad", *more), code=2)
     assert "must be even" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "bad").exists()

@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.errors import UserError
-from configs.schema import Data, Optim, Pretrain, PretrainModel, Probe
+from configs.schema import Data, FCMAESettings, Optim, Pretrain, PretrainModel, Probe
 from launch.training.world import World
 from models.fcmae import FCMAE
 from models.weights import load
@@ -101,9 +101,10 @@ def test_steps_are_watched_and_the_model_stays_in_training(digits):
             places.append(f"{what}, {i} of {count}")
             yield step
 
-    small = PretrainModel(channels=1, stem_stride=1, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), decoder_dim=8)
+    small = PretrainModel(channels=1, stem_stride=1, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
     data, optim, asked = Data(path=str(digits), size=24, workers=0), Optim(batch_size=16), Probe(every=1, images=40)
-    config, model = Pretrain(model=small, data=data, optim=optim, probe=asked), FCMAE(small).train()
+    config = Pretrain(model=small, data=data, optim=optim, probe=asked)
+    model = FCMAE(small, FCMAESettings(decoder_dim=8)).train()
     engine = SimpleNamespace(model=model, precision="fp32", whole_weights=nullcontext)
     world = World(0, 1, torch.device("cpu"))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

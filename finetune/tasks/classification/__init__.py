@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from configs.errors import UserError
+from configs.keys import fixed, require
 from configs.schema import Encoder, Finetune
 
 if TYPE_CHECKING:
@@ -20,6 +22,34 @@ if TYPE_CHECKING:
     from finetune.tasks.classification.scores import Predictions
     from models.convnext import ConvNeXt
     from models.start import Init
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Keys of the `task` section: labels, head and loss."""
+
+    smoothing: float = fixed(0.1, "label smoothing")
+    mixup: float = fixed(0.0, "alpha of mixup; 0 = off")
+    cutmix: float = fixed(0.0, "alpha of cutmix; 0 = off")
+    mix_prob: float = fixed(1.0, "probability of mixup or cutmix")
+    mix_switch: float = fixed(0.5, "probability of cutmix rather than mixup if both are on")
+    mix_mode: Literal["batch", "pair", "elem"] = fixed("batch", "granularity of mixup sampling: batch, pair or element")
+    head_init: float | None = fixed(
+        None, "scale of a new head's initial weights; null = .001 with --init, 1 from scratch"
+    )
+    balance: float = fixed(
+        0.0, "oversampling of rare classes, from 0 = none to 1 = all classes alike: weight n ** -balance for n images"
+    )
+    label_share: float = fixed(1.0, "share of each class's images to train on, drawn with run.seed")
+
+    def __post_init__(self):
+        require(0 <= self.smoothing < 1, "task.smoothing", self.smoothing, "at least 0 and below 1")
+        for key in ("mixup", "cutmix"):
+            require(getattr(self, key) >= 0, f"task.{key}", getattr(self, key), "0 or more")
+        for key in ("mix_prob", "mix_switch"):
+            require(0 <= getattr(self, key) <= 1, f"task.{key}", getattr(self, key), "a probability")
+        require(0 <= self.balance <= 1, "task.balance", self.balance, "from 0 to 1")
+        require(0 < self.label_share <= 1, "task.label_share", self.label_share, "above 0 and at most 1")
 
 
 class Task:
@@ -51,8 +81,8 @@ class Task:
 
     def check_batch(self, micro: int) -> None:
         """Raise `UserError` for mixup or cutmix with an odd micro batch."""
-        if micro % 2 and (self.config.augment.mixup or self.config.augment.cutmix):
-            raise UserError(f"augment.mixup and cutmix pair images: optim.micro_batch {micro} must be even")
+        if micro % 2 and (self.config.task.mixup or self.config.task.cutmix):
+            raise UserError(f"task.mixup and cutmix pair images: optim.micro_batch {micro} must be even")
 
     def train_transform(self, mean: tuple[float, ...]) -> Transform:
         """Random crop and augmentation; `mean` [C] of the channels."""
@@ -71,12 +101,12 @@ class Task:
         """How often each training image is drawn, as `EpochOrder` takes it; None = once an epoch."""
         from data.sampler import class_weights, labelled_share
 
-        config = self.config
-        if config.label_share == 1 and not config.balance:
+        settings = self.config.task
+        if settings.label_share == 1 and not settings.balance:
             return None
         labels = self.train.labels()
-        used = labelled_share(labels, config.label_share, config.run.seed)
-        return np.where(used, class_weights(labels, config.balance), 0)
+        used = labelled_share(labels, settings.label_share, self.config.run.seed)
+        return np.where(used, class_weights(labels, settings.balance), 0)
 
     def build(self, arch: Encoder) -> ConvNeXt:
         """The classifier with initial weights. A frozen encoder has no drop path and nothing to recompute."""
@@ -95,7 +125,7 @@ class Task:
         from models.start import start_classifier
 
         if init is None or not start_classifier(model, init, self.classes):
-            scale = self.config.model.head_init
+            scale = self.config.task.head_init
             for parameter in model.head.fc.parameters():
                 parameter.data.mul_((1.0 if init is None else 0.001) if scale is None else scale)
 
@@ -139,11 +169,11 @@ class Task:
         from timm.data import Mixup
         from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-        augment = self.config.augment
-        if not (augment.mixup or augment.cutmix):
-            return None, LabelSmoothingCrossEntropy(augment.smoothing)
+        settings = self.config.task
+        if not (settings.mixup or settings.cutmix):
+            return None, LabelSmoothingCrossEntropy(settings.smoothing)
         mixup = Mixup(
-            augment.mixup, augment.cutmix, prob=augment.mix_prob, switch_prob=augment.mix_switch,
-            mode=augment.mix_mode, label_smoothing=augment.smoothing, num_classes=len(self.classes),
+            settings.mixup, settings.cutmix, prob=settings.mix_prob, switch_prob=settings.mix_switch,
+            mode=settings.mix_mode, label_smoothing=settings.smoothing, num_classes=len(self.classes),
         )  # fmt: skip
         return mixup, SoftTargetCrossEntropy()

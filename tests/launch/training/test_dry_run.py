@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from configs.schema import Augment, Data, Encoder, Finetune, Optim, Pretrain, PretrainModel, Run
+from configs.schema import Augment, Data, Encoder, FCMAESettings, Finetune, Optim, Pretrain, PretrainModel, Run
 from finetune.layer_decay import layer_decay
 from launch.training.dry_run import PIECES, PROBE, activations, plan, saved, schedule, states
 from launch.training.parameter_groups import parameter_groups
@@ -24,7 +24,7 @@ import gc, json, sys, warnings
 warnings.simplefilter("ignore")
 sys.path[:0] = [sys.argv[1]]
 import torch
-from configs.schema import Optim, PretrainModel, Run
+from configs.schema import FCMAESettings, Optim, PretrainModel, Run
 from launch.training.engine import Engine, bucket_size
 from launch.training.parameter_groups import parameter_groups
 from launch.training.world import start, stop
@@ -49,7 +49,7 @@ gc.freeze()  # what is there now is not looked through again
 counts = {}
 for stage in json.loads(sys.argv[2]):
     before = held()
-    model = FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)))
+    model = FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)), FCMAESettings())
     groups = parameter_groups(model, Optim())
     optim = Optim(batch_size=2 * world.ranks, micro_batch=1, zero_stage=stage)
     engine = Engine(model, groups, optim, world)
@@ -68,10 +68,10 @@ stop()
 
 
 def pretraining(model: PretrainModel | None = None, size: int = 32, **optim) -> tuple[Pretrain, FCMAE]:
-    config = Pretrain(
-        data=Data(size=size), model=model or tiny(), optim=Optim(**optim), run=Run(name="x", device="cpu")
-    )
-    return config, FCMAE(config.model)
+    own, settings = (model, FCMAESettings()) if model else tiny()
+    data, run = Data(size=size), Run(name="x", device="cpu")
+    config = Pretrain(data=data, model=own, objective=settings, optim=Optim(**optim), run=run)
+    return config, FCMAE(own, settings)
 
 
 def measured(model: FCMAE, micro: int, low: bool = False) -> int:
@@ -198,7 +198,7 @@ def test_memory_as_counted_in_an_engine(ranks, stages, tmp_path):
     launcher = ["python"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
     done = run(*launcher, tmp_path / "count.py", ROOT, json.dumps(stages))
     counted = json.loads(done.stdout.splitlines()[-1])
-    groups = parameter_groups(FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1))), Optim())
+    groups = parameter_groups(FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)), FCMAESettings()), Optim())
     sizes = [sum(p.numel() for p in group["params"]) for group in groups]
     for stage in stages:
         count, held = counted[str(stage)], states(sizes, ranks, stage)
@@ -215,7 +215,7 @@ def test_memory_as_counted_in_an_engine(ranks, stages, tmp_path):
 
 
 def test_activations_are_linear_in_the_micro_batch():
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     for low in (False, True):
         assert measured(model, 16, low) == pytest.approx(saved(model, inputs(model, 16), low)[0], rel=1e-3)
     assert measured(model, 30) == pytest.approx(3 * measured(model, 10), rel=1e-3)
@@ -223,9 +223,9 @@ def test_activations_are_linear_in_the_micro_batch():
 
 
 def test_recomputing_keeps_less_but_what_is_recomputed_at_once():
-    plain, kept, stored = FCMAE(tiny()), {}, {}
+    plain, kept, stored = FCMAE(*tiny()), {}, {}
     for mode in ("none", *PIECES):
-        model = FCMAE(tiny(recompute=mode))
+        model = FCMAE(*tiny(recompute=mode))
         stored[mode], _ = saved(model, inputs(model, 4), False)
         kept[mode] = measured(model, 4)
         assert model.encoder.recompute == mode

@@ -12,7 +12,7 @@ from tests.models.helpers import tiny
 
 
 def test_the_mask_token_grn_and_biases_have_no_decay():
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, Optim())
     assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
@@ -25,7 +25,7 @@ def test_the_mask_token_grn_and_biases_have_no_decay():
 
 
 def test_decay_rules():
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     rules = {"encoder.*": 0.2, "*.grn.*": 0.01, "encoder.stem.*": 0}
     groups = parameter_groups(model, Optim(decay_rules=rules), lambda name: 0.5 if "decoder" in name else 1.0)
     found = {id(p): (group["weight_decay"], group["lr_scale"]) for group in groups for p in group["params"]}
@@ -43,7 +43,7 @@ def test_decay_rules():
 
 
 def test_frozen_parameters_are_in_no_group():
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     model.encoder.requires_grad_(False)
     groups = parameter_groups(model, Optim())
     trained = {id(p) for group in groups for p in group["params"]}

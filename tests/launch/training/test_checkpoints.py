@@ -39,7 +39,7 @@ def load(engine, folder, tag, universal=False):
 
 
 def of(run, config=IDENTITY, world=ALONE, keep=3):
-    return checkpoints.Checkpoints(run, Engine(), config, world, keep)
+    return checkpoints.Checkpoints(run, Engine(), config, world, keep, frozenset({"run.log_every"}))
 
 
 def save(run, *steps, keep=3, config=IDENTITY, scores=None):

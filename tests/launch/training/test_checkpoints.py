@@ -37,7 +37,7 @@ def one_process(monkeypatch):
 
 
 def of(run, config=IDENTITY, world=ALONE, keep=3):
-    return checkpoints.Checkpoints(run, Engine(), config, world, keep)
+    return checkpoints.Checkpoints(run, Engine(), config, world, keep, frozenset({"run.log_every"}))
 
 
 def save(run, *steps, keep=3, config=IDENTITY, scores=None):

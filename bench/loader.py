@@ -25,9 +25,10 @@ from torchvision.transforms.v2 import functional as F
 from bench.common import add_common, check_arguments, machine, measure, show, summary
 from configs.errors import Parser, UserError, run_main
 from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Data
+from data.decode import decode
 from data.loader import Samples, collate
 from data.shards import Split
-from data.transforms import PretrainTransform, decode, normalize
+from data.transforms import PretrainTransform, normalize
 from launch.training.malloc import keep_memory
 
 SCALE = (0.2, 1.0)

@@ -38,7 +38,8 @@ from configs.errors import Parser, UserError, run_main
 from configs.files import sha256
 from configs.schema import Optim, PretrainModel, Run
 from data.sampler import WINDOW, EpochOrder, TrainBatches
-from data.shards import ROW, Index, Shard, Split, index_file, index_tar, read_index, write_index, write_tar
+from data.shards import ROW, Index, Shard, Split, index_file, index_tar, read_index, write_index
+from data.writing import write_tar
 from launch.training.checkpoints import Checkpoints
 from launch.training.engine import build_engine, parameter_groups
 from launch.training.world import free_port, start, stop

@@ -9,7 +9,7 @@ from bench.roofline import count
 from bench.scale import BATCH, EPOCH, PER_SHARD, WAYS, sent
 from configs.errors import UserError
 from configs.schema import PretrainModel, Run, visible_patches
-from data.loader import MOST_WORKERS
+from data.loader import MAX_WORKERS
 from data.sampler import WINDOW
 from data.shards import ROW
 
@@ -95,7 +95,7 @@ ROWS = (  # of the table of runs: what, formula, key of `needs`, unit
     ("processes that only read so much", "n R b / measured, from memory", "readers", 1, ""),
     ("loader cores for a GPU", "R / c", "cores", 1, ""),
     ("loader cores for a node", "n R / c", "cores node", 1, ""),
-    ("files opened a second", f"2 s x {MOST_WORKERS} G / an epoch's time", "opens", 1, ""),
+    ("files opened a second", f"2 s x {MAX_WORKERS} G / an epoch's time", "opens", 1, ""),
     ("a checkpoint", "16 P", "checkpoint", 1e9, " GB"),
     ("of that, the first rank writes", "4 P + 12 P / G", "first rank", 1e9, " GB"),
     ("training waits for it", "at the slowest bytes/s measured", "stall", 1, " s"),
@@ -176,7 +176,7 @@ def needs(plan: Plan, scale: dict, core: float) -> dict[str, float]:
         "readers": NODE * plan.rate * plan.image_bytes / (1e6 * reading["mb_per_s"]),
         "cores": plan.rate / core,
         "cores node": NODE * plan.rate / core,
-        "opens": 2 * shards * plan.gpus * MOST_WORKERS / (steps * step),
+        "opens": 2 * shards * plan.gpus * MAX_WORKERS / (steps * step),
         "checkpoint": 16 * parameters,
         "first rank": first_rank,
         "stall": first_rank * per_byte,
@@ -210,7 +210,7 @@ def runs(scale: dict, loader: dict) -> str:
         opens=both([each["opens"] for each in found], "{:,.0f}"), open=both([each["open"] for each in found], "{:.2g}"),
         stalls=both([each["stall share"] for each in found], "{:.1%}"), table=run_table(found), node=NODE,
         network=NETWORK / 1e9, bits=8 * NETWORK / 1e9, core=core, core_device=loader["device"], window=WINDOW,
-        save_every=run.save_every, save_minutes=run.save_minutes, workers=MOST_WORKERS, per_shard=PER_SHARD,
+        save_every=run.save_every, save_minutes=run.save_minutes, workers=MAX_WORKERS, per_shard=PER_SHARD,
         shard_ms=shard_ms, labels=last["shards"] * shard_ms / 1e3, most=f"{last['shards']:,}",
     )  # fmt: skip
 

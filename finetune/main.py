@@ -17,8 +17,9 @@ sys.path[0] = str(ROOT)  # the project, not this folder
 from configs.command import dry_run, parse, say, to_dict
 from configs.errors import UserError, run_main
 from configs.schema import Encoder, Finetune, Pretrain
-from data.loader import eval_loader, open_split, train_loader
+from data.loader import eval_loader, train_loader
 from data.sampler import class_weights, labelled_share
+from data.shards import open_split
 from data.transforms import EvalTransform, train_transform
 from finetune.finetuning import Classifier, check_pairs, moving_average
 from finetune.layer_decay import layer_decay

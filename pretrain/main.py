@@ -17,7 +17,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 from configs.command import dry_run, parse, say, to_dict
 from configs.errors import run_main
 from configs.schema import Pretrain, visible_patches
-from data.loader import open_split, train_loader
+from data.loader import train_loader
+from data.shards import open_split
 from data.transforms import PretrainTransform
 from launch.training.dry_run import plan
 from launch.training.engine import build_engine, parameter_groups, seed_everything, whole_weights

@@ -82,7 +82,7 @@ class Faults:
         known = self.damaged.setdefault(split.name, set())
         for sample in batch["sample"][batch["damaged"]].tolist():
             if sample not in known and (split.name, sample) not in self.news:
-                self.news[split.name, sample] = loader.samples.complaint(sample)
+                self.news[split.name, sample] = loader.samples.describe_damage(sample)
 
     def tell(self, step: int) -> None:
         """Name the images that any rank found damaged; every rank calls this.

@@ -1,4 +1,4 @@
-"""Batches do not depend on the number of loader processes; damage reaches the user as one line."""
+"""Batches do not depend on the number of loader processes; damage is reported in one line."""
 
 import io
 import re
@@ -10,8 +10,8 @@ from PIL import Image
 
 from configs.errors import UserError
 from configs.schema import Data, Optim, Pretrain
-from data.loader import eval_loader, open_split, train_loader
-from data.shards import index_file
+from data.loader import eval_loader, train_loader
+from data.shards import index_file, open_split
 from data.transforms import EvalTransform, PretrainTransform
 from tests.data.helpers import as_folder, collection, picture
 from tests.data.test_prepare import prepared
@@ -60,7 +60,7 @@ def test_epochs_differ_in_crops_and_masks(digits):
     assert sum(torch.equal(a[s], b[s]) for s in common) < len(common) / 20
 
 
-def test_evaluation_fills_with_label_minus_one(digits):
+def test_evaluation_pads_with_label_minus_one(digits):
     data = Data(str(digits), workers=0)
     split = open_split(data, "val")
     found = [batch for rank in range(3) for batch in eval_loader(split, EvalTransform((8, 8), 1), 1, data, 50, rank, 3)]
@@ -108,18 +108,18 @@ def test_a_damaged_image_is_replaced_by_the_same_one_everywhere(tmp_path):
         assert all(torch.equal(a, b) for key in other for a, b in zip(other[key][:2], alone[key][:2], strict=True))
 
 
-def test_what_is_said_of_a_damaged_image(tmp_path):
+def test_damage_is_described_with_its_place(tmp_path):
     shard = small(tmp_path)
     damage(shard, 3)
     samples = train_loader(open_split(Data(str(shard.parent))), transform, 3, 0, Data(), Optim(batch_size=6)).samples
     assert re.search(
-        r"split train, sample 3: .*train-000000\.tar is damaged at byte \d+ \(checksum\)", samples.complaint(3)
+        r"split train, sample 3: .*train-000000\.tar is damaged at byte \d+ \(checksum\)", samples.describe_damage(3)
     )
 
 
-def test_the_filling_of_a_batch_is_not_a_damaged_sample(tmp_path):
+def test_padding_is_not_a_damaged_sample(tmp_path):
     shard = small(tmp_path)
-    damage(shard, 0)  # with whose image a last batch is filled
+    damage(shard, 0)  # which pads the last batch
     data = Data(str(shard.parent), workers=0)
     (batch,) = eval_loader(open_split(data), EvalTransform((8, 8), 1), 3, data, 5, rank=4, ranks=5)
     assert batch["sample"].tolist() == [4, 9, -1] and not batch["damaged"].any()
@@ -135,12 +135,12 @@ def test_a_damaged_image_does_not_count_in_an_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_where_everything_is_damaged_it_is_not_the_images(workers, tmp_path):
+def test_an_error_if_all_replacements_are_damaged_too(workers, tmp_path):
     shard = small(tmp_path)
     damage(shard, *range(12))
     config = Data(str(shard.parent), workers=workers)
     loader = train_loader(open_split(config), transform, 3, 0, config, Optim(batch_size=6, epochs=1), 0, 1)
-    with pytest.raises(UserError, match=r"is damaged at byte .* so are 20 others drawn in place of sample") as error:
+    with pytest.raises(UserError, match=r"train-000000\.tar is damaged at byte .*replacements") as error:
         list(loader)
     assert "\n" not in str(error.value)
 
@@ -158,7 +158,7 @@ def test_images_of_8_and_16_bits_in_one_batch(tmp_path):
 
 def test_too_few_images_for_a_batch(digits):
     data = Data(str(digits))
-    with pytest.raises(UserError, match=r"1442 samples .* fewer than one batch: lower optim\.batch_size .now 4096"):
+    with pytest.raises(UserError, match=r"1442 .*optim\.batch_size .*4096"):
         train_loader(open_split(data), transform, 1, 0, data, Optim(), 0, 1)
 
 

@@ -306,11 +306,11 @@ def test_any_damage(seed, shards):
 def test_killed_at_every_moment(way, made, shards, tmp_path):
     """The folder has the old index or the new one; the next run has the same result as one that was never killed."""
 
-    def mend(folder):
+    def run(folder):
         if way == "in place":
             repair(folder, 1)
         else:
-            prepared(made / "in", folder, *(["--repair"] if way != "anew" else []), "--shard-size", "4")
+            prepared(made / "in", folder, *(["--repair"] if way == "from the source" else []), "--shard-size", "4")
 
     if way == "anew":
         shutil.rmtree(shards)
@@ -321,11 +321,11 @@ def test_killed_at_every_moment(way, made, shards, tmp_path):
         FAULTS["cut"](shards / "train-000002.tar")
         FAULTS["index cut"](shards / "train-000002.tar")
     whole, folder = Path(shutil.copytree(shards, tmp_path / "whole")), tmp_path / "killed"
-    mend(whole)
+    run(whole)
     expected, old = files(whole), files(shards).get("index.json")
     for event in range(1, 100, 1 if way == "in place" else 2):
         shutil.copytree(shards, folder)
-        if not killed(folder, event, mend):
+        if not killed(folder, event, run):
             break
         index = files(folder).get("index.json")
         assert index in (old, expected["index.json"])
@@ -334,8 +334,8 @@ def test_killed_at_every_moment(way, made, shards, tmp_path):
         if way != "anew":
             assert (folder / "train-000003.tar").read_bytes() == expected["train-000003.tar"]
         if event % 3 == 0:  # and killed again when it is resumed
-            killed(folder, event // 2, mend)
-        mend(folder)
+            killed(folder, event // 2, run)
+        run(folder)
         assert files(folder) == expected, event
         shutil.rmtree(folder)
     assert 20 < event < 99 and files(folder) == expected

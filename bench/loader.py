@@ -58,9 +58,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from bench.timing import machine, measure, prepare, summary
+from data.decode import decode
 from data.loader import Samples, collate
 from data.shards import Split
-from data.transforms import PretrainTransform, decode, normalize
+from data.transforms import PretrainTransform, normalize
 
 
 def compare_pixels(split: Split, size: int, images: int) -> float:

@@ -1,14 +1,14 @@
-"""The order of an epoch, as a pure function: (seed, epoch, position) -> sample.
+"""The order of an epoch as a pure function: (seed, epoch, position) -> sample.
 
-No state is kept and nothing is drawn in sequence, so a run can begin at any position, on any number of ranks and loader
-processes, and see the same samples in the same global batches.
+There is no state, so a run can be resumed at any position, with any number of ranks and loader processes, and gets the
+same samples in the same global batches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-# What a random number is for: the second word of every generator's key, so that no two purposes share a stream
+# Second word of the seed of every generator: its purpose, so that no two purposes share random numbers
 SHARDS, WINDOWS, SAMPLES, STEPS, SUBSTITUTES, DRAWS, SHARE = 1, 2, 3, 4, 5, 6, 7
 WINDOW = 16  # shards that are shuffled together
 
@@ -16,14 +16,14 @@ WINDOW = 16  # shards that are shuffled together
 class EpochOrder:
     """A permutation of all samples for each epoch: shards in random order, samples shuffled in windows of shards.
 
-    Memory is bounded by one window. Windows keep reads local: a loader touches `window` shards at a time.
+    Only one window is in memory, and a loader reads from `window` shards at a time.
 
     Args:
         counts: samples in each shard
         seed: of the run
-        weights: how often each sample is drawn, up to a factor: an epoch then has some samples several times and others
-            not, and is as long as there are samples with a weight; None = each once
-        window: shards shuffled together
+        weights: relative frequency of each sample: an epoch may contain a sample several times or not at all, and is
+            as long as the number of samples with a weight above 0; None = every sample once
+        window: number of shards that are shuffled together
     """
 
     def __init__(self, counts: np.ndarray, seed: int, weights: np.ndarray | None = None, window: int = WINDOW):
@@ -37,7 +37,7 @@ class EpochOrder:
         return int(self.counts.sum()) if self.weights is None else np.count_nonzero(self.weights)
 
     def _copies(self, epoch: int) -> np.ndarray:
-        """How often an epoch has each sample: its weight, rounded up or down so that the sum is right."""
+        """How often an epoch contains each sample: its scaled weight, rounded to give the right length."""
         if self._drawn is None or self._drawn[0] != epoch:
             share = np.cumsum(self.weights, dtype=np.float64)
             start = np.random.default_rng([self.seed, DRAWS, epoch]).random()
@@ -47,11 +47,11 @@ class EpochOrder:
         return self._drawn[1]
 
     def _drawn_of_shards(self, epoch: int) -> np.ndarray:
-        before = np.concatenate([[0], np.cumsum(self._copies(epoch))])  # copies of all samples before each one
+        before = np.concatenate([[0], np.cumsum(self._copies(epoch))])  # cumulative number of copies
         return before[self.first + self.counts] - before[self.first]
 
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Order of the shards, and the position at which each window starts (and the last one ends)."""
+        """Order of the shards, and the positions [windows + 1] at which windows start (and the last one ends)."""
         if self._shards is None or self._shards[0] != epoch:
             order = np.random.default_rng([self.seed, SHARDS, epoch]).permutation(len(self.counts))
             counts = self.counts if self.weights is None else self._drawn_of_shards(epoch)
@@ -71,12 +71,12 @@ class EpochOrder:
         return self._window[1]
 
     def windows(self, epoch: int, start: int, stop: int) -> range:
-        """Windows that hold positions start to stop (exclusive, and beyond start) of an epoch."""
+        """Windows that contain positions start to stop (exclusive, greater than start) of an epoch."""
         first, last = np.searchsorted(self._shard_order(epoch)[1], [start, stop - 1], "right") - 1
         return range(first, last + 1)
 
     def shards(self, epoch: int, number: int) -> list[int]:
-        """Shards of a window of an epoch."""
+        """Shards in a window of an epoch."""
         return self._shard_order(epoch)[0][number * self.window : (number + 1) * self.window].tolist()
 
     def ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
@@ -97,8 +97,8 @@ class TrainBatches:
     A global batch is `batch_size` consecutive positions; rank r takes its r-th part. An epoch's tail that does not fill
     a global batch is left out, so ranks always agree on the number of steps.
 
-    With `repeats` r, a global batch is `batch_size` / r positions, first each one's view 0, then each one's view 1, and
-    so on. An epoch has as many steps as without, so it ends after an r-th of its samples.
+    With `repeats` r, a global batch is `batch_size` / r positions: view 0 of all, then view 1 of all, and so on. The
+    number of steps in an epoch stays the same, so an epoch ends after 1 / r of the samples.
     """
 
     def __init__(
@@ -170,9 +170,9 @@ def class_weights(labels: np.ndarray, power: float) -> np.ndarray:
 
 
 def labelled_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which samples are used where only a share of the labels is, as bools: of each class that share, at least one.
+    """Bools [samples]: a random share of the samples of each class, at least one.
 
-    With the same seed, a smaller share is part of a larger one.
+    With the same seed, a smaller share is a subset of a larger one.
     """
     used = np.zeros(len(labels), bool)
     for label in np.unique(labels):

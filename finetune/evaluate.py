@@ -165,7 +165,7 @@ def watched(
     bar = Console(stderr=True)
     for batch in track(loader, "evaluating", len(loader.batches), console=bar, disable=not first, show_speed=False):
         for sample in batch["sample"][batch["damaged"]].tolist():
-            damaged[sample] = loader.samples.complaint(sample)
+            damaged[sample] = loader.samples.describe_damage(sample)
         label, missing = batch["label"], size - len(batch["label"])
         label = torch.where(label < 0, label, classes[label])
         filling = batch["image"][:1].expand(missing, -1, -1, -1)

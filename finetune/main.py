@@ -33,7 +33,8 @@ def main() -> None:
 
     import numpy as np
 
-    from data.loader import eval_loader, open_split, train_loader
+    from data.loader import eval_loader, train_loader
+    from data.shards import open_split
     from finetune.finetuning import Finetuning, moving_average
     from finetune.layer_decay import layer_decay
     from launch.training.dry_run import plan

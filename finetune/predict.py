@@ -30,10 +30,10 @@ from torch import Tensor
 from configs.errors import Parser, UserError, run_main
 from configs.files import whole_file, write_whole
 from configs.schema import Optim, Run
+from data.decode import decode
 from data.folder import list_images, read_image
 from data.loader import collate
 from data.sources import READABLE
-from data.transforms import decode
 from finetune.evaluation import output_of
 from finetune.tasks.classification.pictures import annotate
 from finetune.trained import Trained, add_options, open_trained

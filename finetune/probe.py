@@ -27,8 +27,8 @@ from configs.errors import Parser, UserError, run_main
 from configs.files import write_whole
 from configs.log import say
 from configs.schema import Augment, Data, Optim, Run
-from data.loader import Loader, open_split
-from data.shards import Split
+from data.loader import Loader
+from data.shards import Split, open_split
 from finetune.trained import Trained, add_options, open_trained
 from launch.training.engine import seed_everything
 from launch.training.feature_eval import (

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import Finetune, Pretrain
-from data.place import check_folder, is_url
+from data.remote import is_url
+from data.shards import read_index
 from models.sizes import resolve
 
 
@@ -15,4 +16,4 @@ def check_inputs(config: Pretrain | Finetune) -> None:
     if config.init != "none" and not Path(config.init).exists():
         raise UserError(f"--init {config.init} does not exist: give a weight file, or none to start from scratch")
     if not is_url(config.data.path):
-        check_folder(Path(config.data.path))
+        read_index(Path(config.data.path))

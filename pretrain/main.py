@@ -30,7 +30,8 @@ def main() -> None:
     make_objective(config)  # refuses settings that do not fit, before the slow imports
     check_inputs(config)
 
-    from data.loader import open_split, train_loader
+    from data.loader import train_loader
+    from data.shards import open_split
     from launch.training.dry_run import plan
     from launch.training.engine import Engine, seed_everything
     from launch.training.parameter_groups import parameter_groups

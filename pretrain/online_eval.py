@@ -6,8 +6,7 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import Pretrain
-from data.loader import open_split
-from data.shards import Split
+from data.shards import Split, open_split
 from data.transforms import EvalTransform
 from launch.training.engine import Engine
 from launch.training.feature_eval import (

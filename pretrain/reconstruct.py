@@ -17,8 +17,9 @@ import torch
 from configs.errors import Parser, UserError, run_main
 from configs.options import parse_size
 from configs.schema import Data, visible_patches
+from data.decode import decode
 from data.folder import list_images, read_image
-from data.transforms import center_crop, decode, draw_visible, normalize
+from data.transforms import center_crop, draw_visible, normalize
 from models.fcmae import FCMAE, from_flat
 from models.formats.read import read_weights
 from models.sizes import check_size

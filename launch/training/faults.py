@@ -86,7 +86,7 @@ class Faults:
         known = self.damaged.setdefault(split.name, set())
         for sample in batch["sample"][batch["damaged"]].tolist():
             if sample not in known and (split.name, sample) not in self.unreported:
-                self.unreported[split.name, sample] = loader.samples.complaint(sample)
+                self.unreported[split.name, sample] = loader.samples.describe_damage(sample)
 
     def report_damaged(self, step: int) -> None:
         """Log the images that any rank found damaged; every rank calls this.

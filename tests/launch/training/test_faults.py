@@ -58,7 +58,9 @@ def test_applied_steps_begin_a_new_row_and_the_count_survives(log):
 
 def loader(size):
     split = type("Split", (), {"name": "train", "__len__": lambda self: size})()
-    return SimpleNamespace(samples=SimpleNamespace(split=split, complaint=lambda sample: f"sample {sample} is cut"))
+    return SimpleNamespace(
+        samples=SimpleNamespace(split=split, describe_damage=lambda sample: f"sample {sample} is cut")
+    )
 
 
 def batch(*samples, damaged=()):

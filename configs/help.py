@@ -5,7 +5,6 @@ import json
 import sys
 import types
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from textwrap import fill
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -15,7 +14,9 @@ WIDTH = 110
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
 USAGE = """\
 usage: {program} [--config RECIPE.yaml] [--KEY VALUE ...] [--dry-run [RANKS]]
+
 {about}
+
   --config RECIPE.yaml
       a YAML file of the keys below, which the command line overrides; by default {recipe}
   --dry-run [RANKS]
@@ -30,7 +31,7 @@ Keys. Those marked * may change when a run is resumed.
 
 def help_text(schema: type, recipe: str, about: str, choices: Mapping[str, Iterable[str]]) -> str:
     """The text of `--help`; `choices` are the names that each section chosen by name can have."""
-    text = [USAGE.format(program=Path(sys.argv[0]).name, about=about, recipe=recipe)]
+    text = [USAGE.format(program=sys.argv[0], about=about.rstrip(), recipe=recipe)]
     top = [field for field in dataclasses.fields(schema) if not dataclasses.is_dataclass(field.type)]
     text += [_entry(field.name, field) for field in top]
     for part in dataclasses.fields(schema):

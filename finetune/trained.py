@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from configs.arguments import parse_size
 from configs.errors import UserError
-from configs.options import parse_size
 from configs.schema import Augment, Data
 from data.transforms import EvalTransform
 from models.convnext import ConvNeXt

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.arguments import check_weights
 from configs.schema import Finetune, Pretrain
 from data.remote import is_url
 from data.shards import read_index
@@ -13,7 +13,7 @@ def check_inputs(config: Pretrain | Finetune) -> None:
     """Raise `UserError` for an unknown model name, or where --init or data.path does not exist."""
     if config.model.name is not None:
         resolve(config.model)
-    if config.init != "none" and not Path(config.init).exists():
-        raise UserError(f"--init {config.init} does not exist: give a weight file, or none to start from scratch")
+    if config.init != "none":
+        check_weights(config.init)
     if not is_url(config.data.path):
         read_index(Path(config.data.path))

@@ -19,6 +19,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -119,10 +120,9 @@ def load_file(path: str | Path) -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    except pickle.UnpicklingError:
         raise UserError(
-            f"{path} holds code or objects besides tensors and plain values{f' ({found[1]})' if found else ''}: "
+            f"{path} holds code or objects besides tensors and plain values{_foreign(path)}: "
             "refused, nothing was run; save its state_dict alone"
         ) from None
     except Exception as error:  # damaged bytes make the reader fail in any way
@@ -130,6 +130,13 @@ def load_file(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     return content
+
+
+def _foreign(path: Path) -> str:
+    """The first class or function that a file would import, in brackets; nothing if that cannot be read either."""
+    with suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):
+        return f" ({torch.serialization.get_unsafe_globals_in_checkpoint(path)[0]})"
+    return ""
 
 
 def _is_program(file: BinaryIO) -> bool:

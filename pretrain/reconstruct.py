@@ -14,8 +14,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 import numpy as np
 import torch
 
+from configs.arguments import parse_size
 from configs.errors import Parser, UserError, run_main
-from configs.options import parse_size
 from configs.schema import Data, visible_patches
 from data.decode import decode
 from data.folder import list_images, read_image

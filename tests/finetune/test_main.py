@@ -149,7 +149,7 @@ def test_another_init_is_not_resumed(digits, pretrained, tmp_path):
         (["--init", "{pretrained}/fcmae.pt", "--data.mean", "[0.1]"], "was trained with data.mean [0.5]"),
         (["--data.size", "30"], "data.size 30x30 is not a multiple of the patch"),
         (["--layer_decay", "2"], "layer_decay is 2.0"),
-        (["--augment.mixp", "1"], "(nearest: augment.mixup)"),
+        (["--task.mixp", "1"], "(nearest: task.mixup)"),
     ],
 )
 def test_bad_input(more, says, digits, pretrained, tmp_path, refused):

@@ -20,7 +20,7 @@ from tests.data.test_prepare import prepared
 SPLITS = {"train/cat": 2, "train/dog": 1, "train/emu": 1, "val/emu": 2, "val/cat": 1}
 
 
-def test_splits_and_classes_as_the_paths_name_them(tmp_path):
+def test_splits_and_classes_come_from_the_paths(tmp_path):
     images = open_images(str(as_folder(collection(SPLITS), tmp_path / "in")), "val")
     assert isinstance(images, Folder) and len(images) == 3
     assert images.classes == ["cat", "dog", "emu"]  # of all splits, as prepare.py numbers them
@@ -49,7 +49,7 @@ def test_images_beside_class_folders_have_no_labels(tmp_path):
     assert images.classes is None and images.labels().tolist() == [-1, -1]
 
 
-def test_a_split_that_is_not_there(tmp_path):
+def test_an_unknown_split(tmp_path):
     folder = as_folder(collection({"train/a": 1}), tmp_path / "in")
     with pytest.raises(UserError, match=r"in has no split val .*train"):
         Folder(folder, "val")
@@ -77,7 +77,7 @@ def test_a_deleted_file_is_a_damaged_image(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "pattern"),
     [
         (lambda path: None, "does not exist.*folder of shards or of images"),
         (lambda path: path.write_bytes(b"x"), "is a file.*folder"),
@@ -85,9 +85,9 @@ def test_a_deleted_file_is_a_damaged_image(tmp_path):
         (lambda path: (path.mkdir(), (path / "a.tar").touch()), "no index.json.*--index"),
     ],
 )
-def test_nothing_to_open(make, says, tmp_path):
+def test_paths_that_cannot_be_opened(make, pattern, tmp_path):
     make(tmp_path / "x")
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=pattern):
         open_images(str(tmp_path / "x"), "val")
 
 

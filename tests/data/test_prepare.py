@@ -252,7 +252,7 @@ def test_same_input_same_bytes(tmp_path):
     assert (tmp_path / "one/index.json").read_bytes() == (tmp_path / "two/index.json").read_bytes()
 
 
-def test_killed_and_run_again(tmp_path):
+def test_a_killed_run_is_completed(tmp_path):
     """A killed run leaves no index; the next one keeps its finished shards, and has the same result."""
     source, out = as_folder(collection({"a": 24}), tmp_path / "in"), tmp_path / "out"
     assert killed(out, 30, lambda folder: prepared(source, folder, "--shard-size", "3", "--workers", "1"))
@@ -358,7 +358,7 @@ def test_checks_and_help_do_not_import_torch():
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "pattern"),
     [
         (lambda path: path / "nowhere", "does not exist"),
         (lambda path: as_folder({"notes.txt": b"x"}, path / "in"), "has no image"),
@@ -371,8 +371,8 @@ def test_checks_and_help_do_not_import_torch():
         (lambda path: as_folder({"x.jpg": b"broken"}, path / "in"), "no image of the source could be read"),
     ],
 )
-def test_bad_source(make, says, tmp_path):
-    with pytest.raises(UserError, match=says):
+def test_bad_source(make, pattern, tmp_path):
+    with pytest.raises(UserError, match=pattern):
         prepared(make(tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()  # nothing half-written
 
@@ -484,7 +484,7 @@ def test_out_cannot_be_written(refused, tmp_path):
     assert refused(prepare.main, source, tmp_path / "out/below").startswith(f"error: {tmp_path}/out/below: ")
 
 
-def test_shards_are_no_source(digits, tmp_path):
+def test_shards_are_refused_as_a_source(digits, tmp_path):
     with pytest.raises(UserError, match="contains shards already"):
         prepared(digits, tmp_path / "out")
 

@@ -166,7 +166,7 @@ def test_faults_of_a_server_are_retried_and_logged(fault, name, server, shards, 
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "pattern"),
     [
         (500, "500"),
         ("hang", "stalled.* 0 bytes"),
@@ -175,10 +175,10 @@ def test_faults_of_a_server_are_retried_and_logged(fault, name, server, shards, 
         ("flip", r"SHA-256 \w{16}, index\.json lists \w{16}"),
     ],
 )
-def test_the_last_error_names_the_url_and_the_fault(fault, says, split, server):
+def test_the_last_error_names_the_url_and_the_fault(fault, pattern, split, server):
     server.always = fault
     started = time.monotonic()
-    with pytest.raises(UserError, match=rf"^{server.url}/{TAR}: .*{says}.*4 attempts") as error:
+    with pytest.raises(UserError, match=rf"^{server.url}/{TAR}: .*{pattern}.*4 attempts") as error:
         split.open_tar(1)
     assert time.monotonic() - started < 8 and "\n" not in str(error.value)
     assert server.counts[TAR] == 4
@@ -186,12 +186,12 @@ def test_the_last_error_names_the_url_and_the_fault(fault, says, split, server):
 
 
 @pytest.mark.parametrize(
-    ("status", "says"),
+    ("status", "pattern"),
     [(404, "upload.*data.path"), (403, "credentials"), (400, "data.path")],
 )
-def test_errors_that_are_not_retried(status, says, server, tmp_path):
+def test_errors_that_are_not_retried(status, pattern, server, tmp_path):
     server.always = status
-    with pytest.raises(UserError, match=rf"^{server.url}/index\.json.*{says}"):
+    with pytest.raises(UserError, match=rf"^{server.url}/index\.json.*{pattern}"):
         open_split(Data(server.url, cache=str(tmp_path)))
     assert server.counts == {"index.json": 1}
 
@@ -209,7 +209,7 @@ def test_an_endless_body(split, server, shards, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("url", "pattern"),
     [
         ("pipe:cat /etc/passwd", "begins with http, "),
         ("pipe://cat", "begins with http"),
@@ -225,10 +225,10 @@ def test_an_endless_body(split, server, shards, monkeypatch):
         ("gs://bucket/x", "pip install 'gcsfs'"),
     ],
 )
-def test_urls_that_are_refused(url, says, monkeypatch, tmp_path):
+def test_urls_that_are_refused(url, pattern, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     monkeypatch.setattr(fsspec, "url_to_fs", lambda *_, **__: pytest.fail("opened"))
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=pattern) as error:
         open_split(Data(url, cache=str(tmp_path)))
     assert "data.path" in str(error.value) and "secret" not in str(error.value)
 

@@ -95,7 +95,7 @@ def test_balanced_classes():
 def test_a_share_of_the_labels():
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [900, 90, 10]))
     few, more, other = (labelled_share(labels, share, seed) for share, seed in ((0.05, 0), (0.3, 0), (0.05, 1)))
-    assert np.bincount(labels[few]).tolist() == [45, 4, 1]  # of ten images half a one is none: at least one
+    assert np.bincount(labels[few]).tolist() == [45, 4, 1]  # half of one of ten images rounds to none, so at least one
     assert np.bincount(labels[more]).tolist() == [270, 27, 3] and more[few].all()
     assert np.bincount(labels[other]).tolist() == [45, 4, 1] and not np.array_equal(few, other)
     assert labelled_share(labels, 1, 0).all()

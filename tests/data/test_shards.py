@@ -36,7 +36,7 @@ def test_damaged_index(text, shards):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "says"),
+    ("key", "value", "pattern"),
     [
         ("file", "../train-000001.tar", "only files beside it"),
         ("file", "/etc/passwd", "only files beside it"),
@@ -50,11 +50,11 @@ def test_damaged_index(text, shards):
         ("file", 5, "is damaged"),
     ],
 )
-def test_an_index_that_points_elsewhere(key, value, says, shards):
+def test_an_index_that_points_elsewhere(key, value, pattern, shards):
     content = json.loads((shards / "index.json").read_text())
     content["splits"]["train"][1][key] = value
     (shards / "index.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"index\.json.* {says}"):
+    with pytest.raises(UserError, match=rf"index\.json.* {pattern}"):
         read_index(shards)
 
 

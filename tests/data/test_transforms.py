@@ -212,7 +212,7 @@ def test_npy_headers_are_not_trusted(shape):
 
 
 @pytest.mark.parametrize(
-    ("data", "channels", "says"),
+    ("data", "channels", "pattern"),
     [
         (b"", 3, "not a readable image"),
         (picture(0, kind="png")[:150], 3, "not a readable image"),
@@ -227,8 +227,8 @@ def test_npy_headers_are_not_trusted(shape):
         (picture(0), 5, "cannot be read with 5 channels"),
     ],
 )
-def test_images_that_cannot_be_decoded(data, channels, says):
-    with pytest.raises(UserError, match=says):
+def test_images_that_cannot_be_decoded(data, channels, pattern):
+    with pytest.raises(UserError, match=pattern):
         decode(data, channels)
 
 
@@ -368,7 +368,7 @@ def test_colour_jitter():
 
 
 @pytest.mark.parametrize(
-    ("augment", "channels", "says"),
+    ("augment", "channels", "pattern"),
     [
         (Augment(auto_augment="nonsense"), 3, "'nonsense' .*rand-m9"),
         (Augment(auto_augment="rand-nonsense"), 3, "'rand-nonsense' "),
@@ -376,8 +376,8 @@ def test_colour_jitter():
         (Augment(color_jitter=0.3), 4, "augment.color_jitter .*0"),
     ],
 )
-def test_augmentations_that_are_refused(augment, channels, says):
-    with pytest.raises(UserError, match=says):
+def test_augmentations_that_are_refused(augment, channels, pattern):
+    with pytest.raises(UserError, match=pattern):
         train_transform(Data(), augment, (0.5,) * channels)
 
 

@@ -106,7 +106,7 @@ def labels(runs: Runs, scale: str) -> Section:
     head = ["labels", "images", "from scratch", "from FCMAE weights", "gain, points", "larger range, points", "seeds"]
     figure = plot("Test top-1 by share of the labels, every seed", "share of the labels", points, style="o")
     figure.axes[0].set_xscale("log")
-    figure.axes[0].xaxis.set_major_formatter(PercentFormatter(1))
+    figure.axes[0].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return "Top-1 on the 10,000 test images.\n\n" + table(head, rows), figure
 
 

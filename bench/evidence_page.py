@@ -12,13 +12,23 @@ from statistics import mean
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
+from configs.errors import Parser, run_main
+
+
+def parse() -> None:
+    """The command line, which has no options."""
+    Parser(description=__doc__).parse_args()
+
+
+if __name__ == "__main__":
+    run_main(parse)  # answers --help before the slower imports below
+
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from bench.evidence import ABLATIONS, BACKENDS, FEW, SCALES
 from bench.options import RESULTS, ROOT
-from configs.errors import Parser, run_main
 from configs.files import write_whole
 from configs.schema import visible_patches
 
@@ -260,7 +270,7 @@ def plot(title: str, x: str, lines: dict[str, tuple], style: str = "o-", percent
 
 def main() -> None:
     """Entry point."""
-    Parser(description=__doc__).parse_args()
+    parse()
     text, pictures = page()
     write_whole(PAGE, text.encode())
     for name, figure in pictures.items():

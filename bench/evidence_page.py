@@ -12,13 +12,23 @@ from statistics import mean
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
+from configs.errors import Parser, run_main
+
+
+def parse() -> None:
+    """The command line, which has no options."""
+    Parser(description=__doc__).parse_args()
+
+
+if __name__ == "__main__":
+    run_main(parse)  # answers --help before the slower imports below
+
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from bench.evidence import ABLATIONS, BACKENDS, FEW, SCALES
 from bench.options import RESULTS, ROOT
-from configs.errors import Parser, run_main
 from configs.files import write_whole
 from configs.schema import visible_patches
 
@@ -106,7 +116,7 @@ def labels(runs: Runs, scale: str) -> Section:
     head = ["labels", "images", "from scratch", "from FCMAE weights", "gain, points", "larger range, points", "seeds"]
     figure = plot("Test top-1 by share of the labels, every seed", "share of the labels", points, style="o")
     figure.axes[0].set_xscale("log")
-    figure.axes[0].xaxis.set_major_formatter(PercentFormatter(1))
+    figure.axes[0].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return "Top-1 on the 10,000 test images.\n\n" + table(head, rows), figure
 
 
@@ -261,7 +271,7 @@ def plot(title: str, x: str, lines: dict[str, tuple], style: str = "o-", percent
 
 def main() -> None:
     """Entry point."""
-    Parser(description=__doc__).parse_args()
+    parse()
     text, pictures = page()
     write_whole(PAGE, text.encode())
     for name, figure in pictures.items():

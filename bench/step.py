@@ -36,6 +36,7 @@ from bench.common import (
 )  # fmt: skip
 from bench.roofline import count, floor_seconds, peaks
 from configs.errors import Parser, UserError, run_main
+from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, PretrainModel, visible_patches
 from launch.training.malloc import keep_memory
 from models import kernels
@@ -91,7 +92,8 @@ def finetuning(args: argparse.Namespace) -> tuple[dict[str, tuple[nn.Module, Cal
     fill(ours)
     head, encoder = split_by_prefix(ours.state_dict(), "head.")
     theirs = timm.create_model(args.model, num_classes=CLASSES)
-    theirs.load_state_dict(to_form(Weights(ours.arch, {}, encoder, head=head), "timm")[0])
+    weights = Weights(ours.arch, Preprocessing((args.size, args.size), 3), encoder, head=head)
+    theirs.load_state_dict(to_form(weights, "timm")[0])
     ours, theirs = ours.to(args.device).train(), theirs.to(args.device).train()
     image = torch.randn(args.batch, 3, args.size, args.size).to(args.device)
     label = torch.randint(CLASSES, (args.batch,)).to(args.device)

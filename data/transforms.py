@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from configs.errors import UserError, reason
+from configs.preprocessing import Preprocessing
 from configs.schema import Augment, Data
 from data.sampler import SAMPLES
 
@@ -257,6 +258,11 @@ class EvalTransform:
     size: tuple[int, int]
     crop: float
     interpolation: str = "bicubic"
+
+    @classmethod
+    def of(cls, preprocessing: Preprocessing) -> "EvalTransform":
+        """The transform that a weight file records."""
+        return cls(preprocessing.size, preprocessing.crop, preprocessing.interpolation)
 
     def __call__(self, image: Tensor, rng: np.random.Generator | None = None) -> dict[str, Tensor]:
         return {"image": center_crop(image, self.size, self.crop, self.interpolation)}

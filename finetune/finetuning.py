@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, Finetune
 from data.loader import Loader
 from data.sampler import STEPS
@@ -166,11 +167,10 @@ class Classifier:
         """The `raw` or `ema` weights as a file's content."""
         head, encoder = split_by_prefix(cpu_state(self.ema.module if kind == "ema" else self.engine.module), "head.")
         data = self.config.data
-        image = {
-            "size": list(data.height_width), "mean": self.mean.tolist(), "std": self.std.tolist(),
-            "eval_crop": self.config.augment.eval_crop, "interpolation": data.eval_interpolation,
-        }  # fmt: skip
-        return Weights(self.arch, image, encoder, head=head, classes=self.classes)
+        mean, std = tuple(self.mean.tolist()), tuple(self.std.tolist())
+        crop, interpolation = self.config.augment.eval_crop, data.eval_interpolation
+        preprocessing = Preprocessing(data.height_width, self.arch.channels, mean, std, crop, interpolation)
+        return Weights(self.arch, preprocessing, encoder, head=head, classes=self.classes)
 
     def state(self) -> dict:
         """What a checkpoint holds besides the engine."""

@@ -28,7 +28,8 @@ from launch.training.report import write_report
 from launch.training.trainer import Training
 from launch.training.world import start, stop
 from models.convnext import ConvNeXt, resolve
-from models.start import Init, open_init, start_classifier, with_statistics
+from models.opening import Opened
+from models.start import open_init, start_classifier, with_statistics
 
 
 def main() -> None:
@@ -107,7 +108,7 @@ def build(config: Finetune, arch: Encoder, classes: int) -> ConvNeXt:
     return model
 
 
-def architecture(config: Finetune, init: Init | None) -> Encoder:
+def architecture(config: Finetune, init: Opened | None) -> Encoder:
     """The model to build: the one in --init, but with `model.channels` channels if given (the stem is adapted); with
     --init none, the keys given, filled up from `model.like`.
 

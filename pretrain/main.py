@@ -16,6 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 
 from configs.command import dry_run, parse, say, to_dict
 from configs.errors import run_main
+from configs.preprocessing import Preprocessing
 from configs.schema import Pretrain, visible_patches
 from data.loader import open_split, train_loader
 from data.transforms import PretrainTransform
@@ -74,8 +75,10 @@ def main() -> None:
         if world.first:
             path = training.folder / "fcmae.pt"
             _, decoder = split_by_prefix(cpu_state(model), "encoder.")
-            image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}
-            content = Weights(model.encoder.arch, image, cpu_state(model.encoder), decoder, to_dict(config.model))
+            preprocessing = Preprocessing(data.height_width, config.model.channels, mean, std)
+            content = Weights(
+                model.encoder.arch, preprocessing, cpu_state(model.encoder), decoder, to_dict(config.model)
+            )
             content.classes = split.classes
             save(path, content)
             write_summary(training.folder, config, world, training.log.seconds(), stage.summary())

@@ -6,15 +6,13 @@ from dataclasses import replace
 import torch
 
 from configs.errors import UserError
+from configs.feature_eval import KS, LRS, TEMPERATURE
 from configs.schema import Pretrain
 from data.loader import open_split
 from data.shards import Split
 from data.transforms import EvalTransform
 from launch.training.engine import precision, whole_weights
 from launch.training.feature_eval import (
-    KS,
-    LRS,
-    TEMPERATURE,
     Features,
     best_of,
     check_labels,

@@ -1,9 +1,10 @@
 """Weights with a different number at every place, and what a real file of each format is named."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
+from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, PretrainModel
 from models.convnext import ConvNeXt, resolve
 from models.fcmae import FCMAE
@@ -11,7 +12,6 @@ from models.sparse.layouts import Dense
 from models.weights import Weights, split_by_prefix
 
 SMALL = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32)}
-IMAGE = {"size": [64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "eval_crop": 0.8}
 FILES = {
     "ours": "x.pt", "official": "x.pth", "official-sparse": "x.pth", "timm": "x.pth", "transformers": "x",
     "mmpretrain": "x.pth",
@@ -31,6 +31,17 @@ def natural(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def preprocessing(channels: int) -> Preprocessing:
+    """A preprocessing of 64 pixels whose channels differ."""
+    statistics = tuple(0.1 * (i + 1) for i in range(channels))
+    return Preprocessing((64, 64), channels, statistics, statistics, crop=0.8)
+
+
+def change(weights: Weights, **values) -> None:
+    """Change the preprocessing of weights in place."""
+    weights.preprocessing = replace(weights.preprocessing, **values)
+
+
 def classifier(name: str = "convnextv2_atto", classes: int = 5, fill=natural, channels: int = 3, **shape) -> Weights:
     """A classifier's weights; with 0 classes an encoder's."""
     arch = resolve(Encoder(name, channels=channels, **shape))
@@ -38,8 +49,7 @@ def classifier(name: str = "convnextv2_atto", classes: int = 5, fill=natural, ch
         model = ConvNeXt(arch, classes)
     head, encoder = split_by_prefix(fill(model), "head.")
     names = [f"class {i}" for i in range(classes)] or None
-    image = IMAGE | {key: [0.1 * (i + 1) for i in range(channels)] for key in ("mean", "std")}
-    return Weights(arch, image, encoder, head=head, classes=names)
+    return Weights(arch, preprocessing(channels), encoder, head=head, classes=names)
 
 
 def autoencoder(name: str = "convnextv2_atto", fill=natural, channels: int = 3, **settings) -> Weights:
@@ -49,8 +59,7 @@ def autoencoder(name: str = "convnextv2_atto", fill=natural, channels: int = 3, 
         model = FCMAE(config)
     encoder, decoder = split_by_prefix(fill(model), "encoder.")
     encoder = {key.removeprefix("encoder."): tensor for key, tensor in encoder.items()}
-    image = IMAGE | {key: [0.1 * (i + 1) for i in range(channels)] for key in ("mean", "std")}
-    return Weights(model.encoder.arch, image, encoder, decoder, asdict(config))
+    return Weights(model.encoder.arch, preprocessing(channels), encoder, decoder, asdict(config))
 
 
 def assert_same(found: dict, expected: dict) -> None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from configs.arguments import check_weights, parse_size
 from configs.errors import UserError
 
+STDIN = "-"  # in place of paths: read them from standard input
 Options = TypeVar("Options")
 
 

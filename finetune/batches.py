@@ -21,8 +21,8 @@ from data.folder import list_images, open_images, read_image
 from data.loader import Loader
 from data.sources import READABLE
 from data.transforms import EvalTransform, decode, to_float
+from finetune.arguments import STDIN
 
-STDIN = "-"
 PREFETCHED = 2  # batches that are decoded while one is classified
 UNKNOWN = f"not of a known type ({', '.join(READABLE)})"
 

@@ -20,9 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 from configs.arguments import check_parent
 from configs.errors import Parser, UserError, run_main
 from configs.schema import Optim, Run
-from finetune.arguments import DeviceOptions, add_model_and_device, check_positive, parse_options
-
-STDIN = "-"
+from finetune.arguments import STDIN, DeviceOptions, add_model_and_device, check_positive, parse_options
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def test_a_backbone_of_pretraining(digits, tmp_path, capsys):
     change(weights, size=(64, 32))
     out = exported(weights, tmp_path, digits, "torch-export", "--features")
     printed = capsys.readouterr().out
-    assert "size is fixed where a side is below 64 pixels" in printed
+    assert "below 64 pixels are fixed" in printed
     assert "height >= 64, 32]" in about(out, "torch-export")["input"]["image"]
     images = torch.rand(2, 1, 128, 32)
     weights = replace(weights, decoder={})

@@ -17,6 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 
 from bench.options import PATCH, Options, add_model_options, add_options, report
 from configs.errors import Parser, run_main
+from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, FCMAESettings, PretrainModel, visible_patches
 
 CLASSES = 1000
@@ -105,7 +106,8 @@ def finetuning(options: StepOptions) -> tuple[Models, tuple[float, float]]:
     randomize(ours)
     head, encoder = split_by_prefix(ours.state_dict(), "head.")
     theirs = timm.create_model(options.model, num_classes=CLASSES)
-    theirs.load_state_dict(to_form(Weights(ours.arch, {}, encoder, head=head), "timm")[0])
+    preprocessing = Preprocessing((options.size, options.size), 3)
+    theirs.load_state_dict(to_form(Weights(ours.arch, preprocessing, encoder, head=head), "timm")[0])
     ours, theirs = ours.to(options.device).train(), theirs.to(options.device).train()
     image = torch.randn(options.batch, 3, options.size, options.size).to(options.device)
     label = torch.randint(CLASSES, (options.batch,)).to(options.device)

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from configs.errors import UserError
+from configs.preprocessing import Preprocessing
 from configs.schema import Augment, Data
 from data.sampler import SAMPLES
 
@@ -144,6 +145,11 @@ class EvalTransform:
     size: tuple[int, int]
     crop: float
     interpolation: str = "bicubic"
+
+    @classmethod
+    def of(cls, preprocessing: Preprocessing) -> "EvalTransform":
+        """The transform that a weight file records."""
+        return cls(preprocessing.size, preprocessing.crop, preprocessing.interpolation)
 
     def __call__(
         self, image: Tensor, label: int = -1, rng: np.random.Generator | None = None

@@ -9,16 +9,17 @@ from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, Finetune
 from data.loader import Loader, Transform
 from data.sampler import STEPS
 from data.transforms import normalize
-from finetune.evaluation import Collector, predict
+from finetune.inference import Collector, predict
 from launch.training.engine import Engine, seed_everything
 from launch.training.trainer import Report
 from launch.training.watchdog import Watch
 from launch.training.world import World
-from models.start import Init
+from models.opening import Opened
 from models.weights import Weights, cpu_state, save, split_by_prefix
 
 AVERAGE = {"raw": "", "ema": "moving average "}  # how the two kinds of weights are printed
@@ -48,7 +49,7 @@ class Task(Collector, Protocol):
     def build(self, arch: Encoder) -> nn.Module:
         """The model with its head and initial weights; parameters of the head are named `head.*`."""
 
-    def load(self, model: nn.Module, init: Init | None) -> None:
+    def load(self, model: nn.Module, init: Opened | None) -> None:
         """Start from the weights of --init (None = from scratch)."""
 
     def loss(self, model: Any, image: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -175,11 +176,12 @@ class Finetuning:
         model = self.ema.module if kind == "ema" else self.engine.model
         head, encoder = split_by_prefix(cpu_state(model), "head.")
         data = self.config.data
-        image = {
-            "size": list(data.height_width), "mean": self.mean.tolist(), "std": self.std.tolist(),
-            "eval_crop": self.config.augment.eval_crop, "interpolation": data.eval_interpolation,
-        }  # fmt: skip
-        return Weights(self.arch, image, encoder, head=head, classes=self.task.classes)
+        mean, std = tuple(self.mean.tolist()), tuple(self.std.tolist())
+        crop, interpolation = self.config.augment.eval_crop, data.eval_interpolation
+        preprocessing = Preprocessing(data.height_width, self.arch.channels, mean, std, crop, interpolation)
+        return Weights(
+            self.arch, preprocessing, encoder, head=head, classes=self.task.classes, task=self.config.task.name
+        )
 
     def state(self) -> dict:
         """Content of a checkpoint besides the engine's."""

@@ -23,7 +23,7 @@ from launch.inputs import check_inputs
 from models.sizes import resolve
 
 if TYPE_CHECKING:
-    from models.start import Init
+    from models.opening import Opened
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def main() -> None:
     stop()
 
 
-def architecture(config: Finetune, init: "Init | None") -> Encoder:
+def architecture(config: Finetune, init: "Opened | None") -> Encoder:
     """The model to build: the one in --init, but with `model.channels` channels if given (the stem is adapted); with
     --init none, the keys given, filled up from `model.like`.
 

@@ -1,6 +1,6 @@
-"""Starting from a weight file: `--init` of both stages. What is adapted, replaced or missing is said in a line."""
+"""Starting a run from a weight file: `--init` of both stages. Adapted, replaced and missing layers are logged."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,53 +9,43 @@ from configs.log import say
 from configs.schema import Data, Encoder
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
-from models.formats.open import digest
-from models.formats.read import read_weights
+from models.opening import Opened, open_weights
 from models.sizes import resolve
-from models.weights import Tensors, Weights, decoder_shape, load_strict, other_channels, split_by_prefix
+from models.weights import Tensors, decoder_shape, load_strict, other_channels, split_by_prefix
 
-BRACKETS = str.maketrans("()", "[]")  # no shell takes a bare (1,2)
+BRACKETS = str.maketrans("()", "[]")  # shells need quotes around (1,2)
 SHAPE_KEYS = ("stem_stride", "depths", "dims")
 
 
-@dataclass
-class Init:
-    """The weights of a file and where they came from."""
-
-    path: str
-    weights: Weights
-    digest: str  # of the file: a run is not resumed from another one
-
-
-def open_init(path: str) -> Init | None:
-    """What `--init` names, in any format; None for `none`. Raises `UserError` where it cannot be read."""
+def open_init(path: str) -> Opened | None:
+    """Open the weights of `--init`, in any format; None for `none`. Raises `UserError` if they cannot be read."""
     if path == "none":
         return None
-    weights, form, remarks = read_weights(path)
-    say(f"starting from {path} ({form}{''.join(f'; {remark}' for remark in remarks)})")
-    return Init(path, weights, digest(path))
+    init = open_weights(path)
+    say(f"starting from {path} ({'; '.join([init.format, *init.remarks])})")
+    return init
 
 
-def with_statistics(data: Data, init: Init | None, channels: int) -> Data:
-    """The data section with the statistics of `--init`, which belong to its weights.
+def with_statistics(data: Data, init: Opened | None, channels: int) -> Data:
+    """The data section with mean and std of `--init`.
 
-    A file that does not know them, or has other channels, leaves the section as it is. Raises `UserError` where the
-    section names others.
+    The section is unchanged if the file does not record them or has another number of channels. Raises `UserError` if
+    the section sets other values.
     """
-    if init is None or init.weights.arch.channels != channels or init.weights.image["mean"] is None:
+    if init is None or init.weights.arch.channels != channels or init.weights.preprocessing.mean is None:
         return data
-    stored = {key: tuple(init.weights.image[key]) for key in ("mean", "std")}
-    for key, held in stored.items():
+    stored = {key: getattr(init.weights.preprocessing, key) for key in ("mean", "std")}
+    for key, values in stored.items():
         given = getattr(data, key)
-        if given is not None and (len(given) != len(held) or not np.allclose(given, held, atol=1e-4)):
+        if given is not None and (len(given) != len(values) or not np.allclose(given, values, atol=1e-4)):
             raise UserError(
-                f"{init.path} was trained with data.{key} {list(held)}, not {list(given)}: leave the key out"
+                f"{init.path} was trained with data.{key} {list(values)}, not {list(given)}: leave the key out"
             )
     return replace(data, **stored)
 
 
-def start_classifier(model: ConvNeXt, init: Init, classes: list[str]) -> bool:
-    """Load `--init` into a classifier; True if the file's own head fits the classes and is kept.
+def start_classifier(model: ConvNeXt, init: Opened, classes: list[str]) -> bool:
+    """Load `--init` into a classifier; True if the head of the file fits the classes and is kept.
 
     Raises:
         UserError: the file is of another model
@@ -66,8 +56,8 @@ def start_classifier(model: ConvNeXt, init: Init, classes: list[str]) -> bool:
     keep = outputs == len(classes) and init.weights.classes in (None, classes)
     if outputs:
         other = " (other names)" if outputs == len(classes) else ""
-        fate = "kept" if keep else f"replaced by a new one for {len(classes)} classes{other}"
-        say(f"{path}: its classifier of {outputs} classes is {fate}")
+        action = "kept" if keep else f"replaced by a new one for {len(classes)} classes{other}"
+        say(f"{path}: its classifier of {outputs} classes is {action}")
     if not keep:
         _, head = split_by_prefix(head, "head.fc.")
     ignored = "head." if not head else None if keep else "head.fc."
@@ -75,7 +65,7 @@ def start_classifier(model: ConvNeXt, init: Init, classes: list[str]) -> bool:
     return keep
 
 
-def start_autoencoder(model: FCMAE, init: Init) -> None:
+def start_autoencoder(model: FCMAE, init: Opened) -> None:
     """Load `--init` into a masked autoencoder, with the decoder if the file has one.
 
     Raises:
@@ -99,8 +89,8 @@ def start_autoencoder(model: FCMAE, init: Init) -> None:
         say(f"{path} has no decoder: a new one is trained")
 
 
-def _for_channels(init: Init, channels: int) -> tuple[Tensors, Tensors]:
-    """(encoder, decoder) of the file, adapted to a number of input channels."""
+def _for_channels(init: Opened, channels: int) -> tuple[Tensors, Tensors]:
+    """(encoder, decoder) of the file, with the stem adapted to `channels` input channels."""
     weights = init.weights
     if weights.arch.channels == channels:
         return weights.encoder, weights.decoder
@@ -109,13 +99,13 @@ def _for_channels(init: Init, channels: int) -> tuple[Tensors, Tensors]:
     return {name: tensors[name] for name in weights.encoder}, {name: tensors[name] for name in weights.decoder}
 
 
-def _check_shape(init: Init, arch: Encoder) -> None:
-    """Raise `UserError`, with the keys to set, if the file's encoder is not that of the configuration."""
-    held = resolve(init.weights.arch)
-    version = {encoder.name.partition("_")[0] for encoder in (held, arch)}
-    wrong = [key for key in SHAPE_KEYS if getattr(held, key) != getattr(arch, key)]
+def _check_shape(init: Opened, arch: Encoder) -> None:
+    """Raise `UserError`, naming the keys to set, if the file's encoder differs from the configured one."""
+    stored = resolve(init.weights.arch)
+    version = {encoder.name.partition("_")[0] for encoder in (stored, arch)}
+    wrong = [key for key in SHAPE_KEYS if getattr(stored, key) != getattr(arch, key)]
     if len(version) == 1 and not wrong:
         return
-    keys = {"name": held.name} | {key: getattr(held, key) for key in wrong}
+    keys = {"name": stored.name} | {key: getattr(stored, key) for key in wrong}
     flags = " ".join(f"--model.{key} {str(value).replace(' ', '')}" for key, value in keys.items())
-    raise UserError(f"{init.path} holds another model than the configuration: set {flags.translate(BRACKETS)}")
+    raise UserError(f"{init.path} contains another model than the configuration: set {flags.translate(BRACKETS)}")

@@ -1,17 +1,20 @@
-"""Weight files: fcmae.pt (pretraining) and classifier files (fine-tuning). Strict, atomic, and without code.
+"""Weight files: fcmae.pt (pretraining) and classifier files (fine-tuning). Checked strictly, written atomically.
 
 A file is a dict of tensors and plain values that `torch.load(weights_only=True)` reads:
 
     format              "convnext-fcmae/1"
-    arch                name, channels, stem_stride, depths, dims: what it takes to build the encoder
-    image               size [H, W], mean and std of each channel (None = not known); eval_crop and interpolation of a
-                        classifier
+    arch                the encoder: name, channels, stem_stride, depths, dims
+    image               preprocessing: size [H, W], mean and std of each channel (None = unknown), eval_crop,
+                        interpolation, bit_depth; the last three may be missing (see configs/preprocessing.py)
     encoder             tensors under timm's names
-    decoder             after pretraining: proj, mask_token, decoder, pred;  decoder_config: the model's settings
-    head, ema           of a classifier: head.norm and head.fc; averaged weights, or None
+    decoder             pretraining: proj, mask_token, decoder, pred
+    decoder_config      pretraining: settings of the masked autoencoder
+    head                classifier: head.norm and head.fc
+    ema                 classifier: averaged encoder and head, or None
     classes             class names, or None
+    task                fine-tuning: name of the task, as in finetune/tasks; missing or None in older files
 
-Other projects' files are read and written by models/formats.
+models/formats reads and writes the files of other projects.
 """
 
 import argparse
@@ -29,59 +32,71 @@ from torch import Tensor, nn
 
 from configs.errors import UserError, reason
 from configs.files import whole_file
+from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, FCMAESettings, PretrainModel
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
 from models.sizes import resolve
 
 FORMAT = "convnext-fcmae/1"
-LISTED = 20  # names in an error message
-INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
-DECODER = ("proj.", "mask_token", "decoder.", "pred.")  # how its tensors' names begin
+MAX_LISTED = 20  # names in an error message
+DECODER = ("proj.", "mask_token", "decoder.", "pred.")  # prefixes of its tensors
 Tensors = dict[str, Tensor]
 
 
 @dataclass
 class Weights:
-    """What a weight file holds."""
+    """Content of a weight file."""
 
     arch: Encoder
-    image: dict
+    preprocessing: Preprocessing
     encoder: Tensors
     decoder: Tensors = field(default_factory=dict)
     decoder_config: dict = field(default_factory=dict)
     head: Tensors = field(default_factory=dict)
     ema: Tensors | None = None
     classes: list[str] | None = None
+    task: str | None = None
 
     @property
     def outputs(self) -> int:
-        """Classes that the head tells apart; 0 without one."""
+        """Number of classes of the head; 0 without a head."""
         return len(self.head["head.fc.bias"]) if "head.fc.bias" in self.head else 0
+
+    def describe(self) -> str:
+        """One line: model, size in parameters, and the parts present."""
+        arch = self.arch
+        parts = {"encoder": self.encoder, "decoder": self.decoder, "head": self.head, "EMA": self.ema}
+        present = ", ".join(name for name, tensors in parts.items() if tensors)
+        millions = sum(tensor.numel() for tensor in self.encoder.values()) / 1e6
+        return (
+            f"{arch.name} ({millions:.1f}M, input channels {arch.channels}, stem stride {arch.stem_stride}): {present}"
+        )
 
 
 def cpu_state(model: nn.Module) -> Tensors:
-    """State of a model, on the CPU."""
+    """State dict of a model, on the CPU."""
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
 def split_by_prefix(tensors: dict, prefix: str | tuple[str, ...]) -> tuple[dict, dict]:
-    """(those whose names begin with `prefix`, or with one of several; the others)."""
+    """(tensors whose names start with `prefix`, or with one of several; the others)."""
     inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return inside, {name: tensor for name, tensor in tensors.items() if name not in inside}
 
 
 def save(path: Path, weights: Weights) -> None:
-    """Write a weight file: it is there whole or not at all."""
-    content = vars(weights) | {"format": FORMAT, "arch": asdict(weights.arch)}
+    """Write a weight file atomically."""
+    fields = {key: value for key, value in vars(weights).items() if key != "preprocessing"}
+    content = fields | {"format": FORMAT, "arch": asdict(weights.arch), "image": weights.preprocessing.to_dict()}
     with whole_file(path) as file:
         torch.save(content, file)
 
 
-def averaged(weights: Weights, path: str) -> Weights:
-    """The weights with their moving average in place of the raw ones. Raises `UserError` where there is none."""
+def use_ema(weights: Weights, path: str) -> Weights:
+    """Replace the raw weights by their moving average. Raises `UserError` if the file `path` has none."""
     if weights.ema is None:
-        raise UserError(f"{path} holds no averaged weights: leave --ema out")
+        raise UserError(f"{path} has no averaged weights: leave --ema out")
     head, encoder = split_by_prefix(weights.ema, "head.")
     return replace(weights, encoder=encoder, head=head, ema=None)
 
@@ -90,7 +105,7 @@ def load(path: str | Path) -> Weights:
     """Read a weight file of this project.
 
     Raises:
-        UserError: missing, truncated, of another format, or holding anything but tensors and plain values
+        UserError: missing, truncated, of another format, or with anything but tensors and plain values
     """
     content = load_file(path)
     if content.get("format") != FORMAT:
@@ -99,36 +114,36 @@ def load(path: str | Path) -> Weights:
 
 
 def load_file(path: str | Path) -> dict:
-    """What `torch.save` wrote, without running code: tensors, plain values and `argparse.Namespace`, nothing else.
+    """Load what `torch.save` wrote without running code: tensors, plain values and `argparse.Namespace` only.
 
-    The published checkpoints keep their command line as a Namespace, a class without behaviour.
+    Published checkpoints store their command line as a Namespace, which has no behaviour.
 
     Raises:
-        UserError: missing, truncated, not a dict, or holding another class
+        UserError: missing, truncated, not a dict, or with an object of another class
     """
     path = Path(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is no file" if path.exists() else "does not exist"
+        what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}: give a weight file")
     with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):  # nothing else is opened
+        if not zipfile.is_zipfile(file):  # older torch files are bare pickles: refused
             raise UserError(
                 f"{path} is truncated or not a weight file (a zip, as torch.save writes it since 1.6): copy it again"
             )
         if _is_program(file):
-            raise UserError(f"{path} is an exported program, not weights: give the file that it was made from")
+            raise UserError(f"{path} is an exported program, not weights: give the file that it was exported from")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} holds code or objects besides tensors and plain values{_foreign(path)}: "
-            "refused, nothing was run; save its state_dict alone"
+            f"{path} contains code or objects besides tensors and plain values{_foreign(path)}: refused, nothing was "
+            "executed; save its state_dict alone"
         ) from None
-    except Exception as error:  # damaged bytes make the reader fail in any way
+    except Exception as error:  # damaged bytes can raise anything in the reader
         raise UserError(f"{path} is truncated or not a weight file ({reason(error)}): copy it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+        raise UserError(f"{path} contains a {type(content).__name__}, not a dict of tensors")
     return content
 
 
@@ -143,30 +158,26 @@ def _is_program(file: BinaryIO) -> bool:
     """Whether a zip is what torch.jit.save or torch.export.save wrote."""
     try:
         members = zipfile.ZipFile(file).namelist()
-    except (zipfile.BadZipFile, ValueError, OSError):  # damaged: torch tells
+    except (zipfile.BadZipFile, ValueError, OSError):  # damaged: torch.load reports it
         return False
     return any("/code/" in member or member.endswith("/archive_format") for member in members)
 
 
 def from_content(content: dict, path: str | Path) -> Weights:
-    """Weights of a file's content in this project's format.
+    """Parse and check the content of a file in this project's format.
 
     Raises:
-        UserError: something is missing, or the tensors are not those of the model that the file names
+        UserError: a part is missing, or the tensors are not those of the model that the file names
     """
-    fields = {key: value for key, value in content.items() if key != "format"}
+    fields = {key: value for key, value in content.items() if key not in ("format", "arch", "image")}
     try:
-        weights = Weights(**fields | {"arch": resolve(Encoder(**fields["arch"]))})
-        missing = {"size", "mean", "std"} - weights.image.keys()
+        arch = resolve(Encoder(**content["arch"]))
+        weights = Weights(arch, Preprocessing.from_dict(content["image"], arch.channels), **fields)
         parts = weights.encoder | weights.decoder | weights.head
-        if weights.image.get("interpolation", "bicubic") not in INTERPOLATIONS:
-            raise ValueError(f"interpolation {weights.image['interpolation']!r}")
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is a damaged weight file ({reason(error)}): write it again") from None
     except UserError as error:
         raise UserError(f"{path} is a damaged weight file ({error}): write it again") from None
-    if missing:
-        raise UserError(f"{path} is a damaged weight file (no {', '.join(sorted(missing))}): write it again")
     check_tensors(path, parts)
     decoder, others = split_by_prefix(_shapes(expected_tensors(weights.arch, parts)), DECODER)
     head, encoder = split_by_prefix(others, "head.")
@@ -180,9 +191,9 @@ def from_content(content: dict, path: str | Path) -> Weights:
 
 
 def expected_tensors(arch: Encoder, found: Tensors) -> Tensors:
-    """All tensors, without memory, of those parts of a model (encoder, decoder, head) that `found` has some of.
+    """All tensors, on the meta device, of the parts (encoder, decoder, head) that `found` has tensors of.
 
-    Widths of head and decoder are read off `found`; names are ours.
+    The widths of head and decoder are inferred from `found`; names are this project's.
     """
     with torch.device("meta"):
         tensors = ConvNeXt(arch, found["head.fc.bias"].numel() if "head.fc.bias" in found else 1).state_dict()
@@ -197,23 +208,23 @@ def expected_tensors(arch: Encoder, found: Tensors) -> Tensors:
 
 
 def decoder_shape(tensors: Tensors) -> tuple[int, int]:
-    """(width, depth) of a decoder by its tensors."""
+    """(width, depth) of a decoder, inferred from its tensors."""
     width = next((tensors[name].numel() for name in ("mask_token", "proj.bias") if name in tensors), 1)
     return max(1, width), max(1, count(tensors, r"decoder\.(\d+)\."))
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """One more than the greatest number that the pattern finds."""
+    """One more than the largest number that the pattern matches."""
     return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
 
 
 def check_tensors(path: str | Path, tensors: Tensors) -> None:
-    """Raise a `UserError` unless all are ordinary tensors of floating-point numbers."""
+    """Raise `UserError` unless all are dense floating-point tensors."""
     for name, tensor in tensors.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
         if not plain or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise UserError(f"{path}: {name} holds no floating-point numbers, but {kind}")
+            raise UserError(f"{path}: {name} must be a floating-point tensor, not {kind}")
 
 
 def _shapes(tensors: Tensors) -> dict[str, tuple]:
@@ -221,7 +232,7 @@ def _shapes(tensors: Tensors) -> dict[str, tuple]:
 
 
 def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: str | None = None) -> None:
-    """Load tensors into a module; names that begin with `ignore` keep their values.
+    """Load tensors into a module; parameters whose names start with `ignore` keep their values.
 
     Raises:
         UserError: lists what is missing, unexpected or misshapen; the module is then unchanged
@@ -234,7 +245,7 @@ def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: s
 
 
 def check_shapes(path: str | Path, needed: dict[str, tuple], found: dict[str, tuple]) -> None:
-    """Raise a `UserError` that lists the names missing from `found`, those unexpected, and those of another shape."""
+    """Raise a `UserError` that lists missing names, unexpected names and wrong shapes."""
     problems = [f"missing {name}" for name in sorted(needed.keys() - found.keys())]
     problems += [f"unexpected {name}" for name in sorted(found.keys() - needed.keys())]
     problems += [
@@ -243,22 +254,22 @@ def check_shapes(path: str | Path, needed: dict[str, tuple], found: dict[str, tu
         if found[name] != needed[name]
     ]
     if problems:
-        shown = ", ".join(problems[:LISTED]) + (f", and {len(problems) - LISTED} more" if problems[LISTED:] else "")
-        raise UserError(f"{path} is of another model: {shown}")
+        more = f", and {len(problems) - MAX_LISTED} more" if problems[MAX_LISTED:] else ""
+        raise UserError(f"{path} is of another model: {', '.join(problems[:MAX_LISTED])}{more}")
 
 
 def other_channels(tensors: Tensors, channels: int) -> Tensors:
-    """The tensors with stem (and prediction layer, if there) for another number of input channels.
+    """Adapt the stem, and the prediction layer if present, to another number of input channels.
 
-    The old channels' kernels are repeated in turn and scaled, so that the same picture in every channel gives about
-    the same tokens; for one channel they are added up. A new channel is predicted as the old one that it repeats.
+    Kernels of the old channels are repeated cyclically and scaled, so that an image with equal channels gives about the
+    same tokens; for one channel they are summed. A new channel is predicted like the old channel that it repeats.
     """
     stem = tensors["stem.0.weight"]
     old = stem.shape[1]
-    turn = torch.arange(channels) % old
-    new = stem.sum(1, keepdim=True) if channels == 1 else stem[:, turn] * (old / channels)
+    source = torch.arange(channels) % old
+    new = stem.sum(1, keepdim=True) if channels == 1 else stem[:, source] * (old / channels)
     adapted = tensors | {"stem.0.weight": new}
     for name in ("pred.weight", "pred.bias"):
         if name in tensors:  # [P * P * C, ...], ordered (row, column, channel)
-            adapted[name] = tensors[name].unflatten(0, (-1, old))[:, turn].flatten(0, 1)
+            adapted[name] = tensors[name].unflatten(0, (-1, old))[:, source].flatten(0, 1)
     return adapted

@@ -18,6 +18,7 @@ from configs.command import dry_run, parse
 from configs.compare import to_dict
 from configs.errors import run_main
 from configs.log import say
+from configs.preprocessing import Preprocessing
 from configs.schema import Pretrain
 from launch.inputs import check_inputs
 from pretrain.objectives import OBJECTIVES
@@ -80,9 +81,8 @@ def main() -> None:
     with engine.whole_weights():
         if world.first:
             path = trainer.folder / f"{config.objective.name}.pt"
-            mean, std = statistics
-            image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}
-            content = Weights(model.encoder.arch, image, cpu_state(model.encoder), *objective.decoder(model))
+            preprocessing = Preprocessing(data.height_width, config.model.channels, *statistics)
+            content = Weights(model.encoder.arch, preprocessing, cpu_state(model.encoder), *objective.decoder(model))
             content.classes = split.classes
             save(path, content)
             summary = summarize(trainer.folder / "log.jsonl", config, trainer.steps_per_epoch)

@@ -5,22 +5,12 @@ from dataclasses import replace
 import torch
 
 from configs.errors import UserError
+from configs.feature_eval import KS, LRS, TEMPERATURE
 from configs.schema import Pretrain
 from data.shards import Split, open_split
 from data.transforms import EvalTransform
 from launch.training.engine import Engine
-from launch.training.feature_eval import (
-    KS,
-    LRS,
-    TEMPERATURE,
-    best_of,
-    check_labels,
-    count,
-    features,
-    knn,
-    linear,
-    probe_loader,
-)
+from launch.training.feature_eval import best_of, check_labels, count, features, knn, linear, probe_loader
 from launch.training.trainer import Report
 from launch.training.watchdog import Watch
 from launch.training.world import World

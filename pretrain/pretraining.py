@@ -15,7 +15,7 @@ from launch.training.runlog import read_log
 from launch.training.trainer import Report
 from launch.training.watchdog import Watch
 from launch.training.world import World
-from models.start import Init
+from models.opening import Opened
 from models.weights import Tensors
 from pretrain.online_eval import OnlineEval
 from pretrain.pictures import feature_distance, write_png
@@ -35,7 +35,7 @@ class Objective(Protocol):
     def build(self) -> nn.Module:
         """The model with initial weights: `encoder` is its ConvNeXt, its forward maps `inputs` to the loss []."""
 
-    def load(self, model: nn.Module, init: Init) -> None:
+    def load(self, model: nn.Module, init: Opened) -> None:
         """Start from the weights of --init."""
 
     def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:

@@ -1,103 +1,105 @@
-"""Show what a masked autoencoder makes of images: input, visible patches, prediction, and both pasted together.
+"""Show reconstructions of a masked autoencoder: input, visible patches, prediction, and both combined.
 
 python pretrain/reconstruct.py photo.jpg --weights runs/photos/fcmae.pt --out grid.png
 python pretrain/reconstruct.py photos/ --weights runs/photos/fcmae.pt --out grid.png --ratio 0.75 --seed 3
 """
 
-import argparse
 import sys
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-import numpy as np
-import torch
-
-from configs.arguments import parse_size
+from configs.arguments import check_parent, check_weights, parse_size
 from configs.errors import Parser, UserError, run_main
 from configs.schema import Data, visible_patches
-from data.decode import decode
-from data.folder import list_images, read_image
-from data.transforms import center_crop, draw_visible, normalize
-from models.fcmae import FCMAE, from_flat
-from models.formats.read import read_weights
 from models.sizes import check_size
-from models.weights import load_strict
-from pretrain.pictures import reconstruction_grid, write_png
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a picture or .npy array, or a folder of them")
-    parser.add_argument("--weights", required=True, metavar="FILE", help="fcmae.pt, or an official sparse checkpoint")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.png", help="picture to write")
-    parser.add_argument("--ratio", type=float, help="share of the patches to hide (default: as in pretraining)")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks (default 0)")
-    size = "side of the images, or [height,width] (default: the file's)"
-    parser.add_argument("--size", type=parse_size, metavar="PIXELS", help=size)
-    parser.add_argument("--most", type=int, default=16, metavar="N", help="images to show of those given (default 16)")
-    return parser.parse_args(argv)
+@dataclass(frozen=True)
+class Options:
+    """The command line.
 
-
-def open_autoencoder(path: str, ratio: float | None) -> tuple[FCMAE, dict]:
-    """(masked autoencoder of a file, the file's preprocessing); `ratio` replaces the mask ratio it was trained with.
-
-    Raises:
-        UserError: the file cannot be read or has no decoder
+    Args:
+        images: picture files, .npy arrays, or folders of them
+        weights: file with encoder and decoder
+        out: PNG file to write
+        ratio: share of the patches to hide; None = as in pretraining
+        seed: of the masks
+        size: image side, or height and width, pixels; None = from the file
+        max_images: number of images to show
     """
-    weights, _, _ = read_weights(path)
-    if not weights.decoder:
-        raise UserError(f"{path} has no decoder: give the fcmae.pt of a pretraining run")
-    if weights.image["mean"] is None:
-        raise UserError(
-            f"{path} does not tell how its channels were normalised: give the fcmae.pt of a pretraining run"
-        )
-    config, settings = from_flat(weights.decoder_config | {"backend": "packed", "recompute": "none"})
-    model = FCMAE(config, replace(settings, mask_ratio=ratio or settings.mask_ratio))
-    encoder = {f"encoder.{name}": tensor for name, tensor in weights.encoder.items()}
-    load_strict(model, encoder | weights.decoder, path)
-    return model.eval(), weights.image
+
+    images: list[str]
+    weights: str
+    out: Path
+    ratio: float | None
+    seed: int
+    size: int | tuple[int, int] | None
+    max_images: int
 
 
-def collect(paths: list[str], most: int) -> list[Path]:
-    """Image files among the paths and in their folders, `most` at most. Raises `UserError` for a missing path."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
+def parse(argv: list[str] | None = None) -> Options:
+    """Parse and check the command line."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="a picture or .npy array, or a folder of them")
+    add("--weights", required=True, metavar="FILE", help="fcmae.pt, or an official sparse checkpoint")
+    add("--out", required=True, type=Path, metavar="FILE.png", help="picture to write")
+    add("--ratio", type=float, help="share of the patches to hide (default: as in pretraining)")
+    add("--seed", type=int, default=0, help="of the masks (default 0)")
+    size = "image side, or [height,width] (default: from the file)"
+    add("--size", type=parse_size, metavar="PIXELS", help=size)
+    add("--max-images", type=int, default=16, metavar="N", help="maximum number of images to show (default 16)")
+    options = Options(**vars(parser.parse_args(argv)))
+    if options.ratio is not None and not 0 < options.ratio < 1:
+        parser.error(f"--ratio {options.ratio}: must be between 0 and 1")
+    if options.max_images < 1:
+        parser.error(f"--max-images {options.max_images}: must be 1 or more")
+    check_parent(options.out)
+    for path in options.images:
+        if not Path(path).exists():
             raise UserError(f"{path} does not exist: give a picture or a folder of pictures")
-        files += [Path(item.container) for item in list_images(path)] if path.is_dir() else [path]
-    return files[:most]
+    check_weights(options.weights)
+    return options
 
 
-def load_image(file: Path, channels: int, size: tuple[int, int]) -> torch.Tensor:
-    """A whole image, squashed to [C, *size], as loaded. Raises `UserError`, naming it, if it cannot be read."""
-    try:
-        return center_crop(decode(read_image(file), channels), size, 1)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-
-
-@torch.no_grad()
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = parse()
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"{args.out.parent} is not a folder: make it first")
-    model, about = open_autoencoder(args.weights, args.ratio)
-    mean, std = torch.tensor(about["mean"]), torch.tensor(about["std"])
-    data = Data(size=args.size or tuple(about["size"]))
-    grid = data.grid(model.config.stem_stride)
+    options = parse(argv)
+
+    import numpy as np  # torch and all that needs it: seconds, which --help and mistakes need not wait for
+    import torch
+
+    from data.decode import decode
+    from data.folder import list_images, read_image
+    from data.transforms import center_crop, draw_visible, normalize
+    from models.opening import open_autoencoder
+    from pretrain.pictures import reconstruction_grid, write_png
+
+    trained = open_autoencoder(options.weights, options.ratio, options.size)
+    model, channels, size = trained.model, trained.preprocessing.channels, trained.preprocessing.size
+    grid = Data(size=size).grid(model.config.stem_stride)
     check_size(model.config, model.settings, grid)
-    files = collect(args.images, args.most)
-    images = [normalize(load_image(file, model.config.channels, data.height_width), mean, std) for file in files]
-    n = visible_patches(grid[0] * grid[1], model.settings.mask_ratio)
-    visible = [draw_visible(np.random.default_rng([args.seed, i]), grid, n) for i in range(len(images))]
-    write_png(args.out, reconstruction_grid(model, torch.stack(images), torch.stack(visible), mean, std))
-    print(f"wrote {args.out}: {len(images)} images, {n} of {grid[0] * grid[1]} patches visible")
+    files: list[Path] = []
+    for path in map(Path, options.images):
+        files += [Path(item.container) for item in list_images(path)] if path.is_dir() else [path]
+    images = []
+    for file in files[: options.max_images]:
+        try:
+            image = center_crop(decode(read_image(file), channels), size, 1)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+        images.append(normalize(image, trained.mean, trained.std))
+    patches = grid[0] * grid[1]
+    n = visible_patches(patches, model.settings.mask_ratio)
+    visible = [draw_visible(np.random.default_rng([options.seed, i]), grid, n) for i in range(len(images))]
+    with torch.no_grad():
+        sheet = reconstruction_grid(model, torch.stack(images), torch.stack(visible), trained.mean, trained.std)
+    write_png(options.out, sheet)
+    print(f"wrote {options.out}: {len(images)} images, {n} of {patches} patches visible")
     if model.settings.norm_pix:
-        print("predicted patches have the mean and variance of the true ones: the model predicts normalised pixels")
+        print("the model predicts normalised pixels: each predicted patch is shown with the true mean and variance")
 
 
 if __name__ == "__main__":

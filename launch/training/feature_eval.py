@@ -23,8 +23,6 @@ from launch.training.world import World, gather, sum_over_ranks
 from models.convnext import ConvNeXt
 from models.sparse.layouts import Dense
 
-KS, TEMPERATURE = (10, 20, 100, 200), 0.07  # neighbours, and how fast their votes fall: 1805.01978, section 3.4
-LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 TOP = 5
 QUERIES, BANK = 512, 1 << 16  # images compared at a time: 256 MiB of similarities
 LINEAR_BATCH, MOMENTUM = 256, 0.9

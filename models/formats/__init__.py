@@ -1,1 +1,3 @@
-"""Other projects' weight files."""
+"""Weight files of other projects."""
+
+FORMATS = ("ours", "official", "official-sparse", "timm", "transformers", "mmpretrain")

@@ -1,7 +1,7 @@
-"""What each project calls a ConvNeXt's tensors, and how it shapes them. docs/weights.md shows the same as a table.
+"""Names and shapes of a ConvNeXt's tensors in each project; docs/weights.md has the same as a table.
 
-Our own names are timm's. A table maps them to another project's: {i} is a stage, {j} a block, {k} 1 or 2, {n} 0 or 1,
-{p} `weight` or `bias`. One table serves both directions.
+This project uses timm's names. A table maps them to another project's: {i} is a stage, {j} a block, {k} 1 or 2,
+{n} 0 or 1, {p} `weight` or `bias`. One table serves both directions.
 """
 
 import re
@@ -57,7 +57,7 @@ OFFICIAL_SPARSE = {
     "pred.{p}": "pred.{p}",
 }
 TIMM = {name: name for name in OURS_ENCODER + OURS_HEAD}
-TRANSFORMERS = {  # convnext. or convnextv2. stands before all but the classifier
+TRANSFORMERS = {  # all but the classifier have the prefix convnext. or convnextv2.
     "stem.0.{p}": "embeddings.patch_embeddings.{p}",
     "stem.1.{p}": "embeddings.layernorm.{p}",
     "stages.{i}.downsample.{n}.{p}": "encoder.stages.{i}.downsampling_layer.{n}.{p}",
@@ -108,17 +108,17 @@ def _rename(name: str, rows: list[tuple[re.Pattern, str]]) -> str | None:
 
 
 def to_name(ours: str, form: str) -> str | None:
-    """Our name in another format, without transformers' prefix; None where the format has no such tensor."""
+    """This project's name in another format, without transformers' prefix; None if the format has no such tensor."""
     return _rename(ours, _TO[form])
 
 
 def from_name(theirs: str, form: str) -> str | None:
-    """Our name of another format's tensor; None where its name does not belong to the format."""
+    """This project's name of another format's tensor; None if the name does not belong to the format."""
     return _rename(theirs, _FROM[form])
 
 
 def detect(names: Iterable[str]) -> str | None:
-    """Format of a state dict by its names, each of which one format alone has; None if no name tells."""
+    """Format of a state dict, by names that only one format has; None if there is no such name."""
     marks = {
         "official-sparse": r"encoder\.(stages|downsample_layers)\..*\.(kernel|ln\.\w+|linear\.\w+)",
         "mmpretrain": r"backbone\..*|.*\.(depth|point)wise_conv\d?\..*",
@@ -134,10 +134,10 @@ def detect(names: Iterable[str]) -> str | None:
 
 
 def to_shape(ours: str, tensor: Tensor, form: str, conv_mlp: bool = False) -> Tensor:
-    """A tensor in the shape, and the order of taps, that another format keeps it in.
+    """A tensor in the shape, and with the order of kernel taps, of another format.
 
     Args:
-        ours: our name of it
+        ours: its name in this project
         conv_mlp: timm: fc1 and fc2 are 1x1 convolutions
     """
     if form == "timm" and conv_mlp and ".mlp.fc" in ours and tensor.ndim == 2:
@@ -160,7 +160,7 @@ def to_shape(ours: str, tensor: Tensor, form: str, conv_mlp: bool = False) -> Te
 
 
 def from_shape(ours: str, tensor: Tensor, form: str, shape: tuple[int, ...]) -> Tensor:
-    """Inverse of `to_shape`; `shape` is that of our own tensor."""
+    """Inverse of `to_shape`; `shape` is that of this project's tensor."""
     if form == "official-sparse" and tensor.ndim in (2, 3) and len(shape) == 4:  # a kernel of MinkowskiEngine
         return from_taps(tensor[:, None] if tensor.ndim == 2 else tensor).contiguous()
-    return tensor.reshape(shape)  # all else differs in axes of length 1
+    return tensor.reshape(shape)  # all others differ in axes of length 1 only

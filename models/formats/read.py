@@ -1,6 +1,6 @@
-"""Weights of any format: this project's, the official code's (dense and sparse), timm's, transformers', mmpretrain's.
+"""Reading weights of this project, the official code (dense and sparse), timm, transformers and mmpretrain.
 
-The format is recognised by the tensors' names. What the model is, is read off their shapes. Nothing is executed.
+The format is detected by tensor names, the model inferred from tensor shapes. No code of a file is executed.
 """
 
 import re
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Encoder
+from models.formats.containers import read_container
 from models.formats.metadata import class_names, preprocessing, pretraining
 from models.formats.names import PREFIXES, detect, from_name, from_shape, to_name, to_shape
-from models.formats.open import open_weights
 from models.sizes import SIZES, resolve
 from models.weights import (
     FORMAT,
@@ -26,49 +26,49 @@ from models.weights import (
     split_by_prefix,
 )  # fmt: skip
 
-WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before each name
-WIDEST = 1 << 16  # channels; no model comes near
+WRAPPERS = ("module.", "_orig_mod.")  # name prefixes of DistributedDataParallel and torch.compile
+MAX_WIDTH = 1 << 16  # channels
 
 
 def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
-    """(weights, format, remarks on what the file does not tell).
+    """(weights, format, remarks on values that the file does not specify).
 
     Args:
         path: a file of `torch.save` or safetensors; or a folder with config.json, as transformers and timm write it
     Raises:
-        UserError: no such file, truncated, holding code, of no known format, or with missing, unexpected or misshapen
+        UserError: no such file, truncated, containing code, of unknown format, or with missing, unexpected or misshapen
             tensors, which are listed
     """
     path = Path(path)
-    opened = open_weights(path)
-    if opened.beside.get("format") == FORMAT:
-        return from_content(opened.beside, path), "ours", []
-    form = detect(_bare(name) for name in opened.tensors)
+    container = read_container(path)
+    if container.metadata.get("format") == FORMAT:
+        return from_content(container.metadata, path), "ours", []
+    form = detect(_strip_prefixes(name) for name in container.tensors)
     if form is None:
-        first = ", ".join(map(str, list(opened.tensors)[:3]))
-        raise UserError(f"{path} is in no format that is known here (its first names: {first})")
-    if form == "transformers" and opened.beside.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{path} has hidden_act {opened.beside['hidden_act']}: only gelu is a ConvNeXt here")
-    arch, encoder, decoder, head = translate(opened.tensors, form, path, opened.beside.get("architecture"))
+        first = ", ".join(map(str, list(container.tensors)[:3]))
+        raise UserError(f"{path} is in no known format (its first tensors: {first})")
+    if form == "transformers" and container.metadata.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{path} has hidden_act {container.metadata['hidden_act']}: only gelu is supported")
+    arch, encoder, decoder, head = translate(container.tensors, form, path, container.metadata.get("architecture"))
     ema = None
-    if opened.average is not None:
-        other, *parts = translate(opened.average, form, path, arch.name)
+    if container.ema is not None:
+        other, *parts = translate(container.ema, form, path, arch.name)
         ema = {name: tensor for part in parts for name, tensor in part.items()}
         raw = encoder | decoder | head
         if other != arch or {n: t.shape for n, t in ema.items()} != {n: t.shape for n, t in raw.items()}:
-            raise UserError(f"{path}: its averaged weights are of another model than its raw ones")
+            raise UserError(f"{path}: its averaged weights belong to another model than its raw ones")
     if form in ("timm", "transformers") and _identity_norm(head):
-        head = {}  # these formats cannot leave it out, so an encoder without a head carries one that does nothing
+        head = {}  # these formats always store this norm; for an encoder without a head it is the identity
     remarks: list[str] = []
-    settings = pretraining(opened.beside, arch, decoder) if decoder else {}
-    weights = Weights(arch, {}, encoder, decoder, settings, head, ema)
-    weights.classes = class_names(opened.beside, form, weights.outputs, remarks)
-    weights.image = preprocessing(opened.beside, form, arch, remarks)
+    settings = pretraining(container.metadata, arch, decoder) if decoder else {}
+    image = preprocessing(container.metadata, form, arch, remarks)
+    weights = Weights(arch, image, encoder, decoder, settings, head, ema)
+    weights.classes = class_names(container.metadata, form, weights.outputs, remarks)
     return weights, form, remarks
 
 
-def _bare(name: object) -> str:
-    """A tensor's name without what wrappers and transformers put before it."""
+def _strip_prefixes(name: object) -> str:
+    """A tensor's name without the prefixes of wrappers and transformers."""
     name = str(name)
     while (bare := re.sub(rf"^({'|'.join(map(re.escape, WRAPPERS + PREFIXES))})", "", name)) != name:
         name = bare
@@ -78,18 +78,18 @@ def _bare(name: object) -> str:
 def translate(
     tensors: dict, form: str, path: Path, architecture: object = None
 ) -> tuple[Encoder, Tensors, Tensors, Tensors]:
-    """(architecture, encoder, decoder, head) of another format's tensors, under our names and in our shapes.
+    """(architecture, encoder, decoder, head) of another format's tensors, under this project's names and in its shapes.
 
     Args:
-        architecture: name of the model that the file claims, for a shape that no name implies
+        architecture: model name that the file claims, used where the shapes match no named model
     Raises:
         UserError: lists what is missing, unexpected or misshapen, under the file's own names
     """
     source = f"{path} (read as {form})"
-    theirs = {ours: name for name in tensors if (ours := from_name(_bare(name), form))}
+    theirs = {ours: name for name in tensors if (ours := from_name(_strip_prefixes(name), form))}
     found = {ours: tensors[name] for ours, name in theirs.items() if isinstance(tensors[name], Tensor)}
     arch = _architecture(found, form, source, architecture)
-    if form == "official":  # the released files after pretraining have GRN as the sparse code has it, [1, 4 C]
+    if form == "official":  # GRN of the released pretraining files is shaped as in the sparse code, [1, 4 C]
         found |= {ours: t[None, None] for ours, t in found.items() if ".grn." in ours and t.ndim == 2}
     needed = expected_tensors(arch, found)
     conv_mlp = any(".mlp.fc" in ours and tensor.ndim == 4 for ours, tensor in found.items())
@@ -111,13 +111,13 @@ def translate(
 
 
 def _prefix(theirs: dict[str, str], form: str) -> str:
-    """What this file puts before the format's own names, to name what is missing as the file would."""
+    """The prefix of this file's tensor names, for error messages that name missing tensors as the file would."""
     stems = (name.removesuffix(to_name(ours, form)) for ours, name in theirs.items() if ours.startswith("stem."))
     return next(stems, "")
 
 
 def _architecture(tensors: Tensors, form: str, source: str, claimed: object) -> Encoder:
-    """Which ConvNeXt these tensors are, under our names but in their shapes."""
+    """The ConvNeXt that has these tensors, under this project's names but in the file's shapes."""
     marks = ["stem.0.weight", *(f"stages.{i}.downsample.1.bias" for i in (1, 2, 3))]
     missing = [to_name(name, form) for name in marks if name not in tensors]
     if missing:
@@ -126,15 +126,15 @@ def _architecture(tensors: Tensors, form: str, source: str, claimed: object) -> 
     dims = (len(stem) if stem.ndim else 0, *(tensors[name].numel() for name in marks[1:]))
     if stem.ndim != 4 or stem.shape[2] != stem.shape[3] or stem.shape[2] not in (1, 2, 4) or 0 in stem.shape:
         raise UserError(f"{source}: {to_name(marks[0], form)} is {list(stem.shape)}, needed [width, channels, 4, 4]")
-    if not all(0 < width < WIDEST for width in (*dims, stem.shape[1])):
-        raise UserError(f"{source}: widths {list(dims)} are no ConvNeXt's")
+    if not all(0 < width < MAX_WIDTH for width in (*dims, stem.shape[1])):
+        raise UserError(f"{source}: widths {list(dims)} do not belong to a ConvNeXt")
     depths = tuple(max(1, count(tensors, rf"stages\.{i}\.blocks\.(\d+)\.")) for i in range(4))
     version = "convnextv2_" if any(".grn." in name for name in tensors) else "convnext_"
     sizes = {name: resolve(Encoder(name)) for name in SIZES if name.startswith(version)}
     named = [name for name, size in sizes.items() if (size.depths, size.dims) == (depths, dims)]
     if not named and claimed in sizes:
         named = [claimed]
-    name = named[0] if named else min(sizes, key=lambda name: sizes[name].dims)  # of another shape: the smallest's name
+    name = named[0] if named else min(sizes, key=lambda name: sizes[name].dims)  # else the smallest's
     return Encoder(name, stem.shape[1], stem.shape[2], depths, dims)
 
 

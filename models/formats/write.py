@@ -1,4 +1,4 @@
-"""Weights in any format: ours, the official code's (dense and sparse), timm's, transformers', mmpretrain's."""
+"""Writing weights for this project, the official code (dense and sparse), timm, transformers and mmpretrain."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ import torch
 
 from configs.errors import UserError
 from configs.files import sync_folder, whole_file, write_whole
+from configs.preprocessing import Preprocessing
 from configs.schema import Encoder
 from models.convnext import EPS, LAYER_SCALE
 from models.formats.metadata import RESAMPLE, SQUASH_FROM, WHOLE_CENTRE
@@ -17,61 +18,59 @@ from models.formats.names import CONV_MLP, to_name, to_shape
 from models.sizes import resolve
 from models.weights import Tensors, Weights, save
 
-FORMATS = ("ours", "official", "official-sparse", "timm", "transformers", "mmpretrain")
-
 
 def write_weights(path: Path, weights: Weights, form: str) -> list[str]:
-    """Write weights to a file, or for transformers to a folder; it is there whole or not at all.
+    """Write weights atomically, to a file or, for transformers, to a folder.
 
     Returns:
-        remarks on what the format has no place for
+        remarks on parts that the format cannot store
     Raises:
-        UserError: a model that the other code cannot build: V1 in the official sparse code, stem stride 2 in timm
+        UserError: a model that the other library cannot build: V1 in the official sparse code, stem stride 2 in timm
     """
     if path.suffix == ".safetensors" and form != "timm":
-        raise UserError(f"{path}: only timm's format is written as .safetensors: choose another name for {form}")
+        raise UserError(f"{path}: only timm's format is written as .safetensors: choose another file name for {form}")
     if form == "ours":
         save(path, weights)
         return []
     if form == "official-sparse" and not _is_v2(weights):
         raise UserError(f"{weights.arch.name} has no official-sparse format: the official sparse code is V2 only")
     if form == "timm" and weights.arch.stem_stride == 2:
-        raise UserError("model.stem_stride 2 has no timm format: timm's ConvNeXt of patch_size 2 has one more layer")
+        raise UserError("model.stem_stride 2 has no timm format: timm's ConvNeXt of patch_size 2 has an extra layer")
     tensors, remarks = to_form(weights, form)
     ema = None
     if weights.ema is not None and form == "official":
         ema, _ = to_form(replace(weights, encoder=weights.ema, head={}), form)
     elif weights.ema is not None:
-        remarks.append("left out: the averaged weights (--ema writes them in place of the raw ones)")
+        remarks.append("omitted: the averaged weights (--ema writes them instead of the raw ones)")
     if form == "transformers":
         remarks += _write_folder(path, weights, tensors)
         return remarks
-    beside = _beside(weights, form)
+    metadata = _metadata(weights, form)
     if path.suffix == ".safetensors":
         with whole_file(path) as file:
-            file.write(_safetensors(tensors, {"config": json.dumps(beside)}))
+            file.write(_safetensors(tensors, {"config": json.dumps(metadata)}))
         return remarks
     container = {"official": "model", "official-sparse": "model"}.get(form, "state_dict")
     with whole_file(path) as file:
-        torch.save({container: tensors} | beside | ({"model_ema": ema} if ema else {}), file)
+        torch.save({container: tensors} | metadata | ({"model_ema": ema} if ema else {}), file)
     return remarks
 
 
 def to_form(weights: Weights, form: str) -> tuple[Tensors, list[str]]:
-    """(tensors under a format's names and in its shapes, remarks on what was left out or added)."""
+    """(tensors under a format's names and in its shapes, remarks on omitted and added parts)."""
     parts = {"decoder": weights.decoder, "head": weights.head}
     kept = dict(weights.encoder)
     remarks = []
     for part, tensors in parts.items():
         if tensors and all(to_name(name, form) is None for name in tensors):
-            remarks.append(f"left out: the {part} (the format has no place for it)")
+            remarks.append(f"omitted: the {part} (the format cannot store it)")
         else:
             kept |= tensors
     if form in ("timm", "transformers") and not weights.head and "head.norm.weight" not in kept:
         width = weights.arch.dims[-1]
         dtype = kept["stem.1.weight"].dtype
         kept |= {"head.norm.weight": torch.ones(width, dtype=dtype), "head.norm.bias": torch.zeros(width, dtype=dtype)}
-        remarks.append("added: a final norm that changes nothing (the format's models always have one)")
+        remarks.append("added: an identity as final norm (models of this format always have a norm)")
     conv_mlp = weights.arch.name.endswith(CONV_MLP)
     prefix = f"{_base_class(weights).lower()}." if form == "transformers" and "head.fc.weight" in kept else ""
     renamed = {}
@@ -83,7 +82,7 @@ def to_form(weights: Weights, form: str) -> tuple[Tensors, list[str]]:
 
 
 def _safetensors(tensors: Tensors, metadata: dict[str, str]) -> bytes:
-    """A safetensors file; tensors that share memory are written each on its own."""
+    """Bytes of a safetensors file; tensors that share memory are copied."""
     own = {name: tensor.clone() for name, tensor in tensors.items()}
     return safetensors.torch.save(own, {"format": "pt"} | metadata)
 
@@ -93,39 +92,40 @@ def _is_v2(weights: Weights) -> bool:
 
 
 def _base_class(weights: Weights) -> str:
-    """How transformers' classes of this model begin."""
+    """First part of the names of transformers' classes for this model."""
     return "ConvNextV2" if _is_v2(weights) else "ConvNext"
 
 
-def _beside(weights: Weights, form: str) -> dict:
-    """What a file of this format keeps beside the tensors: plain values."""
+def _metadata(weights: Weights, form: str) -> dict:
+    """What a file of this format stores besides tensors, as plain values."""
     if form == "timm":
-        image, channels = weights.image, weights.arch.channels
+        image = weights.preprocessing
         settings = {
-            "input_size": [channels, *image["size"]],
-            "interpolation": image.get("interpolation", "bicubic"),
+            "input_size": [image.channels, *image.size],
+            "interpolation": image.interpolation,
+            "crop_pct": 1.0 if image.crop == WHOLE_CENTRE else image.crop,
+            "crop_mode": "squash" if image.crop == 1 else "center",
         }
-        settings |= {key: image[key] for key in ("mean", "std") if image[key]}
-        if "eval_crop" in image:
-            settings["crop_pct"] = 1.0 if image["eval_crop"] == WHOLE_CENTRE else image["eval_crop"]
-            settings["crop_mode"] = "squash" if image["eval_crop"] == 1 else "center"
-        beside = {"architecture": weights.arch.name, "num_classes": weights.outputs, "pretrained_cfg": settings}
-        return beside | ({"label_names": weights.classes} if weights.classes else {})
+        if image.mean is not None:
+            settings |= {"mean": list(image.mean), "std": list(image.std)}
+        metadata = {"architecture": weights.arch.name, "num_classes": weights.outputs, "pretrained_cfg": settings}
+        return metadata | ({"label_names": weights.classes} if weights.classes else {})
+    stored = weights.preprocessing.to_dict()
     if form == "mmpretrain":
         classes = {"dataset_meta": {"classes": weights.classes}} if weights.classes else {}
-        return {"meta": classes | {"image": weights.image}}
-    beside = {"image": weights.image} | ({"classes": weights.classes} if weights.classes else {})
-    return beside | ({"pretraining": weights.decoder_config} if form == "official-sparse" else {})
+        return {"meta": classes | {"image": stored}}
+    metadata = {"image": stored} | ({"classes": weights.classes} if weights.classes else {})
+    return metadata | ({"pretraining": weights.decoder_config} if form == "official-sparse" else {})
 
 
 def _write_folder(path: Path, weights: Weights, tensors: Tensors) -> list[str]:
-    """A folder as transformers' `save_pretrained` writes it."""
+    """Write a folder as transformers' `save_pretrained` does."""
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         write_whole(part / "config.json", json.dumps(_config(weights), indent=2).encode())
-        processor = _image_processor(weights.image)
+        processor = _image_processor(weights.preprocessing)
         if processor:
             write_whole(part / "preprocessor_config.json", json.dumps(processor, indent=2).encode())
         with whole_file(part / "model.safetensors") as file:
@@ -135,15 +135,17 @@ def _write_folder(path: Path, weights: Weights, tensors: Tensors) -> list[str]:
         shutil.rmtree(part, ignore_errors=True)
         raise
     sync_folder(path.parent)
-    remarks = [] if processor else ["left out: preprocessor_config.json (transformers cannot tell this preprocessing)"]
+    remarks = (
+        [] if processor else ["omitted: preprocessor_config.json (no transformers processor does this preprocessing)"]
+    )
     if weights.classes and not weights.outputs:
-        remarks.append("left out: the class names (transformers keeps them with a classifier only)")
+        remarks.append("omitted: the class names (transformers stores them with a classifier only)")
     return remarks
 
 
 def _config(weights: Weights) -> dict:
     """config.json of transformers' ConvNextConfig or ConvNextV2Config."""
-    arch, (height, width) = weights.arch, weights.image["size"]
+    arch, (height, width) = weights.arch, weights.preprocessing.size
     outputs = weights.outputs
     base = _base_class(weights)
     config = {
@@ -155,7 +157,7 @@ def _config(weights: Weights) -> dict:
         "hidden_sizes": list(arch.dims),
         "depths": list(arch.depths),
         "hidden_act": "gelu",
-        "layer_norm_eps": EPS,  # the library's default, 1e-12, is not what the model was trained with
+        "layer_norm_eps": EPS,  # the library's default is 1e-12; the model was trained with this one
         "image_size": height if height == width else [height, width],
     }
     if not _is_v2(weights):
@@ -167,18 +169,18 @@ def _config(weights: Weights) -> dict:
     return config
 
 
-def _image_processor(image: dict) -> dict | None:
-    """preprocessor_config.json that does what an evaluation here does; None if no processor can.
+def _image_processor(image: Preprocessing) -> dict | None:
+    """preprocessor_config.json that reproduces this project's evaluation; None if no processor can.
 
-    `eval_crop` 1 squashes the whole image; less resizes it so that the centre crop is this share of the side.
+    A crop of 1 squashes the whole image; a smaller one resizes it so that the centre crop is this share of the side.
     """
-    (height, width), crop = image["size"], image.get("eval_crop", 0.875)
-    if not image["mean"]:
+    (height, width), crop = image.size, image.crop
+    if image.mean is None:
         return None
     common = {
-        "do_resize": True, "resample": RESAMPLE[image.get("interpolation", "bicubic")],
+        "do_resize": True, "resample": RESAMPLE[image.interpolation],
         "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": image["mean"], "image_std": image["std"],
+        "do_normalize": True, "image_mean": list(image.mean), "image_std": list(image.std),
     }  # fmt: skip
     if crop == 1:
         return common | {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
@@ -211,20 +213,20 @@ def how_to_load(path: Path, weights: Weights, form: str) -> str:
 
 
 def how_to_load_backbone(path: Path, weights: Weights, form: str) -> str | None:
-    """The Python call that loads a converted file as a backbone: a model that gives the four stages' maps.
+    """The Python call that loads a converted file as a backbone, which returns the feature maps of the four stages.
 
-    None where the format's library has none. transformers puts a LayerNorm after each map, without trained weights.
+    None if the format's library has no backbones. transformers adds an untrained LayerNorm after each map.
     """
     if form == "timm":
         return _timm_call(weights.arch, timm_backbone(path, weights))
     if form == "transformers":
-        stages = ["stage1", "stage2", "stage3", "stage4"]  # AutoBackbone takes no folders (5.23): it asks the hub
+        stages = ["stage1", "stage2", "stage3", "stage4"]  # AutoBackbone (5.23) accepts hub names only
         return f'transformers.{_base_class(weights)}Backbone.from_pretrained("{path}", out_features={stages})'
     return None
 
 
 def timm_options(arch: Encoder) -> dict:
-    """What `timm.create_model` has to be told of a model besides its name."""
+    """Options of `timm.create_model` for a model, besides its name."""
     options = {"in_chans": arch.channels} if arch.channels != 3 else {}
     options |= {"patch_size": arch.stem_stride} if arch.stem_stride != 4 else {}
     named = resolve(Encoder(arch.name))
@@ -234,12 +236,12 @@ def timm_options(arch: Encoder) -> dict:
 
 
 def timm_backbone(path: Path, weights: Weights) -> dict:
-    """Options of `timm.create_model` for the four maps of a converted file.
+    """Options of `timm.create_model` that load a converted file as a backbone.
 
-    Its `checkpoint_path` knows no backbones: their tensors have other names. What loads pretrained weights renames.
+    `checkpoint_path` does not work for backbones, whose tensors have other names; `pretrained` renames them.
     """
-    held = {"file": str(path), "input_size": (weights.arch.channels, *weights.image["size"])}
-    return {"features_only": True} | timm_options(weights.arch) | {"pretrained": True, "pretrained_cfg_overlay": held}
+    file = {"file": str(path), "input_size": (weights.arch.channels, *weights.preprocessing.size)}
+    return {"features_only": True} | timm_options(weights.arch) | {"pretrained": True, "pretrained_cfg_overlay": file}
 
 
 def _timm_call(arch: Encoder, options: dict) -> str:

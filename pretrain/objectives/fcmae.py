@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from data.transforms import PretrainTransform
     from models.fcmae import FCMAE
-    from models.start import Init
+    from models.opening import Opened
     from models.weights import Tensors
 
 
@@ -52,7 +52,7 @@ class Objective:
 
         return FCMAE(self.config.model, self.config.objective)
 
-    def load(self, model: FCMAE, init: Init) -> None:
+    def load(self, model: FCMAE, init: Opened) -> None:
         """Start from the weights of --init, with the decoder if the file has one."""
         from models.start import start_autoencoder
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from configs.preprocessing import Preprocessing
 from launch.training.world import free_port
 from models.formats.write import write_weights
 from tests.conftest import ROOT, run
@@ -97,7 +98,8 @@ def give(name: str, folder: Path) -> None:
     elif path.suffix in (".pt", ".pth"):
         weights = WEIGHTS[name][0]()
         weights.classes = sorted(CLASSES) if weights.outputs == len(CLASSES) else None
-        weights.image |= {"size": [224, 224], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "eval_crop": 0.875}
+        mean, std, channels = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), weights.arch.channels
+        weights.preprocessing = Preprocessing((224, 224), channels, mean, std)
         write_weights(path, weights, WEIGHTS[name][1])
     else:
         IMAGES[name](path)

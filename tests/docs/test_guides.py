@@ -8,6 +8,7 @@ import re
 from functools import partial
 
 import pytest
+import torch
 
 from configs.command import parse
 from configs.errors import UserError
@@ -16,13 +17,14 @@ from configs.schema import Encoder, FCMAESettings, Finetune, Pretrain, PretrainM
 from data import prepare
 from finetune import evaluate, export, predict, probe
 from finetune.tasks import TASKS
-from launch.training.dry_run import PROBE, activations, example
+from launch.training.dry_run import PROBE, activations
 from models import convert
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
 from models.sizes import resolve
 from pretrain import reconstruct
 from pretrain.objectives import OBJECTIVES
+from pretrain.objectives.fcmae import Objective
 from tests.conftest import ROOT
 from tests.docs.helpers import Block, Reader, blocks, check_output, give
 from tests.docs.stand_in import split_words
@@ -111,11 +113,13 @@ def test_keys_files_and_links_that_a_page_names_exist(page):
 def test_the_table_of_activations_is_what_a_plan_says(size):
     row = next(line for line in (GUIDE / "one-gpu.md").read_text().splitlines() if line.startswith(f"| {size} |"))
     name, modes = f"convnextv2_{size}", ("none", "mlp", "block")
-    stages = [(Pretrain(), FCMAE(PretrainModel(name, recompute=mode), FCMAESettings())) for mode in modes]
-    stages += [(Finetune(), ConvNeXt(resolve(Encoder(name)), 1000, 0.1, mode)) for mode in modes]
-    sums = []
-    for config, model in stages:
-        probes = [example(config, getattr(model, "encoder", model).arch, count) for count in PROBE]
+    models = [FCMAE(PretrainModel(name, recompute=mode), FCMAESettings()) for mode in modes]
+    models += [ConvNeXt(resolve(Encoder(name)), 1000, 0.1, mode) for mode in modes]
+    objective, sums = Objective(Pretrain(objective=FCMAESettings())), []
+    for model in models:
+        probes = [(torch.rand(count, 3, 224, 224),) for count in PROBE]
+        if isinstance(model, FCMAE):
+            probes = [objective.inputs(image, objective.example(len(image))) for (image,) in probes]
         sums.append(f"{activations(model, probes, 64, low=True) / 2**30:.1f}")
     assert sums == [cell.strip() for cell in row.split("|")[2:-1]]
 

@@ -16,12 +16,14 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix
 
 from configs.errors import UserError
+from configs.preprocessing import Preprocessing
 from configs.schema import Data, Encoder
 from data.loader import eval_loader
 from data.shards import Index, open_split, read_index, write_index
 from data.sources import digits as digit_images
 from data.transforms import EvalTransform, normalize
-from finetune.evaluate import evaluation, main
+from finetune.evaluate import main
+from finetune.tasks.classification.inference import evaluation
 from finetune.tasks.classification.scores import Predictions
 from launch.training.world import stop
 from models.convnext import ConvNeXt
@@ -71,7 +73,7 @@ def classifier(shards: Path, path: Path) -> Path:
     ridge = features.T @ features + 100 * torch.eye(features.shape[1])  # else rounding errors would be multiplied
     model.head.fc.weight.copy_(8 * torch.linalg.solve(ridge, features.T @ targets).T)
     head, encoder = split_by_prefix(cpu_state(model), "head.")
-    image = {"size": [8, 8], "mean": [0.5], "std": [0.5], "eval_crop": 1.0}
+    image = Preprocessing((8, 8), 1, (0.5,), (0.5,), crop=1.0)
     save(path, Weights(model.arch, image, encoder, head=head, classes=split.classes))
     return path
 
@@ -81,7 +83,7 @@ def autoencoder(path: Path) -> Path:
     model = FCMAE(*tiny())
     encoder, decoder = split_by_prefix(cpu_state(model), "encoder.")
     encoder = {name.removeprefix("encoder."): tensor for name, tensor in encoder.items()}
-    image = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
+    image = Preprocessing((32, 32), 3, (0.5,) * 3, (0.5,) * 3)
     save(path, Weights(model.encoder.arch, image, encoder, decoder, asdict(model.config)))
     return path
 
@@ -196,7 +198,7 @@ def test_data_with_some_of_the_models_classes(best, one_rank, tmp_path):
 
 def test_weights_without_class_names(best, digits, one_rank, tmp_path, capsys):
     found, _ = evaluated(with_classes(best, tmp_path / "x.pt", None), digits, tmp_path / "out")
-    assert "x.pt has no class names: labels are taken by their number" in capsys.readouterr().out
+    assert "x.pt has no class names: labels are matched by number" in capsys.readouterr().out
     assert found["scores"] == content(one_rank)[0]["scores"] and found["classes"][3]["name"] == "3"
 
 
@@ -250,13 +252,13 @@ def test_many_classes_take_no_square_of_memory():
         (["{best}", "{digits}", "--size", "33"], "data.size 33x33 is not a multiple of the patch"),
         (["{best}", "{digits}", "--size", "big"], "--size big: give a number of pixels, or height and width like"),
         (["{best}", "{digits}", "--split", "test"], "has no split test (one of: train, val)"),
-        (["{best}", "{digits}", "--batch", "0"], "--batch 0: must be 1 or more"),
-        (["{best}", "{digits}", "--ema"], "holds no averaged weights: leave --ema out"),
+        (["{best}", "{digits}", "--batch", "0"], "--batch 0: must be positive"),
+        (["{best}", "{digits}", "--ema"], "has no averaged weights: leave --ema out"),
         (["{best}", "nowhere"], "nowhere does not exist: give a folder of shards or of images"),
         (["nowhere.pt", "{digits}"], "nowhere.pt does not exist"),
         (["{fcmae}", "{digits}"], "{fcmae} has no classifier: fine-tune it first"),
-        (["{others}", "{digits}"], "has classes that {others} does not know: 0, 9 (it has 10: a, 1, 2, 3, 4, ...)"),
-        (["{best}", "{plain}"], "plain, split val has images without labels: finetune/predict.py predicts such"),
+        (["{others}", "{digits}"], "has classes that {others} does not have: 0, 9 (it has 10: a, 1, 2, 3, 4, ...)"),
+        (["{best}", "{plain}"], "plain, split val has images without labels: use finetune/predict.py"),
         (["{best}", "{short}"], "split val has label 9, but 2 class names: prepare it again"),
         (["{unnamed}", "{pair}"], "has 2 classes, {unnamed} 10: without names they cannot be matched"),
     ],
@@ -283,7 +285,7 @@ def test_weights_that_overflow(best, digits, tmp_path):
     weights = load(best)
     weights.head["head.fc.bias"][0] = float("nan")
     save(tmp_path / "x.pt", weights)
-    with pytest.raises(UserError, match="numbers that are not finite with precision fp32"):
+    with pytest.raises(UserError, match="x.pt gives numbers that are not finite"):
         evaluated(tmp_path / "x.pt", digits, tmp_path / "out")
 
 

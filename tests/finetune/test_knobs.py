@@ -145,7 +145,7 @@ def test_frozen_and_tried_out(digits, pretrained, tmp_path):
     assert "; 721 images, scored on 355" in done.stdout  # half of 1,442
     init, best = load(pretrained / "fcmae.pt"), load(tmp_path / "x/best.pt")
     assert all(torch.equal(best.encoder[name], tensor) for name, tensor in init.encoder.items())
-    assert best.image["size"] == [32, 32] and init.image["size"] == [24, 24]
+    assert best.preprocessing.size == (32, 32) and init.preprocessing.size == (24, 24)
     assert 0 < best.head["head.fc.weight"].abs().max() < 0.02  # three steps from zero; a step is 4e-3 at most
     lines = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3] and summary(tmp_path / "x")["epoch"] == 1

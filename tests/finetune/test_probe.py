@@ -1,6 +1,7 @@
 """The probe as a command: scores, ranks, other formats, bad input."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from configs.errors import UserError
+from configs.feature_eval import LRS
 from configs.schema import Data
 from data.decode import decode
 from data.shards import open_split
@@ -61,7 +63,7 @@ def test_scores(probed, pretrained, digits):
 
 def test_the_best_learning_rate_is_that_of_the_held_out_images(probed):
     linear = probed[0]["linear"]
-    assert [row["lr"] for row in linear["grid"]] == list(probe.LRS)
+    assert [row["lr"] for row in linear["grid"]] == list(LRS)
     assert linear["held_out"] == max(row["held_out"] for row in linear["grid"])
     assert {key: linear[key] for key in linear["grid"][0]} in linear["grid"]
 
@@ -99,14 +101,14 @@ def test_another_format(pretrained, digits, probed, tmp_path):
     [
         (["--k", "0"], "--k 0: must be positive"),
         (["--lrs", "0.1", "-1"], "--lrs 0.1 -1: must be positive"),
-        (["--temperature", "0"], "--temperature 0.0: must be positive"),
+        (["--temperature", "0"], "--temperature 0: must be positive"),
         (["--crop", "2"], "--crop 2.0: must be above 0 and at most 1"),
         (["--size", "30"], "data.size 30x30 is not a multiple of the patch, 8 pixels"),
         (["--eval-split", "test"], r"has no split test \(one of: train, val\)"),
-        (["--eval-split", "train"], "--eval-split train: must be another than --train-split"),
+        (["--eval-split", "train"], "--eval-split train: must differ from --train-split"),
         (["--images", "9"], "9 training images are too few for the linear classifier: give 10, or --no-linear"),
-        (["--out", "nowhere/x.json"], "nowhere is not a folder: make it first"),
-        (["--ema"], "holds no averaged weights"),
+        (["--out", "nowhere/x.json"], "nowhere is not a folder"),
+        (["--ema"], "no averaged weights"),
         (["--workers", "-1"], "data.workers is -1"),
         (["--kk", "1"], r"unrecognized arguments: --kk 1 \(see --help\)"),
     ],
@@ -118,7 +120,7 @@ def test_bad_input(more, says, pretrained, digits):
 
 def test_weights_without_statistics(pretrained, digits, tmp_path):
     weights = load(pretrained / "fcmae.pt")
-    weights.image |= {"mean": None, "std": None}
+    weights.preprocessing = replace(weights.preprocessing, mean=None, std=None)
     save(tmp_path / "bare.pt", weights)
-    with pytest.raises(UserError, match="does not tell how its 1 channels were normalised"):
+    with pytest.raises(UserError, match="mean and std of its 1 channels"):
         probe.main([str(tmp_path / "bare.pt"), str(digits)])

@@ -12,8 +12,8 @@ import torch
 
 from data.decode import decode
 from data.shards import Split
-from data.transforms import to_float
-from finetune.trained import open_trained
+from data.transforms import EvalTransform, to_float
+from models.opening import open_classifier
 from tests.conftest import ROOT, run
 
 
@@ -52,8 +52,9 @@ def agree(project, folder):
     run("python", "finetune/predict.py", best, folder / "images", "--top", "10", "--json", folder / "predicted.json")
     predicted = json.loads((folder / "predicted.json").read_text())
     run("python", "finetune/export.py", best, folder / "x.onnx", "--to", "onnx", "--images", shards)
-    session, trained = onnxruntime.InferenceSession(str(folder / "x.onnx")), open_trained(str(best))
-    images = torch.stack([to_float(trained.transform(decode(split.read(i)[0], 1))["image"]) for i in range(len(split))])
+    session, trained = onnxruntime.InferenceSession(str(folder / "x.onnx")), open_classifier(str(best))
+    transform = EvalTransform.of(trained.preprocessing)
+    images = torch.stack([to_float(transform(decode(split.read(i)[0], 1))["image"]) for i in range(len(split))])
     logits = torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
     for row, pairs, shares in zip(evaluated, predicted, logits.softmax(1).tolist(), strict=True):
         first, *_ = pairs["classes"]

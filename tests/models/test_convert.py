@@ -6,8 +6,9 @@ import torch
 import transformers
 
 from models.convert import main
+from models.formats import FORMATS
 from models.formats.read import read_weights
-from models.formats.write import FORMATS, to_form, write_weights
+from models.formats.write import to_form, write_weights
 from tests.conftest import names, run
 from tests.models.formats.helpers import FILES, SMALL, assert_same, autoencoder, classifier
 
@@ -37,7 +38,7 @@ def test_a_trained_model_leaves_in_every_format(form, pretrained, tmp_path):
     assert_same(read_weights(tmp_path / FILES[form])[0].encoder, read_weights(pretrained / "fcmae.pt")[0].encoder)
     calls = [line.strip() for line in done.stdout.split("load it with\n")[1].splitlines()[::2]]
     if form in ("timm", "transformers"):
-        assert "added: a final norm" in done.stdout
+        assert "final norm" in done.stdout
         assert len(calls) == 2  # the model, the backbone
         for call in calls:
             eval(call, {"timm": timm, "transformers": transformers})
@@ -53,12 +54,12 @@ def test_averaged_weights(tmp_path):
     weights = classifier(**SMALL)
     weights.ema = {name: tensor + 1 for name, tensor in (weights.encoder | weights.head).items()}
     write_weights(tmp_path / "last.pt", weights, "ours")
-    assert "left out: the averaged weights" in convert(tmp_path / "last.pt", tmp_path / "raw.pth", "timm").stdout
+    assert "averaged weights" in convert(tmp_path / "last.pt", tmp_path / "raw.pth", "timm").stdout
     assert "left out" not in convert(tmp_path / "last.pt", tmp_path / "ema.pth", "timm", "--ema").stdout
     raw, ema = (read_weights(tmp_path / name)[0] for name in ("raw.pth", "ema.pth"))
     assert_same(raw.encoder | raw.head, weights.encoder | weights.head)
     assert_same(ema.encoder | ema.head, weights.ema)
-    assert "holds no averaged weights" in convert(tmp_path / "raw.pth", tmp_path / "x", "ours", "--ema", code=2).stderr
+    assert "no averaged weights" in convert(tmp_path / "raw.pth", tmp_path / "x", "ours", "--ema", code=2).stderr
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_averaged_weights(tmp_path):
     [
         (["nowhere.pt", "{tmp}/y.pt", "--to", "ours"], "nowhere.pt does not exist"),
         (["{tmp}/x.pt", "{tmp}/x.pt", "--to", "timm"], "exists: choose another name"),
-        (["{tmp}/x.pt", "{tmp}/no/y.pt", "--to", "timm"], "is not a folder: make it first"),
+        (["{tmp}/x.pt", "{tmp}/no/y.pt", "--to", "timm"], "is not a folder"),
         (["{tmp}/x.pt", "{tmp}/y.pt", "--to", "tim"], "invalid choice: 'tim'"),
         (["{tmp}/x.pt", "{tmp}/y.pt"], "the following arguments are required: --to"),
         (["{tmp}", "{tmp}/y.pt", "--to", "timm"], "without config.json"),

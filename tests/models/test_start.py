@@ -9,10 +9,12 @@ from configs.errors import UserError
 from configs.schema import Data
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE, from_flat
-from models.formats.write import FORMATS, write_weights
-from models.start import Init, open_init, start_autoencoder, start_classifier, with_statistics
+from models.formats import FORMATS
+from models.formats.write import write_weights
+from models.opening import Opened
+from models.start import open_init, start_autoencoder, start_classifier, with_statistics
 from models.weights import other_channels
-from tests.models.formats.helpers import FILES, SMALL, assert_same, autoencoder, classifier, logits
+from tests.models.formats.helpers import FILES, SMALL, assert_same, autoencoder, change, classifier, logits
 from tests.models.helpers import assert_close, masks
 
 CLASSES = [f"class {i}" for i in range(5)]
@@ -146,11 +148,11 @@ def test_another_model_names_the_keys_to_set(settings, says, start):
 
 def test_statistics_belong_to_the_weights():
     weights = classifier(**SMALL)
-    start = Init("x.pt", weights, "")
+    start = Opened("x.pt", weights)
     assert with_statistics(Data(), start, 3).mean == (0.1, pytest.approx(0.2), pytest.approx(0.3))
     assert with_statistics(Data(), start, 4).mean is None  # other channels: not theirs
     assert with_statistics(Data(), None, 3).mean is None
     with pytest.raises(UserError, match=r"x\.pt was trained with data\.mean .* leave the key out"):
         with_statistics(Data(mean=(0.5, 0.5, 0.5)), start, 3)
-    weights.image |= {"mean": None, "std": None}
+    change(weights, mean=None, std=None)
     assert with_statistics(Data(mean=(0.5, 0.5, 0.5)), start, 3).mean == (0.5, 0.5, 0.5)

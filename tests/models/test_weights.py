@@ -1,11 +1,13 @@
 """Weight files: round trip, and every way a file can be wrong."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from configs.errors import UserError
+from configs.preprocessing import Preprocessing
 from configs.schema import Encoder
 from models.convnext import ConvNeXt
 from models.sizes import resolve
@@ -15,9 +17,11 @@ from tests.conftest import names
 ARCH = resolve(Encoder("convnextv2_atto", stem_stride=1, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)))
 
 
+IMAGE = Preprocessing((8, 8), 3, (0.5,) * 3, (0.4,) * 3)
+
+
 def write(path, **changes):
-    image = {"size": [8, 8], "mean": [0.5], "std": [0.5]}
-    content = {"arch": ARCH, "image": image, "encoder": cpu_state(ConvNeXt(ARCH))} | changes
+    content = {"arch": ARCH, "preprocessing": IMAGE, "encoder": cpu_state(ConvNeXt(ARCH))} | changes
     save(path, Weights(**content))
     return path
 
@@ -57,7 +61,7 @@ class Payload:
 def test_code_is_refused_and_does_not_run(tmp_path):
     trap = tmp_path / "ran"
     torch.save({"format": "convnext-fcmae/1", "encoder": Payload(str(trap))}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="holds code"):
+    with pytest.raises(UserError, match="contains code"):
         load(tmp_path / "x.pt")
     assert not trap.exists()
 
@@ -91,15 +95,52 @@ def test_a_page_instead_of_a_file(tmp_path):
         load(tmp_path / "x.pt")
 
 
+def stored(path, **changes):
+    """Write a file whose preprocessing is replaced, as older or damaged files have it."""
+    content = torch.load(write(path))
+    content["image"] = {"size": [8, 8], "mean": [0.5] * 3, "std": [0.4] * 3} | changes
+    torch.save(content, path)
+    return path
+
+
+def test_preprocessing_that_older_files_lack_has_defaults(tmp_path):
+    assert load(stored(tmp_path / "x.pt")).preprocessing == IMAGE
+    unknown = load(stored(tmp_path / "x.pt", mean=None, std=None)).preprocessing
+    assert unknown.mean is None and unknown.std is None
+
+
+def test_preprocessing_there_and_back(tmp_path):
+    changed = replace(IMAGE, size=(8, 16), crop=0.9, interpolation="bilinear", bit_depth=16)
+    assert load(write(tmp_path / "x.pt", preprocessing=changed)).preprocessing == changed
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mean", [0.5]),
+        ("mean", None),
+        ("mean", "abc"),
+        ("std", [0.4, 0.4, 0.0]),
+        ("std", [0.4, 0.4, float("nan")]),
+        ("size", [8]),
+        ("size", [8, 0]),
+        ("size", 8),
+        ("eval_crop", 1.5),
+        ("interpolation", "lanczos"),
+        ("bit_depth", 0),
+    ],
+)
+def test_preprocessing_that_is_damaged(key, value, tmp_path):
+    with pytest.raises(UserError, match=r"x\.pt is a damaged weight file"):
+        load(stored(tmp_path / "x.pt", **{key: value}))
+
+
 def test_statistics_are_needed(tmp_path):
-    with pytest.raises(UserError, match=r"damaged weight file \(no mean, std\)"):
-        load(write(tmp_path / "x.pt", image={"size": [8, 8]}))
-
-
-def test_an_unknown_interpolation(tmp_path):
-    image = {"size": [8, 8], "mean": [0.5], "std": [0.5], "interpolation": "lanczos"}
-    with pytest.raises(UserError, match=r"damaged weight file \(interpolation 'lanczos'\)"):
-        load(write(tmp_path / "x.pt", image=image))
+    content = torch.load(write(tmp_path / "x.pt"))
+    del content["image"]["mean"]
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"damaged weight file .*mean"):
+        load(tmp_path / "x.pt")
 
 
 def test_an_exported_program_is_not_weights(tmp_path):

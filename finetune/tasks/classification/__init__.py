@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from data.loader import Transform
     from data.shards import Split
+    from finetune.tasks.classification.inference import ClassifierInference
     from finetune.tasks.classification.scores import Predictions
     from models.convnext import ConvNeXt
-    from models.start import Init
+    from models.opening import Opened, Trained
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Task:
         model.head.requires_grad_(True)
         return model
 
-    def load(self, model: ConvNeXt, init: Init | None) -> None:
+    def load(self, model: ConvNeXt, init: Opened | None) -> None:
         """Start from the weights of --init; a head for other classes is replaced, and scaled by `head_init`."""
         from models.start import start_classifier
 
@@ -177,3 +178,10 @@ class Task:
             mode=settings.mix_mode, label_smoothing=settings.smoothing, num_classes=len(self.classes),
         )  # fmt: skip
         return mixup, SoftTargetCrossEntropy()
+
+
+def make_inference(trained: Trained) -> ClassifierInference:
+    """What evaluate.py, predict.py and export.py need of this task, for a trained classifier."""
+    from finetune.tasks.classification.inference import ClassifierInference
+
+    return ClassifierInference(trained)

@@ -13,11 +13,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from configs.errors import UserError
+from configs.feature_eval import KS
 from configs.schema import Data, Encoder
 from data.shards import open_split
 from data.transforms import EvalTransform
 from launch.training import feature_eval as probe
-from launch.training.feature_eval import KS, Features, check_labels, features, knn, linear, probe_loader
+from launch.training.feature_eval import Features, check_labels, features, knn, linear, probe_loader
 from launch.training.world import World
 from models.convnext import ConvNeXt
 from models.formats.read import read_weights

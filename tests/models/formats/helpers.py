@@ -1,7 +1,10 @@
 """Weights with a different number at every place, and what a real file of each format is named."""
 
+from dataclasses import replace
+
 import torch
 
+from configs.preprocessing import Preprocessing
 from configs.schema import Encoder
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE, flat_config, from_flat
@@ -10,7 +13,6 @@ from models.sparse.layouts import Dense
 from models.weights import Weights, split_by_prefix
 
 SMALL = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32)}
-IMAGE = {"size": [64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "eval_crop": 0.8}
 FILES = {
     "ours": "x.pt", "official": "x.pth", "official-sparse": "x.pth", "timm": "x.pth", "transformers": "x",
     "mmpretrain": "x.pth",
@@ -30,6 +32,17 @@ def natural(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def preprocessing(channels: int) -> Preprocessing:
+    """A preprocessing of 64 pixels whose channels differ."""
+    statistics = tuple(0.1 * (i + 1) for i in range(channels))
+    return Preprocessing((64, 64), channels, statistics, statistics, crop=0.8)
+
+
+def change(weights: Weights, **values) -> None:
+    """Change the preprocessing of weights in place."""
+    weights.preprocessing = replace(weights.preprocessing, **values)
+
+
 def classifier(name: str = "convnextv2_atto", classes: int = 5, fill=natural, channels: int = 3, **shape) -> Weights:
     """A classifier's weights; with 0 classes an encoder's."""
     arch = resolve(Encoder(name, channels=channels, **shape))
@@ -37,8 +50,7 @@ def classifier(name: str = "convnextv2_atto", classes: int = 5, fill=natural, ch
         model = ConvNeXt(arch, classes)
     head, encoder = split_by_prefix(fill(model), "head.")
     names = [f"class {i}" for i in range(classes)] or None
-    image = IMAGE | {key: [0.1 * (i + 1) for i in range(channels)] for key in ("mean", "std")}
-    return Weights(arch, image, encoder, head=head, classes=names)
+    return Weights(arch, preprocessing(channels), encoder, head=head, classes=names)
 
 
 def autoencoder(name: str = "convnextv2_atto", fill=natural, channels: int = 3, **settings) -> Weights:
@@ -48,8 +60,7 @@ def autoencoder(name: str = "convnextv2_atto", fill=natural, channels: int = 3, 
         model = FCMAE(*given)
     encoder, decoder = split_by_prefix(fill(model), "encoder.")
     encoder = {key.removeprefix("encoder."): tensor for key, tensor in encoder.items()}
-    image = IMAGE | {key: [0.1 * (i + 1) for i in range(channels)] for key in ("mean", "std")}
-    return Weights(model.encoder.arch, image, encoder, decoder, flat_config(*given))
+    return Weights(model.encoder.arch, preprocessing(channels), encoder, decoder, flat_config(*given))
 
 
 def assert_same(found: dict, expected: dict) -> None:

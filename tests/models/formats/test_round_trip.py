@@ -8,15 +8,17 @@ import torch
 import transformers
 
 from configs.errors import UserError
+from models.formats import FORMATS
 from models.formats.names import TABLES
 from models.formats.read import read_weights, translate
-from models.formats.write import FORMATS, how_to_load_backbone, to_form, write_weights
+from models.formats.write import how_to_load_backbone, to_form, write_weights
 from models.sizes import SIZES
 from tests.models.formats.helpers import (
     FILES,
     SMALL,
     assert_same,
     autoencoder,
+    change,
     classifier,
     logits,
     maps,
@@ -59,7 +61,7 @@ def test_files_there_and_back(form, shape, tmp_path):
     found, detected, remarks = read_weights(path)
     assert detected == form and remarks == []
     assert found.arch == weights.arch and found.classes == weights.classes
-    assert found.image == weights.image
+    assert found.preprocessing == weights.preprocessing
     for key in ("mask_ratio", "norm_pix", "grn_scope", "decoder_dim", "decoder_depth"):
         assert found.decoder_config.get(key) == weights.decoder_config.get(key)
     for part in ("encoder", "decoder", "head"):
@@ -110,7 +112,7 @@ def test_real_timm(name, tmp_path):
     theirs = model.state_dict()
     torch.save(theirs, tmp_path / "theirs.pth")
     found, form, remarks = read_weights(tmp_path / "theirs.pth")
-    assert form == "timm" and "ImageNet's mean and std taken" in remarks[0]
+    assert form == "timm" and "ImageNet's mean and std" in remarks[0]
     assert_same(to_form(found, "timm")[0], theirs)
 
 
@@ -215,10 +217,10 @@ def test_transformers_bare_model_and_older_files(tmp_path):
 @pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
 def test_interpolation_there_and_back(interpolation, form, tmp_path):
     weights = (autoencoder if form in ("ours", "official-sparse") else classifier)(**SMALL)
-    weights.image |= {"interpolation": interpolation}
+    change(weights, interpolation=interpolation)
     write_weights(tmp_path / FILES[form], weights, form)
     found, _, remarks = read_weights(tmp_path / FILES[form])
-    assert found.image == weights.image and remarks == []
+    assert found.preprocessing == weights.preprocessing and remarks == []
 
 
 @pytest.mark.parametrize("form", ["timm", "transformers"])
@@ -229,7 +231,7 @@ def test_bicubic_is_written_but_not_kept(form, tmp_path):
         assert torch.load(tmp_path / "x.pth")["pretrained_cfg"]["interpolation"] == "bicubic"
     else:
         assert json.loads((tmp_path / "x/preprocessor_config.json").read_text())["resample"] == 3
-    assert "interpolation" not in read_weights(tmp_path / FILES[form])[0].image
+    assert read_weights(tmp_path / FILES[form])[0].preprocessing.interpolation == "bicubic"
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_other_interpolations_are_said(form, held, tmp_path):
         path = tmp_path / "x/preprocessor_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": held}))
     found, _, remarks = read_weights(tmp_path / FILES[form])
-    assert "interpolation" not in found.image and ["bicubic taken" in remark for remark in remarks] == [True]
+    assert found.preprocessing.interpolation == "bicubic" and ["bicubic" in remark for remark in remarks] == [True]
 
 
 @pytest.mark.parametrize(
@@ -261,15 +263,14 @@ def test_transformers_preprocessing_is_ours(size, crop, kind, interpolation, tmp
     from data.transforms import EvalTransform, normalize
 
     weights = classifier(**SMALL)
-    weights.image |= {"size": size, "eval_crop": crop}
-    weights.image |= {} if interpolation == "bicubic" else {"interpolation": interpolation}
+    change(weights, size=tuple(size), crop=crop, interpolation=interpolation)
     write_weights(tmp_path / "x", weights, "transformers")
     assert json.loads((tmp_path / "x/preprocessor_config.json").read_text())["image_processor_type"] == kind
-    assert read_weights(tmp_path / "x")[0].image == weights.image
+    assert read_weights(tmp_path / "x")[0].preprocessing == weights.preprocessing
     picture = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 17) * 255, (200, 300), mode="bicubic")
     picture = picture[0].clamp(0, 255).to(torch.uint8)
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "x")(picture, return_tensors="pt")
-    mean, std = (torch.tensor(weights.image[key]) for key in ("mean", "std"))
+    mean, std = (torch.tensor(getattr(weights.preprocessing, key)) for key in ("mean", "std"))
     for share in (crop, 0.7):
         ours = normalize(EvalTransform(tuple(size), share, interpolation)(picture, None)["image"][None], mean, std)
         assert ours.shape == theirs["pixel_values"].shape
@@ -284,32 +285,32 @@ def test_transformers_preprocessing_is_ours(size, crop, kind, interpolation, tmp
         ({"size": {"shortest_edge": 224}, "crop_pct": 1.0}, [224, 224], 0.9999),  # a crop: not squashed
         ({"size": 224, "crop_pct": 0.875}, [224, 224], 0.875),  # as older files say it
         ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, [224, 224], 0.875),
-        ({"size": {"height": 48}}, [64, 64], None),  # half of it missing: the model's own size
+        ({"size": {"height": 48}}, [64, 64], 0.875),  # half of it missing: the model's own size
     ],
 )
 def test_other_preprocessors(held, size, crop, tmp_path):
     write_weights(tmp_path / "x", classifier(**SMALL), "transformers")
     (tmp_path / "x/preprocessor_config.json").write_text(json.dumps(held))
-    image = read_weights(tmp_path / "x")[0].image
-    assert image["size"] == size and image.get("eval_crop") == crop
+    image = read_weights(tmp_path / "x")[0].preprocessing
+    assert image.size == tuple(size) and image.crop == crop
 
 
 @pytest.mark.parametrize(("crop", "mode"), [(1.0, "squash"), (0.9999, "center"), (0.875, "center")])
 def test_timm_crop_mode(crop, mode, tmp_path):
     weights = classifier(**SMALL)
-    weights.image["eval_crop"] = crop
+    change(weights, crop=crop)
     write_weights(tmp_path / "x.pth", weights, "timm")
     held = torch.load(tmp_path / "x.pth")["pretrained_cfg"]
     assert (held["crop_pct"], held["crop_mode"]) == (round(crop, 3), mode)
-    assert read_weights(tmp_path / "x.pth")[0].image["eval_crop"] == crop
+    assert read_weights(tmp_path / "x.pth")[0].preprocessing.crop == crop
 
 
 def test_what_no_processor_can_do_is_said(tmp_path):
     weights = classifier(**SMALL)
-    weights.image |= {"size": [48, 80]}
+    change(weights, size=(48, 80))
     assert "preprocessor_config.json" in write_weights(tmp_path / "x", weights, "transformers")[0]
     assert not (tmp_path / "x/preprocessor_config.json").exists()
-    assert read_weights(tmp_path / "x")[0].image["size"] == [48, 80]
+    assert read_weights(tmp_path / "x")[0].preprocessing.size == (48, 80)
 
 
 def test_timm_hub_folder(tmp_path):
@@ -319,7 +320,7 @@ def test_timm_hub_folder(tmp_path):
     config = {"architecture": "convnextv2_atto", "label_names": weights.classes}
     (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {"input_size": [3, 96, 96]}}))
     found, form, _ = read_weights(tmp_path)
-    assert form == "timm" and found.classes == weights.classes and found.image["size"] == [96, 96]
+    assert form == "timm" and found.classes == weights.classes and found.preprocessing.size == (96, 96)
 
 
 def test_logits_do_not_hide_a_missing_tensor():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.evaluation import predict
+from finetune.inference import predict
 from finetune.tasks.classification import scores
 from finetune.tasks.classification.scores import Predictions, calibration_error
 from launch.training.world import World
@@ -23,7 +23,7 @@ class Table(torch.nn.Module):
 
 @pytest.fixture
 def alone(monkeypatch):
-    monkeypatch.setattr("finetune.evaluation.gather", lambda value: [value])
+    monkeypatch.setattr("finetune.inference.gather", lambda value: [value])
     return World(0, 1, torch.device("cpu"))
 
 
@@ -56,7 +56,7 @@ def test_scores_by_hand(alone):
 def test_ranks_are_joined_in_the_order_of_the_samples(alone, monkeypatch):
     """Each of two ranks has every other sample; what one gathers is all of them."""
     parts = []
-    monkeypatch.setattr("finetune.evaluation.gather", lambda value: parts.append(value) or parts)
+    monkeypatch.setattr("finetune.inference.gather", lambda value: parts.append(value) or parts)
     for rank in (1, 0):
         part = predict(scores, {"": Table()}, [batch([rank, rank + 2])], alone, *STATISTICS, "fp32")[""]
     assert part.sample.tolist() == [0, 1, 2] and part.label.tolist() == [0, 6, 1]

@@ -1,4 +1,4 @@
-"""Opening a file or folder of any format, without executing anything: tensors, and what stands beside them."""
+"""Opening a weight file or model folder of any format without executing code: tensors and metadata, unchecked."""
 
 import json
 from pathlib import Path
@@ -10,42 +10,42 @@ from configs.errors import UserError, reason
 from configs.files import sha256
 from models.weights import Tensors, load_file
 
-CONTAINERS = ("model", "state_dict", "module")  # where a checkpoint keeps the tensors
-AVERAGES = ("model_ema", "state_dict_ema")  # and their moving average
+TENSOR_KEYS = ("model", "state_dict", "module")  # where a checkpoint keeps its tensors
+EMA_KEYS = ("model_ema", "state_dict_ema")  # and their moving average
 CONFIG, PROCESSOR, INDEX = "config.json", "preprocessor_config.json", "model.safetensors.index.json"
 
 
-class Opened(NamedTuple):
-    """A file's content; nothing in it has been checked."""
+class Container(NamedTuple):
+    """Unchecked content of a file or folder."""
 
     tensors: dict
-    average: dict | None
-    beside: dict
+    ema: dict | None
+    metadata: dict
 
 
-def open_weights(path: Path) -> Opened:
-    """Open what `torch.save` or safetensors wrote, or a folder with config.json.
+def read_container(path: Path) -> Container:
+    """Read what `torch.save` or safetensors wrote, or a folder with config.json.
 
     Raises:
-        UserError: it does not exist, is truncated, holds code, or is of another kind
+        UserError: it does not exist, is truncated, contains code, or is of another kind
     """
     if path.is_dir():
-        return _open_folder(path)
+        return _read_folder(path)
     if path.suffix == ".safetensors":
-        tensors, metadata = _open_safetensors(path)
-        beside = metadata.get("config")  # ours; other tools keep other things there
+        tensors, header = _read_safetensors(path)
+        config = header.get("config")  # written here; other tools store other things under this key
         try:
-            return Opened(tensors, None, _parse(beside, path) if beside else {})
+            return Container(tensors, None, _parse_json(config, path) if config else {})
         except UserError:
-            return Opened(tensors, None, {})
+            return Container(tensors, None, {})
     content = load_file(path)
-    held = [content[key] for key in CONTAINERS if isinstance(content.get(key), dict) and content[key]]
-    average = next((content[key] for key in AVERAGES if isinstance(content.get(key), dict)), None)
-    return Opened(held[0] if held else content, average, content)
+    nested = (content[key] for key in TENSOR_KEYS if isinstance(content.get(key), dict) and content[key])
+    ema = next((content[key] for key in EMA_KEYS if isinstance(content.get(key), dict)), None)
+    return Container(next(nested, content), ema, content)
 
 
 def digest(path: str | Path) -> str:
-    """Short hash of a weight file's content, or of those files of a folder that are read."""
+    """Short hash of a weight file, or of the files of a model folder that are read."""
     path = Path(path)
     files = [path]
     if path.is_dir():
@@ -53,20 +53,20 @@ def digest(path: str | Path) -> str:
     return "-".join(sha256(file)[:16] for file in files)
 
 
-def _open_folder(path: Path) -> Opened:
+def _read_folder(path: Path) -> Container:
     if not (path / CONFIG).is_file():
         raise UserError(f"{path} is a folder without {CONFIG}: give a weight file, or a model folder")
-    beside = _read_json(path / CONFIG)
+    metadata = _read_json(path / CONFIG)
     if (path / PROCESSOR).is_file():
-        beside["preprocessor"] = _read_json(path / PROCESSOR)
+        metadata["preprocessor"] = _read_json(path / PROCESSOR)
     tensors: Tensors = {}
     for file in _tensor_files(path):
-        tensors |= _open_safetensors(file)[0] if file.suffix == ".safetensors" else load_file(file)
-    return Opened(tensors, None, beside)
+        tensors |= _read_safetensors(file)[0] if file.suffix == ".safetensors" else load_file(file)
+    return Container(tensors, None, metadata)
 
 
 def _tensor_files(path: Path) -> list[Path]:
-    """The files of a folder that hold tensors: several parts, one safetensors file, or the older pytorch_model.bin."""
+    """Files of a folder that contain tensors: several parts, one safetensors file, or the older pytorch_model.bin."""
     if (path / INDEX).is_file():
         parts = _read_json(path / INDEX).get("weight_map")
         names = set(parts.values()) if isinstance(parts, dict) else ()
@@ -75,11 +75,11 @@ def _tensor_files(path: Path) -> list[Path]:
         return [path / Path(name).name for name in sorted(names)]
     files = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
     if not files:
-        raise UserError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
+        raise UserError(f"{path} contains neither model.safetensors nor pytorch_model.bin")
     return files[:1]
 
 
-def _open_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a weight file")
     try:
@@ -90,14 +90,14 @@ def _open_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def _read_json(path: Path) -> dict:
-    return _parse(path.read_bytes(), path)
+    return _parse_json(path.read_bytes(), path)
 
 
-def _parse(text: str | bytes, path: Path) -> dict:
+def _parse_json(text: str | bytes, path: Path) -> dict:
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8, and endless numbers
+    except (ValueError, RecursionError) as error:  # ValueError includes invalid UTF-8 and numbers that are too long
         raise UserError(f"{path} is not JSON ({reason(error)}): copy it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: copy it again")
+        raise UserError(f"{path} is not a JSON object: copy it again")
     return content

@@ -1,11 +1,14 @@
-"""Predicting a split with one or several models, on any number of ranks, for any task."""
+"""Using trained models, for any task: predictions for a split on any number of ranks, and what a task adds."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from data.folder import Folder
+from data.shards import Split
 from data.transforms import normalize
 from launch.training.precision import autocast
 from launch.training.world import World, gather
@@ -19,6 +22,42 @@ class Collector(Protocol):
 
     def join(self, parts: list) -> Any:
         """Predictions for a split from those of its batches, or of all ranks."""
+
+
+class Inference(Collector, Protocol):
+    """A trained model in use: what evaluate.py, predict.py and export.py need of its task."""
+
+    files: str  # written by evaluate.py, for its last line
+
+    def match(self, images: Split | Folder) -> None:
+        """Relate the targets of a data set to the model's. Raises `UserError` where they do not fit."""
+
+    def evaluation(self, predictions: Any) -> dict:
+        """Content of evaluation.json. Raises `UserError` for predictions that are not finite."""
+
+    def write_evaluation(self, out: Path, result: dict, predictions: Any, names: list[str]) -> None:
+        """Write the files of an evaluation; `names` [samples of the split] says where each came from."""
+
+    def show_evaluation(self, result: dict) -> None:
+        """Print an evaluation."""
+
+    def name_outputs(self, file: str | None) -> None:
+        """Take names for the outputs from a text file, or else from the weights. Raises `UserError` without names."""
+
+    def predict(self, output: Any, paths: list[Path], top: int) -> list[Any]:
+        """Predictions for pictures, each with `path` and `lines` (text to print), from the model's output."""
+
+    def annotate(self, folder: Path, number: int, prediction: Any) -> None:
+        """Write a copy of a picture that shows its prediction."""
+
+    def write_csv(self, file: Path, predictions: list[Any]) -> None:
+        """Write the predictions of all pictures as a table."""
+
+    def write_json(self, file: Path, predictions: list[Any]) -> None:
+        """Write the predictions of all pictures as a list of objects."""
+
+    def outputs(self) -> dict[str, str]:
+        """Name and description of each output of the exported model."""
 
 
 @torch.no_grad()

@@ -1,0 +1,129 @@
+"""Batches for trained models: labelled images of a split under a progress bar, and picture files decoded by threads."""
+
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from configs.errors import UserError
+from data.decode import decode
+from data.folder import list_images, open_images, read_image
+from data.loader import Loader
+from data.sources import READABLE
+from data.transforms import EvalTransform, to_float
+from finetune.arguments import STDIN
+
+PREFETCHED = 2  # batches that are decoded while one is classified
+UNKNOWN = f"not of a known type ({', '.join(READABLE)})"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture file: the image [C, H, W] after its transform, or the reason why it cannot be read."""
+
+    path: Path
+    image: Tensor | None = None
+    error: str = ""
+
+
+def padded_batches(loader: Loader, size: int, damaged: dict[int, str], first: bool) -> Iterator[dict[str, Tensor]]:
+    """Batches of a split, padded to one size by copies of their first sample, with sample number and label -1.
+
+    The last digits of the outputs depend on the size of a batch, so results do not depend on the number of ranks. (On
+    a CPU they may depend on the number of threads.)
+
+    Args:
+        size: images per batch
+        damaged: filled with the problem of each damaged sample
+        first: whether this rank shows a progress bar
+    """
+    bar = Console(stderr=True)
+    for batch in track(loader, "evaluating", len(loader.batches), console=bar, disable=not first, show_speed=False):
+        for sample in batch["sample"][batch["damaged"]].tolist():
+            damaged[sample] = loader.samples.describe_damage(sample)
+        missing = size - len(batch["sample"])
+        batch = {key: torch.cat([x, x[:1].repeat(missing, *[1] * (x.ndim - 1))]) for key, x in batch.items()}
+        for key in {"sample", "label"} & batch.keys():
+            batch[key][size - missing :] = -1
+        yield batch
+
+
+def find_pictures(arguments: list[str]) -> Iterator[Path]:
+    """Paths of the pictures that the command line names: files, folders, or `-` for standard input.
+
+    Raises:
+        UserError: a path is missing or not a picture, or a folder has none; paths from standard input are not checked
+    """
+    if STDIN in arguments:
+        if arguments != [STDIN]:
+            raise UserError(f"{STDIN} reads the paths from standard input: give no other paths with it")
+        sys.stdin.reconfigure(errors="surrogateescape")
+        return (Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
+    paths = []
+    for path in map(Path, arguments):
+        if path.is_dir():
+            paths += [path / item.name for item in list_images(path)]
+        elif not is_picture(path):
+            raise UserError(f"{path}: {UNKNOWN}")
+        else:
+            paths.append(path)
+    return iter(paths)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file name has the suffix of a readable picture."""
+    return path.suffix.lower().removeprefix(".") in READABLE
+
+
+def picture_batches(
+    paths: Iterator[Path], transform: EvalTransform, channels: int, batch: int, prefetched: int = PREFETCHED
+) -> Iterator[list[Picture]]:
+    """Batches of pictures, decoded by threads, `prefetched` batches in advance."""
+
+    def read_picture(path: Path) -> Picture:
+        if not is_picture(path):
+            return Picture(path, error=UNKNOWN)
+        try:
+            return Picture(path, transform(decode(read_image(path), channels))["image"])
+        except UserError as error:
+            return Picture(path, error=str(error))
+
+    pending: deque = deque()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        while chunk := list(islice(paths, batch)):
+            pending.append([pool.submit(read_picture, path) for path in chunk])
+            if len(pending) > prefetched:
+                yield [future.result() for future in pending.popleft()]
+        for chunk in pending:
+            yield [future.result() for future in chunk]
+
+
+def sample_images(path: str, split: str, count: int, transform: EvalTransform, channels: int) -> Tensor:
+    """Images [N, C, H, W] from 0 to 1, at most `count`, evenly spread over a picture, a folder or shards.
+
+    Raises:
+        UserError: there is no image, or one cannot be read
+    """
+    images = None if Path(path).is_file() else open_images(path, split)
+    available = 1 if images is None else len(images)
+    if not available:
+        raise UserError(f"{path}, split {split} has no images: choose another --split")
+    found = []
+    for sample in np.linspace(0, available - 1, min(count, available)).round().astype(int).tolist():
+        try:
+            data = read_image(Path(path)) if images is None else images.read(sample)[0]
+            image = decode(data, channels)
+        except UserError as error:
+            raise UserError(f"{path}{'' if images is None else f', sample {sample}'}: {error}") from None
+        found.append(to_float(transform(image)["image"]))
+    return torch.stack(found)

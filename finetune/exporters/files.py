@@ -1,0 +1,118 @@
+"""The file formats of finetune/export.py: writing each, and reading it back in its own runtime.
+
+safetensors contains weights under timm's names but no graph: timm's model is its runtime.
+"""
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from configs.schema import Encoder
+from data.transforms import normalize
+from finetune.exporters.comparison import Predict, explain_errors, predict_with, quiet_libraries
+from finetune.exporters.graph import Deployed, free_sides, min_free_side, trace
+from models.formats.write import how_to_load, how_to_load_backbone, timm_backbone, timm_options, write_weights
+from models.weights import Tensors, Weights
+
+METADATA = "convnext-fcmae.json"  # key in ONNX's metadata_props; file name among a torch archive's extra files
+IMAGE = "image"  # name of the input
+SIDES = ("height", "width")
+
+
+def export(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict[str, str]) -> None:
+    """Write a model in one of the formats of `SUFFIXES`; ONNX stores weights of more than 2 GB in a second file.
+
+    Args:
+        weights: source of the metadata; for safetensors, which has timm's metadata, of the tensors too
+        outputs: name and description of each output
+    Raises:
+        UserError: timm cannot build this model
+    """
+    if to == "safetensors":
+        write_weights(path, weights, "timm")
+        return
+    example = torch.zeros(2, weights.arch.channels, *weights.preprocessing.size)
+    text = json.dumps(metadata(weights, outputs, str(deployed.model.stem[0].weight.dtype).removeprefix("torch.")))
+    free = {0: "batch"} | {axis + 2: SIDES[axis] for axis in (0, 1) if free_sides(weights)[axis]}
+    with torch.no_grad(), quiet_libraries():
+        if to == "torchscript":
+            traced = torch.jit.trace(deployed, (example,), check_trace=False)  # compared on real images later
+            torch.jit.save(traced, path, _extra_files={METADATA: text})
+            return
+        program = trace(deployed, example, free, min_free_side(weights.arch))
+        if to == "torch-export":
+            torch.export.save(program, path, extra_files={METADATA: text})
+            return
+        names = {"input_names": [IMAGE], "output_names": list(outputs)}
+        model = torch.onnx.export(program, (example,), dynamo=True, verbose=False, dynamic_shapes=(free,), **names)
+        model.model.metadata_props[METADATA] = text
+        model.save(path)
+
+
+def metadata(weights: Weights, outputs: dict[str, str], precision: str) -> dict:
+    """Metadata of an exported file: model, input, output, class names, preprocessing."""
+    arch = weights.arch
+    sides = zip(SIDES, weights.preprocessing.size, free_sides(weights), strict=True)
+    height, width = (f"{name} >= {min_free_side(arch)}" if free else str(side) for name, side, free in sides)
+    image = f"float32 [batch, {arch.channels}, {height}, {width}], 0 to 1, resized and cropped, not normalised"
+    about = {"model": arch.name, "precision": precision, "input": {IMAGE: image}, "output": outputs}
+    return about | {"classes": weights.classes} | weights.preprocessing.to_dict()
+
+
+def stage_outputs(arch: Encoder) -> dict[str, str]:
+    """Name and description of the feature maps of an encoder without a head."""
+    strides = [arch.stem_stride * 2**i for i in range(4)]
+    return {
+        f"stage{i}": f"float32 [batch, {channels}, height / {stride}, width / {stride}]"
+        for i, (channels, stride) in enumerate(zip(arch.dims, strides, strict=True), 1)
+    }
+
+
+def load_exported(path: Path, to: str, weights: Weights) -> Predict:
+    """Read an exported file in its own runtime, on the CPU.
+
+    Args:
+        weights: for safetensors: the model, and whether it has a head
+    Raises:
+        UserError: the runtime cannot read the file or, later, run it
+    """
+    return explain_errors(explain_errors(_load, to)(path, to, weights), to)
+
+
+def _load(path: Path, to: str, weights: Weights) -> Predict:
+    if to == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return lambda images: [torch.from_numpy(output) for output in session.run(None, {IMAGE: images.numpy()})]
+    if to == "torch-export":
+        return predict_with(torch.export.load(path).module())
+    if to == "torchscript":
+        return predict_with(torch.jit.load(path))
+    options = {"num_classes": weights.outputs, "checkpoint_path": str(path)} | timm_options(weights.arch)
+    options = options if weights.outputs else timm_backbone(path, weights)
+    predict = predict_with(timm.create_model(weights.arch.name, **options).eval())
+    with safe_open(path, framework="pt") as file:
+        config = json.loads(file.metadata()["config"])["pretrained_cfg"]
+    mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
+    return lambda images: predict(normalize(images, mean, std))
+
+
+def how_to_use(path: Path, to: str, weights: Weights) -> str:
+    """The Python expression that computes outputs for `images`; for safetensors the one that builds timm's model."""
+    if to == "safetensors":
+        return (how_to_load if weights.outputs else how_to_load_backbone)(path, weights, "timm")
+    return {
+        "onnx": f'onnxruntime.InferenceSession("{path}").run(None, {{"{IMAGE}": images.numpy()}})',
+        "torch-export": f'torch.export.load("{path}").module()(images)',
+        "torchscript": f'torch.jit.load("{path}")(images)',
+    }[to]
+
+
+def fp16_tensors(tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors in fp16."""
+    return {name: tensor.half() for name, tensor in tensors.items()}

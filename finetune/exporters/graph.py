@@ -1,0 +1,90 @@
+"""The exported graph: images [B, C, H, W], float32 from 0 to 1, to logits or feature maps, in fp32 or fp16.
+
+The graph normalises the images itself. B is free; for a backbone H and W are free too.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import PATCH_PER_STEM_STRIDE, Encoder
+from data.transforms import normalize
+from models.convnext import Block, ConvNeXt
+from models.sparse.layouts import Dense
+from models.weights import Weights
+
+
+class Deployed(nn.Module):
+    """A model as it is exported: images [B, C, H, W], float32 from 0 to 1, to logits [B, classes]; without a head, to
+    the feature maps [B, Ci, Hi, Wi] of the four stages. All outputs are float32.
+
+    Args:
+        model: in evaluation mode
+        mean: [C]
+        std: [C]
+    """
+
+    def __init__(self, model: ConvNeXt, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
+        conv, norm = self.model.stem
+        x = normalize(image, self.mean, self.std).to(conv.weight.dtype)
+        if self.model.head is not None:
+            return self.model.head(self.model.forward_features(x, Dense()).float())
+        maps, x = [], norm(Dense().embed(x, conv))
+        for stage in self.model.stages:
+            x = stage(x, Dense(), "none")
+            maps.append(x.permute(0, 3, 1, 2).float())
+        return tuple(maps)
+
+
+def to_fp16(deployed: Deployed) -> Deployed:
+    """A copy whose convolutions and linear layers have fp16 weights and activations.
+
+    The head, LayerNorm and GRN's norm stay fp32: GRN's sum of squares overflows fp16 from activations of 256 on.
+    """
+    low = copy.deepcopy(deployed)
+    for module in [*low.model.stem.modules(), *low.model.stages.modules()]:
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+            module.register_forward_hook(lambda _, inputs, output: output.half())
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            module.half()
+        elif isinstance(module, Block) and module.gamma is not None:
+            module.gamma.data = module.gamma.data.half()
+    return low
+
+
+def min_free_side(arch: Encoder) -> int:
+    """Minimum height and width, pixels, for them to be free: torch.export fixes a side of a single patch."""
+    return 2 * PATCH_PER_STEM_STRIDE * arch.stem_stride
+
+
+def free_sides(weights: Weights) -> tuple[bool, bool]:
+    """Whether the exported model accepts other heights, and other widths, than its preprocessing has."""
+    sides = weights.preprocessing.size
+    height, width = (not weights.outputs and side >= min_free_side(weights.arch) for side in sides)
+    return height, width
+
+
+def trace(deployed: Deployed, example: Tensor, free: dict[int, str], min_side: int) -> torch.export.ExportedProgram:
+    """The graph of a model, for any device.
+
+    Args:
+        example: [2, C, H, W]
+        free: names of the free axes of the input
+        min_side: minimum height and width, where they are free
+    """
+    shape = {axis: torch.export.Dim(name, min=min_side if axis else None) for axis, name in free.items()}
+    program = torch.export.export(deployed, (example,), dynamic_shapes=(shape,))
+    for node in list(program.graph.nodes):
+        node.meta.pop("stack_trace", None)  # paths of this machine
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:  # would pin the graph to this device
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
+    return program

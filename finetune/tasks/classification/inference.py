@@ -1,0 +1,226 @@
+"""A trained classifier in use: class names, scores, predictions, and the files that the commands write."""
+
+import csv
+import io
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.files import whole_file, write_whole
+from configs.log import say
+from data.decode import decode
+from data.folder import Folder, read_image
+from data.shards import Split
+from finetune.tasks.classification import scores
+from finetune.tasks.classification.scores import Predictions, calibration_error
+from finetune.tasks.classification.tables import show_evaluation
+from models.opening import Trained
+
+MAX_NAMES = 5  # in an error message
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most likely classes of a picture, (name, probability), in descending order of probability."""
+
+    path: Path
+    classes: list[tuple[str, float]]
+
+    @property
+    def lines(self) -> list[str]:
+        """The classes as they are printed."""
+        return [f"{name} {100 * share:.1f} %" for name, share in self.classes]
+
+
+class ClassifierInference:
+    """Implements `finetune.inference.Inference` for a trained classifier."""
+
+    files = "evaluation.json, predictions.csv, confusion.png, calibration.png"
+
+    def __init__(self, trained: Trained):
+        self.trained = trained
+        self.names = trained.weights.classes
+        self.class_of: Tensor | None = None  # the model's class for each label of the data
+
+    def match(self, images: Split | Folder) -> None:
+        """Match the classes of a data set with the model's: by name, or by number where either has no names.
+
+        Raises:
+            UserError: an image has no label, or one that the model does not have
+        """
+        self.names, classes = match_classes(self.trained, images)
+        self.class_of = torch.from_numpy(classes)
+
+    def collect(self, output: Tensor, batch: dict[str, Tensor]) -> Predictions:
+        """Predictions for a batch, from logits [B, classes]."""
+        label = batch["label"]
+        return scores.collect(output, batch | {"label": torch.where(label < 0, label, self.class_of[label])})
+
+    def join(self, parts: list[Predictions]) -> Predictions:
+        """Predictions for a split from those of its batches, or of all ranks."""
+        return scores.join(parts)
+
+    def evaluation(self, predictions: Predictions) -> dict:
+        """Scores, accuracy of each class that has images, confusions (most frequent first) and calibration."""
+        if not np.isfinite(predictions.loss).all():
+            raise UserError(f"{self.trained.path} gives numbers that are not finite: use other weights, or --precision fp32")
+        return evaluation(predictions, self.names)
+
+    def write_evaluation(self, out: Path, result: dict, predictions: Predictions, names: list[str]) -> None:
+        """Write predictions.csv, two pictures, and evaluation.json last; `names` are those of the samples."""
+        from finetune.tasks.classification.pictures import calibration_picture, confusion_picture  # matplotlib, sklearn
+
+        top = (f"top{i + 1}" for i in range(predictions.best.shape[1]))
+        rows = [["sample", "name", "label", *top, "confidence", "loss"]]
+        columns = (getattr(predictions, name) for name in ("sample", "label", "best", "confidence", "loss"))
+        for sample, label, best, confidence, loss in zip(*columns, strict=True):
+            classes = [self.names[i] for i in (label, *best)]
+            rows.append([int(sample), names[sample], *classes, confidence, loss])
+        write_rows(out / "predictions.csv", rows)
+        confusion_picture(out / "confusion.png", predictions, self.names)
+        calibration_picture(out / "calibration.png", predictions.calibration())
+        write_whole(out / "evaluation.json", json.dumps(result, indent=1).encode())
+
+    def show_evaluation(self, result: dict) -> None:
+        """Print the scores, all classes or the worst, and the most frequent confusions."""
+        show_evaluation(result)
+
+    def name_outputs(self, file: str | None) -> None:
+        """Take class names from a text file, one a line, or else from the weights.
+
+        Raises:
+            UserError: there is not one name for each class
+        """
+        path, outputs = self.trained.path, self.trained.weights.outputs
+        if file is None and self.names is None:
+            raise UserError(f"{path} has no class names: give them with --classes names.txt, one a line")
+        try:
+            self.names = self.names if file is None else Path(file).read_text("utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is not text in UTF-8") from None
+        if len(self.names) != outputs:
+            raise UserError(f"{file or path} has {len(self.names)} names, {path} {outputs} classes")
+
+    def predict(self, output: Tensor, paths: list[Path], top: int) -> list[Prediction]:
+        """The `top` most likely classes of pictures, from logits [B, classes].
+
+        Raises:
+            UserError: a logit is not finite
+        """
+        if not bool(torch.isfinite(output).all()):
+            raise UserError("the weights give numbers that are not finite: try --precision fp32")
+        output = output.float()
+        classes = output.topk(min(top, output.shape[1])).indices
+        shares = output.softmax(1).gather(1, classes).tolist()
+        return [
+            Prediction(path, [(self.names[i], share) for i, share in zip(*row, strict=True)])
+            for path, *row in zip(paths, classes.tolist(), shares, strict=True)
+        ]
+
+    def annotate(self, folder: Path, number: int, prediction: Prediction) -> None:
+        """Write a copy of a picture with its classes below it, as JPEG or PNG; `number` keeps file names unique."""
+        from finetune.tasks.classification.pictures import annotate  # matplotlib, sklearn
+
+        path = prediction.path
+        kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else "png"
+        copy = annotate(decode(read_image(path), self.trained.preprocessing.channels), prediction.lines)
+        with whole_file(folder / f"{number:05}-{path.stem}.{kind}") as file:
+            copy.save(file, kind, quality=95)
+
+    def write_csv(self, file: Path, predictions: list[Prediction]) -> None:
+        """Write a table with a row for each picture."""
+        top = max((len(prediction.classes) for prediction in predictions), default=0)
+        head = ["path", *(f"{column}{i + 1}" for i in range(top) for column in ("class", "probability"))]
+        write_rows(file, [head, *([p.path, *chain.from_iterable(p.classes)] for p in predictions)])
+
+    def write_json(self, file: Path, predictions: list[Prediction]) -> None:
+        """Write a list of objects, one a line."""
+        objects = (
+            {
+                "path": str(prediction.path),
+                "classes": [{"name": name, "probability": share} for name, share in prediction.classes],
+            }
+            for prediction in predictions
+        )
+        write_whole(file, f"[{','.join(chr(10) + json.dumps(item) for item in objects)}\n]\n".encode())
+
+    def outputs(self) -> dict[str, str]:
+        """The logits of the exported model."""
+        return {"logits": f"float32 [batch, {self.trained.weights.outputs}]"}
+
+
+def write_rows(path: Path, rows: list[list]) -> None:
+    """Write a CSV file."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def match_classes(trained: Trained, images: Split | Folder) -> tuple[list[str], np.ndarray]:
+    """(names of the model's classes, the model's class for each label of the data).
+
+    Raises:
+        UserError: an image has no label, or one that the model does not have
+    """
+    where, labels, outputs = f"{images.folder}, split {images.name}", images.labels(), trained.weights.outputs
+    if not len(labels):
+        raise UserError(f"{where} has no images")
+    if (labels < 0).any():
+        raise UserError(f"{where} has images without labels: use finetune/predict.py for them")
+    names, given = trained.weights.classes, images.classes
+    if given and labels.max() >= len(given):
+        raise UserError(f"{where} has label {labels.max()}, but {len(given)} class names: prepare it again")
+    if names and given and names != given:
+        copies = Counter(names)
+        unknown = [name for name in given if copies[name] != 1]
+        if unknown:
+            more = f" and {len(unknown) - MAX_NAMES} more" if unknown[MAX_NAMES:] else ""
+            known = ", ".join(names[:MAX_NAMES]) + (", ..." if names[MAX_NAMES:] else "")
+            raise UserError(
+                f"{images.folder} has classes that {trained.path} does not have: {', '.join(unknown[:MAX_NAMES])}{more}"
+                f" (it has {outputs}: {known})"
+            )
+        say(f"classes matched by name: the data has {len(given)} of the model's {outputs}")
+        number = {name: i for i, name in enumerate(names)}
+        return names, np.array([number[name] for name in given])
+    if not (names and given):
+        say(f"{images.folder if names else trained.path} has no class names: labels are matched by number")
+    count = len(given) if given else labels.max() + 1
+    if labels.max() >= outputs or (given and count != outputs):
+        raise UserError(f"{where} has {count} classes, {trained.path} {outputs}: without names they cannot be matched")
+    return names or given or [str(i) for i in range(outputs)], np.arange(outputs)
+
+
+def evaluation(predictions: Predictions, names: list[str]) -> dict:
+    """Scores, accuracy of each class that has images, confusions (most frequent first) and calibration."""
+    from sklearn.metrics import f1_score, recall_score  # takes over a second
+
+    label, first = predictions.label, predictions.best[:, 0]
+    present, counts = np.unique(label, return_counts=True)
+    recall = recall_score(label, first, labels=present, average=None)
+    images = dict(zip(present.tolist(), counts.tolist(), strict=True))
+    bins = predictions.calibration()
+    scores = asdict(predictions.score()) | {
+        "mean_class_accuracy": float(recall.mean()),
+        "macro_f1": float(f1_score(label, first, labels=present, average="macro")),
+        "calibration_error": calibration_error(bins),
+    }
+    return {
+        "scores": scores,
+        "classes": [
+            {"class": i, "name": names[i], "images": count, "accuracy": accuracy}
+            for (i, count), accuracy in zip(images.items(), recall.tolist(), strict=True)
+        ],
+        "confusions": [
+            {"label": names[i], "predicted": names[j], "images": count, "share": count / images[i]}
+            for (i, j), count in zip(*(x.tolist() for x in predictions.confusions()), strict=True)
+        ],
+        "calibration": [asdict(bin) for bin in bins],
+    }

@@ -1,0 +1,62 @@
+"""Opening a model: each kind from one file, with its preprocessing, or an error that names the file and the way out."""
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from models.opening import open_autoencoder, open_classifier, open_encoder, open_weights
+from models.weights import save
+from tests.models.formats.helpers import SMALL, assert_same, autoencoder, change, classifier
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Paths of a classifier's file, with averaged weights, and of an autoencoder's."""
+    tuned = classifier(**SMALL)
+    tuned.ema = {name: tensor + 1 for name, tensor in (tuned.encoder | tuned.head).items()}
+    save(tmp_path / "best.pt", tuned)
+    save(tmp_path / "fcmae.pt", autoencoder(**SMALL))
+    return str(tmp_path / "best.pt"), str(tmp_path / "fcmae.pt")
+
+
+def test_a_classifier(files):
+    weights, raw, averaged = open_weights(files[0]).weights, open_classifier(files[0]), open_classifier(files[0], True)
+    assert_same(raw.model.state_dict(), weights.encoder | weights.head)
+    assert_same(averaged.model.state_dict(), weights.ema)
+    assert not raw.model.training and raw.weights.classes == weights.classes
+    assert raw.preprocessing == weights.preprocessing
+    assert torch.equal(raw.mean, torch.tensor(weights.preprocessing.mean))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_encoder_has_no_head(number, files):
+    weights, encoder = open_weights(files[number]).weights, open_encoder(files[number], size=96)
+    assert_same(encoder.model.state_dict(), weights.encoder)
+    assert not encoder.weights.outputs and encoder.weights.classes is None
+    assert encoder.preprocessing.size == (96, 96)
+
+
+def test_an_autoencoder_with_another_mask_ratio(files):
+    found, trained = open_autoencoder(files[1], 0.75, (64, 96)), open_weights(files[1]).weights
+    assert found.model.config.mask_ratio == 0.75 and found.preprocessing.size == (64, 96)
+    assert_same({name: found.model.state_dict()[name] for name in trained.decoder}, trained.decoder)
+
+
+def test_the_digest_is_of_the_content(files):
+    assert open_weights(files[0]).digest == open_weights(files[0]).digest != open_weights(files[1]).digest
+
+
+def test_what_is_refused(files, tmp_path):
+    unknown = classifier(channels=2, **SMALL)
+    change(unknown, mean=None, std=None)
+    save(tmp_path / "unknown.pt", unknown)
+    for call, says in [
+        (lambda: open_classifier(files[1]), "no classifier"),
+        (lambda: open_autoencoder(files[0]), "no decoder"),
+        (lambda: open_encoder(files[1], ema=True), "--ema"),
+        (lambda: open_classifier(files[0], size=50), "50"),
+        (lambda: open_classifier(str(tmp_path / "unknown.pt")), "mean and std"),
+        (lambda: open_weights("nowhere.pt"), r"nowhere\.pt"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            call()

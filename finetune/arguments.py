@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from configs.arguments import check_weights, parse_size
+from configs.arguments import parse_size
 from configs.errors import UserError
 
 STDIN = "-"  # in place of paths: read them from standard input
@@ -63,10 +63,9 @@ def add_model_and_device(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_options(parser: argparse.ArgumentParser, kind: type[Options], argv: list[str] | None) -> Options:
-    """Parse the command line into a dataclass whose fields are the arguments; the weight file must exist."""
+    """Parse the command line into a dataclass whose fields are the arguments."""
     values = vars(parser.parse_args(argv))
     values.pop("local_rank", None)
-    check_weights(values["weights"])
     return kind(**values)
 
 

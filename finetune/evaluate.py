@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
+from configs.arguments import check_weights
 from configs.errors import Parser, run_main
 from configs.schema import Data, Optim, Run
 from finetune.arguments import DeviceOptions, add_model_and_device, check_dataset, check_positive, parse_options
@@ -41,7 +42,7 @@ class Options(DeviceOptions):
 
 
 def parse(argv: list[str] | None = None) -> Options:
-    """Parse and check the command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__)
     add_model_and_device(parser)
     add = parser.add_argument
@@ -52,13 +53,14 @@ def parse(argv: list[str] | None = None) -> Options:
     add("--out", metavar="FOLDER", help="default: evaluation-SPLIT-NAME next to the weights")
     options = parse_options(parser, Options, argv)
     check_positive(parser, batch=options.batch)
-    check_dataset(options.data)
     return options
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse(argv)
+    check_weights(options.weights)
+    check_dataset(options.data)
     data = Data(workers=options.workers)
 
     # torch and all that needs it: seconds, which --help and mistakes need not wait for

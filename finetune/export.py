@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.arguments import check_parent
+from configs.arguments import check_parent, check_weights
 from configs.errors import Parser, UserError, run_main
 from configs.files import sync_folder
 from finetune.arguments import ModelOptions, add_model, check_dataset, parse_options
@@ -49,7 +49,7 @@ class Options(ModelOptions):
 
 
 def parse(argv: list[str] | None = None) -> Options:
-    """Parse and check the command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__)
     add_model(parser)
     add = parser.add_argument
@@ -60,16 +60,16 @@ def parse(argv: list[str] | None = None) -> Options:
     add("--split", default="val", help="split of --images (default %(default)s)")
     add("--features", action="store_true", help="without the classifier: the feature maps of the four stages")
     add("--fp16", action="store_true", help="weights and activations in fp16; norms and head stay fp32")
-    options = parse_options(parser, Options, argv)
-    check_out(options.out, options.to)
-    if not Path(options.images).is_file():
-        check_dataset(options.images)
-    return options
+    return parse_options(parser, Options, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse(argv)
+    check_weights(options.weights)
+    check_out(options.out, options.to)
+    if not Path(options.images).is_file():
+        check_dataset(options.images)
 
     from data.transforms import EvalTransform  # torch and all that needs it: seconds, which --help need not wait for
     from finetune.batches import sample_images

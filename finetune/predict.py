@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.arguments import check_parent
+from configs.arguments import check_parent, check_weights
 from configs.errors import Parser, UserError, run_main
 from configs.schema import Optim, Run
 from finetune.arguments import STDIN, DeviceOptions, add_model_and_device, check_positive, parse_options
@@ -47,7 +47,7 @@ class Options(DeviceOptions):
 
 
 def parse(argv: list[str] | None = None) -> Options:
-    """Parse and check the command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__)
     add_model_and_device(parser)
     add = parser.add_argument
@@ -60,17 +60,23 @@ def parse(argv: list[str] | None = None) -> Options:
     add("--classes", metavar="FILE", help="class names, one a line, for weights without class names")
     options = parse_options(parser, Options, argv)
     check_positive(parser, top=options.top, batch=options.batch)
+    return options
+
+
+def check_paths(options: Options) -> None:
+    """Raise `UserError` for a missing file or folder."""
+    check_weights(options.weights)
     for path in options.images:
         if path != STDIN and not Path(path).exists():
             raise UserError(f"{path} does not exist: give pictures, or folders of them")
     for file in filter(None, (options.csv, options.json)):
         check_parent(file)
-    return options
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse(argv)
+    check_paths(options)
     sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
     try:
         failed, images = classify(options)

@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 from rich.console import Console
 from rich.table import Table
 
-from configs.arguments import check_parent
+from configs.arguments import check_parent, check_weights
 from configs.errors import Parser, UserError, run_main
 from configs.feature_eval import KS, LRS, TEMPERATURE
 from configs.files import write_whole
@@ -71,7 +71,7 @@ class Options(DeviceOptions):
 
 
 def parse(argv: list[str] | None = None) -> Options:
-    """Parse and check the command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__)
     add_model_and_device(parser)
     add = parser.add_argument
@@ -98,9 +98,6 @@ def parse(argv: list[str] | None = None) -> Options:
         parser.error(f"--eval-split {options.eval_split}: must differ from --train-split")
     if options.crop is not None and not 0 < options.crop <= 1:
         parser.error(f"--crop {options.crop}: must be above 0 and at most 1")
-    if options.out:
-        check_parent(options.out)
-    check_dataset(options.data)
     return options
 
 
@@ -111,6 +108,10 @@ def _join(numbers: Iterable[float]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse(argv)
+    check_weights(options.weights)
+    check_dataset(options.data)
+    if options.out:
+        check_parent(options.out)
     data = Data(path=options.data, workers=options.workers)
 
     from configs.log import say  # torch and all that needs it: seconds, which --help and mistakes need not wait for

@@ -34,23 +34,22 @@ class Options:
 
 
 def parse(argv: list[str] | None = None) -> Options:
-    """Parse and check the command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__)
     parser.add_argument("source", metavar="SRC", help="weight file of any format, or folder with config.json")
     parser.add_argument("destination", type=Path, metavar="DST", help="file to write; for transformers a folder")
     parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--ema", action="store_true", help="write the averaged weights instead of the raw ones")
-    options = Options(**vars(parser.parse_args(argv)))
-    if options.destination.exists():
-        raise UserError(f"{options.destination} exists: choose another name, or remove it")
-    check_parent(options.destination)
-    check_weights(options.source)
-    return options
+    return Options(**vars(parser.parse_args(argv)))
 
 
 def main() -> None:
     """Entry point."""
     options = parse()
+    if options.destination.exists():
+        raise UserError(f"{options.destination} exists: choose another name, or remove it")
+    check_parent(options.destination)
+    check_weights(options.source)
 
     from models.formats.write import how_to_load, how_to_load_backbone, write_weights  # torch: takes seconds
     from models.opening import open_weights

@@ -40,7 +40,7 @@ class Options:
 
 
 def parse(argv: list[str] | None = None) -> Options:
-    """Parse and check the command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="a picture or .npy array, or a folder of them")
@@ -56,17 +56,22 @@ def parse(argv: list[str] | None = None) -> Options:
         parser.error(f"--ratio {options.ratio}: must be between 0 and 1")
     if options.max_images < 1:
         parser.error(f"--max-images {options.max_images}: must be 1 or more")
+    return options
+
+
+def check_paths(options: Options) -> None:
+    """Raise `UserError` for a missing file or folder."""
     check_parent(options.out)
     for path in options.images:
         if not Path(path).exists():
             raise UserError(f"{path} does not exist: give a picture or a folder of pictures")
     check_weights(options.weights)
-    return options
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse(argv)
+    check_paths(options)
 
     import numpy as np  # torch and all that needs it: seconds, which --help and mistakes need not wait for
     import torch

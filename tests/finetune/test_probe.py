@@ -72,7 +72,7 @@ def test_fresh_weights_are_scored_as_well(probed):
     found, text = probed
     assert found["random"]["knn"]["20"] != found["knn"]["20"] and found["random"]["eval_images"] == 355
     assert found["random"]["linear"]["top1"] < found["linear"]["top1"]
-    assert "fresh top-1" in text and f"{found['linear']['top1']:.2%}" in text
+    assert "random top-1" in text and f"{found['linear']['top1']:.2%}" in text
     assert "k 5000 left out: split train has 1,442 images" in text
 
 
@@ -93,7 +93,7 @@ def test_another_format(pretrained, digits, probed, tmp_path):
     found, text = scores(tmp_path / "timm.safetensors", digits, tmp_path / "timm.json", *SETTINGS, "--k", "10", "20")
     assert found["linear"] == probed[0]["linear"]
     assert found["knn"]["20"] == probed[0]["knn"]["20"] and found["knn"].keys() == {"10", "20"}
-    assert "fresh" not in text
+    assert "random" not in text
 
 
 @pytest.mark.parametrize(

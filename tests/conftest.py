@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 
 from configs.errors import run_main
 from launch.training.world import free_port
+from tests.processes import Process, ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--model.decoder_dim", "16"]  # pretraining
@@ -29,6 +31,7 @@ QUICK = [
     "cpu",
 ]  # 6 steps an epoch
 BIN = Path(sys.executable).parent
+SECONDS = 600  # that a command may take
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,16 +53,46 @@ def deepspeed(*words: str) -> list[str]:
     return [str(BIN / "deepspeed"), "--master_port", str(free_port()), *words]
 
 
-def run(*command: str, cwd: Path = ROOT, code: int = 0) -> subprocess.CompletedProcess:
-    """Run a command of the README in the project's folder, and demand an exit code."""
-    words = [str(word) for word in command]
-    program = [sys.executable, *words[1:]] if words[0] == "python" else [str(BIN / words[0]), *words[1:]]
-    program = deepspeed(*words[1:]) if words[0] == "deepspeed" else program
-    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        program, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
-    )
+def environment() -> dict[str, str]:
+    """The variables that commands start with: the environment's programs come first in PATH."""
+    return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def run(*command: object, cwd: Path = ROOT, code: int = 0) -> subprocess.CompletedProcess:
+    """Run a command of the README in the project's folder, and demand an exit code.
+
+    `python` is a fork that need not import torch (see processes.py), other programs are new processes.
+    """
+    program, *words = map(str, command)
+    if program == "python":
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder) / "out", Path(folder) / "err"
+            process = Process(words, out, err, environment(), cwd)
+            try:
+                process.wait(SECONDS)
+            finally:
+                process.kill()
+            done = subprocess.CompletedProcess(command, process.wait(), out.read_text(), err.read_text())
+    else:
+        words = deepspeed(*words) if program == "deepspeed" else [str(BIN / program), *words]
+        done = subprocess.run(
+            words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL
+        )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def run_ranks(number: int, *words: object, code: int = 0) -> subprocess.CompletedProcess:
+    """Run a script on several ranks without a launcher, which saves its imports, and demand the first one's exit code.
+
+    Both streams of all ranks are in `stdout`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        with ranks(number, words, out, out, environment(), free_port()) as found:
+            codes = [process.wait(SECONDS) for process in found]
+        done = subprocess.CompletedProcess(words, codes[0], out.read_text())
+    assert done.returncode == code, f"exit codes {codes}\n{done.stdout[-3000:]}"
     return done
 
 

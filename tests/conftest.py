@@ -102,6 +102,11 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
 
 
+def has(text: object, words: str) -> bool:
+    """Whether a message has all of some words, which blanks separate: what it is about, not how it says that."""
+    return all(word in str(text) for word in words.split())
+
+
 def names(folder: Path) -> set[str]:
     """What a folder holds."""
     return {path.name for path in folder.iterdir()}

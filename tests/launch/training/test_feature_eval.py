@@ -218,8 +218,8 @@ def test_images_without_labels(digits):
     split = open_split(Data(path=str(digits)), "train")
     check_labels(split)
     split.labels = lambda: np.array([3, -1])
-    with pytest.raises(UserError, match=r"digits, split train has images without labels: a probe needs one for each"):
+    with pytest.raises(UserError, match=r"digits.*train.*labels"):
         check_labels(split)
     split.classes = None
-    with pytest.raises(UserError, match="images without labels"):
+    with pytest.raises(UserError, match="labels"):
         check_labels(split)

@@ -31,7 +31,7 @@ def test_tasks_of_srun(monkeypatch):
 
 def test_tasks_of_srun_that_do_not_know_each_other(monkeypatch):
     slurm(monkeypatch)
-    with pytest.raises(UserError, match=r"set MASTER_ADDR and MASTER_PORT, as launch/nodes/slurm\.sh does"):
+    with pytest.raises(UserError, match=r"MASTER_ADDR.* MASTER_PORT.* launch/nodes/slurm\.sh"):
         world.start(Run(device="cpu"))
 
 
@@ -41,10 +41,10 @@ def test_a_shell_inside_a_slurm_job_is_alone(monkeypatch):
 
 
 def test_what_other_ranks_do_to_this_one():
-    with pytest.raises(LostPeer, match="another rank ended"), world.peers():
+    with pytest.raises(LostPeer, match="rank"), world.peers():
         raise RuntimeError("[gloo/pair.cc:545] Read error: Connection reset by peer")
     with (
-        pytest.raises(UserError, match=r"a loader process died .DataLoader worker .pid 7. is killed by signal: Killed"),
+        pytest.raises(UserError, match=r"loader process.* pid 7\b"),
         world.peers(),
     ):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
@@ -63,11 +63,11 @@ def test_one_rank_agrees_with_itself_at_once():
         ([], None),
         (
             [(True, {"data_digest": "b"})],
-            "rank 1 has another configuration or other data than rank 0: data_digest a -> b",
+            "rank 1 .*data_digest a -> b",
         ),
         (
             [(True, {"data_digest": "a"}), (False, {"data_digest": "a"})],
-            "rank 2 does not see .* must be shared by all nodes",
+            "rank 2 .*shared",
         ),
     ],
 )
@@ -114,7 +114,5 @@ def test_a_rank_that_nobody_joins(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    with pytest.raises(
-        UserError, match=r"rank 1 of 2 did not meet the others at 127\.0\.0\.1:1 .*timed out.*MASTER_PORT"
-    ):
+    with pytest.raises(UserError, match=r"rank 1 of 2 .*127\.0\.0\.1:1 .*timed out.*MASTER_PORT"):
         world.start(Run(device="cpu"))

@@ -110,7 +110,7 @@ def test_real_timm(name, tmp_path):
     theirs = model.state_dict()
     torch.save(theirs, tmp_path / "theirs.pth")
     found, form, remarks = read_weights(tmp_path / "theirs.pth")
-    assert form == "timm" and "ImageNet's mean and std taken" in remarks[0]
+    assert form == "timm" and "ImageNet" in remarks[0]
     assert_same(to_form(found, "timm")[0], theirs)
 
 
@@ -188,8 +188,8 @@ def test_transformers_backbone(name, classes, channels, stride, tmp_path):
 @pytest.mark.parametrize(
     ("form", "weights", "says"),
     [
-        ("timm", {"stem_stride": 2}, "model.stem_stride 2 has no timm format"),
-        ("official-sparse", {"name": "convnext_tiny"}, "the official sparse code is V2 only"),
+        ("timm", {"stem_stride": 2}, r"model\.stem_stride 2 .*timm"),
+        ("official-sparse", {"name": "convnext_tiny"}, "sparse.* V2"),
     ],
 )
 def test_what_the_other_code_cannot_build_is_refused(form, weights, says, tmp_path):
@@ -245,7 +245,7 @@ def test_other_interpolations_are_said(form, held, tmp_path):
         path = tmp_path / "x/preprocessor_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": held}))
     found, _, remarks = read_weights(tmp_path / FILES[form])
-    assert "interpolation" not in found.image and ["bicubic taken" in remark for remark in remarks] == [True]
+    assert "interpolation" not in found.image and ["bicubic" in remark for remark in remarks] == [True]
 
 
 @pytest.mark.parametrize(

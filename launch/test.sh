@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Set up, lint, and run the test suite. Arguments go to pytest; --all adds the slow tests, and demands MinkowskiEngine
-# and Chromium.
+# Set up, lint, and run the test suite in two processes. Arguments go to pytest; --all adds the slow tests, and demands
+# MinkowskiEngine and Chromium.
 #   bash launch/test.sh                      the suite
 #   bash launch/test.sh --all                every test: about 70 minutes on two cores
-#   bash launch/test.sh --all --sample 1/3   of the slow ones every third
+#   bash launch/test.sh --all --sample 1/3   of the slow ones about every third
 #   bash launch/test.sh tests/models -x      some of it
+#   bash launch/test.sh -n 8                 in eight processes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh
@@ -31,4 +32,4 @@ for arg in "$@"; do
 done
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest -m "$select" ${args[@]+"${args[@]}"}
+.venv/bin/python -m pytest -n 2 --dist loadgroup -m "$select" ${args[@]+"${args[@]}"}

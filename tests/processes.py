@@ -12,7 +12,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -37,7 +37,7 @@ class Process:
         env: the whole environment
     """
 
-    def __init__(self, words: list[str], out: Path, err: Path, env: dict[str, str], cwd: Path = ROOT):
+    def __init__(self, words: Sequence[object], out: Path, err: Path, env: dict[str, str], cwd: Path = ROOT):
         words = [str(word) for word in words]
         if CAN_FORK:
             self.forked: BaseProcess | None = _context().Process(target=_become, args=(words, out, err, env, cwd))
@@ -77,7 +77,7 @@ class Process:
 
 @contextlib.contextmanager
 def ranks(
-    number: int, words: list[str], out: Path, err: Path, env: dict[str, str], port: int, cwd: Path = ROOT
+    number: int, words: Sequence[object], out: Path, err: Path, env: dict[str, str], port: int, cwd: Path = ROOT
 ) -> Iterator[list[Process]]:
     """The ranks of a training, as torchrun starts them, but without a launcher; none is left at the end."""
     common = env | {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
@@ -126,3 +126,36 @@ def _become(words: list[str], out: Path, err: Path, env: dict[str, str], cwd: Pa
     else:
         sys.argv = words
         runpy.run_path(first, run_name="__main__")
+
+
+def on_ranks(number: int, function: Callable[..., object], folder: Path, *args: object) -> list:
+    """What a function of a test module returns on each of several ranks, joined by gloo; its arguments are pickled.
+
+    Args:
+        function: called with (rank, *args)
+        folder: an existing one, where the ranks meet
+    """
+    context = _context() if CAN_FORK else multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    where = f"file://{folder}/{function.__name__}-{number}"
+    common = (number, where, function, args, answers)
+    found = [context.Process(target=_rank, args=(rank, *common)) for rank in range(number)]
+    try:
+        for process in found:
+            process.start()
+        returned = dict(answers.get(timeout=120) for _ in found)
+        for process in found:
+            process.join(120)
+    finally:
+        for process in found:
+            process.kill()
+    return [returned[rank] for rank in range(number)]
+
+
+def _rank(rank: int, number: int, where: str, function: Callable, args: tuple, answers: multiprocessing.Queue) -> None:
+    """In the new process: join the others, call, answer."""
+    import torch
+
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=number)
+    answers.put((rank, function(rank, *args)))
+    torch.distributed.destroy_process_group()

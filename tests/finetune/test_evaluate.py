@@ -28,7 +28,7 @@ from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
 from models.sparse.layouts import Dense
 from models.weights import Weights, cpu_state, load, save, split_by_prefix
-from tests.conftest import has, names, run
+from tests.conftest import has, names, run, run_ranks
 from tests.data.helpers import as_folder
 from tests.data.test_loader import damage
 from tests.models.helpers import tiny
@@ -151,8 +151,8 @@ def test_any_number_of_ranks_writes_the_same_bytes(ranks, best, digits, tmp_path
     shutil.copytree(digits, tmp_path / "shards")
     damage(tmp_path / "shards/val-000000.tar", 7, 30)
     evaluated(best, tmp_path / "shards", tmp_path / "alone")
-    command = ["finetune/evaluate.py", best, tmp_path / "shards", "--out", tmp_path / "out", "--device", "cpu"]
-    run("deepspeed", "--num_gpus", str(ranks), *command)
+    words = ["finetune/evaluate.py", best, tmp_path / "shards", "--out", tmp_path / "out", "--device", "cpu"]
+    run_ranks(ranks, *words, "--workers", "0")
     assert names(tmp_path / "out") == FILES
     for file in FILES:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()

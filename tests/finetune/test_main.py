@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,7 +12,7 @@ from finetune.main import main
 from models.convnext import ConvNeXt
 from models.formats.write import write_weights
 from models.weights import load, load_strict
-from tests.conftest import QUICK, ROOT, has, losses, names, run
+from tests.conftest import QUICK, has, losses, names, run, run_ranks, started
 
 SHAPE = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]"]
 RECIPE = [
@@ -87,9 +85,7 @@ def test_from_an_official_sparse_file(digits, pretrained, tmp_path):
 
 
 def test_from_scratch_takes_the_recipes_model(digits, tmp_path):
-    done = run(
-        "deepspeed", "--num_gpus", "2", "finetune/main.py", *words(digits, tmp_path, "x", "--init", "none", epochs=1)
-    )
+    done = run_ranks(2, "finetune/main.py", *words(digits, tmp_path, "x", "--init", "none", epochs=1))
     assert "scratch" in done.stdout
     arch = load(tmp_path / "x/last.pt").arch
     assert arch == Encoder("convnextv2_atto", 1, 1, (1, 1, 2, 1), (24, 48, 96, 192))
@@ -98,16 +94,16 @@ def test_from_scratch_takes_the_recipes_model(digits, tmp_path):
 
 def test_killed_and_resumed_equals_uninterrupted(digits, pretrained, tmp_path):
     more = ["--init", pretrained / "fcmae.pt", *RECIPE, "--model.drop_path", "0.2", "--optim.micro_batch", "120"]
-    run("python", "finetune/main.py", *words(digits, tmp_path, "whole", *more, epochs=5))
-    command = [sys.executable, "finetune/main.py", *map(str, words(digits, tmp_path, "killed", *more, epochs=5))]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    run("python", "finetune/main.py", *words(digits, tmp_path, "whole", *more, epochs=4))
+    command = ["finetune/main.py", *words(digits, tmp_path, "killed", *more, epochs=4)]
+    first = started(tmp_path / "output", *command)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     first.kill()
     assert first.wait() == -signal.SIGKILL
-    assert summary(tmp_path / "killed")["epoch"] < 5
-    run("python", *command[1:], "--resume")
+    assert summary(tmp_path / "killed")["epoch"] < 4
+    run("python", *command, "--resume")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     whole, killed = (load(tmp_path / name / "last.pt") for name in ("whole", "killed"))
     assert all(torch.equal(tensor, killed.ema[name]) for name, tensor in whole.ema.items())

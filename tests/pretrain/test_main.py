@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -16,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from models.formats.write import write_weights
 from models.weights import load
 from pretrain.main import main
-from tests.conftest import QUICK, ROOT, TINY, has, losses, names, run
+from tests.conftest import QUICK, TINY, has, losses, names, run, run_ranks, started
 
 
 def words(digits, runs, name, *more, epochs=2):
@@ -93,7 +91,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1, pytest.param(2, marks=slow), pytest.param(3, marks=slow)])
 def test_two_ranks_and_accumulation_give_the_losses_of_one(zero_stage, digits, pretrained, tmp_path):
     more = ["--optim.micro_batch", "60", "--optim.zero_stage", zero_stage]
-    run("deepspeed", "--num_gpus", "2", "pretrain/main.py", *words(digits, tmp_path, "two", *more))
+    run_ranks(2, "pretrain/main.py", *words(digits, tmp_path, "two", *more))
     one, two = losses(pretrained), losses(tmp_path / "two")
     assert [step for step, _ in one] == [step for step, _ in two]
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
@@ -105,27 +103,27 @@ def test_the_masked_backend_gives_the_same_losses(digits, pretrained, tmp_path):
 
 
 def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path):
-    run("python", "pretrain/main.py", *words(digits, tmp_path, "whole", epochs=6))
-    command = [sys.executable, "pretrain/main.py", *map(str, words(digits, tmp_path, "killed", epochs=6))]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    run("python", "pretrain/main.py", *words(digits, tmp_path, "whole", epochs=4))
+    command = ["pretrain/main.py", *words(digits, tmp_path, "killed", epochs=4)]
+    first = started(tmp_path / "output", *command)
     checkpoints, deadline = tmp_path / "killed/checkpoints", time.monotonic() + 120
     while not list(checkpoints.glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     first.kill()
     assert first.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed/fcmae.pt").exists()
-    done = run("python", *command[1:], "--resume", "must")
+    done = run("python", *command, "--resume", "must")
     assert "resuming" in done.stdout
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     whole, killed = (load(tmp_path / name / "fcmae.pt") for name in ("whole", "killed"))
     assert all(torch.equal(tensor, killed.encoder[name]) for name, tensor in whole.encoder.items())
     assert len(list(checkpoints.glob("step-*"))) == 2  # run.keep
 
-    again = run("python", *command[1:])  # finished: nothing more to do
+    again = run("python", *command)  # finished: nothing more to do
     assert "wrote" in again.stdout and losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    (checkpoints / "step-00000036/manifest.json").unlink()  # a checkpoint that is not complete does not count
-    done = run("python", *command[1:])
-    assert "step-00000030" in done.stdout and losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    (checkpoints / "step-00000024/manifest.json").unlink()  # a checkpoint that is not complete does not count
+    done = run("python", *command)
+    assert "step-00000018" in done.stdout and losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 def test_goes_on_from_other_weights(digits, pretrained, tmp_path):

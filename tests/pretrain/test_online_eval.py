@@ -14,7 +14,7 @@ from launch.training.world import World
 from models.fcmae import FCMAE
 from models.weights import load
 from pretrain.online_eval import Probing, probe_splits
-from tests.conftest import has, losses, run
+from tests.conftest import has, losses, run, run_ranks
 from tests.pretrain import test_main
 
 
@@ -85,7 +85,7 @@ def test_on_two_ranks_with_divided_weights(digits, tmp_path):
     run("python", "data/prepare.py", "digits", tmp_path / "bare", "--no-labels")
     more = ["--probe.every", "1", "--probe.path", digits, "--probe.images", "300", "--optim.zero_stage", "3"]
     command = words(tmp_path / "bare", tmp_path, "two", *more, "--probe.crop", "1")
-    run("deepspeed", "--num_gpus", "2", "pretrain/main.py", *command)
+    run_ranks(2, "pretrain/main.py", *command)
     found = recorded(tmp_path / "two")
     assert len(found) == 4
     offline = after(tmp_path / "two/fcmae.pt", digits, tmp_path / "after.json", "--images", "300", "--crop", "1")

@@ -6,6 +6,7 @@ import torch
 from configs.errors import LostPeer, UserError
 from configs.schema import Run
 from launch.training import world
+from tests.processes import on_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def test_what_other_ranks_do_to_this_one():
     with pytest.raises(LostPeer, match="rank"), world.peers():
         raise RuntimeError("[gloo/pair.cc:545] Read error: Connection reset by peer")
     with (
-        pytest.raises(UserError, match=r"loader process.* pid 7\b"),
+        pytest.raises(UserError, match=r"loader process.* pid 7"),
         world.peers(),
     ):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
@@ -55,6 +56,19 @@ def test_what_other_ranks_do_to_this_one():
 def test_one_rank_agrees_with_itself_at_once():
     agreement = world.Agreement(world.World(0, 1, torch.device("cpu")), 2)
     assert agreement(True, 3) == [1, 3] and agreement(0, 0) == [0, 0]
+
+
+def agreed(rank: int) -> list[list[int]]:
+    """What five calls of an agreement on two values return on one of two ranks."""
+    agreement = world.Agreement(world.World(rank, 2, torch.device("cpu")), 2)
+    mine = [(rank, 9 - rank), (5 * rank, 0), (0, 7 - 7 * rank), (2, 2), (0, 0)]
+    return [agreement(*values) for values in mine]
+
+
+def test_two_ranks_agree_on_the_maximum_of_the_call_before(tmp_path):
+    """Each call returns, on both ranks alike, the larger of the values that they gave one call before; the first, 0."""
+    expected = [[0, 0], [1, 9], [5, 0], [0, 7], [2, 2]]
+    assert on_ranks(2, agreed, tmp_path) == [expected, expected]
 
 
 @pytest.mark.parametrize(

@@ -40,14 +40,13 @@ def test_batches_do_not_depend_on_workers(digits):
 
 def test_epochs_differ_in_crops_and_masks(digits):
     found = batches(digits, 0)
-    first, second = (
-        {int(s): i for i, s in enumerate(torch.cat([b["sample"] for b in part]))} for part in (found[:6], found[6:])
-    )
-    assert len(first) == sum(len(batch["sample"]) for batch in found[:6])
-    common = sorted(first.keys() & second.keys())
-    for name, alike in (("image", 0.05), ("visible", 0.5)):
-        a, b = (torch.cat([batch[name] for batch in part]) for part in (found[:6], found[6:]))
-        assert sum(torch.equal(a[first[s]], b[second[s]]) for s in common) < alike * len(common), name
+    joined = [{key: torch.cat([batch[key] for batch in part]) for key in part[0]} for part in (found[:6], found[6:])]
+    place, other = ({int(sample): i for i, sample in enumerate(epoch["sample"])} for epoch in joined)
+    assert len(place) == len(joined[0]["sample"])
+    common = place.keys() & other.keys()
+    for key, share in (("image", 0.05), ("visible", 0.5)):  # of two patches in four, one pair of masks in six is alike
+        alike = [torch.equal(joined[0][key][place[sample]], joined[1][key][other[sample]]) for sample in common]
+        assert sum(alike) < share * len(common), key
 
 
 def test_evaluation_fills_with_label_minus_one(digits):

@@ -370,7 +370,7 @@ def test_bad_input(words, says, digits, tmp_path):
     assert names(tmp_path) == before
 
 
-def test_the_command_says_little(digits, tmp_path):
+def test_the_command_prints_three_lines(digits, tmp_path):
     """No warning of an exporter is seen."""
     save(tmp_path / "best.pt", trained("v1"))
     words = ["python", "finetune/export.py", tmp_path / "best.pt", tmp_path / "x.onnx", "--to", "onnx"]

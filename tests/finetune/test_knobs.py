@@ -37,7 +37,7 @@ def seen(augment: Augment, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return got[0], got[1]
 
 
-def test_nothing_is_changed_unasked():
+def test_without_augmentation_nothing_changes():
     image, target = seen(Augment())
     assert (image == torch.arange(1.0, 9).view(8, 1, 1, 1)).all() and torch.equal(target, torch.arange(8))
 
@@ -115,7 +115,7 @@ def test_a_frozen_encoder_neither_drops_paths_nor_learns():
     assert thawed.stages[3].blocks[0].drop_path.drop_prob == 0.5
 
 
-def test_the_learning_rate_begins_where_it_is_told():
+def test_the_learning_rate_schedule():
     optim = Optim(lr=1e-3, warmup_lr=1e-4, min_lr=1e-5, batch_size=512, epochs=10, warmup_epochs=2)
     assert optim.lr_at(0, 100) == pytest.approx(2e-4) and optim.lr_at(100, 100) == pytest.approx(2 * 5.5e-4)
     assert optim.lr_at(200, 100) == pytest.approx(2e-3) and optim.lr_at(1000, 100) == pytest.approx(2e-5)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from finetune import pictures
@@ -13,8 +14,8 @@ from tests.conftest import has
 @pytest.fixture
 def figures(monkeypatch):
     """Figures that were written."""
-    found, write = [], pictures._write
-    monkeypatch.setattr(pictures, "_write", lambda path, figure: found.append(figure) or write(path, figure))
+    found, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: found.append(figure) or save(figure, *a, **k))
     return found
 
 

@@ -38,6 +38,7 @@ def test_grn_over_the_batch():
     assert_close(layout.image_norm(x).flatten(), by_hand)
 
 
+@pytest.mark.xdist_group("large")  # gigabytes each: never two at once
 @pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_tiny"])
 def test_full_size_model(name):
     settings = {"channels": 3, "stem_stride": 4, "depths": None, "dims": None}

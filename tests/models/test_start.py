@@ -1,4 +1,4 @@
-"""`--init`: other channels, another head, a decoder that goes on or is missing."""
+"""`--init`: other channels, another head, with or without a decoder."""
 
 from dataclasses import replace
 
@@ -59,7 +59,7 @@ def test_a_classifier_starts_from_any_format(form, start, capsys):
         ([*CLASSES[:4], "other"], "classifier replaced 5 names"),
     ],
 )
-def test_another_head_is_replaced_and_said(classes, says, start, capsys):
+def test_another_head_is_replaced_and_logged(classes, says, start, capsys):
     weights = classifier(**SMALL)
     model = ConvNeXt(weights.arch, len(classes))
     fresh = model.head.fc.weight.clone()
@@ -122,7 +122,7 @@ def test_pretraining_from_an_encoder(form, start, capsys):
     assert torch.equal(model.mask_token, fresh)
 
 
-def test_settings_that_differ_are_said(start, capsys):
+def test_settings_that_differ_are_logged(start, capsys):
     weights = autoencoder(grn_scope="batch", norm_pix=False, **SMALL)
     start_autoencoder(FCMAE(PretrainModel(**SMALL)), start(weights, "official-sparse"))
     said = capsys.readouterr().out

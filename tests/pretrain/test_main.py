@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from models.formats.write import write_weights
 from models.weights import load
 from pretrain.main import main
-from tests.conftest import QUICK, TINY, has, losses, names, run, run_ranks, started
+from tests.conftest import QUICK, ROOT, TINY, has, losses, names, run, run_ranks, started
 
 
 def words(digits, runs, name, *more, epochs=2):
@@ -201,8 +201,13 @@ def test_resuming_with_another_configuration_shows_the_difference(digits, pretra
 
 
 def test_an_error_under_the_launcher_is_one_line_and_exit_code_2(digits, tmp_path):
-    command = words(digits, tmp_path, "bad", "--data.split", "x")
-    done = run("deepspeed", "--num_gpus", "2", "pretrain/main.py", *command, code=2)
+    patient = tmp_path / "patient.py"  # the second rank waits long enough for a busy machine
+    patient.write_text(
+        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport configs.errors\n"
+        "configs.errors.LAUNCHER_SECONDS = 120\n"
+        f"runpy.run_path({str(ROOT / 'pretrain/main.py')!r}, run_name='__main__')\n"
+    )
+    done = run("deepspeed", "--num_gpus", "2", patient, *words(digits, tmp_path, "bad", "--data.split", "x"), code=2)
     assert (done.stdout + done.stderr).count("error: ") == 1
 
 

@@ -1,4 +1,4 @@
-"""The probe along the way: what it records, that training does not feel it, bad input."""
+"""kNN and linear evaluation during pretraining: what is recorded, training is unchanged, bad input."""
 
 import json
 import shutil

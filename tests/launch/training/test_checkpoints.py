@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, what it refuses, and that no moment of a save can hurt."""
+"""Which checkpoint a run resumes from, which it refuses, and saves that are interrupted at any moment."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_the_newest_is_taken_and_the_last_are_kept(tmp_path):
     assert resume(tmp_path) == (10, {"at": 10})
 
 
-def test_the_best_is_kept_besides(tmp_path):
+def test_the_best_is_kept_too(tmp_path):
     save(tmp_path, 1, 2, 3, 4, 5, keep=2, scores=[0.1, 0.9, 0.9, None, 0.2])
     assert whole(tmp_path) == [3, 4, 5]  # of equals the newer
 
@@ -99,14 +99,14 @@ def test_the_pointer_decides_nothing(pointer, tmp_path):
     assert resume(tmp_path, "must") == (2, {"at": 2})
 
 
-def test_a_pointer_alone_is_no_checkpoint(tmp_path):
+def test_the_file_latest_without_a_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/latest").write_text("step-00000002/engine\n")
     with pytest.raises(UserError, match="complete checkpoint"):
         resume(tmp_path, "must")
 
 
-def test_what_is_refused(tmp_path):
+def test_wrong_resume_modes_and_configurations(tmp_path):
     with pytest.raises(UserError, match="complete checkpoint"):
         resume(tmp_path, "must")
     other = IDENTITY | {"run": {"log_every": 5}}  # a key that may change

@@ -43,7 +43,6 @@ def train(engine):
 
 
 world = start(Run(device="cpu"))
-torch.set_num_threads(1)
 gc.freeze()  # what is there now is not looked through again
 counts = {}
 for stage in json.loads(sys.argv[2]):

@@ -10,6 +10,8 @@ from configs.errors import HUNG, INTERRUPTED, SAVED
 from tests.conftest import has
 from tests.launch.training.helpers import Job, logged, saved
 
+pytestmark = pytest.mark.xdist_group("clocks")  # one at a time: they limit how long something may take
+
 
 def check_saved(job: Job, by: str) -> None:
     """One checkpoint at the last step of the log, no other in the middle of an epoch."""

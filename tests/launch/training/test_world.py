@@ -1,5 +1,8 @@
 """Which rank a process is, and what ranks do together."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 
@@ -11,8 +14,34 @@ from tests.processes import on_ranks
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
+    """Variables as in a shell; nothing that joining a group changes stays."""
+    with mock.patch.dict(os.environ):
+        for name in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "LOCAL_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        ):
+            os.environ.pop(name, None)
+        for name in [name for name in os.environ if name.startswith("SLURM")]:
+            del os.environ[name]
+        yield
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Joins a group that does not wait for the others; returns the place of this process in it."""
+
+    def join() -> world.World:
+        monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+        monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+        monkeypatch.setattr(world, "keep_memory", lambda: None)
+        return world.start(Run(device="cpu"))
+
+    return join
 
 
 def slurm(monkeypatch, **more):
@@ -20,14 +49,16 @@ def slurm(monkeypatch, **more):
         monkeypatch.setenv(name, value)
 
 
-def test_alone():
-    place = world._place()
-    assert (place["RANK"], place["WORLD_SIZE"], place["MASTER_ADDR"]) == (0, 1, "127.0.0.1")
+def test_alone(joined):
+    place = joined()
+    assert (place.rank, place.ranks, os.environ["MASTER_ADDR"]) == (0, 1, "127.0.0.1")
 
 
-def test_tasks_of_srun(monkeypatch):
+def test_tasks_of_srun(monkeypatch, joined):
     slurm(monkeypatch, MASTER_ADDR="gpu01", MASTER_PORT="29500", SLURM_STEP_TASKS_PER_NODE="4(x2)")
-    assert world._place() == {"RANK": "5", "WORLD_SIZE": 8, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    place = joined()
+    assert (place.rank, place.ranks) == (5, 8)
+    assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("1", "4")
 
 
 def test_tasks_of_srun_that_do_not_know_each_other(monkeypatch):
@@ -36,12 +67,12 @@ def test_tasks_of_srun_that_do_not_know_each_other(monkeypatch):
         world.start(Run(device="cpu"))
 
 
-def test_a_shell_inside_a_slurm_job_is_alone(monkeypatch):
+def test_a_shell_inside_a_slurm_job_is_alone(monkeypatch, joined):
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert world._place()["WORLD_SIZE"] == 1
+    assert joined().ranks == 1
 
 
-def test_what_other_ranks_do_to_this_one():
+def test_a_lost_connection_and_a_dead_loader_process_are_user_errors():
     with pytest.raises(LostPeer, match="rank"), world.peers():
         raise RuntimeError("[gloo/pair.cc:545] Read error: Connection reset by peer")
     with (
@@ -85,7 +116,7 @@ def test_two_ranks_agree_on_the_maximum_of_the_call_before(tmp_path):
         ),
     ],
 )
-def test_ranks_that_are_not_alike(others, says, monkeypatch, tmp_path):
+def test_ranks_with_another_configuration_or_folder(others, says, monkeypatch, tmp_path):
     monkeypatch.setattr(world, "agree", lambda value: value)
     monkeypatch.setattr(world, "barrier", lambda: None)
     monkeypatch.setattr(world, "gather", lambda value: [value, *others])
@@ -99,7 +130,7 @@ def test_ranks_that_are_not_alike(others, says, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("ranks", "asked", "set_to"), [("1", None, [4]), ("1", "3", []), ("2", "1", [2])])
-def test_cores_are_divided_among_ranks_but_a_single_rank_may_be_told(monkeypatch, ranks, asked, set_to):
+def test_cores_are_divided_among_ranks_but_omp_num_threads_wins_on_a_single_rank(monkeypatch, ranks, asked, set_to):
     places = {"RANK": "0", "WORLD_SIZE": ranks, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": ranks, "DS_ACCELERATOR": "cpu"}
     for name, value in places.items():
         monkeypatch.setenv(name, value)
@@ -115,7 +146,7 @@ def test_cores_are_divided_among_ranks_but_a_single_rank_may_be_told(monkeypatch
     assert found == set_to
 
 
-def test_a_rank_that_nobody_joins(monkeypatch):
+def test_a_rank_that_waits_in_vain(monkeypatch):
     places = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in places.items():
         monkeypatch.setenv(name, value)

@@ -36,6 +36,7 @@ SIZES_AND_FORMATS = [
 ]
 
 
+@pytest.mark.xdist_group("large")  # gigabytes each: never two at once
 @pytest.mark.parametrize(("name", "form"), SIZES_AND_FORMATS)
 def test_every_size_there_and_back(name, form, tmp_path):
     sparse = form == "official-sparse"
@@ -97,6 +98,7 @@ def test_half_precision_stays(form, dtype, tmp_path):
     assert_same(found.encoder | found.decoder | found.head, weights.encoder | weights.decoder | weights.head)
 
 
+@pytest.mark.xdist_group("large")  # gigabytes each: never two at once
 @pytest.mark.parametrize("name", ALL_SIZES)
 def test_real_timm(name, tmp_path):
     """timm loads our file and computes the same; timm's own state dict comes back bit for bit."""
@@ -114,6 +116,7 @@ def test_real_timm(name, tmp_path):
     assert_same(to_form(found, "timm")[0], theirs)
 
 
+@pytest.mark.xdist_group("large")  # gigabytes each: never two at once
 @pytest.mark.parametrize("name", ALL_SIZES)
 def test_real_transformers(name, tmp_path):
     """`from_pretrained` loads our folder and computes the same; its own folder comes back bit for bit."""

@@ -1,1 +1,1 @@
-"""What the performance tables are made with."""
+"""Benchmarks and experiments; their results are in bench/results/."""

@@ -1,71 +1,88 @@
-"""Time the encoder, forward and backward, on visible patches: packed against its peers, in one process.
+"""Time the encoder, forward and backward, on visible patches: the packed backend against others, in one process.
 
 python bench/encoder.py --model convnextv2_tiny --batch 8
 python bench/encoder.py --model convnextv2_atto --batch 8 --peers masked minkowski compiled --json
-python bench/encoder.py --model convnextv2_tiny --sweep                 how cost grows with mask ratio, size, batch
+python bench/encoder.py --model convnextv2_tiny --sweep --picture docs/scaling.svg    over mask ratios, sizes, batches
 
 Peers: masked = dense convolutions and a mask; compiled = the same under torch.compile; minkowski = MinkowskiEngine's
-sparse convolutions. Outputs and all parameter gradients are first compared with the masked reference in fp32; a wrong
+sparse convolutions. Outputs and all parameter gradients are first compared with the masked backend in fp32; a wrong
 result is not timed.
 """
 
-import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-import torch
-from torch import Tensor
-
-from bench.common import (
-    TOLERANCE,
-    Run,
-    add_common,
-    check,
-    check_arguments,
-    fill,
-    machine,
-    measure,
-    outputs,
-    peak_memory,
-    random_masks,
-    show,
-    summary,
-)  # fmt: skip
+from bench.options import PATCH, Options, add_model_options, add_options, report
 from configs.errors import Parser, UserError, run_main
 from configs.schema import Encoder, visible_patches
-from launch.training.malloc import keep_memory
-from models import kernels
-from models.convnext import ConvNeXt
-from models.sparse.layouts import Masked, Packed
 
-PATCH = 32  # pixels
 SWEEP = {
     "mask_ratio": (0.0, 0.3, 0.5, 0.6, 0.75, 0.9),
     "size": (96, 160, 224, 320, 384, 512),
     "batch": (1, 2, 4, 8, 16),
 }
+AXES = {"mask_ratio": "mask ratio", "size": "image side, pixels (same pixels per batch)", "batch": "batch, images"}
 
 
-def parse() -> argparse.Namespace:
+@dataclass(frozen=True)
+class EncoderOptions(Options):
+    """Options of this benchmark; see `--help`."""
+
+    model: str
+    batch: int
+    size: int
+    precision: str
+    mask_ratio: float
+    peers: list[str]
+    sweep: bool
+    picture: Path | None
+
+
+def parse() -> EncoderOptions:
     """The command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--model", default="convnextv2_tiny", help="model name (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images (default %(default)s)")
-    parser.add_argument("--size", type=int, default=224, help="image side, pixels (default %(default)s)")
+    add_model_options(parser)
     parser.add_argument("--mask-ratio", type=float, default=0.6, help="share of hidden patches (default %(default)s)")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16 = autocast")
     parser.add_argument("--peers", nargs="*", default=["masked"], choices=["masked", "compiled", "minkowski"])
-    parser.add_argument("--sweep", action="store_true", help="packed and masked over mask ratios, sizes and batches")
-    add_common(parser)
-    args = parser.parse_args()
-    check_arguments(args)
-    if not 0 <= args.mask_ratio < 1:
-        raise UserError("--mask-ratio must be at least 0 and below 1")
-    if args.size % PATCH:
-        raise UserError(f"--size {args.size} is not a multiple of the patch, {PATCH} pixels")
-    return args
+    parser.add_argument("--sweep", action="store_true", help="time several mask ratios, sizes and batches")
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the sweep")
+    add_options(parser)
+    options = EncoderOptions(**vars(parser.parse_args()))
+    if not 0 <= options.mask_ratio < 1:
+        raise UserError(f"--mask-ratio {options.mask_ratio} must be at least 0 and below 1")
+    if options.picture and not options.sweep:
+        raise UserError("--picture draws a sweep: add --sweep")
+    return options
+
+
+if __name__ == "__main__":
+    run_main(parse)  # answers --help and mistakes before the imports below, which take seconds
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from bench.timing import (
+    TOLERANCE,
+    Run,
+    check,
+    machine,
+    measure,
+    outputs,
+    peak_memory,
+    prepare,
+    random_masks,
+    randomize,
+    summary,
+)
+from models import kernels
+from models.convnext import ConvNeXt
+from models.sparse.layouts import Masked, Packed
 
 
 def inputs(batch: int, size: int, mask_ratio: float, device: str) -> tuple[Tensor, Tensor, int]:
@@ -76,8 +93,10 @@ def inputs(batch: int, size: int, mask_ratio: float, device: str) -> tuple[Tenso
     return torch.randn(batch, 3, size, size).to(device), visible.to(device), n
 
 
-def peers(encoder: ConvNeXt, image: Tensor, visible: Tensor, n: int, names: list[str], precision: str = "fp32"):
-    """Ways to compute the mean square of the visible outputs: {name: run}."""
+def peers(
+    encoder: ConvNeXt, image: Tensor, visible: Tensor, n: int, names: list[str], precision: str = "fp32"
+) -> dict[str, Run]:
+    """Ways to compute the mean square of the visible outputs, by name: packed, then those in `names`."""
 
     def packed() -> Tensor:
         return encoder.forward_features(image, Packed(visible, n)).float().square().mean()
@@ -103,15 +122,16 @@ def _in_precision(run: Run, device: str, precision: str) -> Run:
     return cast
 
 
-def compare(args: argparse.Namespace, encoder: ConvNeXt, batch: int, size: int, mask_ratio: float) -> dict:
+def compare(options: EncoderOptions, encoder: ConvNeXt, batch: int, size: int, mask_ratio: float) -> dict:
     """Check, then time, one setting."""
-    image, visible, n = inputs(batch, size, mask_ratio, args.device)
+    image, visible, n = inputs(batch, size, mask_ratio, options.device)
     with kernels.plain():
         reference = outputs(encoder, peers(encoder, image, visible, n, ["masked"])["masked"])
-    runs = peers(encoder, image, visible, n, args.peers, args.precision)
-    errors = [check(name, outputs(encoder, run), reference, TOLERANCE[args.precision]) for name, run in runs.items()]
+    runs = peers(encoder, image, visible, n, options.peers, options.precision)
+    tolerance = TOLERANCE[options.precision]
+    errors = [check(name, outputs(encoder, run), reference, tolerance) for name, run in runs.items()]
 
-    def step(run: Run):
+    def step(run: Run) -> Callable[[], None]:
         def forward_backward() -> None:
             encoder.zero_grad(set_to_none=True)
             run().backward()
@@ -119,39 +139,61 @@ def compare(args: argparse.Namespace, encoder: ConvNeXt, batch: int, size: int, 
         return forward_backward
 
     steps = {name: step(run) for name, run in runs.items()}
-    memory = {name: peak_memory(run, args.device) for name, run in steps.items()}
-    times = measure(steps, args.rounds, args.device)
+    memory = {name: peak_memory(run, options.device) for name, run in steps.items()}
+    times = measure(steps, options.rounds, options.device)
     setting = {"batch": batch, "size": size, "mask_ratio": mask_ratio, "visible": f"{n}/{(size // PATCH) ** 2}"}
     result = setting | {"relative_error": max(errors)} | summary(times, "packed")
-    return result | ({"peak_gib": memory} if args.device == "cuda" else {})
+    return result | ({"peak_gib": memory} if options.device == "cuda" else {})
+
+
+def settings(options: EncoderOptions) -> list[tuple[int, int, float]]:
+    """(batch, size, mask ratio) of everything that is timed, a sweep in the order of `SWEEP`."""
+    batch, size, ratio = options.batch, options.size, options.mask_ratio
+    if not options.sweep:
+        return [(batch, size, ratio)]
+    ratios = [(batch, size, value) for value in SWEEP["mask_ratio"]]
+    sizes = [(max(1, batch * size**2 // value**2), value, ratio) for value in SWEEP["size"]]
+    return ratios + sizes + [(value, size, ratio) for value in SWEEP["batch"]]
+
+
+def draw(result: dict, path: Path) -> None:
+    """Draw images/s of a sweep against mask ratio, image size and batch."""
+    figure, points = Figure(figsize=(12, 3.6), layout="constrained"), iter(result["sweep"])
+    for axis, (key, values) in zip(figure.subplots(1, 3), SWEEP.items(), strict=True):
+        part = [next(points) for _ in values]
+        for name, colour in (("packed", "#d97706"), ("masked", "#64748b")):
+            rate = [1e3 * point["batch"] / point["milliseconds"][name] for point in part]
+            axis.plot([point[key] for point in part], rate, "o-", color=colour, label=name)
+        axis.set(xlabel=AXES[key], ylim=(0, None))
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(f"{result['model']}\nimages/s, forward + backward")
+    figure.axes[0].legend(frameon=False)
+    with matplotlib.rc_context({"svg.hashsalt": "performance", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
     """Entry point."""
-    args = parse()
-    if args.device == "cpu":
-        keep_memory()
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    encoder = ConvNeXt(Encoder(args.model)).to(args.device)
-    fill(encoder)
-    result = {"bench": "encoder", "model": args.model, "precision": args.precision} | machine(args.device)
-    settings = [(args.batch, args.size, args.mask_ratio)]
-    if args.sweep:
-        settings = [(args.batch, args.size, ratio) for ratio in SWEEP["mask_ratio"]]
-        settings += [(max(1, args.batch * args.size**2 // size**2), size, args.mask_ratio) for size in SWEEP["size"]]
-        settings += [(batch, args.size, args.mask_ratio) for batch in SWEEP["batch"]]
-    results = [compare(args, encoder, *setting) for setting in settings]
+    options = parse()
+    prepare(options.device)
+    encoder = ConvNeXt(Encoder(options.model)).to(options.device)
+    randomize(encoder)
+    result = {"bench": "encoder", "model": options.model, "precision": options.precision} | machine(options.device)
+    results = [compare(options, encoder, *setting) for setting in settings(options)]
     lines = []
-    for each in results:
+    for timed in results:
         lines.append(
-            f"{args.model}, {args.precision}, batch {each['batch']}, {each['size']} px, {each['visible']} patches "
-            f"visible, {result['device']}"
+            f"{options.model}, {options.precision}, batch {timed['batch']}, {timed['size']} px, {timed['visible']} "
+            f"patches visible, {result['device']}"
         )
         lines.append(f"{'':10}{'ms':>10}{'images/s':>10}{'packed is':>14}")
-        for name, value in each["milliseconds"].items():
-            factor = f"{each['speedup'][name]:.2f}x faster" if name != "packed" else ""
-            lines.append(f"{name:10}{value:10.1f}{1e3 * each['batch'] / value:10.1f}{factor:>14}")
-    show(result | ({"sweep": results} if args.sweep else results[0]), lines, args)
+        for name, value in timed["milliseconds"].items():
+            factor = f"{timed['speedup'][name]:.2f}x faster" if name != "packed" else ""
+            lines.append(f"{name:10}{value:10.1f}{1e3 * timed['batch'] / value:10.1f}{factor:>14}")
+    result |= {"sweep": results} if options.sweep else results[0]
+    report(result, lines, options)
+    if options.picture:
+        draw(result, options.picture)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""Run the experiments of docs/results.md on CIFAR-10, one after the other, with the project's own commands.
+"""Run the experiments of docs/results.md on CIFAR-10, in sequence, with the project's own commands.
 
-bash launch/evidence.sh cpu cifar10.tar.xz                     all that is meant for a machine without GPU
+bash launch/evidence.sh cpu cifar10.tar.xz                     all parts, sized for a machine without a GPU
 bash launch/evidence.sh gpu cifar10.tar.xz labels              one part
 bash launch/evidence.sh gpu cifar10.tar.xz mask-0.6 mask-0.9   some of the ablations
-bash launch/evidence.sh cpu cifar10.tar.xz --dry-run           the commands alone
+bash launch/evidence.sh cpu cifar10.tar.xz --dry-run           only print the commands
 
-Parts: labels = fine-tuning with few labels, from FCMAE weights and from scratch, with probes along pretraining;
+Parts: labels = fine-tuning with few labels, from FCMAE weights and from scratch, with probes during pretraining;
 backends = the same pretraining on every backend; ablations = mask ratio, decoder depth, sparse convolution, GRN.
-Without a GPU two of these commands beside each other, each with OMP_NUM_THREADS=1 before it, get more done than one on
-two cores.
+On two CPU cores, two of these commands in parallel, each with OMP_NUM_THREADS=1, finish sooner than in sequence.
 
-CIFAR10 is a tar or folder with train/CLASS/*.jpg (50,000) and test/CLASS/*.jpg (10,000). Started again, it goes on
-where it stopped. Learning rates are chosen on 5,000 validation images; test images are looked at once, at the end.
+CIFAR10 is a tar or folder with train/CLASS/*.jpg (50,000) and test/CLASS/*.jpg (10,000). The same command resumes if
+interrupted. Learning rates are selected on 5,000 validation images; test images are scored once, at the end.
 """
 
 import argparse
@@ -26,41 +25,41 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the project, not this folder
 
-from bench.common import RESULTS
+from bench.options import RESULTS
 from configs.errors import Parser, UserError, run_main
 from configs.files import write_whole
 
 SHARDS = Path("shards/cifar10")
-FEW = 0.1  # share of the labels with which variants of pretraining are compared
+FEW = 0.1  # share of the labels for comparing ablations
 ABLATIONS = {
-    "mask-0.4": ("--model.mask_ratio", "0.4"),
-    "mask-0.6": ("--model.mask_ratio", "0.6"),
-    "mask-0.75": ("--model.mask_ratio", "0.75"),
-    "mask-0.9": ("--model.mask_ratio", "0.9"),
+    "mask-0.4": ("--objective.mask_ratio", "0.4"),
+    "mask-0.6": ("--objective.mask_ratio", "0.6"),
+    "mask-0.75": ("--objective.mask_ratio", "0.75"),
+    "mask-0.9": ("--objective.mask_ratio", "0.9"),
     "zeroed": ("--model.backend", "zeroed"),
-    "decoder-2": ("--model.decoder_depth", "2"),
-    "decoder-4": ("--model.decoder_depth", "4"),
+    "decoder-2": ("--objective.decoder_depth", "2"),
+    "decoder-4": ("--objective.decoder_depth", "4"),
     "without-grn": ("--model.name", "convnext_atto"),  # V1's block: layer scale instead of GRN
 }
 BACKENDS = ("packed", "masked", "minkowski")
-# a tenth of the images, exact arithmetic, no probe
+# options for comparing backends: a tenth of the images, fp32, no probe
 COMPARED = ("--data.split", "val", "--optim.precision", "fp32", "--probe.every", "0", "--run.log_every", "1")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What a machine is asked for.
+    """The experiments for one kind of machine.
 
     Args:
         recipe: name of the recipes in configs/pretrain and configs/finetune
-        budgets: options of fine-tuning for each share of the labels
-        rates: base learning rates among which validation accuracy chooses; where an outer one is best, more are tried
-        seeds: of fine-tuning; each also draws the share of the labels
-        base: the one of `ABLATIONS` that is the recipe itself
-        ablation: options of the pretrainings that are compared with each other
-        ablation_rate: base learning rate that each of them is fine-tuned with
-        ablation_seeds: how many of the seeds
-        backends: options of the same pretraining on each backend
+        budgets: fine-tuning options by share of the labels
+        rates: base learning rates to select from by validation accuracy; extended while the best is the first or last
+        seeds: of fine-tuning; a seed also samples the share of the labels
+        base: the one of `ABLATIONS` that equals the recipe
+        ablation: pretraining options of all ablations
+        ablation_rate: base learning rate of their fine-tuning
+        ablation_seeds: number of seeds of their fine-tuning
+        backends: pretraining options for comparing backends
     """
 
     recipe: str
@@ -108,12 +107,12 @@ SCALES = {
 
 
 class Evidence:
-    """The runs of one machine, each done once.
+    """The runs of one scale; finished ones are not repeated.
 
     Args:
-        scale: its name in `SCALES`
-        dry: print commands, run none
-        save: also write what came out into bench/results, of which the page is made
+        scale: key of `SCALES`
+        dry: only print the commands
+        save: also copy the results to bench/results, from which docs/results.md is generated
     """
 
     def __init__(self, scale: str, dry: bool, save: bool):
@@ -122,35 +121,35 @@ class Evidence:
         self.saved = RESULTS / f"cifar10-{scale}" if save else None
 
     def run(self, name: str, result: str, *words: object, keep: tuple[str, ...] = ()) -> dict:
-        """Run a command of the project unless that is done, and return the JSON that it wrote into RUNS/`result`.
+        """Run a command of the project unless it is done, and return the JSON that it wrote to RUNS/`result`.
 
         Args:
-            keep: keys of it that are kept; () = all
+            keep: keys to keep; () = all
         """
-        found = self.runs / "done" / f"{name}.json"
-        if not found.exists():
+        done = self.runs / "done" / f"{name}.json"
+        if not done.exists():
             command = self.call(*words)
             if self.dry:
                 return {"best": {"top1": 0.0}}
-            told = json.loads((self.runs / result).read_text())
-            told = {"command": command} | {key: told[key] for key in keep or told}
-            found.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(found, (json.dumps(told, indent=1) + "\n").encode())
+            written = json.loads((self.runs / result).read_text())
+            written = {"command": command} | {key: written[key] for key in keep or written}
+            done.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(done, (json.dumps(written, indent=1) + "\n").encode())
         if self.saved:
             self.saved.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(found, self.saved / found.name)
-        return json.loads(found.read_text())
+            shutil.copyfile(done, self.saved / done.name)
+        return json.loads(done.read_text())
 
     def call(self, *words: object) -> str:
-        """Print a command, and run it unless this is a dry run; returns it."""
+        """Print a command, run it unless this is a dry run, and return it. Exits if the command fails."""
         command = shlex.join(["python", *map(str, words)])
         print(f"\033[1m$ {command}\033[0m", flush=True)
         if not self.dry and (code := subprocess.run([sys.executable, *map(str, words)], check=False).returncode):
-            sys.exit(code)  # the command has said why
+            sys.exit(code)  # the command has printed why
         return command
 
     def pretrain(self, name: str, *more: str) -> None:
-        """Pretrain under a name."""
+        """Pretrain as a run of this name."""
         words = ("--config", f"configs/pretrain/{self.scale.recipe}.yaml", *self._place(name), *more)
         self.run(name, f"{name}/summary.json", "pretrain/main.py", *words)
 
@@ -159,11 +158,11 @@ class Evidence:
         name = self.name(start, share, rate, seed)
         init = "none" if start == "scratch" else self.runs / start / "fcmae.pt"
         words = ("--config", f"configs/finetune/{self.scale.recipe}.yaml", "--init", init, *self._place(name))
-        words += ("--label_share", share, "--optim.lr", rate, "--run.seed", seed, *self.scale.budgets[share])
+        words += ("--task.label_share", share, "--optim.lr", rate, "--run.seed", seed, *self.scale.budgets[share])
         return self.run(name, f"{name}/summary.json", "finetune/main.py", *words)
 
     def best_rate(self, start: str, share: float) -> float:
-        """The learning rate with the best validation accuracy, at the first seed; both its neighbours were tried."""
+        """The learning rate with the best validation accuracy at the first seed; half and twice of it are tried too."""
         rates, seed = list(self.scale.rates), self.scale.seeds[0]
         while True:
             top1 = {rate: self.finetune(start, share, rate, seed)["best"]["top1"] for rate in rates}
@@ -188,17 +187,17 @@ class Evidence:
         return ("--data.path", SHARDS, "--run.folder", self.runs, "--run.name", name)
 
     def labels(self) -> None:
-        """Few labels: the best learning rate of each start, all seeds; then, once, the test images."""
+        """Few labels: the best learning rate from each start, then all seeds, then the test images."""
         self.pretrain("fcmae")
         chosen = []
         for share in sorted(self.scale.budgets):
             for start in ("scratch", "fcmae"):
                 rate = self.best_rate(start, share)
                 chosen += [(start, share, rate, seed) for seed in self.scale.seeds]
-        for one in chosen:
-            self.finetune(*one)
-        for one in chosen:
-            self.test(*one)
+        for run in chosen:
+            self.finetune(*run)
+        for run in chosen:
+            self.test(*run)
 
     def backends(self) -> None:
         """The same pretraining on every backend."""
@@ -206,12 +205,12 @@ class Evidence:
             self.pretrain(f"backend-{backend}", "--model.backend", backend, *COMPARED, *self.scale.backends)
 
     def ablations(self) -> None:
-        """What matters in pretraining: every ablation."""
+        """All ablations of pretraining."""
         for name in ABLATIONS:
             self.ablation(name)
 
     def ablation(self, name: str) -> None:
-        """A short pretraining that differs from the recipe in one thing, fine-tuned as the others are."""
+        """A short pretraining that differs from the recipe in one setting, fine-tuned with few labels."""
         self.pretrain(name, *ABLATIONS[name], *self.scale.ablation)
         for seed in self.scale.seeds[: self.scale.ablation_seeds]:
             self.finetune(name, FEW, self.scale.ablation_rate, seed)
@@ -223,15 +222,15 @@ PARTS = {"labels": Evidence.labels, "backends": Evidence.backends, "ablations": 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = Parser(prog="bash launch/evidence.sh", description=__doc__)
-    parser.add_argument("scale", choices=SCALES, help="what the machine can do")
+    parser.add_argument("scale", choices=SCALES, help="kind of machine")
     parser.add_argument("cifar10", type=Path, metavar="CIFAR10", help="tar or folder of the images")
     known = [*PARTS, *ABLATIONS]
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(known)}; default: the first three")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")
-    parser.add_argument("--save", action="store_true", help="write the summaries to bench/results, and docs/results.md")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(known)}; default: the first three")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
+    parser.add_argument("--save", action="store_true", help="also copy the summaries to bench/results")
     args = parser.parse_args()
     if unknown := set(args.parts).difference(known):
-        raise UserError(f"{', '.join(sorted(unknown))}: no such part; there are {', '.join(known)}")
+        raise UserError(f"{', '.join(sorted(unknown))}: no such part (one of: {', '.join(known)})")
     if not args.cifar10.exists():
         raise UserError(
             f"{args.cifar10}: no such file or folder; it should hold CIFAR-10 as train/CLASS/*.jpg and test/"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every GPU figure of docs/performance.md, on one NVIDIA GPU: the kernels' tests first, then timings, then the page.
-# Some twenty minutes. PYTHON names the interpreter (default .venv/bin/python); MODELS and BATCH narrow it down.
+# All GPU benchmarks of docs/performance.md on one NVIDIA GPU: the kernels' tests first, then timings. The results go to
+# bench/results. About twenty minutes. PYTHON is the interpreter (default .venv/bin/python); MODELS, BATCH: a selection.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -25,5 +25,4 @@ for model in tiny base; do
         --save "$name-step-finetune-$model"
 done
 "$python" bench/encoder.py --model convnextv2_tiny --batch "${BATCH:-128}" --device cuda --precision bf16 --sweep \
-    --save "$name-sweep-tiny"
-"$python" bench/report.py
+    --picture "docs/scaling-$name.svg" --save "$name-sweep-tiny"

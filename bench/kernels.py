@@ -1,4 +1,4 @@
-"""Time the GPU kernels alone, forward and backward, against their plain twins and the bandwidth bound.
+"""Time the GPU kernels alone, forward and backward, against plain code and the bandwidth bound.
 
 python bench/kernels.py --batch 256 --precision bf16                   every stage of tiny and base, packed and dense
 
@@ -6,49 +6,66 @@ Outputs and gradients are first compared with plain code in fp32; a wrong result
 `bash launch/test.sh tests/models/kernels` runs the kernels in Triton's interpreter.
 """
 
-import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-import torch
-from torch import Tensor, nn
-
-from bench.common import TOLERANCE, add_common, check, check_arguments, machine, measure, random_masks, show, summary
-from bench.roofline import peaks
+from bench.options import Options, add_options, positive, report
 from configs.errors import Parser, UserError, run_main
-from models import kernels
-from models.convnext import GRN, SIZES
-from models.sparse.layouts import Dense, Packed
 
 GRID, VISIBLE = (7, 7), 19
-PASSES = {"depthwise": (3, 5), "gelu_grn": (3, 5)}  # tensors read or written at the least, forward and backward
+PASSES = {"depthwise": (3, 5), "gelu_grn": (3, 5)}  # fewest tensors read or written, forward and backward
 
 
-def parse() -> argparse.Namespace:
+@dataclass(frozen=True)
+class KernelOptions(Options):
+    """Options of this benchmark; see `--help`."""
+
+    models: list[str]
+    batch: int
+    precision: str
+
+
+def parse() -> KernelOptions:
     """The command line."""
     parser = Parser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["convnextv2_tiny", "convnextv2_base"], help="whose widths")
-    parser.add_argument("--batch", type=int, default=256, help="images (default %(default)s)")
+    parser.add_argument("--batch", type=positive, default=256, help="images (default %(default)s)")
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"], help="of the tokens")
-    add_common(parser)
-    parser.set_defaults(device="cuda")
-    args = parser.parse_args()
-    if args.device == "cpu":
+    add_options(parser, device="cuda")
+    options = KernelOptions(**vars(parser.parse_args()))
+    if options.device == "cpu":
         raise UserError("the kernels are for GPUs: `bash launch/test.sh tests/models/kernels` checks them on a CPU")
-    check_arguments(args)
-    return args
+    return options
 
 
-def case(operation: str, where: str, stage: int, width: int, args: argparse.Namespace):
+if __name__ == "__main__":
+    run_main(parse)  # answers --help and mistakes before the imports below, which take seconds
+
+import torch
+from torch import Tensor, nn
+
+from bench.roofline import peaks
+from bench.timing import TOLERANCE, check, machine, measure, prepare, random_masks, summary
+from models import kernels
+from models.convnext import GRN
+from models.sizes import SIZES
+from models.sparse.layouts import Dense, Packed
+
+
+def case(
+    operation: str, where: str, stage: int, width: int, batch: int
+) -> tuple[Tensor, Callable[[Tensor], Tensor], list[nn.Parameter]]:
     """(tokens, operation on them, its parameters)."""
     s = 8 >> stage
     if where == "packed":
-        visible = random_masks(args.batch, GRID, VISIBLE).cuda()
-        layout, shape = Packed(visible, VISIBLE), (args.batch, VISIBLE, s, s)
+        visible = random_masks(batch, GRID, VISIBLE).cuda()
+        layout, shape = Packed(visible, VISIBLE), (batch, VISIBLE, s, s)
     else:
-        layout, shape = Dense(), (args.batch, GRID[0] * s, GRID[1] * s)
+        layout, shape = Dense(), (batch, GRID[0] * s, GRID[1] * s)
     if operation == "depthwise":
         conv = nn.Conv2d(width, width, 7, padding=3, groups=width).cuda()
         norm = nn.LayerNorm(width, 1e-6).cuda()
@@ -59,28 +76,28 @@ def case(operation: str, where: str, stage: int, width: int, args: argparse.Name
     return torch.randn(*shape, 4 * width, device="cuda"), lambda x: layout.gelu_grn(x, grn), list(grn.parameters())
 
 
-def compare(operation: str, where: str, stage: int, width: int, args: argparse.Namespace, bandwidth: float) -> dict:
+def compare(operation: str, where: str, stage: int, width: int, options: KernelOptions, bandwidth: float) -> dict:
     """Check, then time, one operation at one stage."""
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    x, run, parameters = case(operation, where, stage, width, args)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    x, run, parameters = case(operation, where, stage, width, options.batch)
     grad = torch.randn_like(x)
 
     def forward_backward(x: Tensor) -> list[Tensor]:
-        with torch.autocast("cuda", torch.bfloat16, enabled=args.precision == "bf16"):
+        with torch.autocast("cuda", torch.bfloat16, enabled=options.precision == "bf16"):
             out = run(x)
         return [out, *torch.autograd.grad(out, [x, *parameters], grad.to(out.dtype))]
 
     with kernels.plain(), torch.autocast("cuda", enabled=False):
         reference = [t.detach() for t in torch.autograd.grad(run(x.requires_grad_()), [x, *parameters], grad)]
     low = x.detach().to(dtype).requires_grad_()
-    found = [t.float() for t in forward_backward(low)[1:]]
-    error = check(f"{operation} {where}", found, reference, TOLERANCE[args.precision])
+    gradients = [t.float() for t in forward_backward(low)[1:]]
+    error = check(f"{operation} {where}", gradients, reference, TOLERANCE[options.precision])
 
     def plain() -> None:
         with kernels.plain():
             forward_backward(low)
 
-    times = measure({"kernel": lambda: forward_backward(low), "plain": plain}, args.rounds, "cuda")
+    times = measure({"kernel": lambda: forward_backward(low), "plain": plain}, options.rounds, "cuda")
     bound = 1e3 * sum(PASSES[operation]) * x.numel() * dtype.itemsize / bandwidth
     result = {"operation": operation, "where": where, "stage": stage + 1, "width": width, "relative_error": error}
     result |= summary(times, "kernel")
@@ -89,29 +106,26 @@ def compare(operation: str, where: str, stage: int, width: int, args: argparse.N
 
 def main() -> None:
     """Entry point."""
-    args = parse()
+    options = parse()
+    prepare(options.device)
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False
     _, bandwidth = peaks("cuda", torch.bfloat16)
     results = [
-        {"model": model} | compare(operation, where, stage, SIZES[model][1] << stage, args, bandwidth)
-        for model in args.models
+        {"model": model} | compare(operation, where, stage, SIZES[model][1] << stage, options, bandwidth)
+        for model in options.models
         for operation in PASSES
         for where in ("packed", "dense")
         for stage in range(4)
     ]
-    lines = [f"forward + backward, batch {args.batch}, {args.precision}, {torch.cuda.get_device_name()}"]
+    lines = [f"forward + backward, batch {options.batch}, {options.precision}, {torch.cuda.get_device_name()}"]
     for r in results:
         ms = r["milliseconds"]
         lines.append(
             f"{r['model']:18}{r['operation']:10} {r['where']:7} stage {r['stage']}: {ms['kernel']:8.3f} ms, "
             f"{r['speedup']['plain']:5.2f}x plain, {r['bandwidth_share']:4.0%} of the bandwidth bound"
         )
-    show(
-        {"bench": "kernels", "precision": args.precision, "batch": args.batch, "cases": results} | machine("cuda"),
-        lines,
-        args,
-    )
+    result = {"bench": "kernels", "precision": options.precision, "batch": options.batch, "cases": results}
+    report(result | machine("cuda"), lines, options)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,51 @@ python data/prepare.py photos/ shards/photos
 python bench/loader.py shards/photos --split train
 
 Both do a random resized crop (bicubic, antialiased), a random flip and the normalisation. First the same crops of the
-same pictures are compared, pixel by pixel.
+same images are compared, pixel by pixel.
 """
 
-import argparse
 import io
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
+
+from bench.options import PATCH, Options, add_options, image_size, positive, report
+from configs.errors import Parser, UserError, run_main
+from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Data
+
+SCALE = (0.2, 1.0)
+TOLERANCE = 1.0  # mean over an image, of 255 grey levels
+
+
+@dataclass(frozen=True)
+class LoaderOptions(Options):
+    """Options of this benchmark; see `--help`."""
+
+    shards: Path
+    split: str
+    size: int
+    images: int
+
+
+def parse() -> LoaderOptions:
+    """The command line."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("shards", type=Path, help="folder that data/prepare.py wrote")
+    parser.add_argument("--split", default="train", help="(default %(default)s)")
+    parser.add_argument("--size", type=image_size, default=224, help="side of the crop in pixels (default %(default)s)")
+    parser.add_argument("--images", type=positive, default=256, help="images per round (default %(default)s)")
+    add_options(parser, rounds=5)
+    options = LoaderOptions(**vars(parser.parse_args()))
+    if not (options.shards / "index.json").exists():
+        raise UserError(f"{options.shards} has no index.json: write shards with data/prepare.py")
+    return options
+
+
+if __name__ == "__main__":
+    run_main(parse)  # answers --help and mistakes before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -22,34 +57,16 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from bench.common import add_common, check_arguments, machine, measure, show, summary
-from configs.errors import Parser, UserError, run_main
-from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Data
+from bench.timing import machine, measure, prepare, summary
+from data.decode import decode
 from data.loader import Samples, collate
 from data.shards import Split
-from data.transforms import PretrainTransform, decode, normalize
-from launch.training.malloc import keep_memory
-
-SCALE = (0.2, 1.0)
-TOLERANCE = 1.0  # grey levels, mean over a picture
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("shards", type=Path, help="folder that data/prepare.py wrote")
-    parser.add_argument("--split", default="train", help="(default %(default)s)")
-    parser.add_argument("--size", type=int, default=224, help="side of the crop, pixels (default %(default)s)")
-    parser.add_argument("--images", type=int, default=256, help="images in a round (default %(default)s)")
-    add_common(parser, rounds=5)
-    args = parser.parse_args()
-    check_arguments(args)
-    return args
+from data.transforms import PretrainTransform, normalize
 
 
 def compare_pixels(split: Split, size: int, images: int) -> float:
     """Largest mean difference, in grey levels, of the same crop by our decoder and resize and by PIL's."""
-    rng, worst = np.random.default_rng(0), 0.0
+    rng, largest = np.random.default_rng(0), 0.0
     for sample in range(min(images, 32)):
         data, _ = split.read(sample)
         ours = decode(data, 3)
@@ -59,22 +76,22 @@ def compare_pixels(split: Split, size: int, images: int) -> float:
         options = {"size": [size, size], "interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
         a = F.resized_crop(ours, *box, **options).float()
         b = F.pil_to_tensor(F.resized_crop(theirs, *box, **options)).float()
-        worst = max(worst, float((a - b).abs().mean()))
-    if worst > TOLERANCE:
-        raise UserError(f"our crops differ from PIL's by {worst:.1f} grey levels: not timed")
-    return worst
+        largest = max(largest, float((a - b).abs().mean()))
+    if largest > TOLERANCE:
+        raise UserError(f"our crops differ from PIL's by {largest:.1f} grey levels: not timed")
+    return largest
 
 
 def main() -> None:
     """Entry point."""
-    args = parse()
+    options = parse()
+    prepare("cpu")
     torch.set_num_threads(1)
-    keep_memory()
-    split = Split(args.shards, args.split)
-    images = min(args.images, len(split))
-    difference = compare_pixels(split, args.size, images)
-    grid = args.size // 32, args.size // 32
-    samples = Samples(split, 3, 0, PretrainTransform(Data(size=args.size, crop_scale=SCALE), grid, 19))
+    split = Split(options.shards, options.split)
+    images = min(options.images, len(split))
+    difference = compare_pixels(split, options.size, images)
+    grid = options.size // PATCH, options.size // PATCH
+    samples = Samples(split, 3, 0, PretrainTransform(Data(size=options.size, crop_scale=SCALE), grid, 19))
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     epoch = iter(range(1 << 30))
 
@@ -86,7 +103,7 @@ def main() -> None:
         (Path(folder) / "class").mkdir()
         for i in range(images):
             (Path(folder) / f"class/{i:06}.jpg").write_bytes(split.read(i)[0])
-        crop = v2.RandomResizedCrop(args.size, SCALE, interpolation=v2.InterpolationMode.BICUBIC)
+        crop = v2.RandomResizedCrop(options.size, SCALE, interpolation=v2.InterpolationMode.BICUBIC)
         to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
         peer = ImageFolder(folder, v2.Compose([crop, v2.RandomHorizontalFlip(), *to_tensor]))
         runs = {
@@ -94,16 +111,18 @@ def main() -> None:
             "ours, uint8": ours_uint8,
             "ImageFolder + PIL": lambda: torch.stack([peer[i][0] for i in range(images)]),
         }
-        times = measure(runs, args.rounds, "cpu", warm_up=1)
-    result = {"bench": "loader", "images": images, "size": args.size, "grey_levels": round(difference, 2)}
+        times = measure(runs, options.rounds, "cpu", warm_up=1)
+    result = {"bench": "loader", "images": images, "size": options.size, "grey_levels": round(difference, 2)}
     result |= machine("cpu") | summary(times, "ours")
-    lines = [f"one core, {images} pictures to {args.size} px; the same crops differ by {difference:.2f} grey levels"]
+    lines = [
+        f"one core, {images} images, crops of {options.size} px; equal crops differ by {difference:.2f} grey levels"
+    ]
     for name, value in result["milliseconds"].items():
         lines.append(f"{name:20}{1e3 * images / value:8.1f} images/s")
     lines.append(
         f"ours is {result['speedup']['ImageFolder + PIL']:.2f}x as fast as ImageFolder + PIL, for the same output"
     )
-    show(result, lines, args)
+    report(result, lines, options)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""The least time that a training step can take: its matrix products and memory traffic at the device's measured peaks.
+"""A lower bound of a training step's time: matrix products and memory traffic at the device's measured peaks.
 
-Counted are the matrix products (16 C^2 multiply-adds a token and block, three times for forward and backward) and, for
-fully fused code, 52 C elements read or written a token and block. What is left out (depthwise convolution, optimizer)
-makes the bound lower, so the per cent of it that is reached is understated.
+Counted are matrix products (16 C^2 multiply-adds per token and block, three times for forward and backward) and, for
+fully fused code, 52 C elements read or written per token and block. Depthwise convolutions and the optimizer are left
+out, which lowers the bound and so understates the share of it that is reached.
 """
-
-import time
 
 import torch
 
+from bench.timing import fastest
 from configs.schema import PATCH_PER_STEM_STRIDE, Encoder
-from models.convnext import resolve
+from models.sizes import resolve
 
-ELEMENTS = 52  # per token, block and channel; forward and backward
+ELEMENTS = 52  # read or written per token, block and channel, forward and backward
 
 
 def peaks(device: str, dtype: torch.dtype) -> tuple[float, float]:
@@ -21,29 +20,17 @@ def peaks(device: str, dtype: torch.dtype) -> tuple[float, float]:
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(1 << (30 if device == "cuda" else 26), device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    product = _best(lambda: a @ b, device)
-    copy = _best(lambda: target.copy_(source), device)
+    product = fastest(lambda: a @ b, 8, device)
+    copy = fastest(lambda: target.copy_(source), 8, device)
     return 2 * side**3 / product, 2 * source.numel() * 2 / copy
-
-
-def _best(run, device: str, rounds: int = 8) -> float:
-    seconds = []
-    for _ in range(rounds):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def count(arch: Encoder, grid: tuple[int, int], n: int, decoder: tuple[int, int] | None) -> tuple[float, float]:
     """(FLOP, elements of memory traffic) of forward + backward of one image.
 
     Args:
-        grid: patches; n: of which the encoder sees so many (all of them for a dense model)
+        grid: rows and columns of patches
+        n: patches that the encoder sees; all for a dense model
         decoder: width and depth, in pretraining
     """
     arch = resolve(arch)
@@ -64,5 +51,5 @@ def count(arch: Encoder, grid: tuple[int, int], n: int, decoder: tuple[int, int]
 
 
 def floor_seconds(work: tuple[float, float], peak: tuple[float, float], dtype: torch.dtype) -> float:
-    """Least seconds of this work at these peaks."""
+    """Lower bound of the seconds that this work takes at these peaks."""
     return max(work[0] / peak[0], work[1] * dtype.itemsize / peak[1])

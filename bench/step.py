@@ -1,4 +1,4 @@
-"""Time a training step: forward, forward + backward, and with the optimizer; ours against its peers, in one process.
+"""Time a training step against other implementations: forward, forward + backward, and with the optimizer.
 
 python bench/step.py pretrain --model convnextv2_tiny --batch 8
 python bench/step.py finetune --model convnextv2_tiny --batch 8 --device cuda --precision bf16
@@ -8,112 +8,126 @@ Peers in pretraining: the masked autoencoder on dense convolutions and a mask (m
 (timm-compiled). Losses and all gradients are first compared with plain code in fp32; a wrong result is not timed.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
+
+from bench.options import PATCH, Options, add_model_options, add_options, report
+from configs.errors import Parser, run_main
+from configs.schema import Encoder, FCMAESettings, PretrainModel, visible_patches
+
+CLASSES = 1000
+PARTS = ("forward", "forward+backward", "step")
+
+
+@dataclass(frozen=True)
+class StepOptions(Options):
+    """Options of this benchmark; see `--help`."""
+
+    stage: str
+    model: str
+    batch: int
+    size: int
+    precision: str
+    recompute: str
+    no_compiled: bool
+
+
+def parse() -> StepOptions:
+    """The command line."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("stage", choices=["pretrain", "finetune"])
+    add_model_options(parser)
+    parser.add_argument(
+        "--recompute", default="none", choices=["none", "mlp", "block"], help="checkpointing of our model"
+    )
+    parser.add_argument("--no-compiled", action="store_true", help="skip the peers under torch.compile")
+    add_options(parser)
+    return StepOptions(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    run_main(parse)  # answers --help and mistakes before the imports below, which take seconds
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from bench.common import (
+from bench.roofline import count, floor_seconds, peaks
+from bench.timing import (
     TOLERANCE,
-    add_common,
     check,
-    check_arguments,
-    fill,
     machine,
     measure,
     outputs,
     peak_memory,
+    prepare,
     random_masks,
-    show,
+    randomize,
     summary,
-)  # fmt: skip
-from bench.roofline import count, floor_seconds, peaks
-from configs.errors import Parser, UserError, run_main
-from configs.schema import Encoder, PretrainModel, visible_patches
-from launch.training.malloc import keep_memory
+)
 from models import kernels
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
 from models.formats.write import to_form
 from models.weights import Weights, split_by_prefix
 
-CLASSES = 1000
-PARTS = ("forward", "forward+backward", "step")
+Loss = Callable[[], Tensor]
+Models = dict[str, tuple[nn.Module, Loss]]  # ours first, then its peers
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("stage", choices=["pretrain", "finetune"])
-    parser.add_argument("--model", default="convnextv2_tiny", help="model name (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images (default %(default)s)")
-    parser.add_argument("--size", type=int, default=224, help="image side, pixels (default %(default)s)")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="bf16 = autocast")
-    parser.add_argument("--recompute", default="none", choices=["none", "mlp", "block"], help="of ours")
-    parser.add_argument("--no-compiled", action="store_true", help="leave the peers under torch.compile out")
-    add_common(parser)
-    args = parser.parse_args()
-    check_arguments(args)
-    if args.size % 32:
-        raise UserError(f"--size {args.size} is not a multiple of the patch, 32 pixels")
-    return args
-
-
-def pretraining(args: argparse.Namespace) -> tuple[dict[str, tuple[nn.Module, Callable[[], Tensor]]], tuple]:
-    """({name: (model, loss)}, what roofline.count takes)."""
-    config = PretrainModel(args.model, recompute=args.recompute)
-    ours, plain = FCMAE(config), FCMAE(replace(config, backend="masked", recompute="none"))
-    fill(ours)
+def pretraining(options: StepOptions) -> tuple[Models, tuple[float, float]]:
+    """The models with their losses, and the work of one image as `roofline.count` returns it."""
+    config, settings = PretrainModel(options.model, recompute=options.recompute), FCMAESettings()
+    ours, plain = FCMAE(config, settings), FCMAE(replace(config, backend="masked", recompute="none"), settings)
+    randomize(ours)
     plain.load_state_dict(ours.state_dict())
-    ours, plain = ours.to(args.device).train(), plain.to(args.device).train()
-    grid = args.size // 32, args.size // 32
-    n = visible_patches(grid[0] * grid[1], config.mask_ratio)
-    visible = random_masks(args.batch, grid, n)
-    image, visible = torch.randn(args.batch, 3, args.size, args.size).to(args.device), visible.to(args.device)
+    ours, plain = ours.to(options.device).train(), plain.to(options.device).train()
+    grid = options.size // PATCH, options.size // PATCH
+    n = visible_patches(grid[0] * grid[1], settings.mask_ratio)
+    visible = random_masks(options.batch, grid, n)
+    image = torch.randn(options.batch, 3, options.size, options.size)
+    image, visible = image.to(options.device), visible.to(options.device)
     models = {"packed": (ours, lambda: ours(image, visible)), "masked": (plain, lambda: plain(image, visible))}
-    if not args.no_compiled:
+    if not options.no_compiled:
         compiled = torch.compile(plain)
         models["compiled"] = plain, lambda: compiled(image, visible)
-    return models, (config, grid, n, (config.decoder_dim, config.decoder_depth))
+    return models, count(config, grid, n, (settings.decoder_dim, settings.decoder_depth))
 
 
-def finetuning(args: argparse.Namespace) -> tuple[dict[str, tuple[nn.Module, Callable[[], Tensor]]], tuple]:
-    """The same for a classifier; timm's model has its gradients in another order, so they are compared by name."""
-    arch = Encoder(args.model)
-    ours = ConvNeXt(arch, CLASSES, recompute=args.recompute)
-    fill(ours)
+def finetuning(options: StepOptions) -> tuple[Models, tuple[float, float]]:
+    """The same for a classifier, with timm's model as its peer."""
+    arch = Encoder(options.model)
+    ours = ConvNeXt(arch, CLASSES, recompute=options.recompute)
+    randomize(ours)
     head, encoder = split_by_prefix(ours.state_dict(), "head.")
-    theirs = timm.create_model(args.model, num_classes=CLASSES)
+    theirs = timm.create_model(options.model, num_classes=CLASSES)
     theirs.load_state_dict(to_form(Weights(ours.arch, {}, encoder, head=head), "timm")[0])
-    ours, theirs = ours.to(args.device).train(), theirs.to(args.device).train()
-    image = torch.randn(args.batch, 3, args.size, args.size).to(args.device)
-    label = torch.randint(CLASSES, (args.batch,)).to(args.device)
+    ours, theirs = ours.to(options.device).train(), theirs.to(options.device).train()
+    image = torch.randn(options.batch, 3, options.size, options.size).to(options.device)
+    label = torch.randint(CLASSES, (options.batch,)).to(options.device)
     rows = image.contiguous(memory_format=torch.channels_last)
 
-    def loss(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    def loss(model: Callable[[Tensor], Tensor], x: Tensor) -> Loss:
         return lambda: nn.functional.cross_entropy(model(x).float(), label)
 
     models = {"ours": (ours, loss(ours, image)), "timm": (theirs, loss(theirs, image))}
-    if not args.no_compiled:
+    if not options.no_compiled:
         theirs = theirs.to(memory_format=torch.channels_last)
         models["timm-compiled"] = theirs, loss(torch.compile(theirs), rows)
-    grid = args.size // 32, args.size // 32
-    return models, (arch, grid, grid[0] * grid[1], None)
+    grid = options.size // PATCH, options.size // PATCH
+    return models, count(arch, grid, grid[0] * grid[1], None)
 
 
-def parts(model: nn.Module, loss: Callable[[], Tensor], args: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    """The three things that are timed."""
+def parts(model: nn.Module, loss: Loss, options: StepOptions) -> dict[str, Callable[[], object]]:
+    """What is timed, by the names in `PARTS`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-8, fused=True)
 
     def forward() -> Tensor:
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16"):
             return loss()
 
     def forward_backward() -> None:
@@ -127,19 +141,17 @@ def parts(model: nn.Module, loss: Callable[[], Tensor], args: argparse.Namespace
     return dict(zip(PARTS, (forward, forward_backward, step), strict=True))
 
 
-def checked(models: dict, args: argparse.Namespace) -> float:
-    """Largest relative difference from plain code in fp32, of losses and all gradients."""
-    names = list(models)
-    plain = models["masked" if args.stage == "pretrain" else "ours"]
+def compare(models: Models, options: StepOptions) -> float:
+    """Largest relative difference of losses and all gradients from plain code in fp32, compared by name."""
+    plain = models["masked" if options.stage == "pretrain" else "ours"]
     with kernels.plain():
         reference = _by_name(*plain)
-    worst = 0.0
-    for name in names:
-        model, loss = models[name]
-        found = _by_name(model, parts(model, loss, args)["forward"])
-        values = [found[key].reshape(tensor.shape) for key, tensor in reference.items()]
-        worst = max(worst, check(name, values, list(reference.values()), TOLERANCE[args.precision]))
-    return worst
+    errors = []
+    for name, (model, loss) in models.items():
+        tensors = _by_name(model, parts(model, loss, options)["forward"])
+        values = [tensors[key].reshape(tensor.shape) for key, tensor in reference.items()]
+        errors.append(check(name, values, list(reference.values()), TOLERANCE[options.precision]))
+    return max(errors)
 
 
 def _by_name(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -149,40 +161,39 @@ def _by_name(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
 
 def main() -> None:
     """Entry point."""
-    args = parse()
-    if args.device == "cpu":
-        keep_memory()
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    models, work = pretraining(args) if args.stage == "pretrain" else finetuning(args)
-    error = checked(models, args)
+    options = parse()
+    prepare(options.device)
+    models, work = pretraining(options) if options.stage == "pretrain" else finetuning(options)
+    error = compare(models, options)
     first = next(iter(models))
-    runs = {name: parts(model, loss, args) for name, (model, loss) in models.items()}
-    memory = {name: peak_memory(run["step"], args.device) for name, run in runs.items()}
+    runs = {name: parts(model, loss, options) for name, (model, loss) in models.items()}
+    memory = {name: peak_memory(run["step"], options.device) for name, run in runs.items()}
     timed = {
-        part: summary(measure({name: run[part] for name, run in runs.items()}, args.rounds, args.device), first)
+        part: summary(measure({name: run[part] for name, run in runs.items()}, options.rounds, options.device), first)
         for part in PARTS
     }
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    floor = args.batch * floor_seconds(count(*work), peaks(args.device, dtype), dtype)
-    result = {"bench": "step", "stage": args.stage, "model": args.model, "batch": args.batch, "size": args.size}
-    result |= {"precision": args.precision, "recompute": args.recompute} | machine(args.device)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    floor = options.batch * floor_seconds(work, peaks(options.device, dtype), dtype)
+    keys = ("stage", "model", "batch", "size", "precision", "recompute")
+    result = {"bench": "step"} | {key: getattr(options, key) for key in keys} | machine(options.device)
     result |= {"relative_error": error, "parts": timed}
     result["roofline_share"] = {
         name: round(1e3 * floor / ms, 3) for name, ms in timed["forward+backward"]["milliseconds"].items()
     }
-    if args.device == "cuda":
+    if options.device == "cuda":
         result["peak_gib"] = memory
-    lines = [f"{args.stage}, {args.model}, {args.precision}, batch {args.batch}, {args.size} px, {result['device']}"]
+    about = f"{options.stage}, {options.model}, {options.precision}, batch {options.batch}, {options.size} px"
+    lines = [f"{about}, {result['device']}"]
     lines.append(f"{'ms':16}{''.join(f'{name:>16}' for name in models)}")
     for part, values in timed.items():
         lines.append(f"{part:16}{''.join(f'{value:16.1f}' for value in values['milliseconds'].values())}")
     lines.append(
-        f"{'images/s':16}" + "".join(f"{1e3 * args.batch / v:16.1f}" for v in timed["step"]["milliseconds"].values())
+        f"{'images/s':16}" + "".join(f"{1e3 * options.batch / v:16.1f}" for v in timed["step"]["milliseconds"].values())
     )
     lines.append(f"{'of the roofline':16}" + "".join(f"{share:16.0%}" for share in result["roofline_share"].values()))
     for name, factor in timed["step"]["speedup"].items():
         lines.append(f"the step of {first} is {factor:.2f}x as fast as that of {name}")
-    show(result, lines, args)
+    report(result, lines, options)
 
 
 if __name__ == "__main__":

@@ -1,76 +1,97 @@
 """The command line of both stages: recipe, dotted overrides, `--help`, `--print_config`, `--dry-run`."""
 
-import dataclasses
+import json
 import os
 import re
 import sys
-from argparse import SUPPRESS, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
-from typing import TypeVar
+from types import ModuleType
+from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
+from pydantic import TypeAdapter, ValidationError
 
+from configs.compare import to_dict
 from configs.errors import UserError, nearest
+from configs.help import help_text, in_words, takes_bool, takes_text
+from configs.keys import choose, keys
+from configs.log import say
 
 RECIPES = Path(__file__).parent
+ALONE = {"help": "", "print_config": "", "resume": "must", "dry-run": ""}  # flags without a value, and what they mean
 Config = TypeVar("Config")
 
 
-class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of the description: they are commands."""
+class Loader(yaml.SafeLoader):
+    """YAML 1.1, but 1e-3 is a number, as in YAML 1.2."""
 
 
-CONFIG_HELP = """recipe, a YAML file of the keys below; without it the built-in digits recipe, whose values
-go before the defaults below"""
-DRY_RUN_HELP = "only print the plan for so many ranks (default: this machine's): steps, parameter groups, memory"
-USAGE = "%(prog)s [--config RECIPE.yaml] [--KEY VALUE ...] [--dry-run [RANKS]]"
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
-def parse(schema: type[Config], recipe: str, about: str, argv: list[str] | None = None) -> Config:
+def parse(
+    schema: type[Config],
+    recipe: str,
+    about: str,
+    choices: Mapping[str, Mapping[str, ModuleType]],
+    argv: list[str] | None = None,
+) -> Config:
     """Read a configuration: schema defaults, under a recipe (`--config`), under single keys (`--optim.lr 1e-3`).
 
     Args:
         schema: Pretrain or Finetune
         recipe: built-in recipe that is used without `--config`, like `pretrain/digits.yaml`
         about: description for `--help`
-        argv: arguments; default the process's. DeepSpeed's `--local_rank` and `--dry-run` are dropped, `--resume` alone
-            means `must`
+        choices: modules by name for each section chosen by name, like `{"objective": OBJECTIVES}`; the section has the
+            keys of the chosen module's dataclass `Settings`
+        argv: arguments; default the process's. `--resume` alone means `must`; `--dry-run` and DeepSpeed's
+            `--local_rank` are ignored
+    Returns:
+        an instance of (a subclass of) `schema`
     Raises:
         UserError: an unknown key (with the nearest valid one), a wrong value, a recipe that cannot be read
     """
-    argv = _tidy(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(
-        description=about,
-        usage=USAGE,
-        formatter_class=Formatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-        default_env=False,
-    )
-    parser.add_argument("--config", action="config", help=CONFIG_HELP)
-    parser.add_argument("--dry-run", dest=SUPPRESS, default=SUPPRESS, nargs="?", metavar="RANKS", help=DRY_RUN_HELP)
-    parser.add_class_arguments(schema, None)
-    check_keys(schema, argv)
-    if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
-        built_in = RECIPES / recipe
-        if not {"--help", "-h"} & set(argv) and not any(arg.startswith("--print_config") for arg in argv):
-            say(f"no --config: using the built-in recipe {os.path.relpath(built_in)}")
-        argv = ["--config", str(built_in), *argv]
-    try:
-        return _build(schema, parser.parse_args(argv))
-    except ArgumentError as error:
-        raise UserError(_explain(str(error))) from None
+    flags = list(_flags(sys.argv[1:] if argv is None else argv))
+    given = dict(flags)
+    asks = given.keys() & {"help", "print_config"}
+    built_in = os.path.relpath(RECIPES / recipe)
+    if "config" not in given and not asks:
+        say(f"no --config: using the built-in recipe {built_in}")
+    path = Path(given.get("config", built_in))
+    content = load_recipe(path)
+    for key, modules in choices.items():
+        part = content.get(key)
+        named = part.get("name") if isinstance(part, dict) else None
+        default = next(field for field in fields(schema) if field.name == key).default_factory().name
+        schema = choose(schema, key, given.get(f"{key}.name") or named or default, modules)
+    valid = dict(keys(schema))
+    values = dict(_recipe_values(path, content, schema))
+    for key, text in flags:
+        if key in valid:
+            values[key] = _value(valid[key], text)
+        elif key not in {*ALONE, "config", "local_rank"}:
+            raise UserError(f"unknown key --{key} {nearest(key, {*valid, 'config', *ALONE})}")
+    if "help" in asks:
+        print(help_text(schema, built_in, about, choices))
+        sys.exit(0)
+    config = _build(schema, values)
+    if asks:
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        sys.exit(0)
+    return config
 
 
 def dry_run(argv: list[str] | None = None) -> int | None:
-    """Ranks that `--dry-run [RANKS]` asks a plan for: 0 = those of this machine; None = it was not given.
+    """Ranks to plan for with `--dry-run [RANKS]`: 0 = those of this machine; None = it was not given.
 
     Raises:
         UserError: not a number of ranks
     """
-    _, ranks = _divide_dry_run(sys.argv[1:] if argv is None else argv)
+    ranks = dict(_flags(sys.argv[1:] if argv is None else argv)).get("dry-run")
     if not ranks:
         return None if ranks is None else 0
     if not (ranks.isdecimal() and int(ranks) > 0):
@@ -78,139 +99,92 @@ def dry_run(argv: list[str] | None = None) -> int | None:
     return int(ranks)
 
 
-def say(message: str) -> None:
-    """Print on the first rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
+def _flags(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """(key, text) of `--key value` and `--key=value`. Raises `UserError` for anything else."""
+    words = ["--help" if word == "-h" else word for word in argv]
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word} belongs to no key: write --KEY VALUE (see --help)")
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not equals and words and not words[0].startswith("--") and key not in ("help", "print_config"):
+            text = words.pop(0)
+        elif not equals and key not in ALONE:
+            example = f", like {os.path.relpath(RECIPES / 'pretrain/cifar10.yaml')}" if key == "config" else ""
+            raise UserError(f"--{key} needs a {'file' if key == 'config' else 'value'}{example}")
+        elif not equals:
+            text = ALONE[key]
+        yield key, text
 
 
-def _divide_dry_run(argv: list[str]) -> tuple[list[str], str | None]:
-    """Arguments without `--dry-run [RANKS]`, and its value: "" where it stands alone, None where it is not given."""
-    rest, ranks = [], None
-    for i, arg in enumerate(argv):
-        name, _, value = arg.partition("=")
-        if name == "--dry-run":
-            ranks = value
-        elif i and argv[i - 1] == "--dry-run" and not arg.startswith("--"):
-            ranks = arg
-        else:
-            rest.append(arg)
-    return rest, ranks
-
-
-def _tidy(argv: list[str]) -> list[str]:
-    argv = [arg for arg in _divide_dry_run(argv)[0] if not arg.startswith("--local_rank")]
-    for i, arg in enumerate(argv):
-        if arg == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
-            argv[i] = "--resume=must"
-    return argv
-
-
-def check_keys(schema: type, argv: list[str]) -> None:
-    """Raise `UserError` for a key, of the command line or of a recipe, that the schema does not have."""
-    valid = set(keys(schema))
-    sections = {key.rsplit(".", 1)[0] for key in valid if "." in key}
-    for i, arg in enumerate(argv):
-        if not arg.startswith("--"):
-            continue
-        key, _, value = arg.removeprefix("--").partition("=")
-        if key == "config":
-            if not value and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
-                raise UserError(f"--config needs a file, like {os.path.relpath(RECIPES / 'pretrain/cifar10.yaml')}")
-            path = Path(value or (argv[i + 1] if i + 1 < len(argv) else ""))
-            for name in _recipe_keys(path):
-                if name in sections:
-                    raise UserError(f"{path}: section {name} holds no keys: give it some, or leave it out")
-                if name not in valid:
-                    raise UserError(f"{path}: unknown key {name} {nearest(name, valid)}")
-        elif key not in valid | sections | {"help", "print_config"}:
-            raise UserError(f"unknown key --{key} {nearest(key, valid | {'config', 'dry-run'})}")
-
-
-def keys(schema: type) -> Iterator[str]:
-    """Dotted names of all keys of a schema."""
-    for field in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(field.type):
-            yield from (f"{field.name}.{key}" for key in keys(field.type))
-        else:
-            yield field.name
-
-
-def _load_recipe(path: Path) -> dict:
+def load_recipe(path: Path) -> dict:
     """A recipe's YAML as nested dicts. Raises `UserError` if it cannot be read."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Loader)
     except OSError as error:
         known = sorted(str(p.relative_to(RECIPES.parent)) for p in RECIPES.rglob("*.yaml"))
         raise UserError(f"recipe {path}: {error.strerror.lower()} {nearest(str(path), known)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not YAML: {_one_line(str(error))}") from None
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} holds no keys: write lines like `optim:` and `  lr: 1e-3`")
     return content
 
 
-def _recipe_keys(path: Path) -> Iterator[str]:
-    def walk(prefix: str, node: dict) -> Iterator[str]:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from walk(f"{prefix}{key}.", value)
-            else:
-                yield f"{prefix}{key}"
-
-    return walk("", _load_recipe(path))
+def recipe_section(path: Path, section: str, kind: type[Config]) -> Config:
+    """One section of a recipe. Raises `UserError` for a recipe that cannot be read, an unknown key or a wrong value."""
+    content = load_recipe(path).get(section, {})
+    prefix = f"{section}."
+    return _build(kind, dict(_recipe_values(path, content, kind, prefix)), prefix)
 
 
-def _build(schema: type[Config], values: Namespace) -> Config:
-    """The dataclass of parsed values; its own checks raise `UserError`."""
-    fields = {}
-    for field in dataclasses.fields(schema):
-        value = getattr(values, field.name)
-        fields[field.name] = _build(field.type, value) if dataclasses.is_dataclass(field.type) else value
-    return schema(**fields)
+def _recipe_values(path: Path, content: dict, schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a recipe. Raises `UserError` for keys that the schema does not have."""
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: section {prefix[:-1]} holds no keys: give it some, or leave it out")
+    known = {field.name: field.type for field in fields(schema)}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if name not in known:
+            inner = f".{next(iter(value))}" if isinstance(value, dict) and value else ""
+            valid = [f"{prefix}{key}" for key, _ in keys(schema)]
+            raise UserError(f"{path}: unknown key {key}{inner} {nearest(f'{key}{inner}', valid)}")
+        if is_dataclass(known[name]):
+            yield from _recipe_values(path, value, known[name], f"{key}.")
+        else:
+            yield key, value
 
 
-def _explain(message: str) -> str:
-    """jsonargparse's message about a wrong value, as one line: the key, the value, what it should be."""
-    message = _one_line(message)
-    key, value = re.search(r'Parser key "([^"]+)"', message), re.search(r"(?:Got value|Given value): (.*)$", message)
-    kinds = re.findall(r"Expected an? (.+?)(?=\.? (?:- |Got|Given|Expected|$))", message)
-    if not (key and value and kinds):
-        return message
-    names = [re.sub(r"<class '(\w+)'>|typing\.", r"\1", kind) for kind in kinds if "NoneType" not in kind]
-    return f"{key[1]} is {value[1]}: it must be {' or '.join(names)}"
+def _value(field: Field, text: str) -> Any:
+    """A value of the command line: YAML, but text where the key takes text."""
+    if text != "null" and takes_text(field.type):
+        return text
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError:
+        return text  # not a value of any other type either
 
 
-def _one_line(message: str) -> str:
-    return re.sub(r"\s*\n\s*", " ", message.strip())
+def _build(schema: type[Config], values: dict[str, Any], prefix: str = "") -> Config:
+    """The dataclass of values by dotted key. Raises `UserError` for a value of another type, or that it refuses."""
+    valid = {f"{prefix}{key}": field.type for key, field in keys(schema)}
+    nested: dict = {}
+    for key, value in values.items():
+        if isinstance(value, bool) and not takes_bool(valid[key]):  # pydantic takes true for Literal[1]
+            raise _wrong(key, value, valid)
+        *sections, name = key.removeprefix(prefix).split(".")
+        part = nested
+        for section in sections:
+            part = part.setdefault(section, {})
+        part[name] = value
+    try:  # as JSON, where a list may be a tuple, but strictly: true is no 1, 1.5 no whole number, 8 no text
+        return TypeAdapter(schema).validate_json(json.dumps(nested, default=str), strict=True)
+    except ValidationError as error:
+        place = [str(part) for part in error.errors()[0]["loc"]]
+        ends = (prefix + ".".join(place[:length]) for length in range(len(place), 0, -1))
+        key = next(end for end in ends if end in valid)
+        raise _wrong(key, values[key], valid) from None
 
 
-def to_dict(config: object) -> dict:
-    """A configuration as nested dicts of plain values, for config.yaml and checkpoints."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return plain(dataclasses.asdict(config))
-
-
-def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """Keys whose values differ between two configurations, like `optim.lr 0.001 -> 0.002`."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key} {before} -> {after}")
-    return found
-
-
-def parse_size(text: str) -> int | tuple[int, int]:
-    """What `--size` says: 224, or [224,384] for height and width. Raises `UserError` for anything else."""
-    sides = [int(side) for side in re.findall(r"\d+", text)]
-    if not re.fullmatch(r"\d+|\[?\d+, ?\d+\]?", text):
-        raise UserError(f"--size {text}: give a number of pixels, or height and width like [224,384]")
-    return sides[0] if len(sides) == 1 else tuple(sides)
+def _wrong(key: str, value: Any, kinds: dict[str, Any]) -> UserError:
+    return UserError(f"{key} is {value}: it must be {in_words(kinds[key])}")

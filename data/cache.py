@@ -1,11 +1,11 @@
 """Fetched files in a folder of limited size, shared by all processes of a host.
 
     CACHE/DIGEST              a file, named by the SHA-256 of its content
-    CACHE/DIGEST.lock         exists while a process fetches that file; held with flock, which ends with the process
-    CACHE/DIGEST.BYTES.X.part a download under way, and the room kept for it; without its lock held it is a leftover
-    CACHE/room.lock           held while room is made, and while a finished download gets its name
+    CACHE/DIGEST.lock         flock of the process that fetches the file; the kernel releases it when the process ends
+    CACHE/DIGEST.BYTES.X.part a download in progress, which reserves BYTES; if nobody holds its lock, it is a leftover
+    CACHE/room.lock           flock that serialises eviction and the renaming of finished downloads
 
-No file is fetched twice at a time. Whoever has opened a file may read on after another process has removed it.
+No file is fetched twice at the same time. An open file stays readable after another process has evicted it.
 """
 
 import fcntl
@@ -24,14 +24,17 @@ NAME = re.compile(r"([0-9a-f]{64})(?:\.(\d+)\.[0-9a-f]+\.part|\.lock)?")
 
 
 class RemoteUserError(UserError):
-    """A file cannot be fetched. Unlike damage in an image, this is no reason to go on without it."""
+    """A file cannot be fetched. Unlike a damaged image, it is not replaced by another: the run ends."""
 
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock, among processes and threads; yields whether it is held. Its file goes with the last holder.
+    """Lock a file against other processes and threads; the file is removed afterwards.
 
-    A forked child shares the open file, and flock belongs to that: it is unlocked by word, not by closing alone.
+    The lock is released explicitly: forked children share the descriptor, so that closing it would not be enough.
+
+    Yields:
+        True, or with `wait=False` False if another holds the lock
     """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -40,7 +43,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             if os.path.samestat(os.fstat(file), path.stat()):
                 break
         except FileNotFoundError:
-            pass  # the holder before took the file with it: begin again with a new one
+            pass  # the previous holder removed the file: retry with a new one
         except BlockingIOError:
             os.close(file)
             yield False
@@ -58,24 +61,24 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 class Cache:
-    """Files by their SHA-256; `limit` bytes at most, with all downloads under way: the least recently used go.
+    """Files by their SHA-256, up to `limit` bytes including downloads in progress; evicts the least recently used.
 
-    Nothing in the folder is counted or removed but what bears one of the names above.
+    Only files with the names above are counted and removed.
 
     Raises:
-        UserError: the folder cannot be made or written
+        UserError: the folder cannot be created or written
     """
 
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder.expanduser().absolute(), limit
-        with self.explained():
+        with self.disk_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._room():
-                self._contents()  # leftovers of killed processes go
+                self._contents()  # removes leftovers of killed processes
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Make an `OSError` of the folder a `RemoteUserError`."""
+    def disk_errors(self) -> Iterator[None]:
+        """Turn an `OSError` of the folder into a `RemoteUserError` that names it."""
         try:
             yield
         except OSError as error:
@@ -85,7 +88,10 @@ class Cache:
             ) from None
 
     def find(self, digest: str, size: int | None) -> int | None:
-        """Descriptor of a file, now marked as used; None where there is none of `size` bytes (null = any)."""
+        """Open a file and mark it as used. Returns its descriptor, or None if it is not cached.
+
+        A file that does not have `size` bytes is removed; None = any size.
+        """
         try:
             file = os.open(self.folder / digest, os.O_RDONLY)
         except FileNotFoundError:
@@ -98,7 +104,7 @@ class Cache:
         return file
 
     def touch(self, digest: str) -> bool:
-        """Mark a file as used. Returns whether it is there."""
+        """Mark a file as used. Returns whether it is cached."""
         try:
             os.utime(self.folder / digest)
         except FileNotFoundError:
@@ -106,29 +112,29 @@ class Cache:
         return True
 
     def drop(self, digest: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file from the cache, if it is cached."""
         (self.folder / digest).unlink(missing_ok=True)
 
     def fetching(self, digest: str):
-        """The lock of a file, to be held while it is fetched."""
+        """Context manager: the lock that is required to fetch a file."""
         return locked(self.folder / f"{digest}.lock")
 
     @contextmanager
     def part(self, digest: str, size: int) -> Iterator[Path]:
-        """An empty file to fetch `size` bytes into, for the holder of the file's lock; in the end it is removed.
+        """An empty file to download `size` bytes into; removed at the end. The caller holds the file's lock.
 
-        Room is made for it. Where other downloads leave too little, this waits until they end.
+        Evicts other files to make room. If other downloads leave too little room, this waits until they end.
         """
-        # a name of its own: the thread of a stalled attempt may still have the one before
+        # random name: the thread of a stalled attempt may still write to the previous file
         path = self.folder / f"{digest}.{size}.{secrets.token_hex(8)}.part"
         while True:
             with self._room():
                 files, used = self._contents(digest)
-                for _, held, old in sorted(files):
+                for _, bytes_, old in sorted(files):
                     if used + size <= self.limit:
                         break
                     old.unlink(missing_ok=True)
-                    used -= held
+                    used -= bytes_
                 if used + size <= self.limit:
                     path.touch()
                     break
@@ -139,7 +145,7 @@ class Cache:
             path.unlink(missing_ok=True)
 
     def keep(self, part: Path, digest: str) -> int:
-        """Give a verified download its name. Opened first, so that nobody can remove it before it is read."""
+        """Rename a verified download. Returns its descriptor, opened before other processes can evict the file."""
         file = os.open(part, os.O_RDONLY)
         with self._room():
             part.replace(self.folder / digest)
@@ -149,9 +155,9 @@ class Cache:
         return locked(self.folder / "room.lock")
 
     def _contents(self, own: str = "") -> tuple[list[tuple[int, int, Path]], int]:
-        """Files (time of last use, bytes, path), and the bytes of all, with those kept for downloads under way.
+        """Files (time of last use, bytes, path), and the total of bytes including downloads in progress.
 
-        Leftovers are removed: what nobody holds the lock of, and parts of `own`, whose lock the caller holds.
+        Removes leftovers: parts and locks that nobody holds, and parts of `own`, whose lock the caller holds.
         """
         files, used = [], 0
         for path in [Path(entry) for entry in os.scandir(self.folder)]:
@@ -159,7 +165,7 @@ class Cache:
             if name is None:
                 continue
             digest, reserved = name.groups()
-            with suppress(FileNotFoundError):  # a download that ended just now
+            with suppress(FileNotFoundError):  # a download ended just now
                 state = path.stat()
                 if path.name == digest:
                     files.append((state.st_mtime_ns, state.st_size, path))

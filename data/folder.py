@@ -1,4 +1,4 @@
-"""A plain folder of images with the reading interface of shards, and opening either of the two."""
+"""A plain folder of images with the interface of `data.shards.Split`; opening either of the two. Free of torch."""
 
 import json
 import os
@@ -7,28 +7,27 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.command import say
 from configs.errors import UserError, nearest
+from configs.log import say
 from configs.schema import Data
-from data.loader import open_split
-from data.reencode import Options, convert
 from data.remote import Remote, is_url
-from data.shards import IMAGE_TYPES, Shard, Split, split_name
+from data.shards import Shard, Split, open_split
 from data.sources import SPLITS, Item, open_source
+from data.tars import IMAGE_TYPES, split_member_name
 
 
 class Folder:
-    """The labelled images of a folder: what evaluation needs of a `data.shards.Split`, without shards.
+    """The labelled images of a folder, with the interface of `data.shards.Split` that evaluation uses.
 
-    Sub-folders are classes; top folders named like splits (train, val, test) are splits, else everything is in the one
-    split asked for. Class names are those of all splits, sorted, as `data/prepare.py` numbers them; None where some
-    image lies outside of the class folders.
+    Sub-folders are classes. Top folders named like splits (train, val, test) are splits; without them, the split
+    contains all images. Classes are those of all splits, sorted by name as in `data/prepare.py`; None if an image is
+    outside the class folders.
 
     Args:
         folder: searched recursively
         name: of the split
     Raises:
-        UserError: no image, or no such split
+        UserError: no images, or no such split
     """
 
     def __init__(self, folder: Path, name: str):
@@ -37,12 +36,12 @@ class Folder:
         labelled = all(item.label is not None for item in items)
         self.classes = sorted({item.label for item in items}) if labelled else None
         if _has_splits(items):
-            held = {item.split for item in items}
-            if name not in held:
-                raise UserError(f"{folder} has no split {name} {nearest(name, held)}")
+            splits = {item.split for item in items}
+            if name not in splits:
+                raise UserError(f"{folder} has no split {name} {nearest(name, splits)}")
             items = [item for item in items if item.split == name]
         else:
-            say(f"{folder} has no splits: split {name} is all its {len(items):,} images")
+            say(f"{folder} has no split folders: using all {len(items):,} images as split {name}")
         self.items = items
         number = {label: i for i, label in enumerate(self.classes or [])}
         self._labels = np.array([number.get(item.label, -1) for item in items], np.int32)
@@ -51,7 +50,7 @@ class Folder:
         return len(self.items)
 
     def read(self, sample: int) -> tuple[bytes, int]:
-        """Image bytes, as the loader decodes them, and label (-1 = none) of a sample.
+        """Image bytes that `data.decode.decode` accepts, and label (-1 = none) of a sample.
 
         Raises:
             UserError: the file cannot be read
@@ -64,21 +63,21 @@ class Folder:
 
 
 def list_images(folder: Path) -> list[Item]:
-    """All images below a folder, sorted by name. Raises `UserError` where there is none."""
-    path = str(folder.absolute())  # a folder named digits is not the built-in source
+    """All images below a folder, sorted by name. Raises `UserError` if there are none."""
+    path = str(folder.absolute())  # absolute: a folder named digits is not the built-in source
     with open_source(path, folder, ignore_labels=True) as items:
         return items
 
 
 def _has_splits(items: list[Item]) -> bool:
-    """Whether top folders are splits. Where they are not, all items are listed as those of `train`."""
+    """Whether the top folders are splits; otherwise all items have split `train`."""
     return any(item.split != "train" for item in items) or all(
         any(part.lower() in SPLITS for part in item.name.split("/")[:-1]) for item in items
     )
 
 
 def read_image(path: Path) -> bytes:
-    """A file's bytes, as `data.transforms.decode` takes them: pictures of other types (bmp, tif, ppm) are converted.
+    """Content of an image file for `data.decode.decode`; types that it does not support (bmp, tif, ppm) are converted.
 
     Raises:
         UserError: the file cannot be read
@@ -89,57 +88,58 @@ def read_image(path: Path) -> bytes:
         raise UserError(f"cannot be read ({error.strerror.lower()})") from None
     if path.suffix.lower().removeprefix(".") in IMAGE_TYPES:
         return data
-    return convert(data, path.name, Options())[1]
+    from data.reencode import reencode  # imports torch
+
+    return reencode(data, path.name)[1]
 
 
 def open_images(path: str, split: str) -> Split | Folder:
-    """A split of shards (a folder with index.json, or its URL) or of a plain folder of images.
+    """Open a split of shards (a folder with index.json, or its URL) or of a plain folder of images.
 
     Raises:
-        UserError: neither is there, or it has no such split
+        UserError: the path is neither, or it has no such split
     """
-    place = Path(path)
-    if is_url(path) or (place / "index.json").exists() or (place.is_dir() and any(place.glob("*.tar"))):
+    folder = Path(path)
+    if is_url(path) or (folder / "index.json").exists() or (folder.is_dir() and any(folder.glob("*.tar"))):
         return open_split(Data(path), split)
-    if not place.is_dir():
-        what = "is a file" if place.exists() else "does not exist"
-        raise UserError(f"{path} {what}: give a folder of shards or of images, or the URL of a folder of shards")
-    return Folder(place, split)
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{path} {problem}: give a folder of shards or of images, or the URL of a folder of shards")
+    return Folder(folder, split)
 
 
 def sample_names(images: Split | Folder) -> list[str]:
-    """Where each sample came from: its path in the folder, or the name that the shard keeps of it."""
+    """Original name of each sample: its path in the folder, or the name stored in the shard."""
     if isinstance(images, Folder):
         return [item.name for item in images.items]
     return [name for shard in images.shards for name in _shard_names(images.folder, shard)]
 
 
 def _shard_names(folder: Path | Remote, shard: Shard) -> list[str]:
-    """The original name of each sample of a shard, or else that of its image in the tar."""
+    """The original name of each sample of a shard or, if none is stored, the name of its image in the tar."""
     members: dict[str, str] = {}  # by key, in the order of the samples
     originals: dict[str, str] = {}
-    file = (
-        (folder / shard.file).open("rb")
-        if isinstance(folder, Path)
-        else os.fdopen(folder.open(shard.file, shard.sha256, shard.bytes), "rb")
-    )
+    if isinstance(folder, Path):
+        file = (folder / shard.file).open("rb")
+    else:
+        file = os.fdopen(folder.open_file(shard.file, shard.sha256, shard.bytes), "rb")
     try:
         with file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                key, kind = split_name(member.name)
+                key, kind = split_member_name(member.name)
                 if member.isreg() and kind in IMAGE_TYPES:
                     members.setdefault(key, member.name)
-                elif member.isreg() and kind == "json" and (name := _told(tar.extractfile(member).read())):
+                elif member.isreg() and kind == "json" and (name := _stored_name(tar.extractfile(member).read())):
                     originals[key] = name
-    except tarfile.TarError:  # damaged: its images are read by their offsets all the same
+    except tarfile.TarError:  # damaged: images are still readable by their offsets
         pass
     if len(members) != shard.samples:
         return [f"{shard.file}, sample {i}" for i in range(shard.samples)]
     return [originals.get(key, member) for key, member in members.items()]
 
 
-def _told(data: bytes) -> str | None:
-    """The name in a sample's json member, as `data/prepare.py` writes it; None = it holds none."""
+def _stored_name(data: bytes) -> str | None:
+    """The name in a sample's json member, written by `data/prepare.py`; None if there is none."""
     try:
         content = json.loads(data)
     except ValueError:

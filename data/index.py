@@ -1,4 +1,4 @@
-"""Indexing shards that other tools made, verifying and describing a folder of shards."""
+"""Index the tars of other tools; verify and describe a folder of shards."""
 
 from collections import defaultdict
 from functools import partial
@@ -7,91 +7,111 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError
-from data.pool import count, run_tasks
-from data.shards import Index, Shard, flaw, index_file, index_tar, read_index, read_rows, remedy, write_index
+from data.pool import add_progress, run_tasks
+from data.shards import (
+    Index,
+    Shard,
+    find_damage,
+    index_file,
+    index_tar,
+    read_index,
+    repair_hint,
+    write_index,
+)
+from data.tars import read_rows
 
 
 def describe(folder: Path) -> None:
-    """Print what a folder of shards holds, and how to go on."""
+    """Print the content of a folder of shards, and a command that trains on it."""
     index = read_index(folder)
     for split, shards in index.splits.items():
         samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
         print(f"  {split:6} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
     print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
-    recipe = "--config configs/pretrain/photos.yaml"
-    print(f"ready: deepspeed pretrain/main.py {recipe} --data.path {folder} --run.name {folder.absolute().name}")
+    recipe = "digits" if _is_digits(folder) else "photos"
+    command = f"deepspeed pretrain/main.py --config configs/pretrain/{recipe}.yaml --data.path {folder}"
+    print(f"ready: {command} --run.name {folder.absolute().name}")
+
+
+def _is_digits(folder: Path) -> bool:
+    """Whether the shards were made from the built-in digits."""
+    path = folder / "source.json"
+    return path.exists() and b'"source": "digits"' in path.read_bytes()
 
 
 def index_folder(folder: Path, workers: int) -> None:
-    """Index WebDataset tars made elsewhere. A split is a tar's name up to its number (train-0001.tar -> train)."""
+    """Index WebDataset tars of other tools. A tar's split is its name without the number (train-0001.tar -> train).
+
+    Raises:
+        UserError: no tars, a damaged one, no images, or classes.txt has too few lines
+    """
     if (folder / "source.json").exists():
-        raise UserError(f"{folder} was made by this command and has its index: to mend it, {remedy(folder)}")
+        raise UserError(f"{folder} was made by this command and has an index: to rewrite it, {repair_hint(folder)}")
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise UserError(f"{folder} has no .tar: give the folder that holds the shards")
+        raise UserError(f"{folder} has no .tar: give the folder of the shards")
     shards = run_tasks(_index_one, tars, workers, len(tars))
-    splits, top = defaultdict(list), -1
+    splits, max_label = defaultdict(list), -1
     for tar, shard in zip(tars, shards, strict=True):
         split = tar.stem.rstrip("0123456789").rstrip("-_.") or "train"
         splits[split].append(shard)
         if shard.samples:
-            top = max(top, int(np.load(index_file(tar), allow_pickle=False)["label"].max()))
+            max_label = max(max_label, int(np.load(index_file(tar), allow_pickle=False)["label"].max()))
     if not any(shard.samples for shard in shards):
-        raise UserError(f"{folder}: its tars hold no image; a sample needs KEY.jpg, KEY.png, KEY.webp or KEY.npy")
-    classes = _names(folder) or ([str(i) for i in range(top + 1)] or None)
-    if classes is not None and top >= len(classes):
+        raise UserError(f"{folder}: its tars contain no images; a sample needs KEY.jpg, KEY.png, KEY.webp or KEY.npy")
+    classes = _class_names(folder) or ([str(i) for i in range(max_label + 1)] or None)
+    if classes is not None and max_label >= len(classes):
         raise UserError(
-            f"{folder / 'classes.txt'} names {len(classes)} classes, but a label is {top}: one line a class"
+            f"{folder / 'classes.txt'} has {len(classes)} lines, but a label is {max_label}: write one line per class"
         )
     write_index(folder, Index(dict(splits), classes))
     describe(folder)
 
 
-def _names(folder: Path) -> list[str] | None:
-    """Class names of foreign shards: a line each in classes.txt, if there is one."""
+def _class_names(folder: Path) -> list[str] | None:
+    """Lines of classes.txt, the class names of shards from other tools; None if there is no such file."""
     path = folder / "classes.txt"
     return path.read_text().splitlines() if path.exists() else None
 
 
 def _index_one(tar: Path) -> Shard:
     shard = index_tar(tar)
-    count(1)
+    add_progress(1)
     return shard
 
 
 def verify(folder: Path, workers: int) -> None:
-    """Check every byte against the index. Raises `UserError` that names the damaged shards."""
+    """Check every byte of every shard. Prints the damaged shards and raises `UserError` if there are any."""
     index = read_index(folder)
     shards = [shard for shards in index.splits.values() for shard in shards]
     samples = sum(shard.samples for shard in shards)
-    found = run_tasks(partial(_verify_one, folder=folder), shards, workers, samples)
-    damage = [line for line in found if line]
+    damage = list(filter(None, run_tasks(partial(_verify_one, folder=folder), shards, workers, samples)))
     if damage:
         print("\n".join(damage))
         raise UserError(
             f"{folder}: {len(damage)} of {len(shards)} shards are damaged, listed above: fetch or prepare them again, "
-            f"or keep what is whole with `python data/prepare.py {folder} --repair`"
+            f"or keep the undamaged images with `python data/prepare.py {folder} --repair`"
         )
-    print(f"{folder}: {len(shards):,} shards, {samples:,} images, every byte as indexed")
+    print(f"{folder}: {len(shards):,} shards, {samples:,} images, no damage")
 
 
 def _verify_one(shard: Shard, folder: Path) -> str | None:
     tar = folder / shard.file
-    count(shard.samples)
-    wrong = flaw(folder, shard, digests=True)
-    of_tar = wrong is not None and wrong.startswith(f"{tar} ")  # not of its index
-    return wrong + _which(tar) if of_tar and tar.exists() and index_file(tar).exists() else wrong
+    add_progress(shard.samples)
+    damage = find_damage(folder, shard, digests=True)
+    in_tar = damage is not None and damage.startswith(f"{tar} ")  # not in its index
+    return damage + _damaged_samples(tar) if in_tar and tar.exists() and index_file(tar).exists() else damage
 
 
-def _which(tar: Path) -> str:
-    """Which samples of a damaged shard differ from its index."""
+def _damaged_samples(tar: Path) -> str:
+    """Which samples of a damaged tar differ from its index, in parentheses."""
     try:
-        rows, known = read_rows(tar), np.load(index_file(tar), allow_pickle=False)
+        rows, indexed = read_rows(tar), np.load(index_file(tar), allow_pickle=False)
     except (UserError, OSError, ValueError) as error:
         return f" ({error})"
-    if known.dtype != rows.dtype:
-        return " (its index is damaged, too)"
-    if len(rows) != len(known):
-        return f" ({len(rows)} images, {len(known)} indexed)"
-    differ = np.flatnonzero(rows != known)
-    return f" (images {', '.join(map(str, differ[:10]))} differ)" if len(differ) else " (its images are whole)"
+    if indexed.dtype != rows.dtype:
+        return " (its index is damaged as well)"
+    if len(rows) != len(indexed):
+        return f" ({len(rows)} images, {len(indexed)} indexed)"
+    differ = np.flatnonzero(rows != indexed)
+    return f" (images {', '.join(map(str, differ[:10]))} differ)" if len(differ) else " (its images are undamaged)"

@@ -2,36 +2,33 @@
 
 import os
 import signal
-import sys
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from configs.command import say
-from configs.errors import UserError, reason
+from configs.errors import UserError
 from configs.schema import Data, Optim
-from data.cache import Cache, RemoteUserError
-from data.remote import FETCHES, Remote, is_url
-from data.sampler import SUBSTITUTES, WINDOW, EpochOrder, EvalBatches, TrainBatches
-from data.shards import Split, index_bytes
-from data.transforms import decode, sample_rng, to_float
+from data.cache import RemoteUserError
+from data.decode import decode
+from data.prefetch import Prefetcher
+from data.remote import Remote
+from data.sampler import SUBSTITUTES, EpochOrder, EvalBatches, TrainBatches
+from data.shards import Split
+from data.transforms import sample_rng, to_float
 
-MOST_WORKERS = 8
-MOST_REPLACEMENTS = 20  # images tried in place of a damaged one
-WORKER_GRACE = 25  # seconds that a loader process lives on after SIGTERM
+MAX_WORKERS = 8
+MAX_REPLACEMENTS = 20  # images tried in place of a damaged one
+WORKER_GRACE = 25  # seconds until a loader process ends after SIGTERM
 
-# (image [C, H, W] as decoded, the sample's generator) -> what goes into the batch, by name
-Transform = Callable[[Tensor, np.random.Generator], dict[str, Tensor]]
+# (decoded image [C, H, W], its target, the sample's generator) -> entries of the batch by name
+Transform = Callable[[Tensor, int, np.random.Generator], dict[str, Tensor | int]]
 
 
 def collate(samples: list[dict]) -> dict[str, Tensor]:
-    """A batch of samples. Where images of 8 bits meet such of more, all become float32."""
+    """Stack samples to a batch. If only some images have more than 8 bits per channel, all become float32."""
     if len({sample["image"].dtype for sample in samples}) > 1:
         samples = [{**sample, "image": to_float(sample["image"])} for sample in samples]
     return default_collate(samples)
@@ -40,14 +37,19 @@ def collate(samples: list[dict]) -> dict[str, Tensor]:
 class Samples(Dataset):
     """The samples of a split, decoded and transformed, by (epoch, sample, view).
 
-    Sample -1 fills a batch; its label is -1. Views are the several random crops of a sample in an epoch (data.repeats).
+    Sample -1 pads a batch; its target is -1. Views number the random crops of a sample in an epoch (data.repeats).
 
-    A damaged image is replaced by another one, the same on every machine and in every resumed run, and marked.
+    A damaged image is replaced by another one and marked in "damaged". The replacement depends on seed, epoch and
+    sample only, so it is the same on every machine and in resumed runs.
 
     Args:
-        score: the samples are for an evaluation: a replaced one gets label -1, so that it does not count
+        split: the shards
+        channels: of the decoded images
+        seed: of the run
+        transform: crop and augmentation of image and target, which is the label (-1 = none)
+        score: for evaluation: replaced samples get target -1, so that they are not counted
     Raises:
-        UserError: the replacements are damaged too: it is not the images
+        UserError: all replacements are damaged as well, so something else is wrong
     """
 
     def __init__(self, split: Split, channels: int, seed: int, transform: Transform, score: bool = False):
@@ -55,162 +57,109 @@ class Samples(Dataset):
 
     def __getitem__(self, index: tuple[int, int, int]) -> dict[str, Tensor | int | bool]:
         epoch, sample, view = index
-        wanted = max(0, sample)
-        image, label = self._load(wanted)
+        loaded = max(0, sample)
+        image, label = self.load(loaded)
         damaged = image is None
         if damaged:
-            image, label = self._replacement(epoch, wanted)
+            image, label = self._replacement(epoch, loaded)
+        target = -1 if sample < 0 or (damaged and self.score) else label
         return {
-            **self.transform(image, sample_rng(self.seed, epoch, wanted, view)),
-            "label": -1 if sample < 0 or (damaged and self.score) else label,
+            **self.transform(image, target, sample_rng(self.seed, epoch, loaded, view)),
             "sample": sample,
-            "damaged": damaged and sample >= 0,  # a filling is not a sample
+            "damaged": damaged and sample >= 0,  # padding is not a sample
         }
 
-    def _load(self, sample: int) -> tuple[Tensor | None, int | str]:
-        """Image and label, or None and what is wrong with it."""
+    def load(self, sample: int) -> tuple[Tensor | None, int | str]:
+        """Image and label of a sample, or None and a description of the damage."""
         try:
             data, label = self.split.read(sample)
             return decode(data, self.channels), label
-        except RemoteUserError:  # not this image's fault
+        except RemoteUserError:  # the image is not damaged, but cannot be fetched
             raise
         except UserError as error:
             return None, f"{self.split.folder}, split {self.split.name}, sample {sample}: {error}"
 
     def _replacement(self, epoch: int, sample: int) -> tuple[Tensor, int]:
         rng = np.random.default_rng([self.seed, SUBSTITUTES, epoch, sample])
-        for other in rng.integers(len(self.split), size=MOST_REPLACEMENTS).tolist():
-            image, label = self._load(other)
+        for other in rng.integers(len(self.split), size=MAX_REPLACEMENTS).tolist():
+            image, label = self.load(other)
             if image is not None:
                 return image, label
-        raise UserError(f"{label}; so are {MOST_REPLACEMENTS} others drawn in place of sample {sample}")
+        raise UserError(f"{label}; {MAX_REPLACEMENTS} replacements of sample {sample} are damaged as well")
 
-    def complaint(self, sample: int) -> str:
-        """What is wrong with a damaged sample."""
-        image, complaint = self._load(sample)
-        return (
-            complaint if image is None else f"{self.split.folder}, split {self.split.name}, sample {sample}: read now"
-        )
+    def describe_damage(self, sample: int) -> str:
+        """What is wrong with a damaged sample; it is read again."""
+        image, damage = self.load(sample)
+        if image is None:
+            return damage
+        return f"{self.split.folder}, split {self.split.name}, sample {sample}: damaged at first, now readable"
 
 
 class Loader:
-    """Batches as dicts of tensors: "image" [B, C, H, W], "label" [B], "sample" [B], and what the transform adds.
+    """Batches as dicts of tensors: "sample" and "damaged" [B], and those of the transform: "image" [B, C, H, W].
 
-    Iterating raises `UserError` for damaged data, also when a loader process met it.
+    Iterating raises `UserError` for damaged data, also for errors in a loader process.
+
+    Args:
+        samples: of a split
+        batches: of this rank
+        workers: loader processes; 0 = load in this process; None = this rank's share of the cores, at most 8
+        pin: copy batches to pinned memory
     """
 
     def __init__(self, samples: Samples, batches: TrainBatches | EvalBatches, workers: int | None, pin: bool):
         self.samples, self.batches = samples, batches
         if workers is None:
             cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            workers = min(MOST_WORKERS, max(1, cores))
-        self.torch_loader = DataLoader(
-            samples,
-            batch_sampler=batches,
-            num_workers=workers,
-            pin_memory=pin,
+            workers = min(MAX_WORKERS, max(1, cores))
+        self.workers, self.pin = workers, pin
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        self.prefetcher = Prefetcher(samples.split) if first and isinstance(samples.split.folder, Remote) else None
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self.iterate()
+
+    def iterate(self, first_step: int = 0) -> Iterator[dict[str, Tensor]]:
+        """The batches; those of training from optimizer step `first_step` (over all epochs) on.
+
+        Each iteration draws one number from torch's global generator, in DataLoader.
+        """
+        prefetch = self.prefetcher.request if self.prefetcher else None
+        training = isinstance(self.batches, TrainBatches)
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=self.batches.iterate(first_step, prefetch) if training else self.batches,
+            num_workers=self.workers,
+            pin_memory=self.pin,
             collate_fn=collate,
             worker_init_fn=_quiet_worker,
         )
-        self.ahead = None
-        if isinstance(samples.split.folder, Remote) and os.environ.get("LOCAL_RANK", "0") == "0":
-            self.ahead = Ahead(samples.split)
-            if isinstance(batches, TrainBatches):
-                batches.ahead = self.ahead.want
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        batches = iter(self.torch_loader)  # loader processes start here, so before the threads that fetch
+        batches = iter(loader)  # starts the loader processes: fork before the prefetching threads exist
         try:
-            if self.ahead and isinstance(self.batches, EvalBatches):
-                self.ahead.want(range(len(self.samples.split.shards)))
+            if prefetch and not training:
+                prefetch(range(len(self.samples.split.shards)))
             yield from batches
-        except UserError as error:  # torch wraps a worker's message into its traceback
+        except UserError as error:  # torch adds the worker's traceback to the message
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
         finally:
-            if self.torch_loader.num_workers:
-                # torch does so when the iterator is collected: late where a traceback holds it, and then it waits 10 s
-                # for each process, because the queues that would tell them are gone
+            if self.workers:
+                # torch shuts them down when the iterator is collected: late if a traceback refers to it, and then it
+                # waits 10 s for each process, because their queues are gone
                 batches._shutdown_workers()
-            if self.ahead:
-                self.ahead.want([])
-
-
-class Ahead:
-    """Fetches shards of a remote split in the background, for all processes of a host, before they are read.
-
-    What goes wrong is said and left: reading the shard meets it again, and raises.
-    """
-
-    def __init__(self, split: Split):
-        self.split = split
-        self._wanted: deque[int] = deque()
-        self._threads, self._lock, self._said = 0, threading.Lock(), False
-
-    def want(self, shards: Iterable[int]) -> None:
-        """Fetch these shards, in this order, as far as the cache has room for them; earlier wishes are forgotten."""
-        cache, wanted, missing = self.split.folder.cache, deque(), []
-        room = cache.limit
-        for number in shards:
-            shard = self.split.shards[number]
-            room -= shard.bytes + index_bytes(shard)
-            if room < 0:
-                break
-            wanted.append(number)
-            cache.touch(shard.index_sha256)  # else files that are there could go to make room for others
-            if not cache.touch(shard.sha256):
-                missing.append(shard.bytes)
-        if missing and not self._said:
-            say(f"fetching {len(missing)} shards, {sum(missing) / 1e9:.3g} GB, to {cache.folder}; later ones in time")
-            self._said = True
-        with self._lock:
-            self._wanted = wanted
-            new = min(FETCHES, len(wanted)) - self._threads
-            self._threads += max(0, new)
-        for _ in range(new):
-            threading.Thread(target=self._fetch, daemon=True).start()
-
-    def _fetch(self) -> None:
-        while True:
-            with self._lock:
-                if not self._wanted:
-                    self._threads -= 1
-                    return
-                number = self._wanted.popleft()
-            try:
-                self.split.fetch(number)
-            except Exception as error:
-                print(f"not fetched ahead: {reason(error)}", file=sys.stderr, flush=True)
+            if prefetch:
+                prefetch([])
 
 
 def _quiet_worker(_: int) -> None:
-    """Loader processes leave signals to the training process, which ends them when it has saved its state.
+    """Loader processes ignore signals: the training process saves its state and then stops them.
 
-    A launcher that stops a run sends SIGTERM to them as well: it only bounds the time they have left.
+    A launcher that stops a run sends SIGTERM to them as well: they end after `WORKER_GRACE` at the latest.
     """
-    signal.set_wakeup_fd(-1)  # the training process's
+    signal.set_wakeup_fd(-1)  # inherited from the training process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
     torch.set_num_threads(1)
-
-
-def open_split(data: Data, name: str | None = None) -> Split:
-    """A split of the configured shards, `data.split` if no other is named.
-
-    Raises:
-        UserError: there is none, or data.cache_gb has no room for what the order of an epoch takes at a time
-    """
-    if not is_url(data.path):
-        return Split(Path(data.path), name or data.split)
-    split = Split(Remote(data.path, Cache(Path(data.cache), int(data.cache_gb * 1e9))), name or data.split)
-    largest = sorted((shard.bytes + index_bytes(shard) for shard in split.shards), reverse=True)
-    need = sum(largest[: 2 * WINDOW])
-    if need > split.folder.cache.limit:
-        raise UserError(
-            f"data.cache_gb is {data.cache_gb:g}, but {2 * WINDOW} shards of {data.path}, split {split.name}, have "
-            f"{need / 1e9:.3g}: so many are read or fetched at a time; raise it, or prepare smaller shards"
-        )
-    return split
 
 
 def train_loader(
@@ -225,10 +174,21 @@ def train_loader(
     pin: bool = False,
     weights: np.ndarray | None = None,
 ) -> Loader:
-    """All micro batches of a rank, over all epochs; `weights` as `EpochOrder` takes them.
+    """All micro batches of a rank, over all epochs.
 
+    Args:
+        split: the shards
+        transform: see `Transform`
+        channels: of the images
+        seed: of the run
+        data: path, repeats, workers
+        optim: batch sizes, epochs
+        rank: of this process
+        ranks: number of processes
+        pin: copy batches to pinned memory
+        weights: sampling weights, see `EpochOrder`
     Raises:
-        UserError: there is not one global batch of samples
+        UserError: the split is smaller than one global batch
     """
     micro, _ = optim.accumulation(ranks)
     order = EpochOrder(split.counts, seed, weights)
@@ -250,7 +210,8 @@ def eval_loader(
     rank: int = 0,
     ranks: int = 1,
     pin: bool = False,
+    samples: Sequence[int] | None = None,
 ) -> Loader:
-    """Every sample of a split once, in batches of `batch` for each rank."""
-    batches = EvalBatches(len(split), batch, rank, ranks)
+    """The given samples of a split, once each, in batches of `batch` per rank; None = all samples."""
+    batches = EvalBatches(range(len(split)) if samples is None else samples, batch, rank, ranks)
     return Loader(Samples(split, channels, 0, transform, score=True), batches, data.workers, pin)

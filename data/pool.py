@@ -1,4 +1,4 @@
-"""Work on many shards in several processes, under a progress bar."""
+"""Run tasks in several processes, with a progress bar."""
 
 import multiprocessing
 import signal
@@ -11,24 +11,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_done = None  # images done by all processes, a shared counter; set in each worker
+_images_done = None  # counter shared by all processes; set in each worker
 
 
-def count(images: int) -> None:
-    """Called by a worker: so many more images are done."""
-    with _done.get_lock():
-        _done.value += images
+def add_progress(images: int) -> None:
+    """Advance the progress bar; called in a worker process."""
+    with _images_done.get_lock():
+        _images_done.value += images
 
 
 def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, images: int) -> list[Result]:
-    """`function(task)` for every task, in processes; results in the order of the tasks.
+    """Call `function(task)` for every task in worker processes, and return the results in the order of the tasks.
 
-    The first error stops the rest and is raised; Ctrl-C stops the workers at once.
+    The first error stops the other tasks and is raised; Ctrl-C stops the workers at once.
+
+    Args:
+        workers: maximum number of processes
+        images: total of the progress bar, see `add_progress`
     """
     done = multiprocessing.Value("q", 0)
     bar = Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with bar, ProcessPoolExecutor(min(workers, len(tasks)), initializer=_start, initargs=(done,)) as pool:
-        shown = bar.add_task("images", total=images)
+        line = bar.add_task("images", total=images)
         futures = [pool.submit(function, task) for task in tasks]
         try:
             pending = set(futures)
@@ -36,7 +40,7 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
                 finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
                 for future in finished:
                     future.result()
-                bar.update(shown, completed=done.value)
+                bar.update(line, completed=done.value)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
@@ -46,6 +50,6 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
 
 
 def _start(done) -> None:
-    global _done
-    _done = done
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    global _images_done
+    _images_done = done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C

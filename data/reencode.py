@@ -1,65 +1,55 @@
-"""One image of a source to the bytes that go into a shard."""
+"""Re-encode an image of a source for a shard. Imports torch."""
 
 import io
-from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from configs.errors import UserError
-from data.shards import IMAGE_TYPES
-from data.sources import open_picture
-from data.transforms import decode
+from configs.errors import UserError, reason
+from data.decode import decode
+from data.tars import IMAGE_TYPES
 
-EIGHT_BIT = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # PIL modes that PNG or JPEG can hold
+EIGHT_BIT = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # PIL modes that PNG or JPEG can store
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to do to each image. With neither option set, bytes are kept as they are where the loader can read them.
+def reencode(data: bytes, name: str, resize: int | None = None, quality: int | None = None) -> tuple[str, bytes]:
+    """Member type and bytes of an image in a shard. Every image is decoded, so that no damaged one gets in.
+
+    Without options, bytes that the loader can decode are kept. Other pictures become PNG or, with more than 8 bits per
+    channel, .npy; both are lossless.
 
     Args:
-        resize: longest allowed shorter side, pixels; larger images are shrunk, smaller ones kept; None = keep all
-        quality: JPEG quality to re-encode with; None = 95 where a JPEG has to be re-encoded; with alpha, PNG it stays
-    """
-
-    resize: int | None = None
-    quality: int | None = None
-
-
-def convert(data: bytes, name: str, options: Options) -> tuple[str, bytes]:
-    """Member type and bytes for a shard. Every image is decoded, so that no damaged one gets in.
-
-    Pictures of types the loader does not read become PNG, those of more than 8 bits .npy; nothing loses precision
-    unless --resize or --quality asks for it.
-
+        data: content of the file
+        name: of the file; its suffix is the type
+        resize: maximum length of the shorter side, pixels; larger images are shrunk; None = keep the size
+        quality: JPEG quality; None = re-encode only what is shrunk, JPEG with quality 95; alpha is always PNG
     Raises:
-        UserError: the image cannot be read
+        UserError: the image cannot be read, or `resize` would shrink a .npy array
     """
     kind = name.rsplit(".", 1)[-1].lower()
     kind = "jpg" if kind == "jpeg" else kind
     if kind == "npy":
         image = decode(data)
-        if options.resize is None or min(image.shape[1:]) <= options.resize:
+        if resize is None or min(image.shape[1:]) <= resize:
             return kind, data
         raise UserError(
-            f"--resize does not apply to .npy images, this one is {tuple(image.shape)}: resize it beforehand"
+            f"--resize does not support .npy images, this one has shape {tuple(image.shape)}: resize it beforehand"
         )
-    picture = open_picture(data)
-    small = options.resize is None or min(picture.size) <= options.resize
+    picture = _open_picture(data)
+    small = resize is None or min(picture.size) <= resize
     if picture.mode not in EIGHT_BIT:
-        return "npy", _to_npy(np.asarray(picture) if small else _shrink_deep(picture, options.resize))
-    if small and kind in IMAGE_TYPES and options.quality is None:
+        return "npy", _to_npy(np.asarray(picture) if small else _shrink_deep(picture, resize))
+    if small and kind in IMAGE_TYPES and quality is None:
         decode(data, 3)  # as the loader will
         return kind, data
     if picture.mode in ("P", "1", "LA", "CMYK", "YCbCr"):
         picture = picture.convert({"1": "L", "LA": "RGBA"}.get(picture.mode, "RGB"))
     if not small:
-        picture = _shrink(picture, options.resize)
-    lossy = kind == "jpg" or options.quality is not None
+        picture = _shrink(picture, resize)
+    lossy = kind == "jpg" or quality is not None
     out = io.BytesIO()
     if lossy and picture.mode != "RGBA":
-        picture.save(out, "jpeg", quality=options.quality or 95)
+        picture.save(out, "jpeg", quality=quality or 95)
         return "jpg", out.getvalue()
     picture.save(out, "png")
     return "png", out.getvalue()
@@ -71,7 +61,7 @@ def _shrink(picture: Image.Image, shorter: int) -> Image.Image:
 
 
 def _shrink_deep(picture: Image.Image, shorter: int) -> np.ndarray:
-    """A grey picture of 16 or 32 bits; its type stays, and no value leaves the range of those it had."""
+    """Shrink a grey picture of 16 or 32 bits; keeps its type and its range of values."""
     pixels = np.asarray(picture)
     shrunk = np.asarray(_shrink(picture.convert("F"), shorter), np.float64)
     whole = shrunk.round() if pixels.dtype.kind in "iu" else shrunk
@@ -79,7 +69,19 @@ def _shrink_deep(picture: Image.Image, shorter: int) -> np.ndarray:
 
 
 def _to_npy(pixels: np.ndarray) -> bytes:
-    """A picture of 16 or 32 bits, as an array the loader reads."""
+    """A picture of 16 or 32 bits as .npy."""
     out = io.BytesIO()
     np.save(out, pixels, allow_pickle=False)
     return out.getvalue()
+
+
+def _open_picture(data: bytes) -> Image.Image:
+    """Decode a picture with PIL. Raises `UserError` if it is damaged or too large."""
+    try:
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+        return picture
+    except UnidentifiedImageError:
+        raise UserError("not an image of a known type") from None
+    except Exception as error:  # damaged files raise almost any exception in PIL
+        raise UserError(f"not a readable image ({reason(error)})") from None

@@ -1,6 +1,6 @@
-"""Shards behind a URL: fetched when they are needed, and verified.
+"""Shards at a URL: fetched on first use, and verified.
 
-What is fetched lies in data/cache.py's folder, which all ranks and loader processes of a host share.
+Fetched files are in the cache (data/cache.py), which all ranks and loader processes of a host share. Free of torch.
 """
 
 import errno
@@ -23,7 +23,7 @@ from configs.errors import UserError, reason
 from configs.files import sha256
 from data.cache import POLL_SECONDS, Cache, RemoteUserError
 
-PROTOCOLS = {  # what is read, and the pip package that speaks it; none executes anything
+PROTOCOLS = {  # supported protocols and their pip packages; none of them executes anything
     "http": "fsspec[http]",
     "https": "fsspec[http]",
     "s3": "s3fs",
@@ -32,32 +32,34 @@ PROTOCOLS = {  # what is read, and the pip package that speaks it; none executes
     "hf": "huggingface_hub",
 }
 ATTEMPTS = 4
-BACKOFF_SECONDS = 1.0  # before the second attempt; twice as long before each further one
-STALL_SECONDS, STALL_BYTES = 60.0, 1 << 16  # a transfer that brings fewer bytes in that time has stalled
-INDEX_BYTES = 1 << 28  # the longest index.json that is read
-FETCHES = 4  # files that a process fetches at a time, where it may
+BACKOFF_SECONDS = 1.0  # before the second attempt; doubles with every further attempt
+STALL_SECONDS, STALL_BYTES = 60.0, 1 << 16  # a transfer with fewer bytes in that time has stalled
+MAX_INDEX_BYTES = 1 << 28  # of index.json
+CONCURRENT_FETCHES = 4  # per process
 
 Result = TypeVar("Result")
 
 
 class AttemptError(Exception):
-    """An attempt failed; another may do better."""
+    """An attempt failed; another one may succeed."""
 
 
 def is_url(path: str) -> bool:
-    """Whether `data.path` names something else than a folder of this machine."""
+    """Whether `data.path` is not a local folder."""
     return "://" in path or "::" in path or path.startswith("pipe:")
 
 
 def check_url(url: str) -> str:
-    """A folder's URL without its last slashes. Raises `UserError` for any but a plain one of a known protocol."""
+    """A folder's URL without trailing slashes. Raises `UserError` unless it is a plain URL of a supported protocol."""
     protocol, _, place = url.partition("://")
     if protocol not in PROTOCOLS or "::" in url:
-        raise UserError(f"data.path {url} is not read: only URLs that begin with {', '.join(PROTOCOLS)} and have no ::")
+        raise UserError(
+            f"data.path {url} is not supported: use a URL without :: that begins with {', '.join(PROTOCOLS)}"
+        )
     if not place.strip("/") or re.search(r"[\s?#*\[\]]", place):
-        raise UserError(f"data.path {url} is not the URL of a folder: give {protocol}://... without spaces and ?#*[]")
+        raise UserError(f"data.path {url} is not the URL of a folder: use {protocol}://... without spaces and ?#*[]")
     if protocol.startswith("http") and "@" in place.split("/")[0]:
-        raise UserError("data.path has a password in it, which logs would show: put it into ~/.netrc")
+        raise UserError("data.path contains a password, which logs would show: put it into ~/.netrc")
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError:
@@ -65,20 +67,25 @@ def check_url(url: str) -> str:
     return url.rstrip("/")
 
 
-class _Progress(NoOpCallback):  # this base, because huggingface_hub does not stream with others
-    """Counts a transfer's bytes in `value`, and ends one that was given up."""
+class _Progress(NoOpCallback):  # huggingface_hub streams only with this base class
+    """Counts the bytes of a transfer in `value`, and aborts an abandoned transfer."""
 
-    given_up = False
+    abandoned = False
 
     def call(self, *_, **__):
-        if self.given_up:
-            raise ConnectionAbortedError("given up")
+        if self.abandoned:
+            raise ConnectionAbortedError("abandoned")
 
 
-def transfer(copy: Callable[[Path, NoOpCallback], None], part: Path, most: int) -> None:
-    """Run `copy(part, progress)` in a thread of its own, which is left alone if it stalls or brings too many bytes.
+def transfer(copy: Callable[[Path, NoOpCallback], None], part: Path, max_bytes: int) -> None:
+    """Run `copy(part, progress)` in a thread, which is abandoned if it stalls or receives too many bytes.
 
-    A library's own time limits do not cover every way of hanging, and some have none.
+    Timeouts of the libraries do not cover every hang, and some libraries have none.
+
+    Args:
+        max_bytes: of the file
+    Raises:
+        AttemptError: stalled, or too many bytes; errors of `copy` are passed on
     """
     progress, errors = _Progress(), []
 
@@ -95,20 +102,20 @@ def transfer(copy: Callable[[Path, NoOpCallback], None], part: Path, most: int) 
         while thread.is_alive():
             thread.join(POLL_SECONDS)
             size = part.stat().st_size
-            if size > most:
-                raise AttemptError(f"sends more than the {most} bytes that are expected")
-            if size + progress.value - seen >= STALL_BYTES:  # some libraries tell, some only write
+            if size > max_bytes:
+                raise AttemptError(f"sends more than the expected {max_bytes} bytes")
+            if size + progress.value - seen >= STALL_BYTES:  # some libraries report progress, others only write
                 seen, since = size + progress.value, time.monotonic()
             elif thread.is_alive() and time.monotonic() - since > STALL_SECONDS:
-                raise AttemptError(f"stalled: {size} bytes came, then none for {STALL_SECONDS:g} s")
+                raise AttemptError(f"stalled: no data for {STALL_SECONDS:g} s after {size} bytes")
     finally:
-        progress.given_up = True
+        progress.abandoned = True
     if errors:
         raise errors[0]
 
 
 def retried(url: str, attempt: Callable[[], Result]) -> Result:
-    """The result of `attempt()`, tried again after `AttemptError`, which is said; at last a `RemoteUserError`."""
+    """The result of `attempt()`. An `AttemptError` is logged and retried; the last one becomes a `RemoteUserError`."""
     for number in range(1, ATTEMPTS + 1):
         try:
             return attempt()
@@ -119,50 +126,50 @@ def retried(url: str, attempt: Callable[[], Result]) -> Result:
             print(f"{url}: {problem}; attempt {number + 1} of {ATTEMPTS} in {seconds:g} s", file=sys.stderr, flush=True)
             time.sleep(seconds)
     raise RemoteUserError(
-        f"{url}: {problem}; gave up after {ATTEMPTS} attempts: check the network and what is uploaded there, then run "
+        f"{url}: {problem}; gave up after {ATTEMPTS} attempts: check the network and the uploaded files, then run "
         "the same command again"
     )
 
 
 def explain(error: Exception, url: str, part: Path) -> Exception:
-    """What a library's error means: `AttemptError` if another attempt may help, `RemoteUserError` if it cannot."""
+    """Classify a library's error: `AttemptError` if another attempt may help, `RemoteUserError` if it cannot."""
     if isinstance(error, AttemptError):
         return error
     if isinstance(error, OSError) and (error.errno in (errno.ENOSPC, errno.EDQUOT) or error.filename == str(part)):
-        return error  # of the cache, not of the server
+        return error  # an error of the cache, not of the server
     status = next((n for n in _statuses(error) if isinstance(n, int)), None)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return RemoteUserError(
-            f"{url} is not there: upload the whole folder that data/prepare.py made, and check data.path"
+            f"{url} does not exist: upload the whole folder written by data/prepare.py, and check data.path"
         )
     if isinstance(error, PermissionError) or status in (401, 403):
         package = PROTOCOLS[url.partition("://")[0]]
-        return RemoteUserError(f"{url}: no permission ({reason(error)}): give credentials in the way of {package}")
+        return RemoteUserError(f"{url}: no permission ({reason(error)}): configure credentials as {package} documents")
     if status in range(400, 500) and status not in (408, 425, 429):
-        return RemoteUserError(f"{url} is refused ({reason(error)}): check data.path")
+        return RemoteUserError(f"{url} was refused ({reason(error)}): check data.path")
     return AttemptError(reason(error))
 
 
 def _statuses(error: Exception) -> Iterable[object]:
-    """Where the libraries keep an HTTP status."""
+    """Candidates for an HTTP status: the libraries use different attributes."""
     for owner in (error, getattr(error, "response", None)):
         for name in ("status", "status_code", "code"):
             yield getattr(owner, name, None)
 
 
 class Remote:
-    """A folder of shards behind a URL, as far as a reader needs it. `str()` and `/` give URLs.
+    """A folder of shards at a URL. `str()` and `/` give URLs.
 
     Args:
         url: of the folder with index.json
-        cache: where files are kept
+        cache: for fetched files
     Raises:
-        UserError: not such a URL, or its protocol's package is not installed
+        UserError: not a supported URL, or its protocol's package is not installed
     """
 
     def __init__(self, url: str, cache: Cache):
         self.url, self.cache = check_url(url), cache
-        self._filesystems: dict[int, fsspec.AbstractFileSystem] = {}  # by process: none works on after a fork
+        self._filesystems: dict[int, fsspec.AbstractFileSystem] = {}  # by process: they do not survive a fork
 
     def __str__(self) -> str:
         return self.url
@@ -173,80 +180,84 @@ class Remote:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_filesystems": {}}
 
-    def read_index(self) -> bytes:
-        """Content of index.json, fetched anew. Raises `RemoteUserError` if that fails."""
+    def fetch_index(self) -> bytes:
+        """Content of index.json; never cached. Raises `RemoteUserError` if it cannot be fetched."""
         url, key = self / "index.json", secrets.token_hex(32)
 
         def attempt() -> bytes:
             with self.cache.part(key, 0) as part:
-                self._transfer(url, part, INDEX_BYTES)
+                self._transfer(url, part, MAX_INDEX_BYTES)
                 data = part.read_bytes()
                 try:
                     json.loads(data)
                 except ValueError:
-                    raise AttemptError(f"has {len(data)} bytes that are not JSON") from None
+                    raise AttemptError(f"its {len(data)} bytes are not JSON") from None
                 return data
 
-        with self.cache.explained(), self.cache.fetching(key):
+        with self.cache.disk_errors(), self.cache.fetching(key):
             return retried(url, attempt)
 
-    def read(self, name: str, digest: str, most: int) -> bytes:
-        """Content of a small file, as `open` gives it; fetched again if the cache's copy has been damaged."""
-        file = self.open(name, digest, most, exact=False)
-        if self.dropped(file, digest):
+    def read_file(self, name: str, digest: str, max_bytes: int) -> bytes:
+        """Content of a small file, see `open_file`; fetched again if the copy in the cache is damaged."""
+        file = self.open_file(name, digest, max_bytes, exact=False)
+        if self.drop_if_damaged(file, digest):
             os.close(file)
-            file = self.open(name, digest, most, exact=False)
+            file = self.open_file(name, digest, max_bytes, exact=False)
         with os.fdopen(file, "rb") as opened:
             return opened.read()
 
-    def dropped(self, file: int, digest: str) -> bool:
-        """Whether the open copy of a file was not what its digest says; it is then out of the cache."""
-        wrong = sha256(Path(f"/dev/fd/{file}")) != digest  # it need not have a name any more
-        if wrong:
+    def drop_if_damaged(self, file: int, digest: str) -> bool:
+        """Remove a file from the cache if the open copy does not match its digest. Returns whether it was removed."""
+        damaged = sha256(Path(f"/dev/fd/{file}")) != digest  # by descriptor: it may have been evicted meanwhile
+        if damaged:
             print(f"{self.cache.folder / digest} was damaged: fetching it again", file=sys.stderr, flush=True)
             self.cache.drop(digest)
-        return wrong
+        return damaged
 
-    def open(self, name: str, digest: str, size: int, exact: bool = True) -> int:
-        """A file's descriptor, to be closed by the caller; fetched first if the cache has not got it.
+    def open_file(self, name: str, digest: str, size: int, exact: bool = True) -> int:
+        """Descriptor of a file, to be closed by the caller; fetched first if it is not cached.
 
         Args:
             name: of the file, in the folder
             digest: SHA-256 of its content
-            size: its bytes; the most it may have, unless `exact`
+            size: in bytes; an upper bound unless `exact`
         Raises:
-            RemoteUserError: it cannot be fetched, is not what the digest says, or the cache has no room
+            RemoteUserError: it cannot be fetched, does not match the digest, or is larger than the cache
         """
-        url, wanted = self / name, size if exact else None
+        url, expected = self / name, size if exact else None
         if size > self.cache.limit:
-            raise RemoteUserError(f"data.cache_gb is {self.cache.limit / 1e9:g}, {url} has {size / 1e9:g}: raise it")
+            raise RemoteUserError(
+                f"data.cache_gb is {self.cache.limit / 1e9:g}, but {url} has {size / 1e9:g} GB: raise it"
+            )
 
         def attempt() -> int:
             with self.cache.part(digest, size) as part:
                 self._transfer(url, part, size)
-                found, bytes_ = sha256(part), part.stat().st_size
+                received, bytes_ = sha256(part), part.stat().st_size
                 if exact and bytes_ != size:
-                    raise AttemptError(f"came with {bytes_} bytes, index.json says {size}")
-                if found != digest:
-                    raise AttemptError(f"came with SHA-256 {found[:16]}, index.json says {digest[:16]}")
+                    raise AttemptError(f"received {bytes_} bytes, index.json lists {size}")
+                if received != digest:
+                    raise AttemptError(f"received SHA-256 {received[:16]}, index.json lists {digest[:16]}")
                 return self.cache.keep(part, digest)
 
-        with self.cache.explained():
-            file = self.cache.find(digest, wanted)
+        with self.cache.disk_errors():
+            file = self.cache.find(digest, expected)
             if file is None:
                 with self.cache.fetching(digest):
-                    file = self.cache.find(digest, wanted)  # another process may have fetched it meanwhile
+                    file = self.cache.find(digest, expected)  # another process may have fetched it in the meantime
                     file = retried(url, attempt) if file is None else file
         return file
 
-    def _transfer(self, url: str, part: Path, most: int) -> None:
+    def _transfer(self, url: str, part: Path, max_bytes: int) -> None:
         def copy(part: Path, progress: NoOpCallback) -> None:
             files = self._filesystem()
-            options = {"max_concurrency": 1} if url.startswith("s3:") else {}  # else it tells 50 MiB at a time
+            options = (
+                {"max_concurrency": 1} if url.startswith("s3:") else {}
+            )  # otherwise progress comes in steps of 50 MiB
             files.get_file(files._strip_protocol(url), str(part), callback=progress, **options)
 
         try:
-            transfer(copy, part, most)
+            transfer(copy, part, max_bytes)
         except Exception as error:
             raise explain(error, url, part) from None
 
@@ -257,9 +268,9 @@ class Remote:
             if self.url.startswith("http"):
                 import aiohttp
 
-                # aiohttp's own limit is five minutes for a whole file; trust_env: proxies and ~/.netrc
-                times = aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=2 * STALL_SECONDS)
-                options["client_kwargs"] = {"timeout": times, "trust_env": True}
+                # aiohttp's default limits a whole file to five minutes; trust_env: proxies and ~/.netrc
+                timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=2 * STALL_SECONDS)
+                options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
             files, _ = fsspec.url_to_fs(self.url, skip_instance_cache=True, **options)
             self._filesystems.setdefault(process, files)
         return self._filesystems[process]

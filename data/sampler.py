@@ -1,14 +1,14 @@
-"""The order of an epoch, as a pure function: (seed, epoch, position) -> sample.
+"""The order of an epoch as a pure function: (seed, epoch, position) -> sample.
 
-No state is kept and nothing is drawn in sequence, so a run can begin at any position, on any number of ranks and loader
-processes, and see the same samples in the same global batches.
+There is no state, so a run can be resumed at any position, with any number of ranks and loader processes, and gets the
+same samples in the same global batches.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-# What a random number is for: the second word of every generator's key, so that no two purposes share a stream
+# Second word of the seed of every generator: its purpose, so that no two purposes share random numbers
 SHARDS, WINDOWS, SAMPLES, STEPS, SUBSTITUTES, DRAWS, SHARE = 1, 2, 3, 4, 5, 6, 7
 WINDOW = 16  # shards that are shuffled together
 
@@ -16,14 +16,14 @@ WINDOW = 16  # shards that are shuffled together
 class EpochOrder:
     """A permutation of all samples for each epoch: shards in random order, samples shuffled in windows of shards.
 
-    Memory is bounded by one window. Windows keep reads local: a loader touches `window` shards at a time.
+    Only one window is in memory, and a loader reads from `window` shards at a time.
 
     Args:
         counts: samples in each shard
         seed: of the run
-        weights: how often each sample is drawn, up to a factor: an epoch then has some samples several times and others
-            not, and is as long as there are samples with a weight; None = each once
-        window: shards shuffled together
+        weights: relative frequency of each sample: an epoch may contain a sample several times or not at all, and is
+            as long as the number of samples with a weight above 0; None = every sample once
+        window: number of shards that are shuffled together
     """
 
     def __init__(self, counts: np.ndarray, seed: int, weights: np.ndarray | None = None, window: int = WINDOW):
@@ -37,7 +37,7 @@ class EpochOrder:
         return int(self.counts.sum()) if self.weights is None else np.count_nonzero(self.weights)
 
     def _copies(self, epoch: int) -> np.ndarray:
-        """How often an epoch has each sample: its weight, rounded up or down so that the sum is right."""
+        """How often an epoch contains each sample: its scaled weight, rounded to give the right length."""
         if self._drawn is None or self._drawn[0] != epoch:
             share = np.cumsum(self.weights, dtype=np.float64)
             start = np.random.default_rng([self.seed, DRAWS, epoch]).random()
@@ -47,11 +47,11 @@ class EpochOrder:
         return self._drawn[1]
 
     def _drawn_of_shards(self, epoch: int) -> np.ndarray:
-        before = np.concatenate([[0], np.cumsum(self._copies(epoch))])  # copies of all samples before each one
+        before = np.concatenate([[0], np.cumsum(self._copies(epoch))])  # cumulative number of copies
         return before[self.first + self.counts] - before[self.first]
 
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Order of the shards, and the position at which each window starts (and the last one ends)."""
+        """Order of the shards, and the positions [windows + 1] at which windows start (and the last one ends)."""
         if self._shards is None or self._shards[0] != epoch:
             order = np.random.default_rng([self.seed, SHARDS, epoch]).permutation(len(self.counts))
             counts = self.counts if self.weights is None else self._drawn_of_shards(epoch)
@@ -71,12 +71,12 @@ class EpochOrder:
         return self._window[1]
 
     def windows(self, epoch: int, start: int, stop: int) -> range:
-        """Windows that hold positions start to stop (exclusive, and beyond start) of an epoch."""
+        """Windows that contain positions start to stop (exclusive, greater than start) of an epoch."""
         first, last = np.searchsorted(self._shard_order(epoch)[1], [start, stop - 1], "right") - 1
         return range(first, last + 1)
 
     def shards(self, epoch: int, number: int) -> list[int]:
-        """Shards of a window of an epoch."""
+        """Shards in a window of an epoch."""
         return self._shard_order(epoch)[0][number * self.window : (number + 1) * self.window].tolist()
 
     def ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
@@ -92,13 +92,13 @@ class EpochOrder:
 
 
 class TrainBatches:
-    """Micro batches of one rank, from a step of an epoch to the end of training.
+    """Micro batches of one rank, from any optimizer step to the end of training, as lists of (epoch, sample, view).
 
     A global batch is `batch_size` consecutive positions; rank r takes its r-th part. An epoch's tail that does not fill
-    a global batch is left out, so ranks always agree on the number of steps. Yields lists of (epoch, sample, view).
+    a global batch is left out, so ranks always agree on the number of steps.
 
-    With `repeats` r, a global batch is `batch_size` / r positions, first each one's view 0, then each one's view 1, and
-    so on. An epoch has as many steps as without, so it ends after an r-th of its samples.
+    With `repeats` r, a global batch is `batch_size` / r positions: view 0 of all, then view 1 of all, and so on. The
+    number of steps in an epoch stays the same, so an epoch ends after 1 / r of the samples.
     """
 
     def __init__(
@@ -108,26 +108,27 @@ class TrainBatches:
         self.rank, self.ranks, self.epochs = rank, ranks, epochs
         self.share, self.positions = batch_size // ranks, batch_size // repeats  # of a rank; of a global batch
         self.steps_per_epoch = len(order) // batch_size
-        self.first_step = 0  # optimizer steps already done, over all epochs
-        self.ahead: Callable[[list[int]], None] | None = None  # told which shards come next, when a new window begins
-
-    def _coming(self, epoch: int, now: range) -> list[int]:
-        """Shards of some windows, then those of the window after them."""
-        last = self.order.windows(epoch, 0, self.steps_per_epoch * self.positions)[-1]  # of those that are used
-        shards = [shard for number in now for shard in self.order.shards(epoch, number)]
-        if now[-1] < last:
-            return shards + self.order.shards(epoch, now[-1] + 1)
-        return shards + (self.order.shards(epoch + 1, 0) if epoch + 1 < self.epochs else [])
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        told = None
+        return self.iterate()
+
+    def iterate(
+        self, first_step: int = 0, prefetch: Callable[[list[int]], None] | None = None
+    ) -> Iterator[list[tuple[int, int, int]]]:
+        """The micro batches from `first_step` on.
+
+        Args:
+            first_step: optimizer steps already done, over all epochs
+            prefetch: called when a new window begins, with the shards that are read next, in order
+        """
+        previous = None
         views, places = np.divmod(np.arange(self.rank * self.share, (self.rank + 1) * self.share), self.positions)
-        for step in range(self.first_step, self.epochs * self.steps_per_epoch):
+        for step in range(first_step, self.epochs * self.steps_per_epoch):
             epoch, batch = divmod(step, self.steps_per_epoch)
-            now = epoch, self.order.windows(epoch, batch * self.positions, (batch + 1) * self.positions)
-            if self.ahead and now != told:
-                self.ahead(self._coming(*now))
-                told = now
+            current = epoch, self.order.windows(epoch, batch * self.positions, (batch + 1) * self.positions)
+            if prefetch and current != previous:
+                prefetch(self._upcoming_shards(*current))
+                previous = current
             first, last = places.min(), places.max() + 1
             start = batch * self.positions
             ids = self.order.ids(epoch, start + first, start + last)[places - first].tolist()
@@ -135,14 +136,25 @@ class TrainBatches:
                 part = slice(i, i + self.micro)
                 yield [(epoch, sample, view) for sample, view in zip(ids[part], views[part].tolist(), strict=True)]
 
+    def _upcoming_shards(self, epoch: int, windows: range) -> list[int]:
+        """Shards of `windows`, then those of the window after them."""
+        last = self.order.windows(epoch, 0, self.steps_per_epoch * self.positions)[-1]  # the tail is not read
+        shards = [shard for number in windows for shard in self.order.shards(epoch, number)]
+        if windows[-1] < last:
+            return shards + self.order.shards(epoch, windows[-1] + 1)
+        return shards + (self.order.shards(epoch + 1, 0) if epoch + 1 < self.epochs else [])
+
 
 class EvalBatches:
-    """Batches of one rank over all samples once, in order. Ranks get equal numbers of batches; filling is sample -1."""
+    """Batches of one rank over the given samples, in order, as lists of (0, sample, 0).
 
-    def __init__(self, samples: int, batch: int, rank: int, ranks: int):
-        per_rank = -(-samples // ranks)
-        ids = np.arange(rank, per_rank * ranks, ranks)
-        self.ids, self.batch = np.where(ids < samples, ids, -1).tolist(), batch
+    All ranks get the same number of batches; sample -1 pads the last one.
+    """
+
+    def __init__(self, samples: Sequence[int], batch: int, rank: int, ranks: int):
+        padded = np.full(-(-len(samples) // ranks) * ranks, -1)
+        padded[: len(samples)] = samples
+        self.ids, self.batch = padded[rank::ranks].tolist(), batch
 
     def __len__(self) -> int:
         return -(-len(self.ids) // self.batch)
@@ -158,9 +170,9 @@ def class_weights(labels: np.ndarray, power: float) -> np.ndarray:
 
 
 def labelled_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which samples are used where only a share of the labels is, as bools: of each class that share, at least one.
+    """Bools [samples]: a random share of the samples of each class, at least one.
 
-    With the same seed, a smaller share is part of a larger one.
+    With the same seed, a smaller share is a subset of a larger one.
     """
     used = np.zeros(len(labels), bool)
     for label in np.unique(labels):

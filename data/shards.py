@@ -1,11 +1,11 @@
-"""The only owner of the byte format: WebDataset tar shards, with an index beside them.
+"""The shard format: WebDataset tars, with an index beside them.
 
     OUT/index.json                 splits, shards (file, samples, bytes, sha256), class names
     OUT/train-000000.tar           KEY.jpg (or .png, .webp, .gif, .npy), KEY.cls (label), KEY.json (original name)
-    OUT/train-000000.idx.npy       a row a sample: offset, size and crc32 of its image, label (-1 = none)
+    OUT/train-000000.idx.npy       one row per sample: offset, size and crc32 of its image, label (-1 = none)
 
-The tars are plain WebDataset: `webdataset` reads ours, and tars made elsewhere are read here once they are indexed.
-Nothing in a shard is ever executed or unpickled.
+The tars are plain WebDataset: `webdataset` reads them, and tars of other tools can be read here once they are indexed.
+Nothing in a shard is executed or unpickled. This module does not import torch.
 """
 
 import hashlib
@@ -13,33 +13,29 @@ import io
 import json
 import os
 import re
-import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import webdataset
 
 from configs.errors import UserError, nearest
 from configs.files import sha256, whole_file, write_whole
-from data.remote import FETCHES, Remote
+from configs.schema import Data
+from data.cache import Cache
+from data.remote import CONCURRENT_FETCHES, Remote, is_url
 from data.sampler import WINDOW
+from data.tars import ROW, read_rows
 
 FORMAT = "convnext-fcmae-shards/1"
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "npy")  # what the loader decodes
-ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")])
-PIECE = 1 << 20  # bytes read at a time where a file may be large
-OPEN_SHARDS = 64  # file handles and index tables a reader keeps
+MAX_OPEN_SHARDS = 64  # open files and index tables per reader
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of a split, as index.json lists it."""
+    """One tar of a split, as listed in index.json."""
 
     file: str
     samples: int
@@ -50,166 +46,93 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """What index.json holds."""
+    """The content of index.json."""
 
     splits: dict[str, list[Shard]]
     classes: list[str] | None
 
 
 def index_file(tar: Path) -> Path:
-    """The index that belongs to a tar."""
+    """Path of a tar's index."""
     return tar.with_name(tar.name.removesuffix(".tar") + ".idx.npy")
 
 
-def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
-    """Write WebDataset samples ({"__key__": ..., "jpg": ..., ...}, values bytes) to a tar, byte for byte repeatable."""
-    with whole_file(path) as file, webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
-        for sample in samples:
-            tar.write(sample)
-
-
-def read_rows(tar: Path) -> np.ndarray:
-    """Find each sample of a WebDataset tar: its image's place and checksum, its label.
-
-    A sample's key is its path up to the first dot of the file name. Its image is its first member of a type in
-    `IMAGE_TYPES`; samples without one are left out. Its label is the number in its `cls` member, if any.
-
-    Raises:
-        UserError: the tar is cut or damaged, or a label is not a whole number
-    """
-    rows: dict[str, list[int]] = {}
-    labels: dict[str, int] = {}
-    end, length = 0, tar.stat().st_size
-    try:
-        with tarfile.open(tar, "r:") as archive, tar.open("rb") as file:
-            for member in archive:
-                end = member_end(member)
-                if member.size < 0 or (member.isreg() and member.offset_data + member.size > length):
-                    raise UserError(f"{tar} is cut short or damaged inside {member.name}: fetch or write it again")
-                if not member.isreg():
-                    continue
-                key, kind = split_name(member.name)
-                if kind != "cls" and (kind not in IMAGE_TYPES or key in rows):
-                    continue
-                file.seek(member.offset_data)
-                data = file.read(member.size)
-                if kind == "cls":
-                    labels[key] = label_of(data)
-                    if labels[key] is None:
-                        raise UserError(
-                            f"{tar}: the label in {member.name} is {data[:20]!r}; "
-                            "a .cls member must hold a whole number"
-                        )
-                else:
-                    rows[key] = [member.offset_data, member.size, zlib.crc32(data)]
-            check_end(file, end, length, tar)
-    except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two: a size beyond any file's
-        raise UserError(f"{tar} is not a readable tar ({error}): fetch or write it again") from None
-    return np.array([(*row, labels.get(key, -1)) for key, row in rows.items()], ROW)
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Key and type of a tar's member: its path up to the first dot of the file name; what follows, in lower case."""
-    folder, slash, base = name.rpartition("/")
-    key, _, kind = base.partition(".")
-    return f"{folder}{slash}{key}", kind.lower()
-
-
-def member_end(member: tarfile.TarInfo) -> int:
-    """Where the header after a tar's member begins."""
-    return member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-def check_end(file: BinaryIO, end: int, limit: int, tar: Path) -> None:
-    """Raise `UserError` unless only zeros, two blocks or more, follow the last member of a tar.
-
-    Python's tarfile stops without a word at a cut or zeroed header, and takes the rest for the end of the archive.
-    """
-    file.seek(end)
-    whole = limit - end >= 2 * tarfile.BLOCKSIZE
-    while whole and file.tell() < limit:  # in pieces: after damage the tail may be most of the archive
-        piece = file.read(min(PIECE, limit - file.tell()))
-        whole = len(piece) > 0 and not piece.strip(b"\0")
-    if not whole:
-        raise UserError(f"{tar} is cut short or damaged after byte {end}: fetch or write it again")
-
-
-def label_of(data: bytes) -> int | None:
-    """The label that a `cls` member holds; None = it is no whole number."""
-    return int(data) if data.strip().isdigit() and len(data) <= 9 else None
-
-
-def index_bytes(shard: Shard) -> int:
-    """The most bytes that a shard's index has: numpy's header, and a row a sample."""
+def max_index_bytes(shard: Shard) -> int:
+    """Upper bound of the size of a shard's index: numpy's header, and one row per sample."""
     return 1024 + shard.samples * ROW.itemsize
 
 
-def remedy(folder: Path | Remote) -> str:
-    """How to mend a folder of shards: ours are written again, foreign ones indexed again, remote ones sent again."""
-    if isinstance(folder, Remote):
-        return "check the folder that was uploaded with `python data/prepare.py FOLDER --verify`, and upload it again"
-    if (folder / "source.json").exists():
-        return "delete that file and run the same data/prepare.py command again"
-    return f"fetch it again, or run `python data/prepare.py {folder} --index`"
-
-
 def index_tar(tar: Path) -> Shard:
-    """Write the index of a finished tar beside it, and describe the shard."""
+    """Write the index of a finished tar beside it. Returns the shard's entry for index.json.
+
+    Raises:
+        UserError: the tar is damaged, see `read_rows`
+    """
     rows = read_rows(tar)
     with whole_file(index_file(tar)) as file:
         np.save(file, rows, allow_pickle=False)
     return Shard(tar.name, len(rows), tar.stat().st_size, sha256(tar), sha256(index_file(tar)))
 
 
-def flaw(folder: Path, shard: Shard, digests: bool = False) -> str | None:
-    """What is wrong with a shard on disk, None = nothing: by its length or, with `digests`, by every byte.
-
-    The text says what is wrong with which file, and leaves the way out to the caller.
-    """
+def find_damage(folder: Path, shard: Shard, digests: bool = False) -> str | None:
+    """Description of a local shard's damage, None if there is none. Checks its size or, with `digests`, every byte."""
     tar = folder / shard.file
     try:
         size = tar.stat().st_size
     except FileNotFoundError:
         return f"{tar} is missing"
     if size != shard.bytes:
-        return f"{tar} has {size} bytes, its index says {shard.bytes}"
+        return f"{tar} has {size} bytes, index.json lists {shard.bytes}"
     if not index_file(tar).exists():
         return f"{tar} has no .idx.npy"
     if digests:
         for path, digest in ((tar, shard.sha256), (index_file(tar), shard.index_sha256)):
             if sha256(path) != digest:
-                return f"{path} is not what was indexed"
+                return f"{path} does not match its SHA-256 in index.json"
     return None
 
 
+def repair_hint(folder: Path | Remote) -> str:
+    """What the user can do about a damaged folder of shards: it depends on who made the shards and where they are."""
+    if isinstance(folder, Remote):
+        return "check the uploaded folder with `python data/prepare.py FOLDER --verify`, and upload it again"
+    if (folder / "source.json").exists():
+        return "delete that file and run the same data/prepare.py command again"
+    return f"fetch it again, or run `python data/prepare.py {folder} --index`"
+
+
 def write_index(folder: Path, index: Index) -> None:
-    """Write index.json, the mark that a folder of shards is complete."""
+    """Write index.json, which marks a folder of shards as complete."""
     splits = {split: [asdict(shard) for shard in shards] for split, shards in index.splits.items()}
     content = {"format": FORMAT, "classes": index.classes, "splits": splits}
     write_whole(folder / "index.json", json.dumps(content, indent=1).encode())
 
 
 def read_index(folder: Path | Remote) -> Index:
-    """Read index.json. Raises `UserError` where there is none, or it is not ours."""
+    """Read index.json.
+
+    Raises:
+        UserError: it is missing, damaged or of another format
+    """
     path = folder / "index.json"
     if isinstance(folder, Path) and not path.exists():
         if folder.is_dir() and any(folder.glob("*.tar")):
             raise UserError(f"{folder} has tars but no index.json: run `python data/prepare.py {folder} --index`")
         raise UserError(f"no shards at {folder}: make them with `python data/prepare.py SOURCE {folder}`")
     try:
-        content = json.loads(path.read_bytes() if isinstance(folder, Path) else folder.read_index())
+        content = json.loads(path.read_bytes() if isinstance(folder, Path) else folder.fetch_index())
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}: prepare it again")
         splits = {split: [Shard(**shard) for shard in shards] for split, shards in content["splits"].items()}
         for shard in (shard for shards in splits.values() for shard in shards):
-            check_shard(shard, path)
+            _check_entry(shard, path)
         return Index(splits, content["classes"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: {remedy(folder)}") from None
+        raise UserError(f"{path} is damaged: {repair_hint(folder)}") from None
 
 
-def check_shard(shard: Shard, index: Path | str) -> None:
-    """Raise `UserError` unless a shard's names stay in their folder: an index may come from anywhere."""
+def _check_entry(shard: Shard, index: Path | str) -> None:
+    """Check an entry of index.json, which may come from an untrusted source: its file must be in the same folder."""
     if min(shard.samples, shard.bytes) < 0:
         raise ValueError
     if not re.fullmatch(r"[^./\\\0][^/\\\0]*", shard.file):
@@ -222,10 +145,10 @@ class Split:
     """Random access to the samples of one split; ids run from 0 over its shards in order.
 
     Args:
-        folder: where index.json is; shards of a `Remote` one are fetched when they are read
+        folder: contains index.json; shards of a `Remote` folder are fetched on first use
         name: the split
     Raises:
-        UserError: no such folder or split, or a shard is missing or not as long as the index says
+        UserError: no such folder or split, or a local shard is missing or has the wrong size
     """
 
     def __init__(self, folder: Path | Remote, name: str):
@@ -233,89 +156,113 @@ class Split:
         if name not in index.splits:
             raise UserError(f"{folder / 'index.json'} has no split {name} {nearest(name, index.splits)}")
         self.folder, self.name, self.classes, self.shards = folder, name, index.classes, index.splits[name]
-        for shard in self.shards if isinstance(folder, Path) else ():  # a remote one is checked when it is fetched
-            if wrong := flaw(folder, shard):
-                raise UserError(f"{wrong}: {remedy(folder)}")
+        for shard in self.shards if isinstance(folder, Path) else ():  # remote shards are checked when fetched
+            if damage := find_damage(folder, shard):
+                raise UserError(f"{damage}: {repair_hint(folder)}")
         self.counts = np.array([shard.samples for shard in self.shards], np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.counts)])  # id of each shard's first sample
-        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
-        # an open file takes room even after the cache has removed it: keep what a window needs
-        self._most_open = OPEN_SHARDS if isinstance(folder, Path) else WINDOW
+        self._open_shards: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        # an open file takes disk space even after the cache has removed it, so keep no more than a window needs
+        self._max_open = MAX_OPEN_SHARDS if isinstance(folder, Path) else WINDOW
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
     @property
     def digest(self) -> str:
-        """Identity of the split's content, for checks on resume."""
+        """Digest of the split's content, compared on resume."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
 
-    def _shard(self, number: int) -> tuple[int, np.ndarray]:
-        """File descriptor and index of a shard; the least recently used are closed."""
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        rows = self._rows(number)
-        self._open[number] = self._tar(number), rows
-        if len(self._open) > self._most_open:
-            os.close(self._open.popitem(last=False)[1][0])
-        return self._open[number]
-
-    def _tar(self, number: int) -> int:
-        shard = self.shards[number]
-        if isinstance(self.folder, Remote):
-            return self.folder.open(shard.file, shard.sha256, shard.bytes)
-        return os.open(self.folder / shard.file, os.O_RDONLY)
-
-    def _rows(self, number: int) -> np.ndarray:
-        shard = self.shards[number]
-        if isinstance(self.folder, Remote):
-            name = index_file(Path(shard.file)).name
-            return np.load(
-                io.BytesIO(self.folder.read(name, shard.index_sha256, index_bytes(shard))), allow_pickle=False
-            )
-        path = index_file(self.folder / shard.file)
-        if sha256(path) != shard.index_sha256:
-            raise UserError(f"{path} disagrees with index.json: {remedy(self.folder)}")
-        return np.load(path, allow_pickle=False)
-
-    def fetch(self, number: int) -> None:
-        """Bring a remote shard into the cache. Raises `UserError` if that fails."""
-        self._rows(number)
-        os.close(self._tar(number))
-
     def read(self, sample: int) -> tuple[bytes, int]:
-        """Image bytes and label of a sample. Raises `UserError` if the bytes are not those that were indexed."""
+        """Image bytes and label of a sample.
+
+        Raises:
+            UserError: the bytes do not match their checksum, or the shard cannot be fetched
+        """
         number = int(np.searchsorted(self.first, sample, "right")) - 1
-        file, rows = self._shard(number)
+        file, rows = self._open_shard(number)
         row = rows[sample - self.first[number]]
         data = os.pread(file, int(row["size"]), int(row["offset"]))
         if zlib.crc32(data) != row["crc"]:
-            data = self._again(number, row)
+            data = self._reread(number, row)
         return data, int(row["label"])
 
-    def _again(self, number: int, row: np.void) -> bytes:
-        """Bytes that were not as indexed, read anew if only the cache's copy was damaged; else raises `UserError`."""
-        shard, (file, rows) = self.shards[number], self._open[number]
-        damage = f"{self.folder / shard.file} is damaged at byte {row['offset']} (checksum): {remedy(self.folder)}"
+    def labels(self) -> np.ndarray:
+        """Label of every sample, -1 = none. Reads the indexes only, not the tars."""
+
+        def labels_of_shard(number: int) -> np.ndarray:
+            return self._load_rows(number)["label"].copy()  # a view would keep the whole index in memory
+
+        with ThreadPoolExecutor(CONCURRENT_FETCHES) as pool:
+            return np.concatenate(list(pool.map(labels_of_shard, range(len(self.shards)))))
+
+    def open_tar(self, number: int) -> int:
+        """File descriptor of a shard's tar, to be closed by the caller; a remote one is fetched first."""
+        shard = self.shards[number]
+        if isinstance(self.folder, Remote):
+            return self.folder.open_file(shard.file, shard.sha256, shard.bytes)
+        return os.open(self.folder / shard.file, os.O_RDONLY)
+
+    def fetch_shard(self, number: int) -> None:
+        """Fetch a remote shard into the cache. Raises `UserError` if that fails."""
+        self._load_rows(number)
+        os.close(self.open_tar(number))
+
+    def _open_shard(self, number: int) -> tuple[int, np.ndarray]:
+        """File descriptor and index of a shard; closes the least recently used one if too many are open."""
+        if number in self._open_shards:
+            self._open_shards.move_to_end(number)
+            return self._open_shards[number]
+        rows = self._load_rows(number)
+        self._open_shards[number] = self.open_tar(number), rows
+        if len(self._open_shards) > self._max_open:
+            os.close(self._open_shards.popitem(last=False)[1][0])
+        return self._open_shards[number]
+
+    def _load_rows(self, number: int) -> np.ndarray:
+        shard = self.shards[number]
+        if isinstance(self.folder, Remote):
+            name = index_file(Path(shard.file)).name
+            data = self.folder.read_file(name, shard.index_sha256, max_index_bytes(shard))
+            return np.load(io.BytesIO(data), allow_pickle=False)
+        path = index_file(self.folder / shard.file)
+        if sha256(path) != shard.index_sha256:
+            raise UserError(f"{path} disagrees with index.json: {repair_hint(self.folder)}")
+        return np.load(path, allow_pickle=False)
+
+    def _reread(self, number: int, row: np.void) -> bytes:
+        """Read an image again whose checksum was wrong. Helps if only the copy in the cache was damaged."""
+        shard, (file, rows) = self.shards[number], self._open_shards[number]
+        path, hint = self.folder / shard.file, repair_hint(self.folder)
+        damage = f"{path} is damaged at byte {row['offset']} (checksum): {hint}"
         if not isinstance(self.folder, Remote):
             raise UserError(f"{damage}; `python data/prepare.py {self.folder} --verify` lists all damage")
-        if self.folder.dropped(file, shard.sha256):
-            self._open[number] = self._tar(number), rows
+        if self.folder.drop_if_damaged(file, shard.sha256):
+            self._open_shards[number] = self.open_tar(number), rows
             os.close(file)
-        data = os.pread(self._open[number][0], int(row["size"]), int(row["offset"]))
+        data = os.pread(self._open_shards[number][0], int(row["size"]), int(row["offset"]))
         if zlib.crc32(data) != row["crc"]:
             raise UserError(damage)
         return data
 
-    def labels(self) -> np.ndarray:
-        """Label of every sample, -1 = none."""
+    def __getstate__(self) -> dict:  # each loader process opens files of its own
+        return {**self.__dict__, "_open_shards": OrderedDict()}
 
-        def of_shard(number: int) -> np.ndarray:
-            return self._rows(number)["label"].copy()  # a view would keep the whole index
 
-        with ThreadPoolExecutor(FETCHES) as pool:  # of the tars nothing is needed
-            return np.concatenate(list(pool.map(of_shard, range(len(self.shards)))))
+def open_split(data: Data, name: str | None = None) -> Split:
+    """Open a split of the shards at `data.path`, by default `data.split`.
 
-    def __getstate__(self) -> dict:  # open files stay behind when a loader process starts
-        return {**self.__dict__, "_open": OrderedDict()}
+    Raises:
+        UserError: it does not exist, or data.cache_gb is too small for the shards that are in use at a time
+    """
+    if not is_url(data.path):
+        return Split(Path(data.path), name or data.split)
+    split = Split(Remote(data.path, Cache(Path(data.cache), int(data.cache_gb * 1e9))), name or data.split)
+    largest = sorted((shard.bytes + max_index_bytes(shard) for shard in split.shards), reverse=True)
+    required = sum(largest[: 2 * WINDOW])  # a window that is read, and the next one
+    if required > split.folder.cache.limit:
+        raise UserError(
+            f"data.cache_gb is {data.cache_gb:g}, but training reads {2 * WINDOW} shards at a time, and those of "
+            f"{data.path}, split {split.name}, have {required / 1e9:.3g} GB: raise it, or prepare smaller shards"
+        )
+    return split

@@ -30,17 +30,19 @@ from rich.table import Table
 from sklearn.metrics import f1_score, recall_score
 from torch import Tensor
 
-from configs.command import say
 from configs.errors import Parser, UserError, run_main
 from configs.files import write_whole
+from configs.log import say
 from configs.schema import Data, Optim, Run
 from data.folder import Folder, open_images, sample_names
 from data.loader import Loader, eval_loader
 from data.shards import Split
-from finetune.pictures import calibration_picture, confusion_picture
-from finetune.scores import Predictions, calibration_error, predict
+from finetune.evaluation import predict
+from finetune.tasks.classification import scores as classification
+from finetune.tasks.classification.pictures import calibration_picture, confusion_picture
+from finetune.tasks.classification.scores import Predictions, calibration_error
 from finetune.trained import Trained, add_options, open_trained
-from launch.training.engine import precision
+from launch.training.precision import precision
 from launch.training.world import World, gather, peers, start, stop
 
 FEW_CLASSES = 20  # the table has all classes of so many
@@ -145,7 +147,7 @@ def evaluate(
     batches = watched(loader, torch.from_numpy(classes), batch, damaged, world.first)
     model, mean, std = (x.to(device) for x in (trained.model, trained.mean, trained.std))
     with peers():
-        found = predict({"": model}, batches, world, mean, std, kind)[""]
+        found = predict(classification, {"": model}, batches, world, mean, std, kind)[""]
         damaged = dict(ChainMap(*gather(damaged)))
     if not np.isfinite(found.loss).all():
         raise UserError(f"{trained.path} gives numbers that are not finite with precision {kind}: try --precision fp32")
@@ -163,7 +165,7 @@ def watched(
     bar = Console(stderr=True)
     for batch in track(loader, "evaluating", len(loader.batches), console=bar, disable=not first, show_speed=False):
         for sample in batch["sample"][batch["damaged"]].tolist():
-            damaged[sample] = loader.samples.complaint(sample)
+            damaged[sample] = loader.samples.describe_damage(sample)
         label, missing = batch["label"], size - len(batch["label"])
         label = torch.where(label < 0, label, classes[label])
         filling = batch["image"][:1].expand(missing, -1, -1, -1)

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from configs.errors import Parser, UserError, run_main
 from configs.files import sync_folder
+from data.decode import decode
 from data.folder import open_images, read_image
-from data.transforms import decode, to_float
+from data.transforms import to_float
 from finetune.exporters import SUFFIXES, Deployed, call, compare, export, free_sides, least_side, load, run
 from finetune.half import HALF_TOLERANCE, check_half, half, half_tensors
 from finetune.trained import Trained, add_model, open_trained

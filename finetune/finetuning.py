@@ -1,186 +1,196 @@
-"""Fine-tuning: the loss of a batch, the moving average, and the scores after an epoch."""
+"""The fine-tuning stage: a task's loss on batches, the moving average of the weights, and the scores after an epoch."""
 
-from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from configs.errors import UserError
 from configs.schema import Encoder, Finetune
-from data.loader import Loader
+from data.loader import Loader, Transform
 from data.sampler import STEPS
 from data.transforms import normalize
-from finetune.pictures import calibration_picture, confusion_picture
-from finetune.scores import Predictions, Score, predict
-from launch.training.engine import precision, seed_everything, whole_weights
-from launch.training.summary import write_summary
-from launch.training.trainer import Training
+from finetune.evaluation import Collector, predict
+from launch.training.engine import Engine, seed_everything
+from launch.training.trainer import Report
+from launch.training.watchdog import Watch
+from launch.training.world import World
+from models.start import Init
 from models.weights import Weights, cpu_state, save, split_by_prefix
 
+AVERAGE = {"raw": "", "ema": "moving average "}  # how the two kinds of weights are printed
 
-def check_pairs(config: Finetune, ranks: int) -> None:
-    """Raise `UserError` for mixup or cutmix with an odd micro batch."""
-    micro, _ = config.optim.accumulation(ranks)
-    if micro % 2 and (config.augment.mixup or config.augment.cutmix):
-        raise UserError(f"augment.mixup and cutmix pair images: optim.micro_batch {micro} must be even")
+
+class Task(Collector, Protocol):
+    """What is supervised: one module in finetune/tasks."""
+
+    metric: str  # score that selects the best weights; higher is better
+    classes: list[str] | None  # names for the weight file
+
+    def describe(self) -> str:
+        """Part of the run's first line."""
+
+    def check_batch(self, micro: int) -> None:
+        """Raise `UserError` for a micro batch that the task cannot use."""
+
+    def train_transform(self, mean: tuple[float, ...]) -> Transform:
+        """Makes a training sample: crop and augmentation of image and target together."""
+
+    def eval_transform(self) -> Transform:
+        """Makes a sample for evaluation."""
+
+    def sample_weights(self) -> np.ndarray | None:
+        """How often each training sample is drawn, as `EpochOrder` takes it; None = once an epoch."""
+
+    def build(self, arch: Encoder) -> nn.Module:
+        """The model with its head and initial weights; parameters of the head are named `head.*`."""
+
+    def load(self, model: nn.Module, init: Init | None) -> None:
+        """Start from the weights of --init (None = from scratch)."""
+
+    def loss(self, model: Any, image: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Loss [] of normalised images [B, C, H, W] on the device; `model` is called like the one of `build`."""
+
+    def restore(self, state: dict) -> Any:
+        """Predictions from their attributes, as a checkpoint has them."""
+
+    def format(self, scores: dict[str, float]) -> str:
+        """Scores as printed after an epoch."""
+
+    def draw(self, folder: Path, found: Any) -> None:
+        """Write pictures of what the best weights predict."""
 
 
 def moving_average(model: nn.Module, decay: float) -> ModelEmaV3 | None:
-    """The moving average of a model's weights; None for decay 0. To be made before DeepSpeed gets hold of the model."""
+    """The moving average of a model's weights, None for decay 0; made before the engine wraps the model."""
     return ModelEmaV3(model, decay) if decay else None
 
 
-class Classifier:
-    """The stage that the trainer runs: batch augmentation, criterion, moving average, best score.
+class Finetuning:
+    """The stage that the trainer runs for a task (`launch.training.trainer.Stage`).
 
     Args:
+        engine: around the task's model
         ema: moving average of the weights, if asked for
         val_loader: this rank's part of the evaluation split
         arch: resolved architecture
-        classes: class names
+        intro: first line of the console
         statistics: mean and standard deviation of each channel
     """
 
     def __init__(
-        self, config: Finetune, training: Training, ema: ModelEmaV3 | None, val_loader: Loader, arch: Encoder,
-        classes: list[str], statistics: tuple,
+        self, config: Finetune, task: Task, engine: Engine, world: World, ema: ModelEmaV3 | None, val_loader: Loader,
+        arch: Encoder, intro: str, statistics: tuple,
     ):  # fmt: skip
-        self.config, self.training, self.val_loader = config, training, val_loader
-        self.arch, self.classes = arch, classes
-        self.engine, self.world = training.engine, training.world
-        self.mean, self.std = (torch.tensor(values, device=self.world.device) for values in statistics)
-        self.precision = precision(config.optim, self.world.device)
+        self.config, self.task, self.engine, self.world, self.ema = config, task, engine, world, ema
+        self.val_loader, self.arch, self.intro = val_loader, arch, intro
+        self.folder = Path(config.run.folder) / config.run.name
+        self.mean, self.std = (torch.tensor(values, device=world.device) for values in statistics)
         augment = config.augment
         self.erase = None
         if augment.erase:
             how = {"mode": augment.erase_mode, "max_count": augment.erase_count}
-            self.erase = RandomErasing(augment.erase, **how, device=self.world.device)
-        self.mixup = None
-        self.criterion = LabelSmoothingCrossEntropy(augment.smoothing)
-        if augment.mixup or augment.cutmix:
-            self.mixup = Mixup(
-                augment.mixup, augment.cutmix, prob=augment.mix_prob, switch_prob=augment.mix_switch,
-                mode=augment.mix_mode, label_smoothing=augment.smoothing, num_classes=len(classes),
-            )  # fmt: skip
-            self.criterion = SoftTargetCrossEntropy()
-        self.ema = ema
+            self.erase = RandomErasing(augment.erase, **how, device=world.device)
         self.evaluated = 0  # epoch of the last evaluation
-        self.found: Predictions | None = None  # of the best weights
-        training.faults.watch(val_loader.samples.split)
-        self.best = {"top1": -1.0, "epoch": 0}
+        self.best: dict = {task.metric: -1.0, "epoch": 0}
+        self.best_predictions: Any = None
 
-    def begin(self, step: int) -> None:
-        """Nothing to do before the first step."""
+    def describe(self) -> list[str]:
+        """The run."""
+        return [self.intro]
+
+    def start(self, step: int, watch: Watch) -> Report:
+        """Nothing is evaluated before the first step."""
+        return Report()
 
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
-        """Loss of one micro batch, after erasing and mixing.
+        """The task's loss, after erasing.
 
         Drop path, erasing and mixing draw from generators seeded by (seed, step, rank, micro batch), so that a resumed
         run repeats the uninterrupted one.
         """
         key = np.random.SeedSequence([self.config.run.seed, STEPS, step, self.world.rank, micro])
         seed_everything(int(key.generate_state(1)[0]))
-        label = batch["label"].to(self.world.device, non_blocking=True)
         image = normalize(batch["image"].to(self.world.device, non_blocking=True), self.mean, self.std)
         if self.erase is not None:
             image = self.erase(image)
-        if self.mixup is not None:
-            image, label = self.mixup(image, label)
-        return self.criterion(self.engine(image).float(), label)
+        return self.task.loss(self.engine, image, batch)
 
-    def after_step(self) -> None:
-        """Move the average."""
+    def after_update(self) -> None:
+        """Update the moving average."""
         if self.ema:
-            self.ema.update(self.engine.module)
+            self.ema.update(self.engine.model)
 
-    def end_epoch(self, epoch: int, last: bool, step: int) -> float | None:
-        """Every `run.eval_every` epochs and after the last, evaluate raw and averaged weights.
+    def end_epoch(self, epoch: int, last: bool, watch: Watch) -> Report:
+        """Every `run.eval_every` epochs and after the last, score raw and averaged weights.
 
-        Writes last.pt, summary.json and, if it is the best so far, best.pt. Returns the better top-1 accuracy.
+        Writes last.pt and, if it is the best so far, best.pt.
         """
         if epoch % self.config.run.eval_every and not last:
-            return None
-        split, log, self.evaluated = self.config.eval_split, self.training.log, epoch
-        found = self.evaluate()
-        scores = {kind: predictions.score() for kind, predictions in found.items()}
-        winner = max(scores, key=lambda kind: scores[kind].top1)
-        better = scores[winner].top1 > self.best["top1"]
-        if better:
-            self.found = found[winner]
-            self.best = {"epoch": epoch, "weights": winner, **asdict(scores[winner])}
-        for kind, score in scores.items():
-            log.scores(step, f"{split}_{kind}", asdict(score))
-        names = {"raw": "", "ema": "moving average "}
-        shown = "; ".join(
-            f"{names[kind]}top-1 {score.top1:.2%}, top-5 {score.top5:.2%}" for kind, score in scores.items()
-        )
-        log.say(f"epoch {epoch}: {split} {shown}{'  (best)' if better else ''}")
-        with whole_weights(self.engine):
+            return Report()
+        metric, split, self.evaluated = self.task.metric, self.config.eval_split, epoch
+        found = self.evaluate(watch)
+        scores = {kind: predictions.scores() for kind, predictions in found.items()}
+        winner = max(scores, key=lambda kind: scores[kind][metric])
+        improved = scores[winner][metric] > self.best[metric]
+        if improved:
+            self.best_predictions = found[winner]
+            self.best = {"epoch": epoch, "weights": winner, **scores[winner]}
+        with self.engine.whole_weights():
             if self.world.first:
-                self.write(epoch, scores)
-                if better:
-                    save(self.training.folder / "best.pt", self.weights(winner))
-        if self.enough() and not last:
-            log.say(f"no better top-1 than that of epoch {self.best['epoch']}: ending (run.patience)")
-        return scores[winner].top1
+                last_weights = self.weights("raw")
+                last_weights.ema = cpu_state(self.ema.module) if self.ema else None
+                save(self.folder / "last.pt", last_weights)
+                if improved:
+                    save(self.folder / "best.pt", self.weights(winner))
+        shown = "; ".join(f"{AVERAGE[kind]}{self.task.format(values)}" for kind, values in scores.items())
+        lines = [f"epoch {epoch}: {split} {shown}{'  (best)' if improved else ''}"]
+        if self.should_stop() and not last:
+            lines.append(f"no improvement of {metric} since epoch {self.best['epoch']}: stopping early (run.patience)")
+        summary = {"stage": "fine-tuning", "epoch": epoch, "epochs": self.config.optim.epochs}
+        summary |= {"init": self.config.init, "best": self.best, "last": scores}
+        logged = {f"{split}_{kind}": values for kind, values in scores.items()}
+        return Report(scores[winner][metric], logged, lines=lines, summary=summary)
 
-    def enough(self) -> bool:
-        """Whether accuracy has not risen for `run.patience` epochs."""
+    def should_stop(self) -> bool:
+        """Whether the score has not risen for `run.patience` epochs."""
         return 0 < self.config.run.patience <= self.evaluated - self.best["epoch"]
 
-    def write(self, epoch: int, scores: dict[str, Score]) -> None:
-        """Write last.pt and summary.json."""
-        folder, last = self.training.folder, self.weights("raw")
-        if self.ema:
-            last.ema = cpu_state(self.ema.module)
-        save(folder / "last.pt", last)
-        summary = {"stage": "fine-tuning", "epoch": epoch, "epochs": self.config.optim.epochs}
-        summary |= {"init": self.config.init, "best": self.best}
-        summary["last"] = {kind: asdict(score) for kind, score in scores.items()}
-        write_summary(folder, self.config, self.world, self.training.log.seconds(), summary)
+    def evaluate(self, watch: Watch) -> dict[str, Any]:
+        """Predictions of the raw weights and, if there are any, of the averaged ones."""
+        models = {"raw": self.engine.model} | ({"ema": self.ema.module} if self.ema else {})
+        batches = watch(self.val_loader, len(self.val_loader.batches), "evaluation")
+        with self.engine.whole_weights():
+            return predict(self.task, models, batches, self.world, self.mean, self.std, self.engine.precision)
 
     def draw(self) -> None:
         """Write pictures of what the best weights predict. The first rank calls this, at the end."""
-        folder = self.training.folder
-        confusion_picture(folder / "confusion.png", self.found, self.classes)
-        calibration_picture(folder / "calibration.png", self.found.calibration())
-
-    def evaluate(self) -> dict[str, Predictions]:
-        """Predictions of the raw weights and, if there are any, of the averaged ones."""
-        models = {"raw": self.engine.module} | ({"ema": self.ema.module} if self.ema else {})
-        return predict(models, self._watched(), self.world, self.mean, self.std, self.precision)
-
-    def _watched(self):
-        """The evaluation's batches; damaged images are named and left out of the scores."""
-        for batch in self.val_loader:
-            self.training.watchdog.at("evaluation")
-            self.training.faults.see(self.val_loader, batch)
-            yield batch
+        self.task.draw(self.folder, self.best_predictions)
 
     def weights(self, kind: str) -> Weights:
-        """The `raw` or `ema` weights as a file's content."""
-        head, encoder = split_by_prefix(cpu_state(self.ema.module if kind == "ema" else self.engine.module), "head.")
+        """Content of a file with the `raw` or `ema` weights."""
+        model = self.ema.module if kind == "ema" else self.engine.model
+        head, encoder = split_by_prefix(cpu_state(model), "head.")
         data = self.config.data
         image = {
             "size": list(data.height_width), "mean": self.mean.tolist(), "std": self.std.tolist(),
             "eval_crop": self.config.augment.eval_crop, "interpolation": data.eval_interpolation,
         }  # fmt: skip
-        return Weights(self.arch, image, encoder, head=head, classes=self.classes)
+        return Weights(self.arch, image, encoder, head=head, classes=self.task.classes)
 
     def state(self) -> dict:
-        """What a checkpoint holds besides the engine."""
+        """Content of a checkpoint besides the engine's."""
         ema = self.ema.module.state_dict() if self.ema else None
-        found = vars(self.found) if self.found else None
-        return {"best": self.best, "found": found, "evaluated": self.evaluated, "ema": ema}
+        best = vars(self.best_predictions) if self.best_predictions else None
+        return {"best": self.best, "best_predictions": best, "evaluated": self.evaluated, "ema": ema}
 
     def load_state(self, state: dict) -> None:
-        """Go on from a checkpoint."""
+        """Restore the content of a checkpoint."""
         self.best, self.evaluated = state["best"], state["evaluated"]
-        self.found = Predictions(**state["found"]) if state["found"] else None
+        found = state["best_predictions"]
+        self.best_predictions = self.task.restore(found) if found else None
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])

@@ -30,14 +30,14 @@ from torch import Tensor
 from configs.errors import Parser, UserError, run_main
 from configs.files import whole_file, write_whole
 from configs.schema import Optim, Run
+from data.decode import decode
 from data.folder import list_images, read_image
 from data.loader import collate
 from data.sources import READABLE
-from data.transforms import decode
-from finetune.pictures import annotate
-from finetune.scores import logits_of
+from finetune.evaluation import output_of
+from finetune.tasks.classification.pictures import annotate
 from finetune.trained import Trained, add_options, open_trained
-from launch.training.engine import precision
+from launch.training.precision import precision
 from launch.training.world import start, stop
 
 STDIN = "-"
@@ -123,7 +123,7 @@ def run(trained: Trained, names: list[str], paths: Iterator[Path], args: argpars
         whole = [picture for picture in pictures if not picture.error]
         if whole:
             image = collate([{"image": picture.image} for picture in whole])["image"].to(world.device)
-            predictions = best(logits_of(model, image, mean, std, kind), whole, names, args.top)
+            predictions = best(output_of(model, image, mean, std, kind).float(), whole, names, args.top)
             for number, prediction in enumerate(predictions, done + 1):
                 print(f"{prediction.path}: {', '.join(prediction.shown)}")
                 if args.annotate:

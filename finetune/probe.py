@@ -23,14 +23,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from configs.command import say
 from configs.errors import Parser, UserError, run_main
 from configs.files import write_whole
+from configs.log import say
 from configs.schema import Augment, Data, Optim, Run
-from data.loader import Loader, open_split
-from data.shards import Split
+from data.loader import Loader
+from data.shards import Split, open_split
 from finetune.trained import Trained, add_options, open_trained
-from launch.training.engine import precision, seed_everything
+from launch.training.engine import seed_everything
 from launch.training.feature_eval import (
     KS,
     LRS,
@@ -43,6 +43,7 @@ from launch.training.feature_eval import (
     linear,
     probe_loader,
 )
+from launch.training.precision import precision
 from launch.training.world import World, peers, start, stop
 from models.convnext import ConvNeXt
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from configs.command import parse_size
+from configs.arguments import parse_size
 from configs.errors import UserError
 from configs.schema import Augment, Data
 from data.transforms import EvalTransform

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole pipeline on the built-in digits: shards -> FCMAE pretraining -> fine-tuning, from the pretrained weights and
-# from scratch with the same budget. Writes runs/demo/summary.json and runs/demo/reconstruction.png.
-# Two to four minutes on two cores. Run again, it skips what is done; delete runs/demo to start anew.
+# Demo on the built-in digits: make shards, pretrain with FCMAE, then fine-tune from the pretrained weights and from
+# scratch with the same budget. Writes runs/demo/summary.json and runs/demo/reconstruction.png.
+# Takes two to four minutes on two cores. A rerun skips finished steps; delete runs/demo to start over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh
@@ -9,11 +9,11 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 if [ -e runs/demo/summary.json ]; then
     cat runs/demo/summary.json
-    echo "done before: delete runs/demo to run it anew"
+    echo "done before: delete runs/demo to run the demo again"
     exit 0
 fi
 mkdir -p runs/demo
-before=$(cat runs/demo/seconds 2>/dev/null || echo 0) # of an interrupted run
+before=$(cat runs/demo/seconds 2>/dev/null || echo 0) # seconds of an interrupted run
 SECONDS=0
 trap 'echo $((before + SECONDS)) >runs/demo/seconds' EXIT
 step() { printf '\n\033[1m== %s\033[0m\n%s\n' "$1" "\$ ${*:2}"; "${@:2}"; }

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Set up, lint, and run the test suite in two processes. Arguments go to pytest; --all adds the slow tests, and demands
+# Set up, lint and run the tests in two processes. Arguments are passed to pytest. --all adds the slow tests; it requires
 # MinkowskiEngine and Chromium.
-#   bash launch/test.sh                      the suite
-#   bash launch/test.sh --all                every test: about 70 minutes on two cores
-#   bash launch/test.sh --all --sample 1/3   of the slow ones about every third
-#   bash launch/test.sh tests/models -x      some of it
+#   bash launch/test.sh                      default suite
+#   bash launch/test.sh --all                all tests
+#   bash launch/test.sh --all --sample 1/3   default suite and about a third of the slow tests: sample 1 of 0, 1, 2
+#   bash launch/test.sh tests/models -x      selected tests
 #   bash launch/test.sh -n 8                 in eight processes
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,11 +13,11 @@ select="not slow"
 missing=()
 if ! .venv/bin/python -c 'import models.sparse.minkowski' 2>/dev/null; then
     select="$select and not minkowski"
-    missing+=("NOT RUN: the tests of --model.backend minkowski; \`bash launch/install_minkowski.sh\` installs what they need")
+    missing+=("NOT RUN: tests of --model.backend minkowski; to run them: bash launch/install_minkowski.sh")
 fi
 if ! command -v chromium >/dev/null; then
     select="$select and not browser"
-    missing+=("NOT RUN: the tests of pages in a browser; \`apt-get install chromium\` installs what they need")
+    missing+=("NOT RUN: browser tests; to run them: apt-get install chromium")
 fi
 trap 'for line in ${missing[@]+"${missing[@]}"}; do echo "$line"; done' EXIT
 args=()

@@ -9,48 +9,12 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configs.errors import UserError, nearest
-from configs.schema import CHANNELS, STEM_STRIDE, Encoder
+from configs.schema import Encoder
+from models.sizes import resolve
 from models.sparse.layouts import Dense, Layout
 
 EPS = 1e-6  # of LayerNorm and GRN
 LAYER_SCALE = 1e-6  # V1's initial layer scale
-
-# name: depths and first width; the width doubles from stage to stage
-SIZES = {
-    "convnextv2_atto": ((2, 2, 6, 2), 40),
-    "convnextv2_femto": ((2, 2, 6, 2), 48),
-    "convnextv2_pico": ((2, 2, 6, 2), 64),
-    "convnextv2_nano": ((2, 2, 8, 2), 80),
-    "convnextv2_tiny": ((3, 3, 9, 3), 96),
-    "convnextv2_base": ((3, 3, 27, 3), 128),
-    "convnextv2_large": ((3, 3, 27, 3), 192),
-    "convnextv2_huge": ((3, 3, 27, 3), 352),
-    "convnextv2_small": ((3, 3, 27, 3), 96),  # timm's, like the four smallest of V1; the papers have the others
-    "convnext_atto": ((2, 2, 6, 2), 40),
-    "convnext_femto": ((2, 2, 6, 2), 48),
-    "convnext_pico": ((2, 2, 6, 2), 64),
-    "convnext_nano": ((2, 2, 8, 2), 80),
-    "convnext_tiny": ((3, 3, 9, 3), 96),
-    "convnext_small": ((3, 3, 27, 3), 96),
-    "convnext_base": ((3, 3, 27, 3), 128),
-    "convnext_large": ((3, 3, 27, 3), 192),
-    "convnext_xlarge": ((3, 3, 27, 3), 256),
-}
-
-
-def resolve(arch: Encoder) -> Encoder:
-    """Fill what the name implies (depths, widths). Raises `UserError` for an unknown name or none."""
-    if arch.name not in SIZES:
-        raise UserError(f"model.name {arch.name!r} is not a model {nearest(str(arch.name), SIZES)}")
-    depths, width = SIZES[arch.name]
-    return Encoder(
-        name=arch.name,
-        channels=arch.channels or CHANNELS,
-        stem_stride=arch.stem_stride or STEM_STRIDE,
-        depths=tuple(arch.depths or depths),
-        dims=tuple(arch.dims or (width * 2**i for i in range(4))),
-    )
 
 
 class GRN(nn.Module):

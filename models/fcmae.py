@@ -4,13 +4,14 @@ The encoder sees the visible patches. A decoder fills mask tokens in for the hid
 the loss is the mean squared error on hidden patches only. Letters as in models/sparse/layouts.py; D decoder width.
 """
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
-from configs.schema import PATCH_PER_STEM_STRIDE, PretrainModel, visible_patches
+from configs.compare import to_dict
+from configs.schema import PATCH_PER_STEM_STRIDE, FCMAESettings, PretrainModel, visible_patches
 from models.convnext import Block, ConvNeXt, init_weights
 from models.sparse.layouts import Dense, Masked, Packed, Zeroed, patchify, split_patches, take_patches
 
@@ -28,23 +29,24 @@ class FCMAE(nn.Module):
     """Encoder, projection, mask token, ConvNeXt V2 decoder, prediction.
 
     Args:
-        config: encoder, decoder, mask ratio and backend. Masks are not drawn here: they come with the images.
+        config: encoder and backend
+        settings: mask ratio, decoder and target. Masks are not drawn here: they come with the images.
     Raises:
         UserError: unknown model name; backend minkowski without MinkowskiEngine
     """
 
-    def __init__(self, config: PretrainModel):
+    def __init__(self, config: PretrainModel, settings: FCMAESettings):
         super().__init__()
-        self.config = config
+        self.config, self.settings = config, settings
         if config.backend == "minkowski":
             import models.sparse.minkowski  # noqa: F401  # now, so that a missing one is told before the first step
         self.encoder = ConvNeXt(config, recompute=config.recompute)
         arch = self.encoder.arch
         self.patch = PATCH_PER_STEM_STRIDE * arch.stem_stride
-        self.proj = nn.Linear(arch.dims[-1], config.decoder_dim)
-        self.mask_token = nn.Parameter(torch.empty(config.decoder_dim))
-        self.decoder = nn.ModuleList(Block(config.decoder_dim, v2=True) for _ in range(config.decoder_depth))
-        self.pred = nn.Linear(config.decoder_dim, self.patch**2 * arch.channels)
+        self.proj = nn.Linear(arch.dims[-1], settings.decoder_dim)
+        self.mask_token = nn.Parameter(torch.empty(settings.decoder_dim))
+        self.decoder = nn.ModuleList(Block(settings.decoder_dim, v2=True) for _ in range(settings.decoder_depth))
+        self.pred = nn.Linear(settings.decoder_dim, self.patch**2 * arch.channels)
         for part in (self.proj, self.decoder, self.pred):
             part.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -64,7 +66,7 @@ class FCMAE(nn.Module):
 
     def predict(self, image: Tensor, visible: Tensor) -> Output:
         """Encode the visible patches of images [B, C, H, W] and predict the hidden ones' pixels."""
-        n = visible_patches(visible[0].numel(), self.config.mask_ratio)
+        n = visible_patches(visible[0].numel(), self.settings.mask_ratio)
         layout = self.layout(visible, n)
         x = layout.to_grid(self.proj(self.encoder.forward_features(image, layout)), self.mask_token)
         for block in self.decoder:
@@ -80,7 +82,7 @@ class FCMAE(nn.Module):
     def target(self, image: Tensor, hidden: Tensor) -> Tensor:
         """What is to be predicted, [B, m, P * P * C] fp32: the pixels; with norm_pix normalised in each patch."""
         pixels = self.true_pixels(image, hidden)
-        if not self.config.norm_pix:
+        if not self.settings.norm_pix:
             return pixels
         mean, std = patch_statistics(pixels)
         return (pixels - mean) / std
@@ -97,11 +99,13 @@ def patch_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (var + VARIANCE_EPS).sqrt()
 
 
-def check_size(config: PretrainModel, grid: tuple[int, int]) -> None:
-    """Raise `UserError` where a mask of this ratio hides nothing on this grid."""
-    patches = grid[0] * grid[1]
-    if visible_patches(patches, config.mask_ratio) == patches:
-        raise UserError(
-            f"data.size gives {patches} patch(es) of {PATCH_PER_STEM_STRIDE * (config.stem_stride)} pixels: none "
-            f"is hidden at model.mask_ratio {config.mask_ratio}; use larger images or a smaller model.stem_stride"
-        )
+def flat_config(config: PretrainModel, settings: FCMAESettings) -> dict:
+    """Both as one dict of plain values: `decoder_config` of a weight file."""
+    return to_dict(config) | {field.name: getattr(settings, field.name) for field in fields(FCMAESettings)}
+
+
+def from_flat(flat: dict) -> tuple[PretrainModel, FCMAESettings]:
+    """The inverse of `flat_config`. Keys that are missing have their defaults."""
+    own = {field.name for field in fields(FCMAESettings)}
+    settings = FCMAESettings(**{key: value for key, value in flat.items() if key in own})
+    return PretrainModel(**{key: value for key, value in flat.items() if key not in own}), settings

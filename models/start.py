@@ -4,13 +4,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from configs.command import say
 from configs.errors import UserError
+from configs.log import say
 from configs.schema import Data, Encoder
-from models.convnext import ConvNeXt, resolve
+from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
 from models.formats.open import digest
 from models.formats.read import read_weights
+from models.sizes import resolve
 from models.weights import Tensors, Weights, decoder_shape, load_strict, other_channels, split_by_prefix
 
 BRACKETS = str.maketrans("()", "[]")  # no shell takes a bare (1,2)
@@ -80,16 +81,16 @@ def start_autoencoder(model: FCMAE, init: Init) -> None:
     Raises:
         UserError: the file is of another model, or its decoder of another shape; names the keys to set
     """
-    path, weights, config = init.path, init.weights, model.config
+    path, weights, config, settings = init.path, init.weights, model.config, model.settings
     _check_shape(init, model.encoder.arch)
-    settings = weights.decoder_config
-    if weights.decoder and decoder_shape(weights.decoder) != (config.decoder_dim, config.decoder_depth):
+    if weights.decoder and decoder_shape(weights.decoder) != (settings.decoder_dim, settings.decoder_depth):
         width, depth = decoder_shape(weights.decoder)
-        keys = f"--model.decoder_dim {width} --model.decoder_depth {depth}"
+        keys = f"--objective.decoder_dim {width} --objective.decoder_depth {depth}"
         raise UserError(f"{path} has a decoder of another shape: set {keys}")
-    for key in ("grn_scope", "norm_pix"):
-        if key in settings and settings[key] != getattr(config, key):
-            say(f"{path} was pretrained with model.{key} {settings[key]}; this run has {getattr(config, key)}")
+    for key, own in (("model.grn_scope", config.grn_scope), ("objective.norm_pix", settings.norm_pix)):
+        stored = weights.decoder_config.get(key.split(".")[1], own)
+        if stored != own:
+            say(f"{path} was pretrained with {key} {stored}; this run has {own}")
     encoder, decoder = _for_channels(init, config.channels)
     if decoder:
         load_strict(model, {f"encoder.{name}": tensor for name, tensor in encoder.items()} | decoder, path)

@@ -19,6 +19,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -28,9 +29,10 @@ from torch import Tensor, nn
 
 from configs.errors import UserError, reason
 from configs.files import whole_file
-from configs.schema import Encoder, PretrainModel
-from models.convnext import ConvNeXt, resolve
+from configs.schema import Encoder, FCMAESettings, PretrainModel
+from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
+from models.sizes import resolve
 
 FORMAT = "convnext-fcmae/1"
 LISTED = 20  # names in an error message
@@ -118,10 +120,9 @@ def load_file(path: str | Path) -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    except pickle.UnpicklingError:
         raise UserError(
-            f"{path} holds code or objects besides tensors and plain values{f' ({found[1]})' if found else ''}: "
+            f"{path} holds code or objects besides tensors and plain values{_foreign(path)}: "
             "refused, nothing was run; save its state_dict alone"
         ) from None
     except Exception as error:  # damaged bytes make the reader fail in any way
@@ -129,6 +130,13 @@ def load_file(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     return content
+
+
+def _foreign(path: Path) -> str:
+    """The first class or function that a file would import, in brackets; nothing if that cannot be read either."""
+    with suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):
+        return f" ({torch.serialization.get_unsafe_globals_in_checkpoint(path)[0]})"
+    return ""
 
 
 def _is_program(file: BinaryIO) -> bool:
@@ -180,8 +188,8 @@ def expected_tensors(arch: Encoder, found: Tensors) -> Tensors:
         tensors = ConvNeXt(arch, found["head.fc.bias"].numel() if "head.fc.bias" in found else 1).state_dict()
         if any(name.startswith(DECODER) for name in found):
             width, depth = decoder_shape(found)
-            config = PretrainModel(**asdict(arch), decoder_dim=width, decoder_depth=depth)
-            tensors |= split_by_prefix(FCMAE(config).state_dict(), "encoder.")[1]
+            settings = FCMAESettings(decoder_dim=width, decoder_depth=depth)
+            tensors |= split_by_prefix(FCMAE(PretrainModel(**asdict(arch)), settings).state_dict(), "encoder.")[1]
     for part in ("head.fc.", "head."):
         if not any(name.startswith(part) for name in found):
             _, tensors = split_by_prefix(tensors, part)

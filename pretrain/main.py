@@ -14,73 +14,81 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.command import dry_run, parse, say, to_dict
+from configs.command import dry_run, parse
+from configs.compare import to_dict
 from configs.errors import run_main
-from configs.schema import Pretrain, visible_patches
-from data.loader import open_split, train_loader
-from data.transforms import PretrainTransform
-from launch.training.dry_run import plan
-from launch.training.engine import build_engine, parameter_groups, seed_everything, whole_weights
-from launch.training.report import write_report
-from launch.training.summary import write_summary
-from launch.training.trainer import Training
-from launch.training.world import start, stop
-from models.fcmae import FCMAE, check_size
-from models.start import open_init, start_autoencoder, with_statistics
-from models.weights import Weights, cpu_state, save, split_by_prefix
-from pretrain.online_eval import probe_splits
-from pretrain.pretraining import Pretraining
+from configs.log import say
+from configs.schema import Pretrain
+from launch.inputs import check_inputs
+from pretrain.objectives import OBJECTIVES
 
 
 def main() -> None:
     """Entry point: parse, build, run."""
-    config = parse(Pretrain, "pretrain/digits.yaml", __doc__)
+    config = parse(Pretrain, "pretrain/digits.yaml", __doc__, {"objective": OBJECTIVES})
+    make_objective = OBJECTIVES[config.objective.name].Objective
+    make_objective(config)  # refuses settings that do not fit, before the slow imports
+    check_inputs(config)
+
+    from data.loader import train_loader
+    from data.shards import open_split
+    from launch.training.dry_run import plan
+    from launch.training.engine import Engine, seed_everything
+    from launch.training.parameter_groups import parameter_groups
+    from launch.training.report import write_report
+    from launch.training.summary import write_summary
+    from launch.training.trainer import Trainer
+    from launch.training.world import start, stop
+    from models.start import open_init, with_statistics
+    from models.weights import Weights, cpu_state, save
+    from pretrain.online_eval import OnlineEval, probe_splits
+    from pretrain.pretraining import Pretraining, summarize
+
     init = open_init(config.init)
     config = replace(config, data=with_statistics(config.data, init, config.model.channels))
-    data, optim = config.data, config.optim
-    grid = data.grid(config.model.stem_stride)
-    check_size(config.model, grid)
-    mean, std = data.statistics(config.model.channels)
+    data, optim, objective = config.data, config.optim, make_objective(config)
+    statistics = data.statistics(config.model.channels)
     split, probed = open_split(data), probe_splits(config)
     if (ranks := dry_run()) is not None:
-        model = FCMAE(config.model)
-        say(plan(config, model, parameter_groups(model, optim), len(split), ranks))
+        model = objective.build()
+        groups = parameter_groups(model, optim)
+        say(plan(config, model, groups, len(split), ranks, lambda x: objective.inputs(x, objective.example(len(x)))))
         return
     world = start(config.run)
     seed_everything(config.run.seed)
-    model = FCMAE(config.model)
+    model = objective.build()
     if init:
-        start_autoencoder(model, init)
-    engine = build_engine(model, parameter_groups(model, optim), optim, world)
+        objective.load(model, init)
+    engine = Engine(model, parameter_groups(model, optim), optim, world)
 
-    n = visible_patches(grid[0] * grid[1], config.model.mask_ratio)
-    transform = PretrainTransform(data, grid, n)
     place = world.rank, world.ranks, world.device.type == "cuda"
-    loader = train_loader(split, transform, config.model.channels, config.run.seed, data, optim, *place)
+    loader = train_loader(split, objective.transform(), config.model.channels, config.run.seed, data, optim, *place)
     identity = to_dict(config) | {"stage": "pretraining", "data_digest": split.digest}
     identity["init_digest"] = init.digest if init else "none"
     if config.model.grn_scope == "batch":
-        identity["grn_batch"], _ = optim.accumulation(world.ranks)  # else the micro batch may change on resume
-    training = Training(config, engine, loader, world, identity)
-    patches, parameters = grid[0] * grid[1], sum(p.numel() for p in model.encoder.parameters())
-    training.log.say(
+        identity["grn_batch"], _ = optim.accumulation(world.ranks)  # otherwise the micro batch may change on resume
+    parameters = sum(p.numel() for p in model.encoder.parameters())
+    intro = (
         f"{config.model.name}, {parameters / 1e6:.1f}M encoder parameters, {config.model.backend} backend on "
-        f"{world.device.type} x {world.ranks}; {len(split):,} images; {n} of {patches} patches visible "
-        f"({1 - n / patches:.1%} hidden)"
+        f"{world.device.type} x {world.ranks}; {len(split):,} images; {objective.describe()}"
     )
-    stage = Pretraining(config, training, (mean, std), probed)
-    training.run(stage)
-    with whole_weights(engine):
+    online = OnlineEval(config, probed, statistics, world) if probed else None
+    stage = Pretraining(config, objective, engine, world, intro, statistics, online)
+    trainer = Trainer(config, engine, loader, stage, world, identity)
+    seconds = trainer.run()
+
+    with engine.whole_weights():
         if world.first:
-            path = training.folder / "fcmae.pt"
-            _, decoder = split_by_prefix(cpu_state(model), "encoder.")
+            path = trainer.folder / f"{config.objective.name}.pt"
+            mean, std = statistics
             image = {"size": list(data.height_width), "mean": list(mean), "std": list(std)}
-            content = Weights(model.encoder.arch, image, cpu_state(model.encoder), decoder, to_dict(config.model))
+            content = Weights(model.encoder.arch, image, cpu_state(model.encoder), *objective.decoder(model))
             content.classes = split.classes
             save(path, content)
-            write_summary(training.folder, config, world, training.log.seconds(), stage.summary())
+            summary = summarize(trainer.folder / "log.jsonl", config, trainer.steps_per_epoch)
+            write_summary(trainer.folder, config, world, seconds, summary)
             print(f"wrote {path}: fine-tune it with `python finetune/main.py --init {path} ...`")
-            print(f"wrote {write_report(training.folder)}: open it in a browser")
+            print(f"wrote {write_report(trainer.folder)}: open it in a browser")
     stop()
 
 

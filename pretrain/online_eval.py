@@ -1,21 +1,18 @@
-"""The probe along the way: how well the encoder's features, as they are, tell labelled images apart."""
+"""kNN and linear evaluation of the encoder during pretraining."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
 
 from configs.errors import UserError
 from configs.schema import Pretrain
-from data.loader import open_split
-from data.shards import Split
+from data.shards import Split, open_split
 from data.transforms import EvalTransform
-from launch.training.engine import precision, whole_weights
+from launch.training.engine import Engine
 from launch.training.feature_eval import (
     KS,
     LRS,
     TEMPERATURE,
-    Features,
     best_of,
     check_labels,
     count,
@@ -24,7 +21,9 @@ from launch.training.feature_eval import (
     linear,
     probe_loader,
 )
-from launch.training.trainer import Training
+from launch.training.trainer import Report
+from launch.training.watchdog import Watch
+from launch.training.world import World
 
 
 def probe_splits(config: Pretrain) -> tuple[Split, Split] | None:
@@ -53,20 +52,20 @@ def probe_splits(config: Pretrain) -> tuple[Split, Split] | None:
     return splits
 
 
-class Probing:
-    """kNN and linear accuracy of the encoder as it is, for log.jsonl, TensorBoard and the console.
+class OnlineEval:
+    """kNN and linear accuracy of the encoder's features on labelled images.
 
     Args:
         splits: the neighbours', and the one that is classified
-        statistics: mean [C] and standard deviation [C] of the channels, on the device
+        statistics: mean and standard deviation of each channel
+    Raises:
+        UserError: the first image of a split cannot be read
     """
 
-    def __init__(self, config: Pretrain, training: Training, splits: tuple[Split, Split], statistics: tuple):
-        self.probe, self.training, self.statistics = config.probe, training, statistics
-        self.seed = config.run.seed
-        self.classes = len(splits[0].classes)
-        data, world = config.data, training.world
-        self.precision = precision(config.optim, world.device)
+    def __init__(self, config: Pretrain, splits: tuple[Split, Split], statistics: tuple, world: World):
+        self.probe, self.world, self.splits, self.seed = config.probe, world, splits, config.run.seed
+        self.mean, self.std = (torch.tensor(values, device=world.device) for values in statistics)
+        data = config.data
         transform = EvalTransform(data.height_width, self.probe.crop, data.eval_interpolation)
         micro, _ = config.optim.accumulation(world.ranks)
         self.loaders = [
@@ -74,39 +73,31 @@ class Probing:
             for split in splits
         ]
         for loader in self.loaders:
-            loader.samples[0, 0, 0]  # images that cannot be read are to be told now, not after an epoch
-        bank, queries = (f"{min(len(split), self.probe.images):,} of {split.name}" for split in splits)
-        training.log.say(
-            f"probe: before the first step, after every {self.probe.every} epochs and the last, kNN (temperature "
-            f"{TEMPERATURE:g}) of images {queries} among {bank}, {splits[0].folder}"
+            loader.samples[0, 0, 0]  # fail now rather than after an epoch
+
+    def describe(self) -> str:
+        """What is evaluated, and when."""
+        bank, queries = (f"{min(len(split), self.probe.images):,} of {split.name}" for split in self.splits)
+        return (
+            f"kNN evaluation before the first step, every {self.probe.every} epochs and after the last: images "
+            f"{queries} among {bank}, {self.splits[0].folder} (temperature {TEMPERATURE:g})"
         )
 
-    def score(self, epoch: int, step: int) -> None:
-        """Record accuracies for each number of neighbours. Every rank calls this; the model's mode stays as it is."""
-        training, world = self.training, self.training.world
-        with whole_weights(training.engine), torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
-            encoder = training.engine.module.encoder
+    def evaluate(self, engine: Engine, epoch: int, watch: Watch) -> Report:
+        """Accuracies for each number of neighbours, and of the linear classifier. The model's mode is not changed."""
+        classes, world = len(self.splits[0].classes), self.world
+        with engine.whole_weights(), torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
             bank, queries = (
-                features(encoder, loader, world, *self.statistics, self.precision, self._watched)
+                features(engine.model.encoder, loader, world, self.mean, self.std, engine.precision, watch)
                 for loader in self.loaders
             )
-        found = knn(bank, queries, self.classes, KS, TEMPERATURE, world, self._watched)
-        scores = {f"{top}_k{k}": score for k, held in found.items() for top, score in held.items()}
-        training.log.scores(step, "knn", scores)
-        shown = ", ".join(f"{held['top1']:.2%} (k {k})" for k, held in found.items())
+        accuracy = knn(bank, queries, classes, KS, TEMPERATURE, world, watch)
+        scores = {"knn": {f"{top}_k{k}": share for k, tops in accuracy.items() for top, share in tops.items()}}
+        shown = ", ".join(f"{tops['top1']:.2%} (k {k})" for k, tops in accuracy.items())
         images = f"{count(queries):,} images by {count(bank):,}"
-        training.log.say(f"epoch {epoch}: {self.probe.eval_split} kNN top-1 {shown}; {images}")
+        lines = [f"epoch {epoch}: {self.probe.eval_split} kNN top-1 {shown}; {images}"]
         if self.probe.linear_epochs:
-            self._score_linear(bank, queries, epoch, step)
-
-    def _score_linear(self, bank: Features, queries: Features, epoch: int, step: int) -> None:
-        epochs = self.probe.linear_epochs
-        best = best_of(linear(bank, queries, self.classes, LRS, epochs, self.seed, self._watched))
-        self.training.log.scores(step, "linear", {"top1": best.top1, "top5": best.top5, "lr": best.lr})
-        self.training.log.say(f"epoch {epoch}: {self.probe.eval_split} linear top-1 {best.top1:.2%} (lr {best.lr:g})")
-
-    def _watched(self, steps: Iterable, number: int, what: str) -> Iterator:
-        """The steps; the watchdog learns of each."""
-        for i, step in enumerate(steps, 1):
-            self.training.watchdog.at(f"probe, {what}, {i} of {number}")
-            yield step
+            best = best_of(linear(bank, queries, classes, LRS, self.probe.linear_epochs, self.seed, watch))
+            scores["linear"] = {"top1": best.top1, "top5": best.top5, "lr": best.lr}
+            lines.append(f"epoch {epoch}: {self.probe.eval_split} linear top-1 {best.top1:.2%} (lr {best.lr:g})")
+        return Report(scores=scores, lines=lines)

@@ -32,7 +32,7 @@ def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, T
     patches = patchify(image, grid).flatten(1, 2)  # [B, gy * gx, P, P, C]
     rows = torch.arange(len(image), device=image.device)[:, None]
     pixels = output.prediction.float()
-    if model.config.norm_pix:
+    if model.settings.norm_pix:
         mean, std = patch_statistics(model.true_pixels(image, output.hidden))
         pixels = pixels * std + mean
     masked, predicted = patches.clone(), torch.full_like(patches, float("nan"))
@@ -57,7 +57,7 @@ def reconstruction_grid(model: FCMAE, image: Tensor, visible: Tensor, mean: Tens
             left = GAP + i % across * group + j * (width + GAP)
             sheet.paste(F.to_pil_image(column[i]), (left, CAPTION + GAP + i // across * (height + GAP)))
             draw.text((left, GAP), name, fill="black")
-    if model.config.norm_pix:
+    if model.settings.norm_pix:
         place = GAP, sheet.height - CAPTION + GAP / 2
         draw.text(place, "predicted patches have the mean and variance of the true ones", fill="black")
     return F.pil_to_tensor(sheet)

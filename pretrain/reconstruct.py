@@ -14,13 +14,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 import numpy as np
 import torch
 
-from configs.command import parse_size
+from configs.arguments import parse_size
 from configs.errors import Parser, UserError, run_main
-from configs.schema import Data, PretrainModel, visible_patches
+from configs.schema import Data, visible_patches
+from data.decode import decode
 from data.folder import list_images, read_image
-from data.transforms import center_crop, decode, draw_visible, normalize
-from models.fcmae import FCMAE, check_size
+from data.transforms import center_crop, draw_visible, normalize
+from models.fcmae import FCMAE, from_flat
 from models.formats.read import read_weights
+from models.sizes import check_size
 from models.weights import load_strict
 from pretrain.pictures import reconstruction_grid, write_png
 
@@ -52,8 +54,8 @@ def open_autoencoder(path: str, ratio: float | None) -> tuple[FCMAE, dict]:
         raise UserError(
             f"{path} does not tell how its channels were normalised: give the fcmae.pt of a pretraining run"
         )
-    config = PretrainModel(**weights.decoder_config | {"backend": "packed", "recompute": "none"})
-    model = FCMAE(replace(config, mask_ratio=ratio or config.mask_ratio))
+    config, settings = from_flat(weights.decoder_config | {"backend": "packed", "recompute": "none"})
+    model = FCMAE(config, replace(settings, mask_ratio=ratio or settings.mask_ratio))
     encoder = {f"encoder.{name}": tensor for name, tensor in weights.encoder.items()}
     load_strict(model, encoder | weights.decoder, path)
     return model.eval(), weights.image
@@ -87,14 +89,14 @@ def main() -> None:
     mean, std = torch.tensor(about["mean"]), torch.tensor(about["std"])
     data = Data(size=args.size or tuple(about["size"]))
     grid = data.grid(model.config.stem_stride)
-    check_size(model.config, grid)
+    check_size(model.config, model.settings, grid)
     files = collect(args.images, args.most)
     images = [normalize(load_image(file, model.config.channels, data.height_width), mean, std) for file in files]
-    n = visible_patches(grid[0] * grid[1], model.config.mask_ratio)
+    n = visible_patches(grid[0] * grid[1], model.settings.mask_ratio)
     visible = [draw_visible(np.random.default_rng([args.seed, i]), grid, n) for i in range(len(images))]
     write_png(args.out, reconstruction_grid(model, torch.stack(images), torch.stack(visible), mean, std))
     print(f"wrote {args.out}: {len(images)} images, {n} of {grid[0] * grid[1]} patches visible")
-    if model.config.norm_pix:
+    if model.settings.norm_pix:
         print("predicted patches have the mean and variance of the true ones: the model predicts normalised pixels")
 
 

@@ -21,7 +21,7 @@ from tests.processes import Process, ranks
 from tests.sampling import sampled
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--model.decoder_dim", "16"]  # pretraining
+TINY = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--objective.decoder_dim", "16"]  # pretraining
 QUICK = [
     "--optim.batch_size",
     "240",

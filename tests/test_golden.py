@@ -19,12 +19,12 @@ from tests.conftest import ROOT, run, run_ranks
 
 GOLDEN = ROOT / "tests/golden.json"
 TOLERANCE = 1e-5  # relative: another CPU rounds differently
-MODEL = ["--model.depths", "[1,1,2,1]", "--model.dims", "[8,16,16,24]", "--model.decoder_dim", "16"]
+MODEL = ["--model.depths", "[1,1,2,1]", "--model.dims", "[8,16,16,24]", "--objective.decoder_dim", "16"]
 RUN = ["--optim.epochs", "2", "--run.max_steps", "4", "--run.log_every", "1", "--run.device", "cpu"]
 RUN += ["--data.workers", "0", "--optim.batch_size", "240", "--optim.lr", "3e-3", "--optim.warmup_epochs", "0.5"]
 ACCUMULATED = ["--optim.micro_batch", "60"]
-MIXED = ["--augment.mixup", "0.8", "--augment.cutmix", "1", "--augment.erase", "0.25", "--augment.ema", "0.9"]
-SAMPLED = ["--balance", "0.5", "--label_share", "0.9", "--augment.smoothing", "0.2"]
+MIXED = ["--task.mixup", "0.8", "--task.cutmix", "1", "--augment.erase", "0.25", "--augment.ema", "0.9"]
+SAMPLED = ["--task.balance", "0.5", "--task.label_share", "0.9", "--task.smoothing", "0.2"]
 DECAYED = ["--layer_decay", "0.8", "--model.drop_path", "0.1"]
 CLIPPED = ["--optim.clip_grad", "0.5"]
 CASES = {  # number of ranks, and the words of the command

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# SLURM: one task a GPU. Two minutes before the job's time is up SLURM sends SIGUSR1: the run saves, ends with exit code
-# 75, and the job is queued again and goes on. --requeue does the same after the loss of a node.
+# Train on several machines with SLURM, one task per GPU. Two minutes before the time limit, SLURM sends SIGUSR1: the
+# run saves and exits with code 75, and the job is requeued and resumes. --requeue does the same after a node failure.
 #   sbatch --nodes 4 launch/nodes/slurm.sh pretrain/main.py --config configs/pretrain/photos.yaml
 #SBATCH --job-name=fcmae
 #SBATCH --gpus-per-node=8
@@ -11,7 +11,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:?submit this with sbatch, from the project folder}"
+cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch from the project folder}"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 code=0

@@ -14,23 +14,17 @@ import os
 import shutil
 import threading
 import time
-from dataclasses import fields
+from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
 
-from configs.command import differences, say
+from configs.compare import differences
 from configs.errors import UserError, reason
 from configs.files import sha256, sync_folder, write_whole
-from configs.schema import Probe
-from launch.training.engine import load_engine, to_universal
+from configs.log import say
+from launch.training.engine import Engine, to_universal
 from launch.training.world import World, agree, barrier, gather, peers
 
-MAY_CHANGE = {  # keys that may differ on resume: they do not change what is learnt
-    "resume", "run.log_every", "run.eval_every", "run.patience", "run.max_steps", "run.picture_every", "run.save_every",
-    "run.save_minutes", "run.keep", "run.folder", "run.name", "run.hang_minutes", "run.device", "run.kernels",
-    "optim.micro_batch", "optim.max_skipped", "data.path", "data.workers", "data.cache", "data.cache_gb",
-    "data.max_damaged", "init", *(f"probe.{field.name}" for field in fields(Probe)),
-}  # fmt: skip  # the content behind data.path and init is compared by its digest
 UNIVERSAL = ".universal"  # folder of a checkpoint that is being converted to another number of ranks
 
 
@@ -39,13 +33,16 @@ class Checkpoints:
 
     Args:
         run: runs/NAME
-        engine: DeepSpeed engine that is saved and loaded
+        engine: whose weights and optimizer are saved and loaded
         identity: resolved configuration and digests of data and initial weights
         keep: how many checkpoints to keep, besides the best
+        may_change: keys that may differ on resume; what data.path and init name is compared by its digest
     """
 
-    def __init__(self, run: Path, engine, identity: dict, world: World, keep: int):
-        self.folder, self.keep = run / "checkpoints", keep
+    def __init__(
+        self, run: Path, engine: Engine, identity: dict, world: World, keep: int, may_change: Collection[str] = ()
+    ):
+        self.folder, self.keep, self.may_change = run / "checkpoints", keep, may_change
         self.engine, self.identity, self.world = engine, identity, world
         self.commit: threading.Thread | None = None
         self.failure: BaseException | None = None
@@ -68,9 +65,7 @@ class Checkpoints:
                 part.mkdir(parents=True)
             with peers():
                 barrier()
-                self.engine.save_checkpoint(
-                    str(part), tag="engine", client_state={"training": state}, save_latest=False
-                )
+                self.engine.save(part, "engine", state)
                 barrier()
         except (OSError, RuntimeError) as error:  # torch's writer wraps what the disk says into a RuntimeError
             self._give_up(part, step, error)
@@ -173,7 +168,7 @@ class Checkpoints:
                 self._check_same(name, manifest)
                 passed_over = f" (passed over: {'; '.join(damaged)})" if damaged else ""
                 say(f"resuming from {self.folder / name}{passed_over}")
-                return manifest["step"], self._load(name, manifest)["training"]
+                return manifest["step"], self._load(name, manifest)
             damaged.append(f"{name}: {harm}")
         if mode == "must" or damaged:
             which = f" ({'; '.join(damaged)})" if damaged else ""
@@ -197,7 +192,7 @@ class Checkpoints:
                 f"{self.folder.parent} is a {config['stage']} run: choose another --run.name for "
                 f"{self.identity['stage']}"
             )
-        changed = [line for line in differences(config, self.identity) if line.split()[0] not in MAY_CHANGE]
+        changed = [line for line in differences(config, self.identity) if line.split()[0] not in self.may_change]
         if changed:
             raise UserError(
                 f"{self.folder / name} was made with another configuration ({'; '.join(changed)}): "
@@ -208,7 +203,7 @@ class Checkpoints:
         """Load a checkpoint, first converted where it was made on another number of ranks."""
         stage, source = self.identity["optim"]["zero_stage"], self.folder / name
         if manifest["ranks"] == self.world.ranks or stage == 0:  # with stage 0 every rank holds everything
-            return load_engine(self.engine, source, "engine")
+            return self.engine.load(source, "engine")
         if stage == 3:
             raise UserError(
                 f"{source} was made on {manifest['ranks']} ranks, this is {self.world.ranks}: with optim.zero_stage 3 "
@@ -220,7 +215,7 @@ class Checkpoints:
             to_universal(source / "engine", target / "engine")
         barrier()
         try:
-            return load_engine(self.engine, target, "engine", universal=True)
+            return self.engine.load(target, "engine", universal=True)
         finally:
             barrier()
             if self.world.first:

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from configs.errors import UserError
-from configs.schema import Encoder, Finetune, Optim, Pretrain, visible_patches
-from launch.training.engine import bucket, precision
+from configs.schema import Finetune, Optim, Pretrain
+from launch.training.engine import bucket_size
+from launch.training.precision import precision
 from models import kernels
 from models.convnext import Block, Mlp
 
@@ -34,7 +35,10 @@ AUTO = """\
                optim.precision auto is fp32 here and bf16 on a GPU; --optim.precision bf16 plans for one"""
 
 
-def plan(config: Pretrain | Finetune, model: nn.Module, groups: list[dict], images: int, ranks: int) -> str:
+def plan(
+    config: Pretrain | Finetune, model: nn.Module, groups: list[dict], images: int, ranks: int,
+    inputs: Callable[[Tensor], tuple[Tensor, ...]] = lambda image: (image,),
+) -> str:  # fmt: skip
     """The plan of a run as text: batch, learning rate, steps, parameter groups, memory of a rank for each ZeRO stage.
 
     Args:
@@ -42,6 +46,7 @@ def plan(config: Pretrain | Finetune, model: nn.Module, groups: list[dict], imag
         groups: its parameter groups, with `weight_decay` and `lr_scale`
         images: in the training split
         ranks: to plan for; 0 = as many as this machine would start: one for each GPU, or one
+        inputs: maps images [B, C, H, W] to what the model's forward takes
     Raises:
         UserError: the batch does not divide, there are fewer images than one batch, or bf16 on a GPU that has none
     """
@@ -55,7 +60,8 @@ def plan(config: Pretrain | Finetune, model: nn.Module, groups: list[dict], imag
     height, width = config.data.height_width
     steps = schedule(optim, images, ranks)
     kernels.use(config.run.kernels == "triton")
-    probes = [example(config, encoder.arch, count) for count in PROBE]
+    shape = encoder.arch.channels, height, width
+    probes = [inputs(torch.rand(count, *shape)) for count in PROBE]
     more = {"activations": activations(model.to(device), probes, micro, kind != "fp32")}
     if isinstance(config, Finetune) and config.augment.ema:
         more["EMA"] = 4 * parameters
@@ -85,11 +91,10 @@ def schedule(optim: Optim, images: int, ranks: int) -> list[str]:
         raise UserError(f"{images:,} images are fewer than one batch: lower optim.batch_size (now {optim.batch_size})")
     total = steps * optim.epochs
     warmup = min(total, math.ceil(optim.warmup_epochs * steps))
-    scale = optim.batch_size / 256
     return [
         f"batch   micro batch {micro} x accumulation {accumulation} x {_count(ranks, 'rank')} = {optim.batch_size}",
-        f"lr      {optim.lr:g} x {optim.batch_size} / 256 = {optim.lr * scale:.3g} after warm-up, "
-        f"{optim.min_lr * scale:.3g} at the end",
+        f"lr      {optim.lr:g} x {optim.batch_size} / 256 = {optim.scaled(optim.lr):.3g} after warm-up, "
+        f"{optim.scaled(optim.min_lr):.3g} at the end",
         f"images  {images:,}; each epoch leaves out {left_out:,}, others each time",
         f"steps   {steps:,} an epoch x {_count(optim.epochs, 'epoch')} = {total:,}; warm-up takes the first {warmup:,}",
     ]
@@ -98,7 +103,7 @@ def schedule(optim: Optim, images: int, ranks: int) -> list[str]:
 def group_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
     """Each parameter group: its size, weight decay, learning rate after warm-up, first and last parameter."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    peak = optim.lr * optim.batch_size / 256
+    peak = optim.scaled(optim.lr)
     table = _table("tensors", "parameters", "decay", "lr scale", "lr")
     table.add_column("first and last parameter")
     for group in groups:
@@ -113,7 +118,7 @@ def group_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
 
 def parameter_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
     """Each parameter: its shape, weight decay, learning rate scale and learning rate after warm-up; or `frozen`."""
-    peak = optim.lr * optim.batch_size / 256
+    peak = optim.scaled(optim.lr)
     group_of = {parameter: group for group in groups for parameter in group["params"]}
     table = _table("shape", "decay", "lr scale", "lr")
     table.add_column("parameter")
@@ -151,7 +156,7 @@ def states(sizes: Sequence[int], ranks: int, stage: int) -> dict[str, int]:
     """
     whole = sum(sizes)
     part = sum(2 * math.ceil(size / (2 * ranks)) for size in sizes) if stage else whole  # each group is padded
-    flat, reduced = min(whole, FLAT), bucket(whole)
+    flat, reduced = min(whole, FLAT), bucket_size(whole)
     elements = {
         "weights": (whole, part * ranks, part * ranks, part)[stage],
         "gradients": (whole, whole, part, part)[stage],
@@ -160,17 +165,6 @@ def states(sizes: Sequence[int], ranks: int, stage: int) -> dict[str, int]:
         "buffers": (flat, reduced, 2 * reduced, 2 * reduced + whole)[stage],
     }
     return {name: 4 * count for name, count in elements.items()}
-
-
-def example(config: Pretrain | Finetune, arch: Encoder, count: int) -> list[Tensor]:
-    """The model's inputs: images [count, C, H, W] of noise, and in pretraining masks [count, gy, gx]."""
-    image = torch.rand(count, arch.channels, *config.data.height_width)
-    if isinstance(config, Finetune):
-        return [image]
-    grid = config.data.grid(arch.stem_stride)
-    patches = grid[0] * grid[1]
-    visible = torch.arange(patches).view(grid) < visible_patches(patches, config.model.mask_ratio)
-    return [image, visible.expand(count, -1, -1)]
 
 
 def activations(model: nn.Module, probes: list[list[Tensor]], micro: int, low: bool) -> int:

@@ -1,9 +1,10 @@
-"""What went wrong and was worked around: skipped steps and damaged images, counted over all ranks.
+"""Faults that a run survives: skipped steps and damaged images, counted over all ranks.
 
 The counts are part of a checkpoint, so that a run that is killed again and again still ends at its limits.
 """
 
 from collections import ChainMap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,37 +17,38 @@ from launch.training.world import gather
 
 
 class Faults:
-    """The faults of one run; every rank holds the same counts.
+    """The faults of one run; every rank has the same counts.
 
     Args:
-        max_skipped: steps in a row that may be skipped
+        max_skipped: consecutive steps that may be skipped
         max_damaged: share of a split's images that may be damaged
-        log: names each fault
+        splits: whose damaged images count
+        log: where faults are recorded
     """
 
-    def __init__(self, max_skipped: int, max_damaged: float, log: RunLog):
+    def __init__(self, max_skipped: int, max_damaged: float, splits: Sequence[Split], log: RunLog):
         self.max_skipped, self.max_damaged, self.log = max_skipped, max_damaged, log
-        self.skipped = self.in_a_row = 0
-        self.damaged: dict[str, set[int]] = {}  # by split
-        self.images: dict[str, int] = {}  # size of each split that is read
-        self.news: dict[tuple[str, int], str] = {}  # complaints by split and sample: seen here, not yet told the others
-
-    def watch(self, split: Split) -> None:
-        """Count the damaged images of one more split."""
-        self.images[split.name] = len(split)
+        self.splits = {split.name: split for split in splits}
+        self.skipped = self.consecutive = 0
+        self.damaged: dict[str, set[int]] = {}  # samples by split
+        self.unreported: dict[tuple[str, int], str] = {}  # messages by split and sample: known to this rank only
 
     def state(self) -> dict:
-        """For a checkpoint: plain values."""
+        """Plain values for a checkpoint."""
         damaged = {split: sorted(samples) for split, samples in self.damaged.items()}
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "damaged": damaged}
+        return {"skipped": self.skipped, "consecutive": self.consecutive, "damaged": damaged}
 
     def load_state(self, state: dict) -> None:
-        """Go on from a checkpoint."""
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        """Restore the counts of a checkpoint."""
+        self.skipped, self.consecutive = state["skipped"], state["consecutive"]
         self.damaged = {split: set(samples) for split, samples in state["damaged"].items()}
 
+    def applied(self) -> None:
+        """A step was applied."""
+        self.consecutive = 0
+
     def skip(self, step: int, parts: list[tuple[Tensor, Tensor]], loss_scale: float | None = None) -> None:
-        """A step was left out because its loss or gradient is not finite; every rank calls this.
+        """A step was skipped because its loss or gradient is not finite; every rank calls this.
 
         Args:
             step: counted from 1
@@ -55,52 +57,54 @@ class Faults:
         Raises:
             UserError: more than `max_skipped` in a row
         """
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self.skipped, self.consecutive = self.skipped + 1, self.consecutive + 1
         bad = [samples.tolist() for loss, samples in parts if not bool(torch.isfinite(loss))]
-        found = gather((bad, [samples.tolist() for _, samples in parts]))
-        cause = "loss" if any(bad for bad, _ in found) else "gradient"
-        samples = [sample for bad, every in found for batch in (bad if cause == "loss" else every) for sample in batch]
-        self.log.record(step, "skipped", {"not_finite": cause, "samples": sorted(samples)})
+        by_rank = gather((bad, [samples.tolist() for _, samples in parts]))
+        cause = "loss" if any(bad for bad, _ in by_rank) else "gradient"
+        batches = [batch for bad, every in by_rank for batch in (bad if cause == "loss" else every)]
+        samples = sorted(sample for batch in batches for sample in batch)
+        self.log.record(step, "skipped", {"not_finite": cause, "samples": samples})
         scale = f"; loss scale now {loss_scale:g}" if loss_scale else ""
-        self.log.say(f"step {step} skipped: its {cause} is not finite; the samples are in log.jsonl{scale}")
-        if self.in_a_row > self.max_skipped:
+        self.log.say(f"step {step} skipped: its {cause} is not finite; log.jsonl lists the samples{scale}")
+        if self.consecutive > self.max_skipped:
             raise UserError(
-                f"{self.in_a_row} steps in a row had a {cause} that is not finite (optim.max_skipped "
-                f"{self.max_skipped}), the last is {step}: the weights and checkpoints are whole; start another "
+                f"{self.consecutive} steps in a row had a {cause} that is not finite (optim.max_skipped "
+                f"{self.max_skipped}), the last is {step}: weights and checkpoints are unharmed; start another "
                 "--run.name with a lower optim.lr or with optim.clip_grad"
             )
 
-    def applied(self) -> None:
-        """A step was applied."""
-        self.in_a_row = 0
+    @property
+    def has_news(self) -> bool:
+        """Whether this rank knows of damaged images that the others do not."""
+        return bool(self.unreported)
 
-    def see(self, loader: Loader, batch: dict[str, Tensor]) -> None:
-        """Note the damaged images of a batch; this rank alone."""
-        if not bool(batch["damaged"].any()):
-            return
+    def note_damaged(self, loader: Loader, batch: dict[str, Tensor]) -> None:
+        """Note the damaged images of a batch, if its split counts; for this rank alone."""
         split = loader.samples.split
+        if self.splits.get(split.name) is not split or not bool(batch["damaged"].any()):
+            return
         known = self.damaged.setdefault(split.name, set())
         for sample in batch["sample"][batch["damaged"]].tolist():
-            if sample not in known and (split.name, sample) not in self.news:
-                self.news[split.name, sample] = loader.samples.complaint(sample)
+            if sample not in known and (split.name, sample) not in self.unreported:
+                self.unreported[split.name, sample] = loader.samples.describe_damage(sample)
 
-    def tell(self, step: int) -> None:
-        """Name the images that any rank found damaged; every rank calls this.
+    def report_damaged(self, step: int) -> None:
+        """Log the images that any rank found damaged; every rank calls this.
 
         Raises:
             UserError: more than `max_damaged` of a split
         """
-        news, self.news = ChainMap(*gather(self.news)), {}
+        news, self.unreported = ChainMap(*gather(self.unreported)), {}
         for (split, sample), complaint in sorted(news.items()):
             if sample not in self.damaged.setdefault(split, set()):
                 self.damaged[split].add(sample)
                 self.log.record(step, "damaged", {"split": split, "sample": sample, "error": complaint})
                 self.log.say(f"damaged, replaced by another image: {complaint}")
-        for split, images in self.images.items():
-            samples = self.damaged.get(split, ())
-            if len(samples) > self.max_damaged * images:
+        for name, split in self.splits.items():
+            damaged = len(self.damaged.get(name, ()))
+            if damaged > self.max_damaged * len(split):
                 raise UserError(
-                    f"{len(samples)} of {images} images of split {split} are damaged, more than "
-                    f"data.max_damaged {self.max_damaged} allows; log.jsonl names them; `python data/prepare.py SHARDS "
-                    "--repair` mends a folder of shards"
+                    f"{damaged} of {len(split)} images of split {name} are damaged, more than data.max_damaged "
+                    f"{self.max_damaged} allows: log.jsonl lists them; repair the shards with "
+                    "`python data/prepare.py SHARDS --repair`"
                 )

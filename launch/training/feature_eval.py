@@ -4,7 +4,7 @@ Each rank holds the features of its part of a split. Letters: N images of a part
 features, K classes, G learning rates.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Data
-from data.loader import Loader, Samples
-from data.sampler import EvalBatches
+from data.loader import Loader, eval_loader
 from data.shards import Split
 from data.transforms import EvalTransform, normalize
-from launch.training.engine import autocast
+from launch.training.precision import autocast
+from launch.training.watchdog import Watch
 from launch.training.world import World, gather, sum_over_ranks
 from models.convnext import ConvNeXt
 from models.sparse.layouts import Dense
@@ -29,9 +29,6 @@ TOP = 5
 QUERIES, BANK = 512, 1 << 16  # images compared at a time: 256 MiB of similarities
 LINEAR_BATCH, MOMENTUM = 256, 0.9
 EPS = 1e-6  # added to variances, as BatchNorm does: a channel may be constant
-
-# (steps, their number, what they do) -> the same steps; shows, or tells a watchdog, how far they are
-Watch = Callable[[Iterable, int, str], Iterable]
 
 
 @dataclass(frozen=True)
@@ -77,10 +74,9 @@ def probe_loader(
 ) -> Loader:
     """At most so many images of a split (None = all), evenly spread over it, each once; a rank's part of them."""
     taken = min(images or len(split), len(split))
-    batches = EvalBatches(taken, min(batch, taken), world.rank, world.ranks)
-    batches.ids = [-1 if i < 0 else i * len(split) // taken for i in batches.ids]
-    samples = Samples(split, channels, 0, transform, score=True)
-    return Loader(samples, batches, data.workers, pin=world.device.type == "cuda")
+    spread = np.arange(taken) * len(split) // taken
+    pin = world.device.type == "cuda"
+    return eval_loader(split, transform, channels, data, min(batch, taken), world.rank, world.ranks, pin, spread)
 
 
 @torch.no_grad()

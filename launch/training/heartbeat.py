@@ -13,7 +13,7 @@ INTERVAL = 1.0  # seconds between two reports
 ANSWER = 10.0  # seconds that the store may take to answer
 
 
-class Progress:
+class Heartbeat:
     """What this rank tells the others, and what they told.
 
     A thread of its own talks to the store, because a frozen first rank would keep it waiting.

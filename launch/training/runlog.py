@@ -57,7 +57,7 @@ class RunLog:
         self.task = self.bar.add_task("", total=steps, completed=first_step, text="")
         self.bar.start()
 
-    def train(self, step: int, epoch: str, losses: "Mean", lr: float, grad_norm: Tensor) -> None:
+    def train(self, step: int, epoch: str, losses: "Mean", lr: float, grad_norm: float) -> None:
         """Report the training since the last report. Every rank calls this: the loss is the mean over all ranks.
 
         A loss without a finite value since then, and a norm that is not finite, are left out.
@@ -69,7 +69,7 @@ class RunLog:
         rate = (step - self.last_step) * self.images_per_step / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
         mean = total / count if count else math.nan
-        values = {"loss": mean, "lr": lr, "grad_norm": float(grad_norm), "images_per_s": rate}
+        values = {"loss": mean, "lr": lr, "grad_norm": grad_norm, "images_per_s": rate}
         values = {name: value for name, value in values.items() if math.isfinite(value)} | {"peak_gib": peak_memory()}
         self.file.write(json.dumps({"step": step, **values, "seconds": round(self.seconds(), 1)}) + "\n")
         for name, value in values.items():

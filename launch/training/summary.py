@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from configs.command import to_dict
+from configs.compare import to_dict
 from configs.files import write_whole
 from configs.schema import Finetune, Pretrain
 from launch.training.world import World

@@ -1,175 +1,229 @@
-"""The training loop of both stages: forward, backward, step; report, evaluate, save, stop."""
+"""The training loop of both stages, and what a stage is to it."""
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from configs.command import to_dict
+from configs.compare import to_dict
 from configs.errors import INTERRUPTED, SAVED, Stopped
+from configs.keys import free_keys
 from configs.schema import Finetune, Pretrain
 from data.loader import Loader
+from data.shards import Split
 from launch.training.checkpoints import Checkpoints
-from launch.training.engine import backward, set_lr, was_applied
+from launch.training.engine import Engine
 from launch.training.faults import Faults
 from launch.training.runlog import Mean, RunLog
-from launch.training.watchdog import REQUESTS, Watchdog
+from launch.training.summary import write_summary
+from launch.training.watchdog import REQUESTS, Watch, Watchdog
 from launch.training.world import Agreement, World, check_alike, gather, peers
 
 
-class Stage(Protocol):
-    """What a stage adds to the loop."""
+@dataclass(frozen=True)
+class Report:
+    """Results of an evaluation, which the trainer logs.
 
-    def begin(self, step: int) -> None:
-        """Before the first step of this process; `step` steps are done already."""
+    Args:
+        score: selects the best checkpoint, higher is better; None = no score
+        scores: values by name, for log.jsonl and TensorBoard
+        pictures: uint8 [3, H, W] by title, for TensorBoard
+        lines: for the console
+        summary: content of summary.json; None = not written
+    """
+
+    score: float | None = None
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    summary: dict | None = None
+
+
+class Stage(Protocol):
+    """What pretraining and fine-tuning add to the loop. Every rank calls every method."""
+
+    def describe(self) -> list[str]:
+        """Lines for the console before anything else."""
+
+    def start(self, step: int, watch: Watch) -> Report:
+        """Evaluate before the first step of this process; `step` steps are done."""
 
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         """Loss [] of a micro batch; `step` counts from 0, `micro` within the step."""
 
-    def after_step(self) -> None:
-        """After each optimizer step that was applied."""
+    def after_update(self) -> None:
+        """Called after each update of the weights."""
 
-    def end_epoch(self, epoch: int, last: bool, step: int) -> float | None:
-        """After each epoch, before its checkpoint: pictures, scores. Returns what the best checkpoint is best in."""
+    def end_epoch(self, epoch: int, last: bool, watch: Watch) -> Report:
+        """Evaluate after an epoch, before its checkpoint; epochs count from 1, `last` = no step follows."""
 
-    def enough(self) -> bool:
-        """Whether to end before the last step; only the end of an epoch may change it, on all ranks alike."""
+    def should_stop(self) -> bool:
+        """Whether to end early. Changes at the end of an epoch only, and on all ranks alike."""
 
     def state(self) -> dict:
-        """What a checkpoint holds besides the engine."""
+        """Content of a checkpoint besides the engine's: plain values and tensors."""
 
     def load_state(self, state: dict) -> None:
-        """Go on from a checkpoint."""
+        """Restore the content of a checkpoint."""
 
 
-class Training:
-    """A run of one stage: its engine and loader, log and checkpoints, and the step it is at.
+class Trainer:
+    """Trains a stage. Nothing happens before `run`.
 
     Args:
         config: the stage's configuration
-        engine: DeepSpeed engine around the stage's model
+        engine: engine around the stage's model
         loader: micro batches of this rank
-        identity: what must be the same on resume: configuration and digests
+        stage: what is trained
+        identity: what must be equal on resume: configuration and digests of data and initial weights
+        evaluated: splits besides the loader's whose damaged images are reported and limited (data.max_damaged)
     """
 
-    def __init__(self, config: Pretrain | Finetune, engine, loader: Loader, world: World, identity: dict):
-        self.config, self.engine, self.loader, self.world = config, engine, loader, world
+    def __init__(
+        self, config: Pretrain | Finetune, engine: Engine, loader: Loader, stage: Stage, world: World, identity: dict,
+        evaluated: Sequence[Split] = (),
+    ):  # fmt: skip
+        self.config, self.engine, self.loader, self.stage, self.world = config, engine, loader, stage, world
+        self.identity, self.splits = identity, (loader.samples.split, *evaluated)
         self.folder = Path(config.run.folder) / config.run.name
-        check_alike(world, self.folder, identity)
-        self.checkpoints = Checkpoints(self.folder, engine, identity, world, config.run.keep)
-        self.step, self.state = self.checkpoints.resume(config.resume)
         self.steps_per_epoch = loader.batches.steps_per_epoch
         self.steps = config.optim.epochs * self.steps_per_epoch
         if config.run.max_steps:
             self.steps = min(self.steps, config.run.max_steps)
-        self.log = RunLog(self.folder, to_dict(config), self.steps, self.step, config.optim.batch_size, world.first)
-        self.faults = Faults(config.optim.max_skipped, config.data.max_damaged, self.log)
-        self.faults.watch(loader.samples.split)
-        self.losses = Mean(world.device)
-        self.watchdog = Watchdog(world, self.folder, 60 * config.run.hang_minutes)
-        self.agreement = Agreement(world, 3)
-        if self.state:
-            self.faults.load_state(self.state["faults"])
-            self.losses.load_state(self.state["losses"], world.rank)
-            if engine.loss_scaling:
-                vars(engine.loss_scaling).update(self.state["loss_scaling"])
-        loader.batches.first_step = self.step
 
-    def run(self, stage: Stage) -> None:
-        """Train from the present step to the last.
+    def run(self) -> float:
+        """Resume, train to the last step, close. Returns the seconds that the run took, interruptions excluded.
 
         Raises:
             Stopped: asked to stop; the state is saved
-            UserError: too many faults
+            UserError: too many faults, or ranks that differ
         """
-        if self.state:
-            stage.load_state(self.state["stage"])
+        self._resume()
         try:
-            with self.watchdog, peers(), closing(iter(self.loader)) as batches:
-                self._train(stage, batches)
+            with self.watchdog, peers(), closing(self.loader.iterate(self.step)) as batches:
+                for line in self.stage.describe():
+                    self.log.say(line)
+                self._train(batches)
                 self.checkpoints.wait()
         except BaseException:
-            with suppress(OSError):  # a full disk was the reason, perhaps, and is told already
+            with suppress(OSError):  # a full disk may be the reason, which the error reports
                 self.log.close()
             raise
         self.log.close()
+        return self.log.seconds()
 
-    def _train(self, stage: Stage, batches: Iterator[dict[str, Tensor]]) -> None:
+    def _resume(self) -> None:
+        config, world = self.config, self.world
+        check_alike(world, self.folder, self.identity)
+        may_change = free_keys(type(config))
+        self.checkpoints = Checkpoints(self.folder, self.engine, self.identity, world, config.run.keep, may_change)
+        self.step, state = self.checkpoints.resume(config.resume)
+        self.log = RunLog(self.folder, to_dict(config), self.steps, self.step, config.optim.batch_size, world.first)
+        self.faults = Faults(config.optim.max_skipped, config.data.max_damaged, self.splits, self.log)
+        self.losses = Mean(world.device)
+        self.watchdog = Watchdog(world, self.folder, 60 * config.run.hang_minutes)
+        self.agreement = Agreement(world, 3)
+        if state:
+            self.faults.load_state(state["faults"])
+            self.losses.load_state(state["losses"], world.rank)
+            self.stage.load_state(state["stage"])
+
+    def _train(self, batches: Iterator[dict[str, Tensor]]) -> None:
+        """The loop. Its order is what makes a resumed run repeat the uninterrupted one:
+
+        The learning rate depends on the steps done before, so it is set first. An epoch is evaluated after its last
+        update and before its checkpoint, which holds the score. The agreement comes after the evaluation, which may
+        take long, and before the save, so that all ranks save after the same step: it returns the requests as they
+        were one step ago, and nobody waits for the others. A stop follows the save.
+        """
+        config, stage = self.config, self.stage
         self.engine.train()
-        stage.begin(self.step)
+        self._log(stage.start(self.step, self._watch))
         self.log.restart_clock(self.step)
-        optim, saved = self.config.optim, time.monotonic()
-        while self.step < self.steps and not stage.enough():
-            lr = optim.lr_at(self.step, self.steps_per_epoch)
-            set_lr(self.engine, lr)
-            self._optimize(stage, batches)
+        saved = time.monotonic()
+        while self.step < self.steps and not stage.should_stop():
+            lr = config.optim.lr_at(self.step, self.steps_per_epoch)
+            self.engine.set_lr(lr)
+            self._update(batches)
             self.step += 1
             epoch, last = (self.step - 1) // self.steps_per_epoch + 1, self.step == self.steps
-            ends = last or self.step % self.steps_per_epoch == 0
-            if self.step % self.config.run.log_every == 0 or ends:
-                norm = self.engine.get_global_grad_norm()
-                self.log.train(self.step, f"epoch {epoch}/{optim.epochs}", self.losses, lr, norm)
-            score = stage.end_epoch(epoch, last, self.step) if ends else None
-            # one step late: nobody waits to learn what the others want
-            minutes = (time.monotonic() - saved) / 60
-            overdue = self.world.first and 0 < self.config.run.save_minutes < minutes
-            stop, overdue, news = self.agreement(self.watchdog.requested, overdue, bool(self.faults.news))
-            if news:
-                self._tell(stage)
-            last = last or stage.enough()
-            if stop or overdue or last or (ends and epoch % self.config.run.save_every == 0):
-                self._save(stage, score)
+            epoch_ends = last or self.step % self.steps_per_epoch == 0
+            if self.step % config.run.log_every == 0 or epoch_ends:
+                place = f"epoch {epoch}/{config.optim.epochs}"
+                self.log.train(self.step, place, self.losses, lr, self.engine.grad_norm)
+            report = stage.end_epoch(epoch, last, self._watch) if epoch_ends else Report()
+            self._log(report)
+            overdue = self.world.first and 0 < config.run.save_minutes < (time.monotonic() - saved) / 60
+            stop, overdue, damaged = self.agreement(self.watchdog.requested, overdue, self.faults.has_news)
+            if damaged:
+                self._report_damaged()
+            last = last or stage.should_stop()
+            if stop or overdue or last or (epoch_ends and epoch % config.run.save_every == 0):
+                self._save(report.score)
                 saved = time.monotonic()
             if stop and not last:
                 self._stop(stop)
-            if ends:
+            if epoch_ends:
                 self.log.restart_clock(self.step)
             self.checkpoints.check()
-        self._tell(stage)
+        self._report_damaged()
 
-    def _optimize(self, stage: Stage, batches: Iterator[dict[str, Tensor]]) -> None:
-        """One optimizer step; it is skipped, on all ranks, if a loss or gradient is not finite."""
+    def _update(self, batches: Iterator[dict[str, Tensor]]) -> None:
+        """One optimizer step; all ranks skip it if a loss or gradient of any is not finite."""
         at, where = self.watchdog.at, f"step {self.step + 1}"
         _, accumulation = self.config.optim.accumulation(self.world.ranks)
-        parts = []
+        parts, applied = [], True
         for micro in range(accumulation):
             at(f"{where}, waiting for data")
             batch = next(batches)
-            self.faults.see(self.loader, batch)
+            self.faults.note_damaged(self.loader, batch)
             at(f"{where}, forward")
-            loss = stage.loss(batch, self.step, micro)
+            loss = self.stage.loss(batch, self.step, micro)
             at(f"{where}, backward")
-            one = 1 + 0 * loss.detach()  # or NaN: a loss that is not finite must not have gradients that are
-            backward(self.engine, loss * one)
-            at(f"{where}, update")
-            self.engine.step()
+            applied = self.engine.step(loss)
             self.losses.add(loss)
             parts.append((loss.detach(), batch["sample"]))
-        scaling = self.engine.loss_scaling
-        if was_applied(self.engine):
+        if applied:
             self.faults.applied()
-            stage.after_step()
+            self.stage.after_update()
         else:
-            self.faults.skip(self.step + 1, parts, scaling.cur_scale if scaling else None)
+            self.faults.skip(self.step + 1, parts, self.engine.loss_scale)
 
-    def _tell(self, stage: Stage) -> None:
-        """Name damaged images. Too many end the run, which has trained on others in their place: its state is good."""
+    def _watch(self, steps: Iterable, count: int, what: str) -> Iterator:
+        """The steps of an evaluation; the watchdog counts them, and damaged images are noted."""
+        for i, step in enumerate(steps, 1):
+            self.watchdog.at(f"{what}, {i} of {count}")
+            if isinstance(steps, Loader):
+                self.faults.note_damaged(steps, step)
+            yield step
+
+    def _log(self, report: Report) -> None:
+        for name, picture in report.pictures.items():
+            self.log.picture(self.step, name, picture)
+        for name, values in report.scores.items():
+            self.log.scores(self.step, name, values)
+        for line in report.lines:
+            self.log.say(line)
+        if report.summary is not None and self.world.first:
+            write_summary(self.folder, self.config, self.world, self.log.seconds(), report.summary)
+
+    def _report_damaged(self) -> None:
+        """Name damaged images; too many end the run. It has trained on others in their place, so its state is good."""
         try:
-            self.faults.tell(self.step)
+            self.faults.report_damaged(self.step)
         except Exception:
-            self._save(stage, None)
+            self._save(None)
             self.checkpoints.wait()
             raise
 
-    def _save(self, stage: Stage, score: float | None) -> None:
+    def _save(self, score: float | None) -> None:
         self.watchdog.at("saving a checkpoint", patient=True)
-        state = {"stage": stage.state(), "faults": self.faults.state(), "losses": gather(self.losses.state())}
-        if self.engine.loss_scaling:
-            state["loss_scaling"] = vars(self.engine.loss_scaling)
+        state = {"stage": self.stage.state(), "faults": self.faults.state(), "losses": gather(self.losses.state())}
         stall = self.checkpoints.save(self.step, state, score)
         self.log.record(self.step, "checkpoint", {"stall_s": round(stall, 3)})
         self.watchdog.at("training")
@@ -180,4 +234,4 @@ class Training:
         by_hand = number == signal.SIGINT
         name = "Ctrl-C" if by_hand else number.name
         where = f"{self.checkpoints.folder}, step {self.step} of {self.steps}"
-        raise Stopped(f"{name}; saved in {where}: the same command goes on", INTERRUPTED if by_hand else SAVED)
+        raise Stopped(f"{name}; saved in {where}: run the same command to resume", INTERRUPTED if by_hand else SAVED)

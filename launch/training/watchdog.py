@@ -13,17 +13,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
 
 from configs.errors import HUNG, INTERRUPTED, Stopped
-from launch.training.heartbeat import INTERVAL, Progress
+from launch.training.heartbeat import INTERVAL, Heartbeat
 from launch.training.world import World, barrier
 
 # SLURM announces the end of a job's time with SIGUSR1. The last one wins: at Ctrl-C a launcher sends SIGTERM as well
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE = 20.0  # seconds without progress after a request to stop; DeepSpeed's launcher kills after 30
+# (steps, their count, what they do) -> the same steps, while a watchdog counts them or a bar shows them
+Watch = Callable[[Iterable, int, str], Iterable]
 LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
 
 
@@ -41,13 +44,13 @@ class Watchdog:
         self.interrupted = math.inf  # when Ctrl-C came first
         self.patient = False
         self.launchers = _launchers()
-        self.progress = Progress(world)
+        self.heartbeat = Heartbeat(world)
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def at(self, place: str, patient: bool = False) -> None:
         """Another part of the work begins; a `patient` one may end after a request to stop, however long it takes."""
-        self.progress.at(place)
+        self.heartbeat.at(place)
         self.patient = patient
 
     def __enter__(self) -> "Watchdog":
@@ -62,7 +65,7 @@ class Watchdog:
     def __exit__(self, kind: type | None, *_) -> None:
         self.done.set()
         self.thread.join()
-        self.progress.close()
+        self.heartbeat.close()
         if kind in (None, Stopped):  # on all ranks alike: then the first keeps the store until all have left it
             barrier()
         signal.set_wakeup_fd(self.wakeup)
@@ -80,13 +83,13 @@ class Watchdog:
                 since = time.monotonic()
             if not self.requested and any(not _alive(launcher) for launcher in self.launchers):
                 self.requested = 1  # nobody would end this rank
-            self.progress.stopping = stopping = self.progress.stopping or self.requested > 0
+            self.heartbeat.stopping = stopping = self.heartbeat.stopping or self.requested > 0
             if stopping and not told:
                 told = True
                 if self.world.first:
                     print("stopping: saving a checkpoint after this step", file=sys.stderr, flush=True)
-            if self.progress.count != seen:
-                seen, since = self.progress.count, time.monotonic()
+            if self.heartbeat.count != seen:
+                seen, since = self.heartbeat.count, time.monotonic()
             idle = time.monotonic() - since
             if idle > self.limit:
                 self._end(f"no progress for {idle:.0f} s")
@@ -111,8 +114,8 @@ class Watchdog:
         stacks = self.folder / f"hang-rank{self.world.rank}.txt"
         with contextlib.suppress(OSError), stacks.open("w") as file:  # a full disk must not keep a dead run alive
             faulthandler.dump_traceback(file)
-        behind = self.progress.behind()
-        line = f"error: [rank {self.world.rank}] {why}, in {self.progress.place}{behind}; stacks are in {stacks}"
+        behind = self.heartbeat.behind()
+        line = f"error: [rank {self.world.rank}] {why}, in {self.heartbeat.place}{behind}; stacks are in {stacks}"
         print(line, file=sys.stderr, flush=True)
         if self.world.first:
             time.sleep(5 * INTERVAL)  # until the others have asked, too

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.command import differences
+from configs.compare import differences
 from configs.errors import LostPeer, UserError, reason
 from configs.schema import Run
 from launch.training.malloc import keep_memory
 from models import kernels
 
-LOST = ("onnection closed by peer", "onnection reset by peer", "NCCL error")  # in what collectives raise
+# in the RuntimeError of gloo, which has no type of its own; NCCL's is a DistBackendError
+LOST = ("onnection closed by peer", "onnection reset by peer")
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if any(words in str(error) for words in LOST):
+        if isinstance(error, torch.distributed.DistBackendError) or any(words in str(error) for words in LOST):
             raise LostPeer("another rank ended: look at what it printed") from error
         if str(error).startswith("DataLoader worker"):  # torch raises this wherever the training is at that moment
             raise UserError(f"a loader process died ({reason(error)}): lower data.workers if memory ran out") from error

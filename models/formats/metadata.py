@@ -7,7 +7,8 @@ import math
 import re
 from dataclasses import asdict
 
-from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Encoder, PretrainModel
+from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Encoder, FCMAESettings, PretrainModel
+from models.fcmae import flat_config
 from models.weights import Tensors, decoder_shape
 
 SQUASH_FROM = 384  # pixels: transformers' ConvNextImageProcessor crops below, and squashes from here on
@@ -135,5 +136,5 @@ def pretraining(beside: dict, arch: Encoder, decoder: Tensors) -> dict:
     ratio = ratio if isinstance(ratio, float) and 0 < ratio < 1 else 0.6
     norm_pix = bool(stored.get("norm_pix", args.get("norm_pix_loss", True)))
     scope = stored.get("grn_scope") if stored.get("grn_scope") in ("image", "batch") else "batch"
-    settings = {"decoder_dim": width, "decoder_depth": depth, "mask_ratio": ratio, "norm_pix": norm_pix}
-    return asdict(PretrainModel(**asdict(arch), **settings, grn_scope=scope))
+    settings = FCMAESettings(decoder_dim=width, decoder_depth=depth, mask_ratio=ratio, norm_pix=norm_pix)
+    return flat_config(PretrainModel(**asdict(arch), grn_scope=scope), settings)

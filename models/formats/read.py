@@ -10,10 +10,10 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Encoder
-from models.convnext import SIZES, resolve
 from models.formats.metadata import class_names, preprocessing, pretraining
 from models.formats.names import PREFIXES, detect, from_name, from_shape, to_name, to_shape
 from models.formats.open import open_weights
+from models.sizes import SIZES, resolve
 from models.weights import (
     FORMAT,
     Tensors,

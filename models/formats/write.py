@@ -11,9 +11,10 @@ import torch
 from configs.errors import UserError
 from configs.files import sync_folder, whole_file, write_whole
 from configs.schema import Encoder
-from models.convnext import EPS, LAYER_SCALE, resolve
+from models.convnext import EPS, LAYER_SCALE
 from models.formats.metadata import RESAMPLE, SQUASH_FROM, WHOLE_CENTRE
 from models.formats.names import CONV_MLP, to_name, to_shape
+from models.sizes import resolve
 from models.weights import Tensors, Weights, save
 
 FORMATS = ("ours", "official", "official-sparse", "timm", "transformers", "mmpretrain")

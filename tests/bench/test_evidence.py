@@ -1,4 +1,4 @@
-"""The experiments of docs/results.md: what is run, in which order, and what the page says of it."""
+"""The experiments of docs/results.md: which commands run in which order, and the page made from them."""
 
 import json
 import math
@@ -13,6 +13,8 @@ from bench.evidence import ABLATIONS, PARTS, SCALES, Evidence, main
 from configs.command import parse
 from configs.schema import Finetune, Pretrain
 from finetune.evaluate import parse as parse_evaluate
+from finetune.tasks import TASKS
+from pretrain.objectives import OBJECTIVES
 from tests.conftest import ROOT
 
 RATES = SCALES["cpu"].rates
@@ -20,43 +22,45 @@ BEST = {"scratch": RATES[0] / 2, "fcmae": RATES[1]}  # the learning rates of the
 
 
 def accuracy(start: str, share: float, rate: float, seed: int) -> float:
-    """Of the stand-in for training: FCMAE is better, and its best learning rate is another."""
+    """Accuracy of a fake fine-tuning: FCMAE is better and has another best learning rate."""
     off = abs(math.log2(rate / BEST[start])) if start in BEST else 0
     return 0.3 + 0.2 * share + (0.1 if start == "fcmae" else 0) - 0.01 * off + seed / 1e3
 
 
 def stand_in(runs: list[str]):
-    """In place of a command: note its name, and write what it would write."""
+    """A fake `subprocess.run` that records the run's name and writes the files of the command."""
 
     def run(words: list[str], check: bool) -> subprocess.CompletedProcess:
         _, command, *rest = words
         if command == "finetune/evaluate.py":
             args = parse_evaluate(rest)
             folder, name = Path(args.out), f"{Path(args.weights).parent.name}-test"
-            found = {"split": args.split, "scores": {"top1": 0.5}, "predictions": "many"}
+            written = {"split": args.split, "scores": {"top1": 0.5}, "predictions": "many"}
             assert (args.split, Path(args.weights).name) == ("test", "best.pt")
         else:
-            kind = Pretrain if command == "pretrain/main.py" else Finetune
-            config = parse(kind, "", "", rest)
+            kind, choices = Finetune, {"task": TASKS}
+            if command == "pretrain/main.py":
+                kind, choices = Pretrain, {"objective": OBJECTIVES}
+            config = parse(kind, "", "", choices, rest)
             folder, name = Path(config.run.folder) / config.run.name, config.run.name
-            found = {"seconds": 60, "hardware": "two cores", "config": {"run": {"seed": config.run.seed}}}
-            found |= summary(config)
+            written = {"seconds": 60, "hardware": "two cores"} | summary(config)
         runs.append(name)
         folder.mkdir(parents=True)
         file = "evaluation.json" if command == "finetune/evaluate.py" else "summary.json"
-        (folder / file).write_text(json.dumps(found))
+        (folder / file).write_text(json.dumps(written))
         return subprocess.CompletedProcess(words, 0)
 
     return run
 
 
 def summary(config: Pretrain | Finetune) -> dict:
-    """What a command writes into summary.json, as far as the page reads it."""
+    """The part of summary.json that the page reads."""
     if isinstance(config, Finetune):
         start = "scratch" if config.init == "none" else Path(config.init).parent.name
-        top1 = accuracy(start, config.label_share, config.optim.lr, config.run.seed)
-        held = {"label_share": config.label_share, "optim": {"lr": config.optim.lr}, "run": {"seed": config.run.seed}}
-        return {"stage": "fine-tuning", "best": {"top1": top1}, "config": held}
+        share = config.task.label_share
+        top1 = accuracy(start, share, config.optim.lr, config.run.seed)
+        read = {"task": {"label_share": share}, "optim": {"lr": config.optim.lr}, "run": {"seed": config.run.seed}}
+        return {"stage": "fine-tuning", "best": {"top1": top1}, "config": read}
     epochs = range(0, config.optim.epochs + 1, max(1, config.probe.every))
     probed = epochs if config.probe.every else ()
     return {
@@ -65,13 +69,13 @@ def summary(config: Pretrain | Finetune) -> dict:
         "knn": {str(i): {"top1_k20": 0.3 + i / 1000} for i in probed},
         "linear": {str(i): {"top1": 0.35 + i / 1000} for i in probed},
         "feature_distance": {str(i): {f"stage_{j}": 0.1 * j for j in (1, 2, 3, 4)} for i in epochs if i},
-        "config": {"model": {"mask_ratio": config.model.mask_ratio}},
+        "config": {"objective": {"mask_ratio": config.objective.mask_ratio}},
     }  # fmt: skip
 
 
 @pytest.fixture
 def started(tmp_path, monkeypatch):
-    """Evidence in a folder of its own, with the stand-in; and the names of what was run."""
+    """A folder with the fake commands; the names of the runs started in it."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
@@ -82,7 +86,7 @@ def started(tmp_path, monkeypatch):
 
 
 def test_labels(started):
-    """The learning rate is chosen for each start; then all seeds; the test images are seen last, once each."""
+    """Each start selects its learning rate, then runs all seeds; every test evaluation comes last, once."""
     Evidence("cpu", dry=False, save=False).labels()
     shares = sorted(SCALES["cpu"].budgets)
     assert started[0] == "fcmae" and len(started) == len(set(started))
@@ -101,7 +105,7 @@ def test_labels(started):
     assert {Evidence.name(start, 0.1, rate, 0) for start in tried for rate in tried[start]} <= set(started)
 
 
-def test_it_goes_on_where_it_stopped(started):
+def test_it_resumes(started):
     Evidence("cpu", dry=False, save=False).labels()
     done = list(started)
     Path("runs/evidence-cpu/done/fcmae-labels-0.1-lr-0.004-seed-0.json").unlink()
@@ -110,7 +114,7 @@ def test_it_goes_on_where_it_stopped(started):
     assert started[len(done) :] == ["fcmae-labels-0.1-lr-0.004-seed-0"]
 
 
-def test_a_command_that_fails_ends_it(started, monkeypatch):
+def test_it_stops_at_a_failed_command(started, monkeypatch):
     failed = subprocess.CompletedProcess([], 2)
     monkeypatch.setattr(evidence.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SystemExit) as end:
@@ -133,21 +137,21 @@ def test_dry_run(scale, started, capsys, monkeypatch, tmp_path):
 def test_some_of_the_ablations(started, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["evidence.py", "cpu", str(tmp_path), "zeroed", "mask-0.9", "--dry-run"])
     main()
-    told = [line for line in capsys.readouterr().out.splitlines() if "prepare.py" not in line]
-    names = [line.split("--run.name ")[1].split()[0] for line in told]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "prepare.py" not in line]
+    names = [line.split("--run.name ")[1].split()[0] for line in printed]
     tuned = "-labels-0.1-lr-0.016-seed-0"
     assert names == ["zeroed", f"zeroed{tuned}", "mask-0.9", f"mask-0.9{tuned}"]
 
 
 def test_bad_input(refused, tmp_path):
-    assert "nowhere: no such file" in refused(main, "cpu", tmp_path / "nowhere")
-    assert "grn: no such part; there are labels, backends, ablations, mask-0.4" in refused(main, "cpu", tmp_path, "grn")
+    assert "nowhere" in refused(main, "cpu", tmp_path / "nowhere")
+    assert "mask-0.4" in refused(main, "cpu", tmp_path, "grn")
 
 
 def test_page(started):
-    """The numbers of the page are the runs'; what is not there is said."""
-    found = Evidence("cpu", dry=False, save=True)
-    found.labels()
+    """The page has the numbers of the runs, and names what is not measured."""
+    evidence_runs = Evidence("cpu", dry=False, save=True)
+    evidence_runs.labels()
     text, pictures = evidence_page.page()
     assert pictures.keys() == {"results-cpu-labels.svg", "results-cpu-probes.svg"}
     assert "| 10% | 4,500 | 50.00% (50.00% to 50.00%) | 50.00% (50.00% to 50.00%) | +0.0 | 0.0 | 3 |" in text
@@ -156,10 +160,10 @@ def test_page(started):
         if not name.endswith("-test"):
             assert f"| {name} |" in text
     for part in PARTS.values():
-        part(found)
+        part(evidence_runs)
     text, pictures = evidence_page.page()
-    assert len(pictures) == 4 and text.count("Not measured yet") == 1  # the GPU's
-    assert "| ordinary convolutions, hidden patches set to zero | 75.0% |" in text
+    assert len(pictures) == 3 and text.count("Not measured yet") == 1  # the GPU's
+    assert "| dense convolutions, hidden patches set to zero | 75.0% |" in text
     assert "| without (V1) | 10 | 0.100 | 0.200 | 0.300 | 0.400 |" in text
     assert "| masked | 0.250000 | 0.0e+00 | 100 |" in text
 

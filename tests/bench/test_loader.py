@@ -1,30 +1,16 @@
-"""The loader benchmark, and the page that shows results."""
+"""The loader benchmark."""
 
 import json
 
-from bench import report
-from bench.common import load
-from tests.conftest import ROOT, run
+from bench import loader
 
 
-def test_json(digits):
-    command = ["--split", "val", "--size", "32", "--images", "20", "--rounds", "1", "--json"]
-    result = json.loads(run("python", "bench/loader.py", digits, *command).stdout)
+def test_json(digits, command):
+    small = ["--split", "val", "--size", "32", "--images", "20", "--rounds", "1", "--json"]
+    result = json.loads(command(loader.main, digits, *small))
     assert result["milliseconds"].keys() == {"ours", "ours, uint8", "ImageFolder + PIL"}
     assert result["grey_levels"] < 1
 
 
-def test_kernels_need_a_gpu():
-    done = run("python", "bench/kernels.py", "--device", "cpu", code=2)
-    assert "the kernels are for GPUs" in done.stderr
-
-
-def test_the_page_shows_the_results():
-    """docs/performance.md is what bench/report.py makes of bench/results."""
-    assert report.PAGE.read_text() == report.page(load())
-    assert "scaling.svg" in report.PAGE.read_text() and report.PICTURE.exists()
-
-
-def test_every_result_names_its_machine():
-    for file in (ROOT / "bench/results").glob("*.json"):
-        assert {"bench", "device", "torch", "commit"} <= json.loads(file.read_text()).keys(), file
+def test_bad_input(refused, tmp_path):
+    assert "index.json" in refused(loader.main, tmp_path)

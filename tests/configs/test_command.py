@@ -1,18 +1,24 @@
 """The command line: recipes, overrides, and one clear line for every mistake."""
 
-import dataclasses
-
 import pytest
 
-from configs.command import differences, dry_run, keys, parse, to_dict
+from configs.command import dry_run, parse, recipe_section
+from configs.compare import differences, to_dict
 from configs.errors import UserError, nearest
-from configs.schema import Data, Finetune, Optim, Pretrain
+from configs.keys import choose, keys
+from configs.schema import Data, Encoder, Finetune, FinetuneModel, Optim, Pretrain
+from finetune.tasks import TASKS
+from pretrain.objectives import OBJECTIVES
 
-STAGES = {"pretrain": Pretrain, "finetune": Finetune}
+CHOICES = {"objective": OBJECTIVES}
 
 
-def parsed(*argv, schema=Pretrain, recipe="pretrain/digits.yaml"):
-    return parse(schema, recipe, "about", list(argv))
+def parsed(*argv):
+    return parse(Pretrain, "pretrain/digits.yaml", "about", CHOICES, list(argv))
+
+
+def finetuning(*argv):
+    return parse(Finetune, "finetune/digits.yaml", "about", {"task": TASKS}, list(argv))
 
 
 def test_without_config_the_built_in_recipe_is_named(capsys):
@@ -66,12 +72,24 @@ def test_dry_run_of_no_number_of_ranks(value):
         (["--model.nam", "x"], r"unknown key --model\.nam \(nearest: model\.name\)"),
         (["--optm.lr", "1"], r"unknown key --optm\.lr \(nearest: optim\.lr\)"),
         (["--optim.lr", "abc"], r"optim\.lr.*abc"),
-        (["--optim.lr"], r"optim\.lr.*expected one argument"),
+        (["--optim.lr"], r"--optim\.lr needs a value"),
+        (["--optim.lr", "--resume"], r"--optim\.lr needs a value"),
+        (["--optim", "1"], r"unknown key --optim \("),
+        (["--objective.name", "fcma"], r"objective\.name is fcma: .*\(nearest: fcmae\)"),
         (["--optim.lr", "-1"], r"optim\.lr is -1\.0: it must be positive"),
-        (["--model.stem_stride", "3"], r"^model\.stem_stride is 3: it must be Literal\[1, 2, 4\]$"),
-        (["--model.mask_ratio", "1"], r"model\.mask_ratio is 1\.0: it must be between 0 and 1"),
+        (["--model.stem_stride", "3"], r"^model\.stem_stride is 3: it must be 1, 2 or 4$"),
+        (["--objective.mask_ratio", "1"], r"objective\.mask_ratio is 1\.0: it must be between 0 and 1"),
         (["--resume", "maybe"], "resume.*maybe"),
-        (["--data.size", "big"], r"^data\.size is big: it must be int or tuple$"),
+        (["--optim.epochs", "1.5"], r"optim\.epochs is 1\.5: .*whole number"),
+        (["--optim.epochs", "true"], r"optim\.epochs is True: .*whole number"),
+        (["--optim.zero_stage", "true"], r"optim\.zero_stage is True: .*0, 1, 2 or 3"),
+        (["--optim.lr", "true"], r"optim\.lr is True: .*a number"),
+        (["--objective.norm_pix", "1"], r"norm_pix is 1: .*true or false"),
+        (["--data.crop_scale", "[1]"], r"data\.crop_scale is \[1\]: .*2 numbers"),
+        (["--data.std", "[1,x]"], r"data\.std is \[1, 'x'\]: .*a list of numbers or null"),
+        (["--optim.decay_rules", "{a: b}"], r"optim\.decay_rules is .*a mapping"),
+        (["--data.size", "[1"], r"data\.size is \[1: .*whole number"),
+        (["--data.size", "big"], r"^data\.size is big: it must be a whole number or a list of 2 whole numbers$"),
         (["--confg", "x"], r"\(nearest: config\)"),
         (["--config"], r"--config needs a file"),
         (["--data.std", "[0,0,0]"], r"data\.std"),
@@ -92,6 +110,10 @@ def test_mistakes(argv, says):
         ("modl: {name: x}", r"r\.yaml: unknown key modl\.name \(nearest: model\.name\)"),
         ("optim: [1", r"r\.yaml is not YAML"),
         ("just text", r"r\.yaml holds no keys"),
+        ("optim:", r"r\.yaml: section optim holds no keys"),
+        ("optim: 3", r"r\.yaml: section optim holds no keys"),
+        ("run: {name: 010}", r"run\.name is 8: it must be text"),
+        ("data: {split: off}", r"data\.split is False: it must be text"),
         ("optim: {lr: fast}", r"optim\.lr.*fast"),
     ],
 )
@@ -108,21 +130,55 @@ def test_print_config_is_a_recipe(tmp_path, capsys):
     assert parsed("--config", str(tmp_path / "r.yaml")) == parsed("--optim.lr", "0.25")
 
 
-def test_help_explains_every_key(capsys):
-    for stage, schema in STAGES.items():
-        with pytest.raises(SystemExit) as stop:
-            parse(schema, f"{stage}/digits.yaml", "about", ["--help"])
-        assert stop.value.code == 0
-        text = capsys.readouterr().out
-        lines = " ".join(text.split())
-        assert "--dry-run [RANKS]" in text
-        for key in keys(schema):
-            assert f"--{key} " in lines
-        for section in [schema, *(f.type for f in dataclasses.fields(schema) if dataclasses.is_dataclass(f.type))]:
-            for field in dataclasses.fields(section):
-                assert f"{field.name}:" in section.__doc__ or any(
-                    f"{field.name}:" in (b.__doc__ or "") for b in section.__mro__
-                )
+@pytest.mark.parametrize(("parse_stage", "schema", "choice", "modules"), [
+    (parsed, Pretrain, "objective", OBJECTIVES), (finetuning, Finetune, "task", TASKS),
+])  # fmt: skip
+def test_help_explains_every_key(parse_stage, schema, choice, modules, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_stage("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    lines = " ".join(text.split())
+    assert "--dry-run [RANKS]" in text
+    found = dict(keys(choose(schema, choice, next(iter(modules)), modules)))
+    assert {f"{choice}.name", "data.path", "optim.lr", "resume"} < found.keys() and len(found) > 50
+    for key, field in found.items():
+        assert f"--{key} " in lines and " ".join(field.metadata["help"].split()) in lines
+    assert "* --data.path (text; default shards/digits)" in lines and "* --data.split" not in lines
+    assert "--optim.precision (auto, fp32, bf16 or fp16; default auto)" in lines
+
+
+def test_text_is_kept_as_it_is_typed():
+    config = parsed("--run.name", "010", "--data.path=1e5", "--probe.path", "off", "--data.cache", "a: b")
+    assert (config.run.name, config.data.path, config.probe.path, config.data.cache) == ("010", "1e5", "off", "a: b")
+    assert parsed("--probe.path", "null").probe.path is None
+
+
+def test_values_of_every_kind(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "optim: {lr: 1e-3, min_lr: 1E-7, weight_decay: 0, decay_rules: {stem.*: 0}, betas: [.5, 1.e-2]}\n"
+        "objective: {norm_pix: off}\ndata: {path: 2020-01-01}\n"
+    )
+    config = parsed("--config", str(tmp_path / "r.yaml"), "--data.mean", "null", "--data.std", "[1e-1,2,.3]")
+    optim, data = config.optim, config.data
+    assert (optim.lr, optim.min_lr, optim.weight_decay, optim.betas) == (1e-3, 1e-7, 0, (0.5, 0.01))
+    assert optim.decay_rules == {"stem.*": 0} and config.objective.norm_pix is False
+    assert (data.mean, data.std, data.path) == (None, (0.1, 2.0, 0.3), "2020-01-01")
+    assert parsed("--optim.decay_rules", '{"*.grn.*": 1e-2, "stem.*": 0}').optim.decay_rules["*.grn.*"] == 0.01
+
+
+def test_the_last_of_equal_flags_counts():
+    assert parsed("--optim.epochs", "3", "--optim.epochs=4").optim.epochs == 4
+
+
+def test_one_section_of_a_recipe(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: {name: convnext_tiny, dims: [1, 2, 3, 4]}\noptm: {lr: 1}\n")
+    model = recipe_section(tmp_path / "r.yaml", "model", Encoder)
+    assert model == Encoder("convnext_tiny", dims=(1, 2, 3, 4))
+    assert recipe_section(tmp_path / "r.yaml", "run", Encoder) == Encoder()
+    (tmp_path / "r.yaml").write_text("model: {drop_path: x}\n")
+    with pytest.raises(UserError, match=r"model\.drop_path is x: .*a number"):
+        recipe_section(tmp_path / "r.yaml", "model", FinetuneModel)
 
 
 def test_differences():

@@ -4,22 +4,30 @@ V2 is arXiv 2301.00808 (tables 4, 8 to 15), V1 arXiv 2201.03545 (tables 1, 5, 6)
 """
 
 import re
+import shlex
 from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from configs.command import RECIPES, parse
 from configs.schema import Encoder, Finetune, Pretrain, visible_patches
 from finetune.layer_decay import layer_decay
+from finetune.tasks import TASKS
 from launch.training.dry_run import schedule
-from launch.training.engine import parameter_groups
-from models.convnext import SIZES, ConvNeXt, resolve
+from launch.training.parameter_groups import parameter_groups
+from models.convnext import ConvNeXt
+from models.sizes import SIZES, resolve
+from pretrain.objectives import OBJECTIVES
 
 IMAGES = {"shards/imagenet": 1_281_167, "shards/imagenet22k": 14_197_122}
 CLASSES = {"shards/imagenet": 1_000, "shards/imagenet22k": 21_841}
 FILES = {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in RECIPES.rglob("*.yaml")}
+PAGE = RECIPES.parent / "docs/recipes.md"
+V2_SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
+V1_SIZES = ("tiny", "small", "base", "large", "xlarge")
 PUBLISHED = sorted(name for name in FILES if "/imagenet/" in name)
 
 # what layer decay is raised to, for the stem, the way into stage 2, blocks in stages 3 and 4, and the head
@@ -132,23 +140,31 @@ def at(row: Row, side: int, top1: float) -> Row:
 
 
 FINETUNED = {f"finetune/imagenet/{name}": row for name, row in (v2_rows() | v1_rows()).items()}
-PRETRAINED = {  # table 4 for base, large and huge; for the others table 14
-    f"pretrain/imagenet/{size}-{epochs}": (epochs, 312 * epochs, top1)
+PRETRAINED = {  # top-1 after 800 and after 1600 epochs; table 4 for base, large and huge, table 14 for the others
+    f"pretrain/imagenet/{size}": results
     for size, results in {
         "atto": (None, 76.7), "femto": (None, 78.5), "pico": (None, 80.3), "nano": (None, 81.9), "tiny": (None, 83.0),
         "base": (84.6, 84.9), "large": (85.6, 85.8), "huge": (85.8, 86.3),
     }.items()
-    for epochs, top1 in zip((800, 1600), results, strict=True)
 }  # fmt: skip
+EPOCHS = (800, 1600)  # of pretraining; the recipe has the first
 
 
 @cache
-def recipe(name: str) -> Pretrain | Finetune:
-    return parse(Pretrain if name.startswith("pretrain/") else Finetune, "", "", ["--config", str(FILES[name])])
+def recipe(name: str, *options: str) -> Pretrain | Finetune:
+    argv = ["--config", str(FILES[name]), *options]
+    if name.startswith("pretrain/"):
+        return parse(Pretrain, "", "", {"objective": OBJECTIVES}, argv)
+    return parse(Finetune, "", "", {"task": TASKS}, argv)
+
+
+def longer(name: str) -> tuple[str, ...]:
+    """Options of the second command in the head of a pretraining recipe."""
+    return tuple(shlex.split(head(name)["Command"].split(f"{name}.yaml \\")[1]))
 
 
 def head(name: str) -> dict[str, str]:
-    """The lines `# Word: text` of a recipe's head; a line without a word goes on from the one before."""
+    """The lines `# Word: text` of a recipe's head; a line without a word continues the one before."""
     entries, word = {}, "About"
     for line in FILES[name].read_text().splitlines():
         if not line.startswith("#"):
@@ -165,15 +181,23 @@ def classifier(model: str, classes: int) -> ConvNeXt:
         return ConvNeXt(Encoder(model), classes)
 
 
+def cost(model: str, side: int) -> tuple[float, float]:
+    """(parameters, multiply-adds of one forward pass) of a classifier with 1,000 classes."""
+    model = classifier(model, 1000)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 3, side, side, device="meta"))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2
+
+
 def model_of(name: str) -> str:
     """convnextv2_base of finetune/imagenet/base-22k-1k-224."""
-    version, size = re.fullmatch(r"\w+/imagenet/(v1-)?([a-z]+)-.*", name).groups()
+    version, size = re.fullmatch(r"\w+/imagenet/(v1-)?([a-z]+)(?:-.*)?", name).groups()
     return f"convnext{'' if version else 'v2'}_{size}"
 
 
 def test_there_is_a_recipe_for_every_published_result_and_no_other():
     assert set(PUBLISHED) == PRETRAINED.keys() | FINETUNED.keys()
-    assert len(PRETRAINED) == 16 and len(FINETUNED) == 8 + 5 + 10 + 4 + 2 + 5 + 10
+    assert len(PRETRAINED) == 8 and len(FINETUNED) == 8 + 5 + 10 + 4 + 2 + 5 + 10
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -190,8 +214,9 @@ def test_every_recipe_names_a_model_and_says_how_to_run_it(name):
 
 
 def test_every_result_starts_from_one_that_has_a_recipe():
-    runs = {recipe(name).run.name for name in PUBLISHED}
-    assert runs == {name.split("/")[-1] for name in PUBLISHED}
+    runs = {recipe(name).run.name for name in FINETUNED}
+    assert runs == {name.split("/")[-1] for name in FINETUNED}
+    runs |= {recipe(name, *options).run.name for name in PRETRAINED for options in ((), longer(name))}
     for row in FINETUNED.values():
         assert row.init == "none" or row.init.split("/")[1] in runs
 
@@ -200,29 +225,35 @@ def test_every_result_starts_from_one_that_has_a_recipe():
 def test_the_head_of_a_published_recipe(name):
     """Its GPUs make the batch, the result is the published one, the source is the right paper."""
     said, optim = head(name), recipe(name).optim
-    gpus, micro = map(int, re.match(r"(\d+) GPUs x (\d+) images make the batch", said["Hardware"]).groups())
+    gpus, micro = map(int, re.match(r"(\d+) GPUs x (\d+) images make up the batch", said["Hardware"]).groups())
     assert (gpus * micro, micro) == (optim.batch_size, optim.micro_batch) and "not run here" in said["Hardware"]
-    top1 = PRETRAINED[name][2] if name in PRETRAINED else FINETUNED[name].top1
-    assert said["Result"].startswith(f"published {top1} % top-1" if top1 else "none published")
+    if name in PRETRAINED:
+        found = dict(re.findall(r"([\d.]+) %(?: top-1)? \((\d+) epochs\)", said["Result"]))
+        assert found == {str(top1): str(n) for n, top1 in zip(EPOCHS, PRETRAINED[name], strict=True) if top1}
+    else:
+        top1 = FINETUNED[name].top1
+        assert said["Result"].startswith(f"published {top1} % top-1" if top1 else "none published")
     assert said["Source"].startswith("arXiv 2201.03545, table" if "/v1-" in name else "arXiv 2301.00808, table")
     if name in FINETUNED:
         init = re.search(r"--init (\S+)", said["Command"])
         assert (init[1] if init else recipe(name).init) == FINETUNED[name].init
-        assert float(re.search(r"used are (\S+), falling to 1e-6", said["Rates"])[1]) == FINETUNED[name].lr
+        assert float(re.search(r"peaks at (\S+) and decays to 1e-6", said["Rates"])[1]) == FINETUNED[name].lr
 
 
+@pytest.mark.parametrize("epochs", EPOCHS)
 @pytest.mark.parametrize("name", sorted(PRETRAINED))
-def test_pretraining_is_the_published(name):
-    config, (epochs, steps, _) = recipe(name), PRETRAINED[name]
-    optim, data, model = config.optim, config.data, config.model
+def test_pretraining_is_the_published(name, epochs):
+    config = recipe(name, *(() if epochs == EPOCHS[0] else longer(name)))
+    assert config.run.name == f"{name.split('/')[-1]}-{epochs}"
+    optim, data, model, own = config.optim, config.data, config.model, config.objective
     assert (model.name, model.channels, model.stem_stride) == (model_of(name), 3, 4)
     assert model.depths is None and model.dims is None
-    assert visible_patches(49, model.mask_ratio) == 19 and (model.decoder_dim, model.decoder_depth) == (512, 1)
-    assert model.norm_pix and model.grn_scope == "image"
+    assert visible_patches(49, own.mask_ratio) == 19 and (own.decoder_dim, own.decoder_depth) == (512, 1)
+    assert own.norm_pix and model.grn_scope == "image"
     assert (data.path, data.height_width, data.crop_scale) == ("shards/imagenet", (224, 224), (0.2, 1.0))
     assert_plain(config)
     assert (optim.epochs, optim.warmup_epochs, optim.batch_size, optim.betas) == (epochs, 40, 4096, (0.9, 0.95))
-    assert_schedule(config, 2.4e-3, 0, 40, steps)
+    assert_schedule(config, 2.4e-3, 0, 40, 312 * epochs)
     with torch.device("meta"):
         groups = parameter_groups(ConvNeXt(Encoder(model.name)), optim)
     assert {group["weight_decay"] for group in groups} == {0, 0.05} and {group["lr_scale"] for group in groups} == {1}
@@ -231,17 +262,17 @@ def test_pretraining_is_the_published(name):
 @pytest.mark.parametrize("name", sorted(FINETUNED))
 def test_finetuning_is_the_published(name):
     config, row = recipe(name), FINETUNED[name]
-    optim, data, augment = config.optim, config.data, config.augment
+    optim, data, augment, task = config.optim, config.data, config.augment, config.task
     assert config.model.name == model_of(name)
     assert config.model.drop_path == row.drop_path and not config.model.freeze_encoder
     assert (data.path, data.height_width, data.crop_scale) == (row.data, (row.size, row.size), (0.08, 1.0))
     assert_plain(config)
     assert (augment.auto_augment, augment.color_jitter) == ("rand-m9-mstd0.5-inc1", 0)
     assert (augment.erase, augment.erase_mode, augment.erase_count) == (0.25, "pixel", 1)
-    assert (augment.mixup, augment.cutmix) == row.mix and augment.smoothing == row.smoothing
-    assert (augment.mix_prob, augment.mix_switch, augment.mix_mode) == (1, 0.5, "batch")
-    assert (augment.ema, augment.eval_crop, config.balance) == (row.ema, row.crop, 0)
-    assert config.model.head_init is None and config.init == "none"  # .001 with --init, 1 without
+    assert (task.mixup, task.cutmix) == row.mix and task.smoothing == row.smoothing
+    assert (task.mix_prob, task.mix_switch, task.mix_mode) == (1, 0.5, "batch")
+    assert (augment.ema, augment.eval_crop, task.balance) == (row.ema, row.crop, 0)
+    assert task.head_init is None and config.init == "none"  # .001 with --init, 1 without
     assert (optim.batch_size, optim.epochs, optim.warmup_epochs) == (row.batch, row.epochs, row.warmup)
     assert optim.betas == (0.9, 0.999)
     assert_schedule(config, row.lr, 1e-6, row.warmup, row.steps)
@@ -266,6 +297,46 @@ def test_weight_decay_and_rate_of_parameters(name):
     for part in [*own, "norm.weight"]:
         assert found[f"stages.2.blocks.3.{part}"] == (0, pytest.approx(row.decay ** row.layers[2])), part
     assert found["stem.1.weight"][0] == found["head.norm.weight"][0] == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "side", "parameters", "macs"),
+    [
+        ("convnextv2_atto", 224, 3.7, 0.55),  # 2301.00808, tables 14 and 15
+        ("convnextv2_nano", 384, 15.6, 7.21),
+        ("convnextv2_tiny", 224, 28.6, 4.47),
+        ("convnextv2_base", 384, 89, 45.2),
+        ("convnextv2_huge", 512, 660, 600.8),
+        ("convnext_small", 384, 50, 25.5),  # 2201.03545, table 1
+        ("convnext_xlarge", 384, 350, 179.0),
+    ],
+)
+def test_counts_are_the_published(model, side, parameters, macs):
+    counted = cost(model, side)
+    assert counted[0] / 1e6 == pytest.approx(parameters, rel=0.006)
+    assert counted[1] / 1e9 == pytest.approx(macs, rel=0.006)
+
+
+def test_the_page_of_recipes():
+    """docs/recipes.md links every recipe, with the published accuracy where there is one."""
+    links = re.findall(r"\[([^]]+)\]\(\.\./configs/(\S+)\.yaml\)", PAGE.read_text())
+    assert sorted(name for _, name in links) == sorted(FILES)
+    shown = {name: float(text) for text, name in links if text[0].isdigit()}
+    assert shown == {name: row.top1 for name, row in FINETUNED.items() if row.top1}
+
+
+@pytest.mark.parametrize("model", [f"convnextv2_{s}" for s in V2_SIZES] + [f"convnext_{s}" for s in V1_SIZES])
+def test_the_page_of_recipes_counts(model):
+    """Parameters and multiply-adds at 224 pixels, and the accuracy after 800 epochs."""
+    family, size = model.split("_")
+    section = PAGE.read_text().split("## ConvNeXt V")[1 if family == "convnextv2" else 2]
+    row = re.search(rf"^\| {size} \| ([\d.]+) \| ([\d.]+) \|(.*)$", section, re.M)
+    parameters, macs = cost(model, 224)
+    assert float(row[1]) == pytest.approx(parameters / 1e6, abs=0.05)
+    assert float(row[2]) == pytest.approx(macs / 1e9, rel=0.005)
+    if family == "convnextv2":
+        top1 = PRETRAINED[f"pretrain/imagenet/{size}"][0]
+        assert row[3].split("|")[1].strip() == str(top1 or "-")
 
 
 def assert_plain(config: Pretrain | Finetune) -> None:

@@ -1,8 +1,13 @@
-"""Image collections of every kind, made on the spot."""
+"""Synthetic image collections of every kind of source."""
 
 import io
+import multiprocessing
+import os
+import signal
+import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +62,40 @@ def as_ilsvrc(images: dict[str, bytes], path: Path) -> Path:
     for label, members in inner.items():
         tars[f"{label}.tar"] = as_tar(members, path.with_suffix(".inner")).read_bytes()
     return as_tar(tars, path)
+
+
+def open_files(folder: Path) -> int:
+    """Number of files below a folder that this process has open."""
+    descriptors = list(Path("/proc/self/fd").iterdir())
+    return sum(str(path.readlink()).startswith(f"{folder}/") for path in descriptors if path.is_symlink())
+
+
+def killed(folder: Path, event: int, work: Callable[[Path], None]) -> bool:
+    """Call `work(folder)` in a forked process that is killed, with its children, before their n-th change of a file.
+
+    Returns:
+        whether it was killed; False if there were fewer changes
+    """
+    changes = multiprocessing.Value("i")
+
+    def hook(name, args):
+        written = name == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if (written or name in ("os.rename", "os.remove")) and str(args[0]).startswith(str(folder)):
+            with changes.get_lock():
+                changes.value += 1
+                if changes.value == event:
+                    os.killpg(0, signal.SIGKILL)
+
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            os.setsid()
+            sys.addaudithook(hook)
+            work(folder)
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(process, 0)
+    assert status in (0, signal.SIGKILL)
+    return status != 0

@@ -1,4 +1,4 @@
-"""An HTTP server on this machine that serves a folder, counts, and fails as it is told."""
+"""A local HTTP server that serves a folder, counts requests, and fails on demand."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET of a file; a fault of its list is used up by a request."""
+    """Handles GET; a request uses up the first fault in the list of its file."""
 
     def do_GET(self):
         server = self.server
@@ -25,7 +25,7 @@ class Handler(BaseHTTPRequestHandler):
         data = (server.folder / name).read_bytes()
         time.sleep(server.delay)
         self.send_response(200)
-        if fault != "short":  # without a length, the connection's end is the body's
+        if fault != "short":  # without a length, the body ends with the connection
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self._send(data, fault)
@@ -49,8 +49,8 @@ class Server(ThreadingHTTPServer):
     """Serves `folder` until the `with` block ends.
 
     Attributes:
-        faults: name -> what goes wrong in its next requests: a status, "hang", "stall", "cut", "short" or "flip"
-        always: what goes wrong in all others
+        faults: name -> faults of its next requests: an HTTP status, "hang", "stall", "cut", "short" or "flip"
+        always: fault of all other requests
         counts: name -> requests
         delay: seconds before an answer
     """

@@ -95,7 +95,7 @@ def test_balanced_classes():
 def test_a_share_of_the_labels():
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [900, 90, 10]))
     few, more, other = (labelled_share(labels, share, seed) for share, seed in ((0.05, 0), (0.3, 0), (0.05, 1)))
-    assert np.bincount(labels[few]).tolist() == [45, 4, 1]  # of ten images half a one is none: at least one
+    assert np.bincount(labels[few]).tolist() == [45, 4, 1]  # half of one of ten images rounds to none, so at least one
     assert np.bincount(labels[more]).tolist() == [270, 27, 3] and more[few].all()
     assert np.bincount(labels[other]).tolist() == [45, 4, 1] and not np.array_equal(few, other)
     assert labelled_share(labels, 1, 0).all()
@@ -117,9 +117,7 @@ def test_an_epoch_of_a_share(counts, window, epoch, seed):
 
 def test_a_resumed_run_sees_the_rest():
     def make(first):
-        batches = TrainBatches(EpochOrder(np.array([30, 30]), 5), 8, 4, 0, 1, epochs=4)
-        batches.first_step = first
-        return list(batches)
+        return list(TrainBatches(EpochOrder(np.array([30, 30]), 5), 8, 4, 0, 1, epochs=4).iterate(first))
 
     whole = make(0)
     for step in (0, 1, 6, 7, 8, 20, 28):
@@ -129,8 +127,13 @@ def test_a_resumed_run_sees_the_rest():
 @settings(deadline=None)
 @given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 6))
 def test_evaluation_sees_every_sample_once(samples, batch, ranks):
-    parts = [list(EvalBatches(samples, batch, rank, ranks)) for rank in range(ranks)]
+    parts = [list(EvalBatches(range(samples), batch, rank, ranks)) for rank in range(ranks)]
     assert len({len(part) for part in parts}) == 1  # no rank waits for another
-    assert all(len(part) == len(EvalBatches(samples, batch, 0, ranks)) for part in parts)
+    assert all(len(part) == len(EvalBatches(range(samples), batch, 0, ranks)) for part in parts)
     seen = [sample for part in parts for b in part for _, sample, _ in b if sample >= 0]
     assert sorted(seen) == list(range(samples))
+
+
+def test_evaluation_of_chosen_samples():
+    parts = [[sample for b in EvalBatches([2, 3, 5, 7, 11], 2, rank, 2) for _, sample, _ in b] for rank in range(2)]
+    assert parts == [[2, 5, 11], [3, 7, -1]]

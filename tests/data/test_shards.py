@@ -1,4 +1,4 @@
-"""Reading shards: what an index promises is checked before use."""
+"""Reading shards: an index is checked before use."""
 
 import json
 import pickle
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from data.shards import OPEN_SHARDS, Split, read_index
-from data.transforms import decode
-from tests.data.helpers import as_folder, collection
+from data.decode import decode
+from data.shards import MAX_OPEN_SHARDS, Split, read_index
+from tests.data.helpers import as_folder, collection, open_files
 from tests.data.test_prepare import HARMS, harm, prepared
 
 
@@ -21,7 +21,7 @@ def shards(tmp_path):
 
 
 def test_no_shards_names_the_command(tmp_path):
-    with pytest.raises(UserError, match=r"no shards at .*/none: make them with `python data/prepare\.py"):
+    with pytest.raises(UserError, match=r"/none: .*python data/prepare\.py SOURCE"):
         read_index(tmp_path / "none")
     (tmp_path / "x.tar").touch()
     with pytest.raises(UserError, match="--index"):
@@ -36,13 +36,13 @@ def test_damaged_index(text, shards):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "says"),
+    ("key", "value", "pattern"),
     [
-        ("file", "../train-000001.tar", "only files beside it are read"),
-        ("file", "/etc/passwd", "only files beside it are read"),
-        ("file", "a\\b.tar", "only files beside it are read"),
-        ("file", ".hidden.tar", "only files beside it are read"),
-        ("file", "", "only files beside it are read"),
+        ("file", "../train-000001.tar", "only files beside it"),
+        ("file", "/etc/passwd", "only files beside it"),
+        ("file", "a\\b.tar", "only files beside it"),
+        ("file", ".hidden.tar", "only files beside it"),
+        ("file", "", "only files beside it"),
         ("sha256", "../../x", "has no SHA-256"),
         ("index_sha256", "A" * 64, "has no SHA-256"),
         ("samples", -1, "is damaged"),
@@ -50,11 +50,11 @@ def test_damaged_index(text, shards):
         ("file", 5, "is damaged"),
     ],
 )
-def test_an_index_that_points_elsewhere(key, value, says, shards):
+def test_an_index_that_points_elsewhere(key, value, pattern, shards):
     content = json.loads((shards / "index.json").read_text())
     content["splits"]["train"][1][key] = value
     (shards / "index.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"index\.json.* {says}"):
+    with pytest.raises(UserError, match=rf"index\.json.* {pattern}"):
         read_index(shards)
 
 
@@ -63,16 +63,16 @@ def test_unknown_split_names_the_nearest(shards):
         Split(shards, "trian")
 
 
-def test_a_missing_shard_is_named(shards):
+def test_the_error_names_a_missing_shard(shards):
     (shards / "train-000001.tar").unlink()
     with pytest.raises(UserError, match=r"train-000001\.tar is missing"):
         Split(shards, "train")
 
 
-def test_a_shard_of_another_length_is_named(shards):
+def test_the_error_names_a_shard_of_another_length(shards):
     with (shards / "train-000001.tar").open("ab") as file:
         file.write(bytes(512))
-    with pytest.raises(UserError, match=r"train-000001\.tar has \d+ bytes, its index says"):
+    with pytest.raises(UserError, match=r"train-000001\.tar has \d+ bytes"):
         Split(shards, "train")
 
 
@@ -95,13 +95,13 @@ def test_a_shard_replaced_by_another_is_noticed(shards):
 
 
 @pytest.mark.parametrize("how", HARMS)
-def test_damage_is_named_before_use(how, tmp_path):
-    """A cut when the split is opened; zeros, which leave the length, when an image that they hit is read."""
+def test_damage_is_found_before_use(how, tmp_path):
+    """Truncation when the split is opened; zeros, which keep the length, when a damaged image is read."""
     prepared(as_folder(collection({"a": 8}), tmp_path / "in"), tmp_path / "out", "--shard-size", "4")
     before = [Split(tmp_path / "out", "train").read(i) for i in range(8)]
     harm(tmp_path / "out/train-000001.tar", how)
     if how.startswith("cut"):
-        with pytest.raises(UserError, match=r"train-000001\.tar has \d+ bytes, its index says"):
+        with pytest.raises(UserError, match=r"train-000001\.tar has \d+ bytes"):
             Split(tmp_path / "out", "train")
         return
     split = Split(tmp_path / "out", "train")
@@ -114,7 +114,7 @@ def test_damage_is_named_before_use(how, tmp_path):
 
 
 def test_five_flipped_bytes_are_noticed(shards):
-    """Such an image often decodes, to other pixels."""
+    """The checksum is needed: such an image often decodes, to other pixels."""
     shard, rng, decoded = shards / "train-000000.tar", np.random.default_rng(0), 0
     whole, row = shard.read_bytes(), np.load(shards / "train-000000.idx.npy")[1]
     for _ in range(20):
@@ -133,9 +133,9 @@ def test_five_flipped_bytes_are_noticed(shards):
 
 
 def test_many_shards_few_open_files(tmp_path):
-    prepared(as_folder(collection({"a": OPEN_SHARDS + 20}), tmp_path / "in"), tmp_path / "out", "--shard-size", "1")
+    prepared(as_folder(collection({"a": MAX_OPEN_SHARDS + 20}), tmp_path / "in"), tmp_path / "out", "--shard-size", "1")
     split = Split(tmp_path / "out", "train")
     first = [split.read(i) for i in range(len(split))]
-    assert len(split._open) == OPEN_SHARDS
+    assert open_files(tmp_path / "out") == MAX_OPEN_SHARDS
     assert [split.read(i) for i in range(len(split))] == first
     assert pickle.loads(pickle.dumps(split)).read(3) == first[3]

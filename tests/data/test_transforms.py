@@ -15,12 +15,10 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from configs.errors import UserError
 from configs.schema import Augment, Data
+from data.decode import MAX_PIXELS, MODES, decode
 from data.transforms import (
-    MODES,
-    MOST_PIXELS,
     AutoAugment,
     center_crop,
-    decode,
     draw_visible,
     jitter,
     normalize,
@@ -59,7 +57,7 @@ def test_decode_agrees_with_pil(kind, mode):
 def test_decode_a_png_named_jpg_and_cmyk():
     assert decode(picture(0, kind="png"), 3).shape == (3, 16, 20)
     assert decode(picture(0, mode="CMYK"), 3).shape == (3, 16, 20)
-    for mode in ("L", "RGB", "CMYK"):  # a JPEG has no alpha: all of it is opaque
+    for mode in ("L", "RGB", "CMYK"):  # JPEG has no alpha: opaque
         assert (decode(picture(0, mode=mode), 4)[3] == 255).all()
 
 
@@ -76,7 +74,7 @@ def png_chunk(name: bytes, data: bytes) -> bytes:
 
 
 def deep_png(pixels: np.ndarray) -> bytes:
-    """A PNG of uint16 [H, W, 1 to 4]; PIL itself writes none in colours."""
+    """A PNG of uint16 [H, W, 1 to 4]; PIL cannot write 16-bit colours."""
     height, width, channels = pixels.shape
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
@@ -85,7 +83,7 @@ def deep_png(pixels: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_colours_of_16_bits_keep_them(channels):
+def test_colours_of_16_bits_are_lossless(channels):
     pixels = np.random.default_rng(0).integers(0, 1 << 16, (7, 5, channels)).astype(np.uint16)
     found = decode(deep_png(pixels)).permute(1, 2, 0)
     assert np.array_equal((found * 65535).round().numpy().astype(np.uint16), pixels)
@@ -99,8 +97,8 @@ def test_colours_of_16_bits_keep_them(channels):
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
-def test_pngs_are_torchvisions(mode, channels):
-    """PIL decodes them to the same colours. (For palettes with alpha, torchvision 0.29 has wrong ones.)"""
+def test_pngs_decode_as_in_torchvision(mode, channels):
+    """PIL decodes the same colours, except for palettes with alpha, which torchvision 0.29 decodes wrongly."""
     rng = np.random.default_rng(0)
     colours = Image.fromarray(rng.integers(0, 256, (16, 20, 4), np.uint8), "RGBA")
     out = io.BytesIO()
@@ -116,8 +114,8 @@ def test_pngs_are_torchvisions(mode, channels):
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "deep"])
-def test_damage_never_ends_the_process(kind):
-    """Cut, or with five bytes flipped: an image or a `UserError`. (torchvision's libpng crashes the interpreter.)"""
+def test_damage_never_crashes_the_process(kind):
+    """Truncated, or five bytes flipped: an image or a `UserError`. torchvision's libpng would crash the interpreter."""
     if kind == "deep":
         whole = deep_png(np.random.default_rng(0).integers(0, 1 << 16, (16, 20, 3)).astype(np.uint16))
     else:
@@ -135,13 +133,13 @@ def test_damage_never_ends_the_process(kind):
     assert refused == 60 if kind in ("png", "deep") else refused > 25
 
 
-def test_a_png_that_lies_about_its_pixels():
-    """Every checksum is right, but lines are missing, or the end of their stream: black, or refused, but no crash."""
+def test_a_png_with_missing_lines():
+    """All checksums are right, but lines or the end of the compressed stream are missing: refused, no crash."""
     lines = zlib.compress(bytes([0, *[7] * 60]) * 8)
     for data in (lines, lines[:-4], lines[:10], b""):
         parts = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 20, 16, 8, 2, 0, 0, 0)), png_chunk(b"IDAT", data)
         png = b"\x89PNG\r\n\x1a\n" + b"".join(parts) + png_chunk(b"IEND", b"")
-        with pytest.raises(UserError, match="not a readable image"):  # the last checksum, of which decoders see nothing
+        with pytest.raises(UserError, match="not a readable image"):  # a wrong checksum
             decode(png.replace(png_chunk(b"IDAT", data), png_chunk(b"IDAT", data)[:-1] + b"?"), 3)
         if data == lines:
             assert decode(png, 3).unique().tolist() == [0, 7]
@@ -184,15 +182,15 @@ def bomb(kind: str, side: int = 60000) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif"])
-def test_bombs_are_refused_by_their_header(kind):
+def test_decompression_bombs_are_refused(kind):
     assert decode(picture(0, kind=kind), 3).shape == (3, 16, 20)
-    for side in (60000, math.isqrt(MOST_PIXELS) + 1):
-        with pytest.raises(UserError, match="claims more than 178,956,970 pixels"):
+    for side in (60000, math.isqrt(MAX_PIXELS) + 1):
+        with pytest.raises(UserError, match="178,956,970 pixels"):
             decode(bomb(kind, side), 3)
 
 
 def test_a_gif_of_large_frames():
-    """Only the first frame is decoded: a later one may claim what it likes; a first one that does is refused."""
+    """Only the first frame is decoded, so only its claimed size is checked."""
     frames = [Image.fromarray(np.full((16, 20), i, np.uint8)) for i in (7, 9)]
     out = io.BytesIO()
     frames[0].save(out, "gif", save_all=True, append_images=frames[1:], optimize=False)
@@ -200,13 +198,13 @@ def test_a_gif_of_large_frames():
     large = struct.pack("<HH", 60000, 60000)
     data = out.getvalue()
     assert (decode(data[: second + 5] + large + data[second + 9 :], 1) == 7).all()
-    with pytest.raises(UserError, match="claims more than"):
+    with pytest.raises(UserError, match="178,956,970 pixels"):
         decode(data[: first + 5] + large + data[first + 9 :])
 
 
 @pytest.mark.parametrize("shape", ["(4000000, 4000000, 3)", "(8, 8, 4)", "(8, -8, -4)", "(9**9,)", "-" * 900 + "1"])
-def test_headers_of_arrays_are_not_believed(shape):
-    """Of np.load's memory for (4000000, 4000000, 3), 48 TB, nothing is asked."""
+def test_npy_headers_are_not_trusted(shape):
+    """np.load would allocate 48 TB for (4000000, 4000000, 3)."""
     header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
     data = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + bytes(192)
     with pytest.raises(UserError, match="npy image"):
@@ -214,7 +212,7 @@ def test_headers_of_arrays_are_not_believed(shape):
 
 
 @pytest.mark.parametrize(
-    ("data", "channels", "says"),
+    ("data", "channels", "pattern"),
     [
         (b"", 3, "not a readable image"),
         (picture(0, kind="png")[:150], 3, "not a readable image"),
@@ -229,12 +227,12 @@ def test_headers_of_arrays_are_not_believed(shape):
         (picture(0), 5, "cannot be read with 5 channels"),
     ],
 )
-def test_what_cannot_be_decoded(data, channels, says):
-    with pytest.raises(UserError, match=says):
+def test_images_that_cannot_be_decoded(data, channels, pattern):
+    with pytest.raises(UserError, match=pattern):
         decode(data, channels)
 
 
-def test_boxes_are_distributed_like_torchvisions():
+def test_random_boxes_are_distributed_as_in_torchvision():
     rng, scale, image = np.random.default_rng(0), (0.2, 1.0), torch.empty(3, 240, 320)
     ours = np.array([random_box(rng, 240, 320, scale, RATIOS) for _ in range(4000)])
     theirs = np.array(
@@ -255,7 +253,7 @@ def test_boxes_fit_odd_images(shape):
         assert top + height <= shape[0] and left + width <= shape[1]
 
 
-def test_crops_have_the_ratios_and_areas_asked_for():
+def test_crops_have_the_configured_ratios_and_areas():
     for ratios in ((1.0, 1.0), (2.0, 4.0)):
         boxes = [random_box(np.random.default_rng(seed), 400, 800, (0.05, 0.1), ratios) for seed in range(50)]
         found = np.array([(w / h, w * h / (400 * 800)) for _, _, h, w in boxes])
@@ -295,8 +293,8 @@ def test_interpolation():
 
 
 @pytest.mark.parametrize("size", [(16, 24), (64, 48)])  # smaller and larger than the crop
-def test_resized_crops_are_pils(size):
-    """Bicubic, antialiased, on uint8: within one grey level of PIL's, and equal in the mean."""
+def test_resized_crops_agree_with_pil(size):
+    """Bicubic, antialiased, on uint8: within one grey level of PIL, and equal in the mean."""
     data = picture(3, (90, 70), kind="png")
     ours = random_crop(decode(data, 3), sample_rng(0, 0, 5), Data(size=size, hflip=0))
     top, left, height, width = random_box(sample_rng(0, 0, 5), 70, 90, (0.2, 1.0), RATIOS)
@@ -315,14 +313,14 @@ def test_random_numbers_are_a_function_of_seed_epoch_and_sample():
 def test_masks():
     seen = torch.stack([draw_visible(np.random.default_rng(i), (3, 5), 6) for i in range(2000)])
     assert (seen.flatten(1).sum(1) == 6).all()
-    assert ((seen.float().mean(0) - 6 / 15).abs() < 0.05).all()  # no patch is preferred
+    assert ((seen.float().mean(0) - 6 / 15).abs() < 0.05).all()  # all patches are equally likely
 
 
 def test_center_crop():
     image = torch.zeros(1, 64, 128, dtype=torch.uint8)
     image[:, 16:48, 48:80] = 200
     centre = center_crop(image, (16, 16), 0.5)
-    assert (centre.float() - 200).abs().max() <= 30  # bicubic weights reach over the edge
+    assert (centre.float() - 200).abs().max() <= 30  # bicubic weights reach across the edge
     assert center_crop(image, (16, 24), 0.875).shape == (1, 16, 24)
     whole = center_crop(image, (16, 16), 1)
     assert abs(int(whole[0, 8, 8]) - 200) <= 10 and whole[0, 0, 0] == 0
@@ -352,11 +350,11 @@ def test_three_augment_is_grey_solarised_or_blurred():
     assert 3 < len(grey) < 20 and len({x.float().mean().item() for x in found}) >= 3
 
 
-def test_small_images_are_shifted_less():
-    """By 45 % of the side at most: 100 pixels would leave nothing of 32."""
-    for size, most in ((224, 100), (32, 14)):
+def test_shifts_scale_with_the_image():
+    """At most 45 % of the side: 100 pixels would leave nothing of 32."""
+    for size, max_shift in ((224, 100), (32, 14)):
         op = AutoAugment("rand-m9-mstd0.5-inc1", (0.5, 0.5, 0.5), Data(size=size)).transform.ops[-1]
-        assert op.hparams["translate_const"] == most
+        assert op.hparams["translate_const"] == max_shift
 
 
 def test_colour_jitter():
@@ -370,24 +368,24 @@ def test_colour_jitter():
 
 
 @pytest.mark.parametrize(
-    ("augment", "channels", "says"),
+    ("augment", "channels", "pattern"),
     [
-        (Augment(auto_augment="nonsense"), 3, "'nonsense' is not a policy: write it like rand-m9"),
-        (Augment(auto_augment="rand-nonsense"), 3, "'rand-nonsense' is not a policy"),
-        (Augment(auto_augment="original"), 1, "auto_augment needs images of 3 channels, these have 1"),
-        (Augment(color_jitter=0.3), 4, "color_jitter needs images of 3 channels, these have 4"),
+        (Augment(auto_augment="nonsense"), 3, "'nonsense' .*rand-m9"),
+        (Augment(auto_augment="rand-nonsense"), 3, "'rand-nonsense' "),
+        (Augment(auto_augment="original"), 1, "augment.auto_augment .*null"),
+        (Augment(color_jitter=0.3), 4, "augment.color_jitter .*0"),
     ],
 )
-def test_what_cannot_be_augmented(augment, channels, says):
-    with pytest.raises(UserError, match=says):
+def test_augmentations_that_are_refused(augment, channels, pattern):
+    with pytest.raises(UserError, match=pattern):
         train_transform(Data(), augment, (0.5,) * channels)
 
 
-def test_the_classifiers_transform_does_what_was_asked_for():
+def test_train_transform_follows_the_configuration():
     image = decode(picture(3, (64, 64), kind="png"), 3)
     data = Data(size=32)
-    asked = [Augment(), Augment(auto_augment="3a"), Augment(color_jitter=0.4), Augment("3a", 0.4)]
+    options = [Augment(), Augment(auto_augment="3a"), Augment(color_jitter=0.4), Augment("3a", 0.4)]
     means = (0.5, 0.5, 0.5)
-    found = [train_transform(data, augment, means)(image, sample_rng(0, 0, 1))["image"] for augment in asked]
+    found = [train_transform(data, augment, means)(image, 0, sample_rng(0, 0, 1))["image"] for augment in options]
     assert torch.equal(found[0], random_crop(image, sample_rng(0, 0, 1), data))
     assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])

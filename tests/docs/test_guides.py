@@ -9,16 +9,20 @@ from functools import partial
 
 import pytest
 
-from configs.command import keys, parse
+from configs.command import parse
 from configs.errors import UserError
-from configs.schema import Encoder, Finetune, Pretrain, PretrainModel
+from configs.keys import choose, keys
+from configs.schema import Encoder, FCMAESettings, Finetune, Pretrain, PretrainModel
 from data import prepare
 from finetune import evaluate, export, predict, probe
+from finetune.tasks import TASKS
 from launch.training.dry_run import PROBE, activations, example
 from models import convert
-from models.convnext import ConvNeXt, resolve
+from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
+from models.sizes import resolve
 from pretrain import reconstruct
+from pretrain.objectives import OBJECTIVES
 from tests.conftest import ROOT
 from tests.docs.helpers import Block, Reader, blocks, check_output, give
 from tests.docs.stand_in import split_words
@@ -35,8 +39,8 @@ HAS = {  # what the reader of a page is told to have
                   "checkpoint-799.pth", "convnextv2_atto_1k_224_ema.pt"),
 }  # fmt: skip
 PARSERS = {
-    "pretrain/main.py": partial(parse, Pretrain, "pretrain/digits.yaml", ""),
-    "finetune/main.py": partial(parse, Finetune, "finetune/digits.yaml", ""),
+    "pretrain/main.py": partial(parse, Pretrain, "pretrain/digits.yaml", "", {"objective": OBJECTIVES}),
+    "finetune/main.py": partial(parse, Finetune, "finetune/digits.yaml", "", {"task": TASKS}),
     "data/prepare.py": prepare.parse,
     "models/convert.py": convert.parse,
     "finetune/evaluate.py": evaluate.parse,
@@ -90,9 +94,10 @@ def test_arguments_are_ones_that_the_scripts_take(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_keys_files_and_links_that_a_page_names_exist(page):
     text = (GUIDE / f"{page}.md").read_text()
-    valid = {*keys(Pretrain), *keys(Finetune)}
+    stages = choose(Pretrain, "objective", "fcmae", OBJECTIVES), choose(Finetune, "task", "classification", TASKS)
+    valid = {key for stage in stages for key, _ in keys(stage)}
     named = set(re.findall(r"--(\w+\.\w+)", text)) | set(
-        re.findall(r"`((?:data|model|optim|augment|probe|run)\.\w+)`", text)
+        re.findall(r"`((?:data|model|objective|task|optim|augment|probe|run)\.\w+)`", text)
     )
     assert named <= valid, named - valid
     for link in re.findall(r"\]\(([^)]+)\)", text):
@@ -106,7 +111,7 @@ def test_keys_files_and_links_that_a_page_names_exist(page):
 def test_the_table_of_activations_is_what_a_plan_says(size):
     row = next(line for line in (GUIDE / "one-gpu.md").read_text().splitlines() if line.startswith(f"| {size} |"))
     name, modes = f"convnextv2_{size}", ("none", "mlp", "block")
-    stages = [(Pretrain(), FCMAE(PretrainModel(name, recompute=mode))) for mode in modes]
+    stages = [(Pretrain(), FCMAE(PretrainModel(name, recompute=mode), FCMAESettings())) for mode in modes]
     stages += [(Finetune(), ConvNeXt(resolve(Encoder(name)), 1000, 0.1, mode)) for mode in modes]
     sums = []
     for config, model in stages:

@@ -17,12 +17,12 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 
 from configs.errors import UserError
 from configs.schema import Data, Encoder
-from data.loader import eval_loader, open_split
-from data.shards import Index, read_index, write_index
-from data.sources import _digits
+from data.loader import eval_loader
+from data.shards import Index, open_split, read_index, write_index
+from data.sources import digits as digit_images
 from data.transforms import EvalTransform, normalize
 from finetune.evaluate import evaluation, main
-from finetune.scores import Predictions
+from finetune.tasks.classification.scores import Predictions
 from launch.training.world import stop
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
@@ -78,7 +78,7 @@ def classifier(shards: Path, path: Path) -> Path:
 
 def autoencoder(path: Path) -> Path:
     """Write an fcmae.pt."""
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     encoder, decoder = split_by_prefix(cpu_state(model), "encoder.")
     encoder = {name.removeprefix("encoder."): tensor for name, tensor in encoder.items()}
     image = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -159,7 +159,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(ranks, best, digits, tmp_path
 
 
 def test_a_folder_scores_like_its_shards(best, one_rank, tmp_path):
-    folder = as_folder({name: data for name, (data, *_) in _digits().items()}, tmp_path / "in")
+    folder = as_folder({name: data for name, (data, *_) in digit_images().items()}, tmp_path / "in")
     found, rows = evaluated(best, folder, tmp_path / "out")
     expected, other = content(one_rank)
     assert found["scores"] == pytest.approx(expected["scores"], rel=1e-5)
@@ -187,7 +187,7 @@ def test_classes_in_another_order_are_matched_by_name(best, digits, one_rank, tm
 
 
 def test_data_with_some_of_the_models_classes(best, one_rank, tmp_path):
-    some = {name: data for name, (data, split, label) in _digits().items() if split == "val" and label in "38"}
+    some = {name: data for name, (data, split, label) in digit_images().items() if split == "val" and label in "38"}
     found, rows = evaluated(best, as_folder(some, tmp_path / "in"), tmp_path / "out")
     assert [row["name"] for row in found["classes"]] == ["3", "8"]
     expected = {row["name"]: row["top1"] for row in content(one_rank)[1]}
@@ -268,7 +268,7 @@ def test_bad_input(more, says, best, digits, tmp_path):
     autoencoder(place["fcmae"])
     with_classes(best, place["others"], ["a", *"12345678", "b"])
     with_classes(best, place["unnamed"], None)
-    pictures = [data for data, *_ in _digits().values()][:2]
+    pictures = [data for data, *_ in digit_images().values()][:2]
     as_folder({"0.png": pictures[0]}, place["plain"])
     as_folder({"a/0.png": pictures[0], "b/0.png": pictures[1]}, place["pair"])
     shutil.copytree(digits, place["short"])

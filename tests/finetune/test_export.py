@@ -16,8 +16,9 @@ from torch.onnx import ONNXProgram
 
 from configs.errors import UserError
 from configs.schema import Data
-from data.loader import open_split
-from data.transforms import EvalTransform, decode
+from data.decode import decode
+from data.shards import open_split
+from data.transforms import EvalTransform
 from finetune import export as command
 from finetune.exporters import METADATA, SUFFIXES, Deployed, export, run
 from finetune.half import half

@@ -4,14 +4,15 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from configs.schema import Augment, Data, Finetune, FinetuneModel, Optim
-from finetune.finetuning import Classifier
-from finetune.main import build
+from configs.schema import Augment, Data, Encoder, Finetune, FinetuneModel, Optim
+from finetune.finetuning import Finetuning
+from finetune.tasks.classification import Settings, Task
 from launch.training.world import World
-from models.convnext import Encoder, resolve
+from models.sizes import resolve
 from models.weights import load
 from tests.conftest import has, run
 from tests.finetune.test_main import summary, words
@@ -20,18 +21,21 @@ ARCH = resolve(Encoder("convnextv2_atto", channels=1, stem_stride=1, depths=(1, 
 CLASSES = [str(i) for i in range(10)]
 
 
-def seen(augment: Augment, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def task_of(config: Finetune) -> Task:
+    """The task with ten classes, whose splits are not read."""
+    split = SimpleNamespace(classes=CLASSES, labels=lambda: np.arange(10), name="train")
+    return Task(config, split, split)
+
+
+def seen(augment: Augment, task: Settings | None = None, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Images [8, 1, 8, 8] and targets [8, 10] as the model and the criterion get them; before, image i is all i + 1."""
-    world = World(0, 1, torch.device("cpu"))
-    got = []
+    world, got = World(0, 1, torch.device("cpu")), []
     engine = lambda image: got.append(image) or torch.zeros(len(image), 10)  # noqa: E731
-    training = SimpleNamespace(engine=engine, world=world, faults=SimpleNamespace(watch=lambda _: None))
-    loader = SimpleNamespace(samples=SimpleNamespace(split=None))
-    statistics = (0.0,), (1.0,)
-    config = Finetune(data=Data(size=8), augment=augment)
-    stage = Classifier(config, training, None, loader, ARCH, CLASSES, statistics)
-    criterion = stage.criterion
-    stage.criterion = lambda logits, target: got.append(target) or criterion(logits, target)
+    config = Finetune(data=Data(size=8), augment=augment, task=task or Settings())
+    made = task_of(config)
+    stage = Finetuning(config, made, engine, world, None, None, ARCH, "", ((0.0,), (1.0,)))
+    criterion = made.criterion
+    made.criterion = lambda logits, target: got.append(target) or criterion(logits, target)
     image = torch.arange(1.0, 9).view(8, 1, 1, 1).expand(8, 1, 8, 8)
     stage.loss({"image": image, "label": torch.arange(8)}, step, 0)
     return got[0], got[1]
@@ -53,20 +57,20 @@ def test_without_augmentation_nothing_changes():
 def test_erasing(mode, holds):
     areas = []
     for step in range(10):
-        image, _ = seen(Augment(erase=1.0, erase_mode=mode), step)
+        image, _ = seen(Augment(erase=1.0, erase_mode=mode), step=step)
         for i, one in enumerate(image):
             erased = one[one != i + 1]
             assert holds(erased)
             areas.append(erased.numel())
     assert min(areas) > 0
-    some = [seen(Augment(erase=0.25), step)[0].flatten(1).std(1) > 0 for step in range(40)]
+    some = [seen(Augment(erase=0.25), step=step)[0].flatten(1).std(1) > 0 for step in range(40)]
     assert 0.15 < torch.stack(some).float().mean() < 0.35
 
 
 def test_several_areas_are_erased():
     colours = []
     for step in range(10):
-        image, _ = seen(Augment(erase=1.0, erase_mode="rand", erase_count=4), step)
+        image, _ = seen(Augment(erase=1.0, erase_mode="rand", erase_count=4), step=step)
         colours += [len(one[one != i + 1].unique()) for i, one in enumerate(image)]
     assert set(colours) == {1, 2, 3, 4}
 
@@ -75,7 +79,7 @@ def mixed(**settings) -> list[str]:
     """What happened to each of 30 batches: nothing, mixup (whole images are blended) or cutmix (parts replaced)."""
     found = []
     for step in range(30):
-        image, target = seen(Augment(mixup=1.0, cutmix=1.0, **settings), step)
+        image, target = seen(Augment(), Settings(mixup=1.0, cutmix=1.0, **settings), step)
         blended = image.flatten(1).std(1) < 1e-4
         pure = target.max(1).values > 0.9
         found.append("nothing" if pure.all() else "mixup" if blended.all() else "cutmix")
@@ -93,24 +97,24 @@ def test_what_shares_a_draw():
     """How much of its own class each image of a batch keeps."""
     for mode, different in (("batch", 1), ("pair", 4), ("elem", 8)):
         settings = {"mixup": 1.0, "mix_mode": mode, "smoothing": 0.0}
-        own = [seen(Augment(**settings), step)[1][torch.arange(8), torch.arange(8)] for step in range(5)]
+        own = [seen(Augment(), Settings(**settings), step)[1][torch.arange(8), torch.arange(8)] for step in range(5)]
         assert {len(kept.mul(1e4).round().unique()) for kept in own} == {different}
 
 
 def test_smoothing():
-    _, target = seen(Augment(mixup=1.0, mix_prob=0.0, smoothing=0.2))
+    _, target = seen(Augment(), Settings(mixup=1.0, mix_prob=0.0, smoothing=0.2))
     assert torch.allclose(target[0], torch.tensor([0.82, *[0.02] * 9]))
 
 
 def test_a_frozen_encoder_neither_drops_paths_nor_learns():
     config = Finetune(model=FinetuneModel(freeze_encoder=True, drop_path=0.5, recompute="block"))
-    model = build(config, ARCH, 10)
+    model = task_of(config).build(ARCH)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         "head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias",
     }  # fmt: skip
     image = torch.rand(2, 1, 16, 16)
     assert torch.equal(model.train()(image), model.eval()(image)) and model.recompute == "none"
-    thawed = build(replace(config, model=FinetuneModel(drop_path=0.5)), ARCH, 10)
+    thawed = task_of(replace(config, model=FinetuneModel(drop_path=0.5))).build(ARCH)
     assert all(p.requires_grad for p in thawed.parameters())
     assert thawed.stages[3].blocks[0].drop_path.drop_prob == 0.5
 
@@ -122,13 +126,13 @@ def test_the_learning_rate_schedule():
 
 
 def test_frozen_and_tried_out(digits, pretrained, tmp_path):
-    """--model.freeze_encoder, --run.max_steps, --label_share, --balance, --data.repeats, fp16: three steps."""
+    """--model.freeze_encoder, --run.max_steps, --task.label_share, .balance, --data.repeats, fp16: three steps."""
     more = ["--init", pretrained / "fcmae.pt", "--model.freeze_encoder", "true", "--run.max_steps", "3"]
-    more += ["--data.size", "32", "--model.head_init", "0"]  # a larger image than in pretraining
+    more += ["--data.size", "32", "--task.head_init", "0"]  # a larger image than in pretraining
     more += [
-        "--label_share",
+        "--task.label_share",
         "0.5",
-        "--balance",
+        "--task.balance",
         "1",
         "--data.repeats",
         "2",
@@ -145,7 +149,7 @@ def test_frozen_and_tried_out(digits, pretrained, tmp_path):
     assert 0 < best.head["head.fc.weight"].abs().max() < 0.02  # three steps from zero; a step is 4e-3 at most
     lines = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3] and summary(tmp_path / "x")["epoch"] == 1
-    assert summary(tmp_path / "x")["config"]["label_share"] == 0.5
+    assert summary(tmp_path / "x")["config"]["task"]["label_share"] == 0.5
 
 
 def test_early_stop_and_evaluation_interval(digits, tmp_path):

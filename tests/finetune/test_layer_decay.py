@@ -4,7 +4,7 @@ import pytest
 
 from configs.schema import Encoder, Optim
 from finetune.layer_decay import group_layer, layer_decay, single_layer
-from launch.training.engine import parameter_groups
+from launch.training.parameter_groups import parameter_groups
 from models.convnext import ConvNeXt
 
 

@@ -16,9 +16,9 @@ from tests.conftest import QUICK, has, losses, names, run, run_ranks, started
 
 SHAPE = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]"]
 RECIPE = [
-    "--augment.mixup",
+    "--task.mixup",
     "0.5",
-    "--augment.cutmix",
+    "--task.cutmix",
     "0.5",
     "--augment.erase",
     "0.5",
@@ -145,7 +145,7 @@ def test_another_init_is_not_resumed(digits, pretrained, tmp_path):
         (["--init", "{pretrained}/fcmae.pt", "--data.mean", "[0.1]"], "data.mean [0.5]"),
         (["--data.size", "30"], "data.size 30x30 patch"),
         (["--layer_decay", "2"], "layer_decay 2.0"),
-        (["--augment.mixp", "1"], "augment.mixp augment.mixup"),
+        (["--task.mixp", "1"], "task.mixp task.mixup"),
     ],
 )
 def test_bad_input(more, says, digits, pretrained, tmp_path, refused):
@@ -155,7 +155,7 @@ def test_bad_input(more, says, digits, pretrained, tmp_path, refused):
 
 
 def test_an_odd_micro_batch_is_not_mixed(digits, tmp_path):
-    more = ["--augment.mixup", "1", "--optim.batch_size", "3", "--optim.micro_batch", "3"]
+    more = ["--task.mixup", "1", "--optim.batch_size", "3", "--optim.micro_batch", "3"]
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "bad", *more), code=2)
     assert "even" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "bad").exists()

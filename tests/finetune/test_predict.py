@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from configs.errors import UserError
-from data.sources import _digits
+from data.sources import digits as digit_images
 from finetune.predict import main
 from models.weights import load, save
 from tests.conftest import ROOT, has, names
@@ -30,7 +30,7 @@ def best(digits, tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Some digits as files; class 3."""
-    images = {name: data for name, (data, split, label) in _digits().items() if (split, label) == ("val", "3")}
+    images = {name: data for name, (data, split, label) in digit_images().items() if (split, label) == ("val", "3")}
     return as_folder(images, tmp_path_factory.mktemp("images"))
 
 
@@ -41,7 +41,7 @@ def objects(path) -> dict[str, list]:
 def test_the_numbers_of_an_evaluation(best, digits, tmp_path):
     """All validation images, once from shards and once from files."""
     _, rows = evaluated(best, digits, tmp_path / "evaluation")
-    folder = as_folder({row["name"]: _digits()[row["name"]][0] for row in rows}, tmp_path / "in")
+    folder = as_folder({row["name"]: digit_images()[row["name"]][0] for row in rows}, tmp_path / "in")
     call(main, best, folder, "--json", tmp_path / "x.json")
     found = objects(tmp_path / "x.json")
     assert len(found) == len(rows) == 355

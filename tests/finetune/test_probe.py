@@ -9,8 +9,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from configs.errors import UserError
 from configs.schema import Data
-from data.loader import open_split
-from data.transforms import center_crop, decode
+from data.decode import decode
+from data.shards import open_split
+from data.transforms import center_crop
 from finetune import probe
 from models.convnext import ConvNeXt
 from models.formats.write import write_weights

@@ -10,8 +10,9 @@ import onnxruntime
 import pytest
 import torch
 
+from data.decode import decode
 from data.shards import Split
-from data.transforms import decode, to_float
+from data.transforms import to_float
 from finetune.trained import open_trained
 from tests.conftest import ROOT, run
 

@@ -2,14 +2,14 @@
 
 import torch
 
-from configs.schema import PretrainModel, visible_patches
-from models.fcmae import FCMAE
+from configs.schema import FCMAESettings, PretrainModel, visible_patches
+from models.fcmae import FCMAE, from_flat
 
 
-def tiny(name: str = "convnextv2_atto", **settings) -> PretrainModel:
-    """Settings of a small autoencoder."""
+def tiny(name: str = "convnextv2_atto", **settings) -> tuple[PretrainModel, FCMAESettings]:
+    """What `FCMAE` takes, for a small one."""
     small = {"channels": 3, "stem_stride": 1, "depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64), "decoder_dim": 32}
-    return PretrainModel(name, **(small | settings))
+    return from_flat({"name": name, **small, **settings})
 
 
 def random_weights(model: torch.nn.Module) -> None:
@@ -28,7 +28,7 @@ def masks(batch: int, grid: tuple[int, int], ratio: float) -> torch.Tensor:
 
 def pair(**settings) -> tuple[FCMAE, FCMAE]:
     """The same autoencoder with the packed and with the masked backend."""
-    packed, masked = FCMAE(tiny(**settings)), FCMAE(tiny(backend="masked", **settings))
+    packed, masked = FCMAE(*tiny(**settings)), FCMAE(*tiny(backend="masked", **settings))
     random_weights(packed)
     masked.load_state_dict(packed.state_dict())
     return packed, masked

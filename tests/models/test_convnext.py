@@ -6,8 +6,9 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import Encoder
-from models.convnext import SIZES, ConvNeXt, resolve
+from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
+from models.sizes import SIZES, resolve
 from models.sparse.layouts import Dense
 from tests.models.helpers import tiny
 
@@ -42,7 +43,7 @@ def test_published_sizes(name, millions):
 
 
 def test_initialisation():
-    model = FCMAE(tiny(dims=(32, 64, 128, 256), decoder_dim=128))
+    model = FCMAE(*tiny(dims=(32, 64, 128, 256), decoder_dim=128))
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 or name == "mask_token":
             assert float(parameter.detach().std()) == pytest.approx(

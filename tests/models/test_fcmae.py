@@ -6,14 +6,15 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import visible_patches
-from models.fcmae import FCMAE, check_size
+from models.fcmae import FCMAE
+from models.sizes import check_size
 from models.sparse.layouts import Dense
 from tests.models.helpers import masks, random_weights, tiny
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_loss_by_hand(norm_pix):
-    model = FCMAE(tiny(channels=2, norm_pix=norm_pix))
+    model = FCMAE(*tiny(channels=2, norm_pix=norm_pix))
     random_weights(model)
     visible, image = masks(3, (2, 3), 0.6), torch.randn(3, 2, 16, 24)
     with torch.no_grad():
@@ -34,7 +35,7 @@ def test_loss_by_hand(norm_pix):
 
 def test_predictions_belong_to_the_patches_they_name():
     """Prediction k is that of grid position hidden[k]: the prediction layer on the whole decoded grid agrees there."""
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     random_weights(model)
     visible, image = masks(3, (3, 4), 0.6), torch.randn(3, 3, 24, 32)
     with torch.no_grad():
@@ -51,7 +52,7 @@ def test_predictions_belong_to_the_patches_they_name():
 
 def test_visible_pixels_are_no_target():
     """The loss reads hidden pixels only; the visible ones act through the encoder alone."""
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     random_weights(model)
     visible, image = masks(2, (4, 4), 0.6), torch.randn(2, 3, 32, 32)
     hidden = model.predict(image, visible).hidden
@@ -61,7 +62,7 @@ def test_visible_pixels_are_no_target():
 
 def test_zeroed_is_plain_dense_code():
     """Ordinary convolutions of the image with zeros at hidden patches, in the encoder; the decoder is the same."""
-    model = FCMAE(tiny(backend="zeroed"))
+    model = FCMAE(*tiny(backend="zeroed"))
     random_weights(model)
     visible, image = masks(3, (3, 4), 0.6), torch.randn(3, 3, 24, 32)
     shown = visible.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
@@ -72,7 +73,7 @@ def test_zeroed_is_plain_dense_code():
     assert torch.equal(found, reference) and reference[~visible].std() > 0.01  # what sparse convolution has not: leaks
     grid = layout.to_grid(found, torch.full([found.shape[-1]], 7.0))
     assert torch.equal(grid[visible], found[visible]) and (grid[~visible] == 7).all()
-    packed = FCMAE(tiny())
+    packed = FCMAE(*tiny())
     packed.load_state_dict(model.state_dict())
     assert abs(float((packed(image, visible) - model(image, visible)).detach())) > 1e-4
 
@@ -90,7 +91,7 @@ def test_the_published_mask_keeps_19_of_49():
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_decoder_depth_and_width(depth):
-    model = FCMAE(tiny(decoder_depth=depth, decoder_dim=24))
+    model = FCMAE(*tiny(decoder_depth=depth, decoder_dim=24))
     assert len(model.decoder) == depth
     assert model.pred.weight.shape == (8 * 8 * 3, 24)
     model(torch.randn(2, 3, 32, 32), masks(2, (4, 4), 0.6)).backward()
@@ -99,11 +100,11 @@ def test_decoder_depth_and_width(depth):
 
 def test_a_grid_of_one_patch_is_refused():
     with pytest.raises(UserError, match=r"1 patch.*data\.size|data\.size.*1 patch"):
-        check_size(tiny(), (1, 1))
+        check_size(*tiny(), (1, 1))
 
 
 def test_training_lowers_the_loss():
-    model = FCMAE(tiny(channels=1))
+    model = FCMAE(*tiny(channels=1))
     image = torch.linspace(-1, 1, 32)[None, None, None] * torch.randn(8, 1, 32, 1).sign()
     visible = masks(8, (4, 4), 0.6)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)

@@ -54,7 +54,7 @@ def encode(model: FCMAE, image: torch.Tensor, visible: torch.Tensor) -> torch.Te
 
 @pytest.mark.parametrize("backend", ["packed", "masked"])
 def test_an_image_does_not_depend_on_its_batch(backend):
-    model = FCMAE(tiny(backend=backend))
+    model = FCMAE(*tiny(backend=backend))
     random_weights(model)
     visible, image = masks(4, (4, 4), 0.6), torch.randn(4, 3, 32, 32)
     together = encode(model, image, visible)
@@ -67,7 +67,7 @@ def test_an_image_does_not_depend_on_its_batch(backend):
 @pytest.mark.parametrize("backend", ["packed", "masked"])
 @pytest.mark.parametrize("poison", [1e4, float("nan")])
 def test_hidden_pixels_change_nothing(backend, poison):
-    model = FCMAE(tiny(backend=backend))
+    model = FCMAE(*tiny(backend=backend))
     random_weights(model)
     visible, image = masks(2, (4, 4), 0.6), torch.randn(2, 3, 32, 32)
     hidden = ~visible.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
@@ -77,7 +77,7 @@ def test_hidden_pixels_change_nothing(backend, poison):
 
 
 def test_a_visible_pixel_does_change_the_output():
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     random_weights(model)
     visible, image = masks(1, (4, 4), 0.6), torch.randn(1, 3, 32, 32)
     y, x = visible[0].nonzero()[0] * 8
@@ -88,7 +88,7 @@ def test_a_visible_pixel_does_change_the_output():
 
 @pytest.mark.parametrize("grid", [(4, 4), (2, 3)])
 def test_all_visible_packed_equals_dense(grid):
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     random_weights(model)
     image = torch.randn(2, 3, 8 * grid[0], 8 * grid[1])
     visible = torch.ones(2, *grid, dtype=torch.bool)

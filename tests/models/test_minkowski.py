@@ -16,7 +16,7 @@ FULL = {"stem_stride": 4, "depths": None, "dims": None}
 
 def pair(**settings) -> tuple[FCMAE, FCMAE]:
     """The same autoencoder with the minkowski and with the packed backend."""
-    theirs, ours = FCMAE(tiny(backend="minkowski", **settings)), FCMAE(tiny(**settings))
+    theirs, ours = FCMAE(*tiny(backend="minkowski", **settings)), FCMAE(*tiny(**settings))
     random_weights(ours)
     theirs.load_state_dict(ours.state_dict())
     return theirs, ours
@@ -87,7 +87,7 @@ def test_asymmetric_kernels():
 
 @pytest.mark.minkowski
 def test_building_it_draws_no_random_numbers():
-    model = FCMAE(tiny(backend="minkowski", dims=(24, 40, 56, 72)))  # widths that no other test uses: not cached
+    model = FCMAE(*tiny(backend="minkowski", dims=(24, 40, 56, 72)))  # widths that no other test uses: not cached
     visible, image = masks(1, (4, 4), 0.6), torch.randn(1, 3, 32, 32)
     before = torch.get_rng_state()
     model(image, visible)
@@ -98,7 +98,7 @@ def test_building_it_draws_no_random_numbers():
 @pytest.mark.parametrize("grn_scope", ["image", "batch"])
 def test_pretraining_gives_the_same_losses(grn_scope, digits, tmp_path):
     common = ["--data.path", digits, "--run.folder", tmp_path, "--optim.epochs", "1", "--optim.batch_size", "240"]
-    common += ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--model.decoder_dim", "16"]
+    common += ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--objective.decoder_dim", "16"]
     common += ["--data.workers", "0", "--run.log_every", "1", "--run.device", "cpu", "--model.grn_scope", grn_scope]
     for backend in ("packed", "minkowski"):
         run("python", "pretrain/main.py", *common, "--run.name", backend, "--model.backend", backend)

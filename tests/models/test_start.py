@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from configs.schema import Data, PretrainModel
+from configs.schema import Data
 from models.convnext import ConvNeXt
-from models.fcmae import FCMAE
+from models.fcmae import FCMAE, from_flat
 from models.formats.write import FORMATS, write_weights
 from models.start import Init, open_init, start_autoencoder, start_classifier, with_statistics
 from models.weights import other_channels
@@ -97,15 +97,15 @@ def test_other_channels_of_the_prediction_layer():
 @pytest.mark.parametrize("channels", [3, 4])
 def test_pretraining_goes_on_with_the_decoder(channels, form, start, capsys):
     weights = autoencoder(decoder_dim=24, **SMALL)
-    config = PretrainModel(decoder_dim=24, channels=channels, **SMALL)
-    model = FCMAE(config)
+    given = from_flat({"decoder_dim": 24, "channels": channels, **SMALL})
+    model = FCMAE(*given)
     start_autoencoder(model, start(weights, form))
     assert has(capsys.readouterr().out, "stem adapted") == (channels == 4)
     state = model.state_dict()
     adapted = other_channels(weights.encoder | weights.decoder, channels)
     assert_same({name: state[name] for name in weights.decoder}, {name: adapted[name] for name in weights.decoder})
     if channels == 3:
-        reference = FCMAE(config)
+        reference = FCMAE(*given)
         reference.load_state_dict({f"encoder.{k}": t for k, t in weights.encoder.items()} | weights.decoder)
         image, visible = torch.randn(2, 3, 96, 96), masks(2, (3, 3), 0.6)
         assert torch.equal(model(image, visible), reference(image, visible))
@@ -114,7 +114,7 @@ def test_pretraining_goes_on_with_the_decoder(channels, form, start, capsys):
 @pytest.mark.parametrize("form", ["official", "timm", "transformers", "mmpretrain"])
 def test_pretraining_from_an_encoder(form, start, capsys):
     weights = classifier(**SMALL)
-    model = FCMAE(PretrainModel(**SMALL))
+    model = FCMAE(*from_flat(SMALL))
     fresh = model.mask_token.clone()
     start_autoencoder(model, start(weights, form))
     assert has(capsys.readouterr().out, "no decoder new")
@@ -124,9 +124,9 @@ def test_pretraining_from_an_encoder(form, start, capsys):
 
 def test_settings_that_differ_are_logged(start, capsys):
     weights = autoencoder(grn_scope="batch", norm_pix=False, **SMALL)
-    start_autoencoder(FCMAE(PretrainModel(**SMALL)), start(weights, "official-sparse"))
+    start_autoencoder(FCMAE(*from_flat(SMALL)), start(weights, "official-sparse"))
     said = capsys.readouterr().out
-    assert has(said, "model.grn_scope batch image model.norm_pix False True")
+    assert has(said, "model.grn_scope batch image objective.norm_pix False True")
 
 
 @pytest.mark.parametrize(
@@ -135,13 +135,13 @@ def test_settings_that_differ_are_logged(start, capsys):
         ({}, "set --model.name convnextv2_atto --model.depths [1,2,1,1] --model.dims [8,16,24,32]$"),
         ({**SMALL, "stem_stride": 2}, "set .*--model.stem_stride 4$"),
         ({**SMALL, "name": "convnext_tiny"}, "set --model.name convnextv2_atto"),
-        ({**SMALL, "decoder_dim": 48}, "decoder.* set --model.decoder_dim 512"),
-        ({**SMALL, "decoder_depth": 3}, "set --model.decoder_dim 512 --model.decoder_depth 1"),
+        ({**SMALL, "decoder_dim": 48}, "decoder.* set --objective.decoder_dim 512"),
+        ({**SMALL, "decoder_depth": 3}, "set --objective.decoder_dim 512 --objective.decoder_depth 1"),
     ],
 )
 def test_another_model_names_the_keys_to_set(settings, says, start):
     with pytest.raises(UserError, match=says.replace("[", r"\[")):
-        start_autoencoder(FCMAE(PretrainModel(**settings)), start(autoencoder(**SMALL)))
+        start_autoencoder(FCMAE(*from_flat(settings)), start(autoencoder(**SMALL)))
 
 
 def test_statistics_belong_to_the_weights():

@@ -7,7 +7,8 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import Encoder
-from models.convnext import ConvNeXt, resolve
+from models.convnext import ConvNeXt
+from models.sizes import resolve
 from models.weights import Weights, cpu_state, load, load_strict, save
 from tests.conftest import names
 

@@ -152,7 +152,7 @@ def test_rectangular_images_of_four_channels(tmp_path):
     command = words(
         tmp_path / "out", tmp_path, "npy", "--data.size", "[32,48]", "--model.channels", "4", "--model.stem_stride", "2"
     )
-    run("python", "pretrain/main.py", *command, "--optim.batch_size", "8", "--model.mask_ratio", "0.5")
+    run("python", "pretrain/main.py", *command, "--optim.batch_size", "8", "--objective.mask_ratio", "0.5")
     assert load(tmp_path / "npy/fcmae.pt").arch.channels == 4
 
 
@@ -192,9 +192,9 @@ def test_bad_input_that_a_rank_finds(more, says, digits, tmp_path):
 
 def test_resuming_with_another_configuration_shows_the_difference(digits, pretrained):
     before = (pretrained / "log.jsonl").read_bytes()
-    command = words(digits, pretrained.parent, "one", "--optim.lr", "1", "--model.mask_ratio", "0.5")
+    command = words(digits, pretrained.parent, "one", "--optim.lr", "1", "--objective.mask_ratio", "0.5")
     done = run("python", "pretrain/main.py", *command, code=2)
-    assert "model.mask_ratio 0.6 -> 0.5; optim.lr 0.004 -> 1.0" in done.stderr
+    assert "objective.mask_ratio 0.6 -> 0.5; optim.lr 0.004 -> 1.0" in done.stderr
     done = run("python", "pretrain/main.py", *words(digits, pretrained.parent, "one", "--resume", "never"), code=2)
     assert "--run.name" in done.stderr
     assert (pretrained / "log.jsonl").read_bytes() == before

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.errors import UserError
-from configs.schema import Data, Optim, Pretrain, PretrainModel, Probe
+from configs.schema import Data, FCMAESettings, Optim, Pretrain, PretrainModel, Probe
 from launch.training.world import World
 from models.fcmae import FCMAE
 from models.weights import load
-from pretrain.online_eval import Probing, probe_splits
+from pretrain.online_eval import OnlineEval, probe_splits
 from tests.conftest import has, losses, run, run_ranks
 from tests.pretrain import test_main
 
@@ -92,28 +93,32 @@ def test_on_two_ranks_with_divided_weights(digits, tmp_path):
     assert list(found.values())[-1] == offline
 
 
-def test_the_watchdog_knows_where_it_is_and_the_model_stays_in_training(digits):
-    places, told = [], {}
-    small = PretrainModel(channels=1, stem_stride=1, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), decoder_dim=8)
+def test_steps_are_watched_and_the_model_stays_in_training(digits):
+    places = []
+
+    def watch(steps, count, what):
+        for i, step in enumerate(steps, 1):
+            places.append(f"{what}, {i} of {count}")
+            yield step
+
+    small = PretrainModel(channels=1, stem_stride=1, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
     data, optim, asked = Data(path=str(digits), size=24, workers=0), Optim(batch_size=16), Probe(every=1, images=40)
-    config, model = Pretrain(model=small, data=data, optim=optim, probe=asked), FCMAE(small).train()
-    training = SimpleNamespace(
-        world=World(0, 1, torch.device("cpu")),
-        engine=SimpleNamespace(module=model, zero_optimization_stage=lambda: 1),
-        log=SimpleNamespace(say=lambda line: None, scores=lambda step, name, values: told.update({name: values})),
-        watchdog=SimpleNamespace(at=places.append),
-    )
+    config = Pretrain(model=small, data=data, optim=optim, probe=asked)
+    model = FCMAE(small, FCMAESettings(decoder_dim=8)).train()
+    engine = SimpleNamespace(model=model, precision="fp32", whole_weights=nullcontext)
+    world = World(0, 1, torch.device("cpu"))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         before = torch.get_rng_state()
-        Probing(config, training, probe_splits(config), (torch.zeros(1), torch.ones(1))).score(1, 6)
+        online = OnlineEval(config, probe_splits(config), ((0.0,), (1.0,)), world)
+        report = online.evaluate(engine, 1, watch)
     finally:
         torch.distributed.destroy_process_group()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in model.modules())
     steps = [f"{split} {i} 3" for split in ("train", "val") for i in (1, 2, 3)]
     assert all(has(place, words) for place, words in zip(places, [*steps, "1"], strict=True))
-    assert told["knn"].keys() == {"top1_k10", "top5_k10", "top1_k20", "top5_k20"}
+    assert report.scores["knn"].keys() == {"top1_k10", "top5_k10", "top1_k20", "top5_k20"}
 
 
 @pytest.mark.parametrize(

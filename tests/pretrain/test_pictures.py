@@ -12,7 +12,7 @@ from tests.models.helpers import masks, random_weights, tiny
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_visible_patches_are_pasted_and_hidden_ones_predicted(norm_pix):
-    model = FCMAE(tiny(norm_pix=norm_pix))
+    model = FCMAE(*tiny(norm_pix=norm_pix))
     random_weights(model)
     visible, image = masks(2, (2, 3), 0.6), torch.randn(2, 3, 16, 24)
     with torch.no_grad():
@@ -26,7 +26,7 @@ def test_visible_patches_are_pasted_and_hidden_ones_predicted(norm_pix):
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_the_grid_shows_any_number_of_channels(channels):
-    model = FCMAE(tiny(channels=channels))
+    model = FCMAE(*tiny(channels=channels))
     visible, image = masks(5, (2, 2), 0.6), torch.randn(5, channels, 16, 16)
     with torch.no_grad():
         picture = reconstruction_grid(model, image, visible, torch.zeros(channels), torch.ones(channels))
@@ -37,7 +37,7 @@ def test_the_grid_shows_any_number_of_channels(channels):
 @torch.no_grad()
 def test_feature_distance(name):
     """The mean over all pairs of channels, images and blocks of a stage, of what fc2 takes in."""
-    encoder, image = FCMAE(tiny(name)).encoder, torch.randn(2, 3, 32, 32)
+    encoder, image = FCMAE(*tiny(name)).encoder, torch.randn(2, 3, 32, 32)
     random_weights(encoder)
     found = feature_distance(encoder, image)
     inputs = []
@@ -52,7 +52,7 @@ def test_feature_distance(name):
 
 @torch.no_grad()
 def test_feature_distance_of_alike_and_of_unrelated_channels():
-    encoder, image = FCMAE(tiny()).encoder, torch.randn(2, 3, 64, 64)
+    encoder, image = FCMAE(*tiny()).encoder, torch.randn(2, 3, 64, 64)
     for stage in encoder.stages:
         stage.blocks[0].mlp.fc1.weight[1:] = stage.blocks[0].mlp.fc1.weight[0]
     found = feature_distance(encoder, image)

@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.command import to_dict
 from configs.errors import UserError
-from configs.schema import PretrainModel
 from models.convnext import ConvNeXt
-from models.fcmae import FCMAE
+from models.fcmae import FCMAE, flat_config, from_flat
 from models.weights import Weights, cpu_state, load, save, split_by_prefix
 from pretrain.pictures import CAPTION, COLUMNS
 from pretrain.reconstruct import main
@@ -21,10 +19,10 @@ IMAGE = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
 
 @pytest.fixture
 def weights(tmp_path):
-    config = PretrainModel(decoder_dim=16, **SHAPE)
-    decoder, _ = split_by_prefix(cpu_state(FCMAE(config)), ("proj.", "mask_token", "decoder.", "pred."))
-    model = FCMAE(config)
-    content = Weights(model.encoder.arch, IMAGE, cpu_state(model.encoder), decoder, to_dict(config))
+    given = from_flat({"decoder_dim": 16, **SHAPE})
+    decoder, _ = split_by_prefix(cpu_state(FCMAE(*given)), ("proj.", "mask_token", "decoder.", "pred."))
+    model = FCMAE(*given)
+    content = Weights(model.encoder.arch, IMAGE, cpu_state(model.encoder), decoder, flat_config(*given))
     save(tmp_path / "fcmae.pt", content)
     return tmp_path / "fcmae.pt"
 

@@ -17,13 +17,16 @@ IDENTITY = {"seed": 1, "optim": {"zero_stage": 1}}
 
 
 class Engine:
-    """Stands in for DeepSpeed's: writes two files."""
+    """Stands in for the real one: writes two files."""
 
-    def save_checkpoint(self, folder, tag, client_state, save_latest):
-        path = checkpoints.Path(folder) / tag
+    def save(self, folder, tag, state):
+        path = folder / tag
         path.mkdir()
-        (path / "weights").write_text(json.dumps(client_state))
+        (path / "weights").write_text(json.dumps(state))
         (path / "optimizer").write_bytes(bytes(1000))
+
+    def load(self, folder, tag, universal=False):
+        return json.loads((folder / tag / "weights").read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +34,10 @@ def one_process(monkeypatch):
     monkeypatch.setattr(checkpoints, "barrier", lambda: None)
     monkeypatch.setattr(checkpoints, "agree", lambda value: value)
     monkeypatch.setattr(checkpoints, "gather", lambda value: [value])
-    monkeypatch.setattr(checkpoints, "load_engine", load)
-
-
-def load(engine, folder, tag, universal=False):
-    return json.loads((folder / tag / "weights").read_text())
 
 
 def of(run, config=IDENTITY, world=ALONE, keep=3):
-    return checkpoints.Checkpoints(run, Engine(), config, world, keep)
+    return checkpoints.Checkpoints(run, Engine(), config, world, keep, frozenset({"run.log_every"}))
 
 
 def save(run, *steps, keep=3, config=IDENTITY, scores=None):
@@ -130,9 +128,7 @@ def test_another_number_of_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(
         checkpoints, "to_universal", lambda source, target: converted.append(source) or target.mkdir(parents=True)
     )
-    monkeypatch.setattr(
-        checkpoints, "load_engine", lambda engine, folder, tag, universal=False: {"training": universal}
-    )
+    monkeypatch.setattr(Engine, "load", lambda engine, folder, tag, universal=False: universal)
     for stage, expected in ((0, False), (1, True), (2, True)):
         run = tmp_path / str(stage)
         save(run, 5, config={"optim": {"zero_stage": stage}})
@@ -189,7 +185,7 @@ def test_a_failed_save_leaves_the_one_before(error, tmp_path, monkeypatch):
         raise error
 
     made = of(tmp_path)
-    monkeypatch.setattr(made.engine, "save_checkpoint", fail, raising=False)
+    monkeypatch.setattr(made.engine, "save", fail)
     with pytest.raises(UserError, match=r"step 2 .*step-00000001"):
         made.save(2, {})
     assert whole(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob(".*"))

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from configs.schema import Augment, Data, Encoder, Finetune, Optim, Pretrain, PretrainModel, Run
+from configs.schema import Augment, Data, Encoder, FCMAESettings, Finetune, Optim, Pretrain, PretrainModel, Run
 from finetune.layer_decay import layer_decay
-from launch.training.dry_run import PIECES, PROBE, activations, example, plan, saved, schedule, states
-from launch.training.engine import parameter_groups
+from launch.training.dry_run import PIECES, PROBE, activations, plan, saved, schedule, states
+from launch.training.parameter_groups import parameter_groups
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
+from pretrain.objectives.fcmae import Objective
 from tests.conftest import QUICK, ROOT, TINY, run
 from tests.models.helpers import tiny
 
@@ -23,8 +24,9 @@ import gc, json, sys, warnings
 warnings.simplefilter("ignore")
 sys.path[:0] = [sys.argv[1]]
 import torch
-from configs.schema import Optim, PretrainModel, Run
-from launch.training.engine import build_engine, parameter_groups
+from configs.schema import FCMAESettings, Optim, PretrainModel, Run
+from launch.training.engine import Engine, bucket_size
+from launch.training.parameter_groups import parameter_groups
 from launch.training.world import start, stop
 from models.fcmae import FCMAE
 
@@ -38,8 +40,7 @@ def held():
 
 def train(engine):
     image, visible = torch.rand(1, 3, 64, 64), torch.tensor([[[True, False], [False, False]]])
-    engine.backward(engine(image, visible))
-    engine.step()
+    engine.step(engine(image, visible))
 
 
 world = start(Run(device="cpu"))
@@ -47,16 +48,17 @@ gc.freeze()  # what is there now is not looked through again
 counts = {}
 for stage in json.loads(sys.argv[2]):
     before = held()
-    model = FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)))
+    model = FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)), FCMAESettings())
     groups = parameter_groups(model, Optim())
     optim = Optim(batch_size=2 * world.ranks, micro_batch=1, zero_stage=stage)
-    engine = build_engine(model, groups, optim, world)
+    engine = Engine(model, groups, optim, world)
     for _ in range(2):
         train(engine)
     step = held() - before
     train(engine)
-    counts[stage] = {"step": step, "micro": held() - before, "bucket": engine.zero_reduce_bucket_size()}
-    engine.destroy()
+    parameters = sum(p.numel() for p in model.parameters())
+    counts[stage] = {"step": step, "micro": held() - before, "bucket": bucket_size(parameters)}
+    engine.close()
     del engine, model, groups
 if world.first:
     print(json.dumps(counts))
@@ -65,19 +67,21 @@ stop()
 
 
 def pretraining(model: PretrainModel | None = None, size: int = 32, **optim) -> tuple[Pretrain, FCMAE]:
-    config = Pretrain(
-        data=Data(size=size), model=model or tiny(), optim=Optim(**optim), run=Run(name="x", device="cpu")
-    )
-    return config, FCMAE(config.model)
+    own, settings = (model, FCMAESettings()) if model else tiny()
+    data, run = Data(size=size), Run(name="x", device="cpu")
+    config = Pretrain(data=data, model=own, objective=settings, optim=Optim(**optim), run=run)
+    return config, FCMAE(own, settings)
 
 
 def measured(model: FCMAE, micro: int, low: bool = False) -> int:
-    config = Pretrain(data=Data(size=32), model=model.config)
-    return activations(model, [example(config, model.encoder.arch, count) for count in PROBE], micro, low)
+    return activations(model, [inputs(model, count) for count in PROBE], micro, low)
 
 
-def inputs(model: FCMAE, count: int) -> list[torch.Tensor]:
-    return example(Pretrain(data=Data(size=32), model=model.config), model.encoder.arch, count)
+def inputs(model: FCMAE, count: int, size: int = 32) -> tuple[torch.Tensor, ...]:
+    """Images of noise and masks, as the autoencoder takes them."""
+    objective = Objective(Pretrain(data=Data(size=size), model=model.config))
+    image = torch.rand(count, model.config.channels, size, size)
+    return objective.inputs(image, objective.example(count))
 
 
 def table(text: str, title: str) -> list[list[str]]:
@@ -193,7 +197,7 @@ def test_memory_as_counted_in_an_engine(ranks, stages, tmp_path):
     launcher = ["python"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
     done = run(*launcher, tmp_path / "count.py", ROOT, json.dumps(stages))
     counted = json.loads(done.stdout.splitlines()[-1])
-    groups = parameter_groups(FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1))), Optim())
+    groups = parameter_groups(FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)), FCMAESettings()), Optim())
     sizes = [sum(p.numel() for p in group["params"]) for group in groups]
     for stage in stages:
         count, held = counted[str(stage)], states(sizes, ranks, stage)
@@ -210,7 +214,7 @@ def test_memory_as_counted_in_an_engine(ranks, stages, tmp_path):
 
 
 def test_activations_are_linear_in_the_micro_batch():
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     for low in (False, True):
         assert measured(model, 16, low) == pytest.approx(saved(model, inputs(model, 16), low)[0], rel=1e-3)
     assert measured(model, 30) == pytest.approx(3 * measured(model, 10), rel=1e-3)
@@ -218,9 +222,9 @@ def test_activations_are_linear_in_the_micro_batch():
 
 
 def test_recomputing_keeps_less_but_what_is_recomputed_at_once():
-    plain, kept, stored = FCMAE(tiny()), {}, {}
+    plain, kept, stored = FCMAE(*tiny()), {}, {}
     for mode in ("none", *PIECES):
-        model = FCMAE(tiny(recompute=mode))
+        model = FCMAE(*tiny(recompute=mode))
         stored[mode], _ = saved(model, inputs(model, 4), False)
         kept[mode] = measured(model, 4)
         assert model.encoder.recompute == mode
@@ -233,9 +237,9 @@ def test_recomputing_keeps_less_but_what_is_recomputed_at_once():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mode", ["none", "mlp", "block"])
 def test_activations_as_a_gpu_allocates_them(mode):
-    config, model = pretraining(PretrainModel("convnextv2_atto", recompute=mode), size=224)
+    _, model = pretraining(PretrainModel("convnextv2_atto", recompute=mode), size=224)
     model.cuda()
-    probes = [example(config, model.encoder.arch, count) for count in (*PROBE, 32)]
+    probes = [inputs(model, count, 224) for count in (*PROBE, 32)]
     batch = [tensor.cuda() for tensor in probes.pop()]
     with torch.autocast("cuda", torch.bfloat16):
         model(*batch)  # kernels are compiled

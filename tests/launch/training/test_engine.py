@@ -1,27 +1,20 @@
 """What stands between the schema and DeepSpeed."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from configs.errors import UserError, run_main
 from configs.schema import Optim
-from launch.training import engine
+from launch.training.parameter_groups import parameter_groups
+from launch.training.precision import precision
 from models.fcmae import FCMAE
 from tests.models.helpers import tiny
 
 
-def test_the_learning_rate_of_a_group_is_scaled():
-    groups = [{"lr": 0, "lr_scale": 1.0}, {"lr": 0, "lr_scale": 0.25}]
-    engine.set_lr(SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups)), 0.8)
-    assert [group["lr"] for group in groups] == [0.8, 0.2]
-
-
 def test_the_mask_token_grn_and_biases_have_no_decay():
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = engine.parameter_groups(model, Optim())
+    groups = parameter_groups(model, Optim())
     assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
     for group in groups:
         for parameter in group["params"]:
@@ -32,9 +25,9 @@ def test_the_mask_token_grn_and_biases_have_no_decay():
 
 
 def test_decay_rules():
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     rules = {"encoder.*": 0.2, "*.grn.*": 0.01, "encoder.stem.*": 0}
-    groups = engine.parameter_groups(model, Optim(decay_rules=rules), lambda name: 0.5 if "decoder" in name else 1.0)
+    groups = parameter_groups(model, Optim(decay_rules=rules), lambda name: 0.5 if "decoder" in name else 1.0)
     found = {id(p): (group["weight_decay"], group["lr_scale"]) for group in groups for p in group["params"]}
     decay = {name: found[id(p)] for name, p in model.named_parameters()}
     assert len(found) == len(decay)
@@ -46,47 +39,26 @@ def test_decay_rules():
     )
     assert decay["pred.weight"] == (0.05, 1) and decay["decoder.0.mlp.fc1.bias"] == (0, 0.5)
     with pytest.raises(UserError, match=r"stages\.9\.\* .*--dry-run"):
-        engine.parameter_groups(model, Optim(decay_rules={"stages.9.*": 1}))
+        parameter_groups(model, Optim(decay_rules={"stages.9.*": 1}))
 
 
 def test_frozen_parameters_are_in_no_group():
-    model = FCMAE(tiny())
+    model = FCMAE(*tiny())
     model.encoder.requires_grad_(False)
-    groups = engine.parameter_groups(model, Optim())
+    groups = parameter_groups(model, Optim())
     trained = {id(p) for group in groups for p in group["params"]}
     assert trained == {id(p) for name, p in model.named_parameters() if not name.startswith("encoder.")}
 
 
-@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
-def test_without_zero_a_step_is_measured_clipped_or_skipped(bad):
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    optimizer.register_step_pre_hook(lambda *_: engine._measure(optimizer, clip=2.5, scale=None))
-    for gradient in ([3.0, 0, 4], [3.0, 0, bad or 4]):
-        weight.grad = torch.tensor(gradient)
-        before, state = weight.clone(), {name: x.clone() for name, x in optimizer.state[weight].items()}
-        optimizer.step()
-    if bad is None:
-        assert (
-            optimizer._global_grad_norm == 5
-            and weight.grad.tolist() == pytest.approx([1.5, 0, 2])
-            and not optimizer.overflow
-        )
-        assert optimizer.state[weight]["step"] == 2 and not torch.equal(weight, before)
-    else:
-        assert optimizer.overflow and torch.equal(weight, before) and state["step"] == 1
-        assert all(torch.equal(x, state[name]) for name, x in optimizer.state[weight].items())
-
-
 def test_precision(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert engine.precision(Optim(), cpu) == "fp32"
-    assert engine.precision(Optim(precision="bf16"), cpu) == "bf16"
+    assert precision(Optim(), cpu) == "fp32"
+    assert precision(Optim(precision="bf16"), cpu) == "bf16"
     for supported, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
-        assert engine.precision(Optim(), cuda) == expected
+        assert precision(Optim(), cuda) == expected
     with pytest.raises(UserError, match="no bf16"):
-        engine.precision(Optim(precision="bf16"), cuda)
+        precision(Optim(precision="bf16"), cuda)
 
 
 @pytest.mark.parametrize(("rank", "says"), [("0", "error: x"), ("1", "error: [rank 1] x")])

@@ -30,7 +30,7 @@ def part(loss, *samples):
 
 
 def test_a_skipped_step_names_its_samples(log):
-    found = Faults(2, 0.1, log)
+    found = Faults(2, 0.1, [], log)
     found.skip(7, [part(1.0, 5, 3), part(float("nan"), 9, 8)])
     found.skip(8, [part(1.0, 5, 3), part(2.0, 9, 8)])
     assert entries(log) == [
@@ -42,12 +42,12 @@ def test_a_skipped_step_names_its_samples(log):
 
 
 def test_applied_steps_begin_a_new_row_and_the_count_survives(log):
-    found = Faults(1, 0.1, log)
+    found = Faults(1, 0.1, [], log)
     for step in range(5):
         found.skip(step, [part(float("nan"), 1)])
         found.applied()
     found.skip(5, [part(float("nan"), 1)])
-    again = Faults(1, 0.1, log)
+    again = Faults(1, 0.1, [], log)
     again.load_state(json.loads(json.dumps(found.state())))
     assert again.skipped == 6
     with pytest.raises(UserError):
@@ -56,7 +56,9 @@ def test_applied_steps_begin_a_new_row_and_the_count_survives(log):
 
 def loader(size):
     split = type("Split", (), {"name": "train", "__len__": lambda self: size})()
-    return SimpleNamespace(samples=SimpleNamespace(split=split, complaint=lambda sample: f"sample {sample} is cut"))
+    return SimpleNamespace(
+        samples=SimpleNamespace(split=split, describe_damage=lambda sample: f"sample {sample} is cut")
+    )
 
 
 def batch(*samples, damaged=()):
@@ -64,20 +66,20 @@ def batch(*samples, damaged=()):
 
 
 def test_damaged_images_are_named_once_and_counted(log):
-    found, source = Faults(1, 0.02, log), loader(100)
-    found.watch(source.samples.split)
-    found.see(source, batch(1, 2))
-    assert not found.news
-    found.see(source, batch(3, 4, damaged=[4]))
-    found.see(source, batch(4, 5, damaged=[4]))
-    found.tell(10)
-    found.see(source, batch(4, 5, damaged=[4, 5]))
-    found.tell(20)
-    told = [entry["damaged"]["sample"] for entry in entries(log)]
-    assert told == [4, 5] and entries(log)[0]["damaged"]["error"] == "sample 4 is cut"
-    again = Faults(1, 0.02, log)
-    again.watch(source.samples.split)
+    source = loader(100)
+    splits = [source.samples.split]
+    found = Faults(1, 0.02, splits, log)
+    found.note_damaged(source, batch(1, 2))
+    assert not found.has_news
+    found.note_damaged(source, batch(3, 4, damaged=[4]))
+    found.note_damaged(source, batch(4, 5, damaged=[4]))
+    found.report_damaged(10)
+    found.note_damaged(source, batch(4, 5, damaged=[4, 5]))
+    found.report_damaged(20)
+    reported = [entry["damaged"]["sample"] for entry in entries(log)]
+    assert reported == [4, 5] and entries(log)[0]["damaged"]["error"] == "sample 4 is cut"
+    again = Faults(1, 0.02, splits, log)
     again.load_state(json.loads(json.dumps(found.state())))
-    again.see(source, batch(4, 6, damaged=[4, 6]))
+    again.note_damaged(source, batch(4, 6, damaged=[4, 6]))
     with pytest.raises(UserError, match=r"3 of 100 images .*train.* data\.max_damaged 0\.02"):
-        again.tell(30)
+        again.report_damaged(30)

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from configs.errors import UserError
 from configs.schema import Data, Encoder
-from data.loader import open_split
+from data.shards import open_split
 from data.transforms import EvalTransform
 from launch.training import feature_eval as probe
 from launch.training.feature_eval import KS, Features, check_labels, features, knn, linear, probe_loader
@@ -114,8 +114,8 @@ def test_images_are_spread_over_the_split(alone, digits):
 def test_damaged_images_and_fillings_are_left_out(alone, digits):
     split = open_split(Data(path=str(digits)), "val")
     loader = probe_loader(split, 10, EvalTransform((24, 24), 1), 1, Data(workers=0), 8, alone)
-    read, bad = split.read, loader.batches.ids[3]
-    split.read = lambda sample: (b"no picture", 0) if sample == bad else read(sample)
+    load, bad = loader.samples.load, loader.batches.ids[3]
+    loader.samples.load = lambda sample: (None, "damaged") if sample == bad else load(sample)
     loader.batches.ids += [-1, -1]
     found = features(ConvNeXt(TINY), loader, alone, torch.zeros(1), torch.ones(1), "fp32", watch)
     assert found.sample.tolist() == [i for i in loader.batches.ids if i not in (bad, -1)]

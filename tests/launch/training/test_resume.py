@@ -121,7 +121,7 @@ def test_zero_3_does_not_change_its_ranks(digits, tmp_path):
     [
         (["--run.seed", "1"], "run.seed 0 -> 1"),
         (["--optim.batch_size", "120"], "optim.batch_size 240 -> 120"),
-        (["--model.mask_ratio", ".5"], "model.mask_ratio 0.6 -> 0.5"),
+        (["--objective.mask_ratio", ".5"], "objective.mask_ratio 0.6 -> 0.5"),
         (["--model.dims", "[8,16,16,24]"], "model.dims [8, 16, 16, 16] -> [8, 16, 16, 24]"),
         (["--data.path", "OTHER"], "data_digest"),
     ],

@@ -1,6 +1,7 @@
 """Which rank a process is, and what ranks do together."""
 
 import os
+import signal
 from unittest import mock
 
 import pytest
@@ -76,12 +77,59 @@ def test_a_lost_connection_and_a_dead_loader_process_are_user_errors():
     with pytest.raises(LostPeer, match="rank"), world.peers():
         raise RuntimeError("[gloo/pair.cc:545] Read error: Connection reset by peer")
     with (
-        pytest.raises(UserError, match=r"loader process.* pid 7"),
+        pytest.raises(UserError, match=r"loader process.*pid 7"),
         world.peers(),
     ):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     with pytest.raises(RuntimeError, match="a mistake"), world.peers():
         raise RuntimeError("a mistake")
+
+
+def meet(rank: int, store: str) -> None:
+    """One of two ranks: the second dies, the first meets that as training would."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(store, 2), rank=rank, world_size=2)
+    if rank == 1:
+        os._exit(0)
+    try:
+        with world.peers():
+            world.barrier()
+            world.barrier()
+    except LostPeer:
+        os._exit(42)
+
+
+def test_a_rank_that_dies(tmp_path):
+    """The installed gloo says so in words that `peers` knows."""
+    context = torch.multiprocessing.get_context("fork")
+    ranks = [context.Process(target=meet, args=(rank, str(tmp_path / "store"))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [42, 0]
+
+
+class Deadly(torch.utils.data.Dataset):
+    """Its second sample kills the process that loads it."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        if index:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def test_a_loader_process_that_is_killed():
+    """The installed torch says so in words that `peers` knows."""
+    with pytest.raises(UserError, match="a loader process died"), world.peers():
+        list(torch.utils.data.DataLoader(Deadly(), num_workers=1))
+
+
+def test_an_error_of_nccl():
+    with pytest.raises(LostPeer), world.peers():
+        raise torch.distributed.DistBackendError("anything")
 
 
 def test_one_rank_agrees_with_itself_at_once():

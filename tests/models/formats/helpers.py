@@ -1,12 +1,11 @@
 """Weights with a different number at every place, and what a real file of each format is named."""
 
-from dataclasses import asdict
-
 import torch
 
-from configs.schema import Encoder, PretrainModel
-from models.convnext import ConvNeXt, resolve
-from models.fcmae import FCMAE
+from configs.schema import Encoder
+from models.convnext import ConvNeXt
+from models.fcmae import FCMAE, flat_config, from_flat
+from models.sizes import resolve
 from models.sparse.layouts import Dense
 from models.weights import Weights, split_by_prefix
 
@@ -44,13 +43,13 @@ def classifier(name: str = "convnextv2_atto", classes: int = 5, fill=natural, ch
 
 def autoencoder(name: str = "convnextv2_atto", fill=natural, channels: int = 3, **settings) -> Weights:
     """A masked autoencoder's weights."""
-    config = PretrainModel(name, channels=channels, **settings)
+    given = from_flat({"name": name, "channels": channels, **settings})
     with torch.device("meta"):
-        model = FCMAE(config)
+        model = FCMAE(*given)
     encoder, decoder = split_by_prefix(fill(model), "encoder.")
     encoder = {key.removeprefix("encoder."): tensor for key, tensor in encoder.items()}
     image = IMAGE | {key: [0.1 * (i + 1) for i in range(channels)] for key in ("mean", "std")}
-    return Weights(model.encoder.arch, image, encoder, decoder, asdict(config))
+    return Weights(model.encoder.arch, image, encoder, decoder, flat_config(*given))
 
 
 def assert_same(found: dict, expected: dict) -> None:

@@ -8,10 +8,10 @@ import torch
 import transformers
 
 from configs.errors import UserError
-from models.convnext import SIZES
 from models.formats.names import TABLES
 from models.formats.read import read_weights, translate
 from models.formats.write import FORMATS, how_to_load_backbone, to_form, write_weights
+from models.sizes import SIZES
 from tests.models.formats.helpers import (
     FILES,
     SMALL,

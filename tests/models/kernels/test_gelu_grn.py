@@ -50,7 +50,7 @@ def test_large_values_do_not_overflow(fused):  # noqa: F811
 @pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_atto"])
 def test_a_whole_autoencoder(name, fused):  # noqa: F811
     """Loss and all gradients of the packed encoder and the dense decoder, through every kernel."""
-    model = FCMAE(tiny(name, depths=(1, 1, 1, 1), dims=(3, 4, 5, 6), decoder_dim=4, mask_ratio=0.7)).to(DEVICE)
+    model = FCMAE(*tiny(name, depths=(1, 1, 1, 1), dims=(3, 4, 5, 6), decoder_dim=4, mask_ratio=0.7)).to(DEVICE)
     random_weights(model)
     visible, image = masks(1, (2, 2), 0.7).to(DEVICE), torch.randn(1, 3, 16, 16, device=DEVICE)
     found, expected = [], []
@@ -68,7 +68,7 @@ def test_a_whole_autoencoder(name, fused):  # noqa: F811
 
 
 def test_a_dense_classifier(fused):  # noqa: F811
-    config = tiny(depths=(1, 1, 1, 1), dims=(3, 4, 5, 6))
+    config, _ = tiny(depths=(1, 1, 1, 1), dims=(3, 4, 5, 6))
     model = ConvNeXt(config, classes=3).to(DEVICE)
     random_weights(model)
     image = torch.randn(1, 3, 8, 16, device=DEVICE)

@@ -1,0 +1,26 @@
+"""Configurations as plain values, and how two of them differ."""
+
+import dataclasses
+
+
+def to_dict(config: object) -> dict:
+    """A configuration as nested dicts of plain values, for config.yaml and checkpoints."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """Keys whose values differ between two configurations, like `optim.lr 0.001 -> 0.002`."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} {before} -> {after}")
+    return found

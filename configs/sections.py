@@ -1,0 +1,203 @@
+"""The sections about the model and its images. Each default stands here once; what a key means is the text beside it.
+
+What one section alone can tell about its own validity is checked here; what needs the model or the data is checked by
+their owners.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.errors import UserError
+from configs.keys import fixed, free, require
+
+CHANNELS, STEM_STRIDE = 3, 4  # defaults of a model
+PATCH_PER_STEM_STRIDE = 8  # three 2x2 downsamplings follow the stem: one token of the last stage covers one patch
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RECOMPUTE = (
+    "activation checkpointing: mlp = only the MLPs' hidden layers, most of the memory; block = whole blocks: least "
+    "memory, about a third more time"
+)
+
+
+def visible_patches(patches: int, mask_ratio: float) -> int:
+    """Number of visible patches of an image, at least one. The paper's ratio of .6 keeps int(49 x .4) = 19 of 49."""
+    return max(1, int(patches * (1 - mask_ratio) + 1e-6))  # 1 - .6 is a little under .4 in floating point
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A ConvNeXt."""
+
+    name: str | None = fixed(None, "model, by its timm name: convnextv2_{atto,...,huge} or convnext_{tiny,...,xlarge}")
+    channels: int | None = fixed(None, "input channels: 1 grey, 3 RGB, 4 RGBA; any number with .npy images")
+    stem_stride: Literal[1, 2, 4] | None = fixed(
+        None, "a masked patch is 8 x stem_stride pixels wide; use 1 or 2 for small images"
+    )
+    depths: tuple[int, int, int, int] | None = fixed(None, "blocks of each stage; null = as the model's name implies")
+    dims: tuple[int, int, int, int] | None = fixed(None, "width of each stage; null = as the model's name implies")
+
+    def __post_init__(self):
+        require(self.channels is None or self.channels > 0, "model.channels", self.channels, "positive")
+        for key in ("depths", "dims"):
+            values = getattr(self, key)
+            require(values is None or min(values) > 0, f"model.{key}", values, "four positive numbers")
+
+
+@dataclass(frozen=True)
+class PretrainModel(Encoder):
+    """The encoder in pretraining, and how it is computed."""
+
+    name: str = fixed("convnextv2_atto", "model, by its timm name: convnextv2_{atto,...,huge} or convnext_{...}")
+    channels: int = fixed(CHANNELS, "input channels: 1 grey, 3 RGB, 4 RGBA; any number with .npy images")
+    stem_stride: Literal[1, 2, 4] = fixed(
+        STEM_STRIDE, "a masked patch is 8 x stem_stride pixels wide; use 1 or 2 for small images"
+    )
+    backend: Literal["packed", "masked", "minkowski", "zeroed"] = fixed(
+        "packed",
+        "packed = visible tokens only (fast); masked = dense convolutions with a mask (reference); minkowski = sparse "
+        "convolutions of MinkowskiEngine, as in the published code (bash launch/install_minkowski.sh); zeroed = "
+        "ordinary convolutions on images with zeroed patches: worse, the paper's control",
+    )
+    grn_scope: Literal["image", "batch"] = fixed(
+        "image",
+        "GRN's norm is over: image = each image, as in the paper; batch = a rank's micro batch, as in the official "
+        "sparse code; only to continue or reproduce a run of that code",
+    )
+    recompute: Literal["none", "mlp", "block"] = fixed("none", RECOMPUTE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        scopes = ("image",) if self.backend == "zeroed" else ("image", "batch")
+        require(self.grn_scope in scopes, "model.grn_scope", self.grn_scope, f"image with backend {self.backend}")
+
+
+@dataclass(frozen=True)
+class FCMAESettings:
+    """The masked autoencoder's mask, decoder and target."""
+
+    mask_ratio: float = fixed(0.6, "share of the patches that is hidden")
+    decoder_dim: int = fixed(512, "width of the decoder")
+    decoder_depth: int = fixed(1, "ConvNeXt V2 blocks of the decoder")
+    norm_pix: bool = fixed(True, "predict pixels normalised within each patch, as in the paper")
+
+    def __post_init__(self):
+        require(0 < self.mask_ratio < 1, "objective.mask_ratio", self.mask_ratio, "between 0 and 1")
+        require(self.decoder_dim > 0, "objective.decoder_dim", self.decoder_dim, "positive")
+        require(self.decoder_depth > 0, "objective.decoder_depth", self.decoder_depth, "positive")
+
+
+@dataclass(frozen=True)
+class FinetuneModel(Encoder):
+    """The encoder in fine-tuning. Keys left null are read from the file of --init."""
+
+    like: str | None = fixed(None, "with --init none: pretraining recipe that supplies the keys left null")
+    drop_path: float = fixed(0.0, "stochastic depth of the last block; it grows linearly from 0 at the first")
+    freeze_encoder: bool = fixed(False, "train the head only")
+    recompute: Literal["none", "mlp", "block"] = fixed("none", RECOMPUTE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Shards written or indexed by `python data/prepare.py`."""
+
+    path: str = free(
+        "shards/digits", "folder with shards and index.json, or its URL: http(s)://, s3://, gs://, az:// or hf://"
+    )
+    split: str = fixed("train", "split to train on")
+    size: int | tuple[int, int] = fixed(224, "image side in pixels, or [height,width]")
+    crop_scale: tuple[float, float] = fixed((0.2, 1.0), "range of a random crop's area, as a share of the image")
+    crop_ratio: tuple[float, float] = fixed((3 / 4, 4 / 3), "range of a random crop's width / height")
+    interpolation: Literal["bicubic", "bilinear", "nearest", "random"] = fixed(
+        "bicubic", "how crops are resized; random = bilinear or bicubic in training, bicubic in evaluation"
+    )
+    hflip: float = fixed(0.5, "probability of a horizontal flip")
+    vflip: float = fixed(0.0, "probability of a vertical flip, for aerial or microscopic images")
+    repeats: int = fixed(1, "random crops of each image in a global batch, which then has fewer images")
+    mean: tuple[float, ...] | None = fixed(
+        None,
+        "mean of each channel, of pixels from 0 to 1; null = that of --init, else ImageNet's for 3 channels, or .5",
+    )
+    std: tuple[float, ...] | None = fixed(None, "standard deviation of each channel, likewise")
+    workers: int | None = free(
+        None,
+        "loader processes per rank; 0 = load in the training process; null = the rank's share of the cores, max. 8",
+    )
+    cache: str = free("~/.cache/convnext-fcmae", "folder for downloaded shards, shared by ranks and runs of a machine")
+    cache_gb: float = free(100.0, "maximum size of the cache, 10^9 bytes; least recently used shards are deleted first")
+    max_damaged: float = free(0.01, "share of a split's images that may be unreadable; they are replaced and reported")
+
+    def __post_init__(self):
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares with 0 < min <= max <= 1")
+        low, high = self.crop_ratio
+        require(0 < low <= high, "data.crop_ratio", self.crop_ratio, "two ratios with 0 < min <= max")
+        for key in ("hflip", "vflip"):
+            require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "a probability")
+        require(self.repeats > 0, "data.repeats", self.repeats, "positive")
+        require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "positive")
+        require(0 <= self.max_damaged <= 1, "data.max_damaged", self.max_damaged, "a share, 0 to 1")
+        require(min(self.height_width) > 0, "data.size", self.size, "positive")
+        require(self.std is None or min(self.std) > 0, "data.std", self.std, "positive")
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Image height and width, pixels."""
+        return (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+
+    @property
+    def eval_interpolation(self) -> str:
+        """How images are resized in evaluation."""
+        return "bicubic" if self.interpolation == "random" else self.interpolation
+
+    def grid(self, stem_stride: int) -> tuple[int, int]:
+        """Rows and columns of patches. Raises `UserError` if the patch does not divide the image."""
+        patch = PATCH_PER_STEM_STRIDE * stem_stride
+        height, width = self.height_width
+        if height % patch or width % patch:
+            near = [max(patch, round(side / patch) * patch) for side in (height, width)]
+            raise UserError(
+                f"data.size {height}x{width} is not a multiple of the patch, {patch} pixels (8 x model.stem_stride "
+                f"{stem_stride}): use {near[0]}x{near[1]} or another model.stem_stride"
+            )
+        return height // patch, width // patch
+
+    def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel. Raises `UserError` where their number is not `channels`."""
+        default = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
+        mean, std = self.mean or default[0], self.std or default[1]
+        for key, values in (("data.mean", mean), ("data.std", std)):
+            require(len(values) == channels, key, list(values), f"null, or {channels} numbers (model.channels)")
+        return tuple(mean), tuple(std)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Augmentation of images and averaging of weights, as in timm."""
+
+    auto_augment: str | None = fixed(
+        None,
+        "timm policy: RandAugment (rand-m9-mstd0.5-inc1), AutoAugment (original, originalr, v0, v0r), three-augment "
+        "(3a) or AugMix (augmix-m3-w3); null = off; 8-bit images with 3 channels only",
+    )
+    color_jitter: float = fixed(
+        0.0, "maximum relative change of brightness, contrast and saturation; 0 = off; 3 channels only"
+    )
+    erase: float = fixed(0.0, "probability of random erasing")
+    erase_mode: Literal["const", "rand", "pixel"] = fixed(
+        "pixel", "fill of erased areas: const = the mean, rand = one random colour, pixel = noise"
+    )
+    erase_count: int = fixed(1, "maximum number of erased areas per image")
+    ema: float = fixed(0.0, "decay of the exponential moving average of the weights; 0 = off")
+    eval_crop: float = fixed(0.875, "centre crop in evaluation, as a share of the side; 1 = squash without a crop")
+
+    def __post_init__(self):
+        require(0 <= self.erase <= 1, "augment.erase", self.erase, "a probability")
+        require(0 <= self.color_jitter <= 1, "augment.color_jitter", self.color_jitter, "from 0 to 1")
+        require(self.erase_count > 0, "augment.erase_count", self.erase_count, "positive")
+        require(0 <= self.ema < 1, "augment.ema", self.ema, "at least 0 and below 1")
+        require(0 < self.eval_crop <= 1, "augment.eval_crop", self.eval_crop, "above 0 and at most 1")

@@ -1,0 +1,123 @@
+"""Build a folder of shards from a source, or complete one after an interruption or damage."""
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.files import write_whole
+from data.index import describe
+from data.planning import PrepareOptions, ShardPlan, claim_folder, hold_out, plan_shards
+from data.pool import add_progress, run_tasks
+from data.repair import LOST, salvaged_shards
+from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
+from data.sources import Item, open_source
+
+
+def build(options: PrepareOptions) -> None:
+    """Write the shards of a source. After an interruption, a second run writes only the missing shards.
+
+    Raises:
+        UserError: the source cannot be read, or the folder has other content
+    """
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose another folder")
+    if out.exists() and not (out / "source.json").exists() and any(not f.name.startswith(".") for f in out.iterdir()):
+        raise UserError(f"{out} is not empty and was not made by this command: choose another folder")
+    created = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with open_source(options.source, out, options.no_labels) as items:
+            print(f"{options.source}: {len(items):,} images", flush=True)
+            _write_missing(options, items)
+    finally:
+        if created and out.exists() and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _write_missing(options: PrepareOptions, items: list[Item]) -> None:
+    """Write missing and damaged shards, then the index."""
+    out, splits = options.out, hold_out(items, options.val_fraction)
+    claim_folder(options, items)
+    for file in out.glob(".*.part"):  # left behind by a killed run
+        file.unlink()
+    classes = None if options.no_labels or items[0].label is None else sorted({item.label for item in items})
+    plans = plan_shards(out, splits, classes, options.shard_size)
+    done = _finished_shards(plans, options)
+    missing = [plan for plan in plans if plan not in done]
+    if not missing and (out / "index.json").exists() and not any(plan.record.exists() for plan in plans):
+        print(f"{out} is complete{', nothing is damaged' if options.repair else ' already'}")
+        return
+    if missing:
+        from data.writing import write_shard  # imports torch: here, so that the forked processes share it
+
+        write = partial(write_shard, resize=options.resize, quality=options.quality)
+        written = run_tasks(write, missing, options.workers, sum(len(plan.items) for plan in missing))
+        done |= dict(zip(missing, written, strict=True))
+    _finish(out, {plan: done[plan] for plan in plans}, classes)
+
+
+def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[ShardPlan, dict]:
+    """Records (see `write_shard`) of the finished shards, from index.json or left behind by an interrupted run.
+
+    Their sizes are checked, with `--repair` every byte. Shards that lost images to a repair without the source do not
+    count as finished.
+    """
+    out, records = options.out, {}
+    if (out / "index.json").exists():
+        listed = {shard.file: asdict(shard) for shards in read_index(out).splits.values() for shard in shards}
+        skipped = _skipped_lines(out)
+        for plan in plans:
+            if plan.path.name in listed:
+                lines = [skipped[item.name] for item, _ in plan.items if item.name in skipped]
+                records[plan] = {"shard": listed[plan.path.name], "skipped": lines}
+    records |= {plan: json.loads(plan.record.read_bytes()) for plan in plans if plan.record.exists()}
+    incomplete = salvaged_shards(out)
+    records = {plan: record for plan, record in records.items() if plan.path.name not in incomplete}
+    shards = [Shard(**record["shard"]) for record in records.values()]
+    if options.repair and shards:
+        check = partial(_check_every_byte, out=out)
+        damage = run_tasks(check, shards, options.workers, sum(shard.samples for shard in shards))
+    else:
+        damage = [find_damage(out, shard) for shard in shards]
+    for description in filter(None, damage):
+        print(f"{description}: rewriting it")
+    return {plan: record for (plan, record), found in zip(records.items(), damage, strict=True) if found is None}
+
+
+def _check_every_byte(shard: Shard, out: Path) -> str | None:
+    add_progress(shard.samples)
+    return find_damage(out, shard, digests=True)
+
+
+def _skipped_lines(out: Path) -> dict[str, str]:
+    """Lines `name: reason` of skipped.txt, by name; a name may contain `: ` itself, so every prefix is a key."""
+    path = out / "skipped.txt"
+    lines = path.read_bytes().decode().split("\n") if path.exists() else []
+    return {line[: colon.start()]: line for line in lines for colon in re.finditer(": ", line)}
+
+
+def _finish(out: Path, records: dict[ShardPlan, dict], classes: list[str] | None) -> None:
+    """Write skipped.txt and index.json, remove the records, print a summary."""
+    splits = defaultdict(list)
+    for plan, record in records.items():
+        splits[plan.path.name.rsplit("-", 1)[0]].append(Shard(**record["shard"]))
+    skipped = [line for record in records.values() for line in record["skipped"]]
+    if not any(shard.samples for shards in splits.values() for shard in shards):
+        for plan in records:
+            for file in (plan.path, index_file(plan.path), plan.record):
+                file.unlink()
+        (out / "source.json").unlink()
+        raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
+    if skipped:
+        write_whole(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
+        print(f"{len(skipped):,} damaged images were left out, listed in {out / 'skipped.txt'}")
+    write_index(out, Index(dict(splits), classes))
+    (out / LOST).unlink(missing_ok=True)  # images lost to a repair without the source are complete again
+    for plan in records:
+        plan.record.unlink(missing_ok=True)
+    describe(out)

@@ -1,0 +1,134 @@
+"""What goes into a folder of shards: options, held-out images, the images of each shard.
+
+A folder is marked in source.json with its source and options, so that a second run can only complete it.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs.errors import UserError
+from configs.files import write_whole
+from data.sources import Item
+
+ORDER_SEED = 0  # of the order of images in shards, and of the choice of held-out images
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What to write, and how.
+
+    Args:
+        source: `digits`, or the path of a folder or an archive
+        out: folder for the shards
+        resize: shrink images whose shorter side is longer, pixels; None = keep their size
+        quality: re-encode as JPEG of this quality, 1 to 100; None = keep the encoding
+        shard_size: maximum number of images in a shard
+        val_fraction: share of each class that is held out as split `val`
+        no_labels: folders are not classes
+        repair: check every byte of finished shards, and rewrite damaged ones
+        workers: number of processes
+    """
+
+    source: str
+    out: Path
+    resize: int | None
+    quality: int | None
+    shard_size: int
+    val_fraction: float
+    no_labels: bool
+    repair: bool
+    workers: int
+
+
+@dataclass(frozen=True, eq=False)
+class ShardPlan:
+    """One shard to write.
+
+    Args:
+        path: of the tar
+        items: images with their label numbers (None = no label)
+        first: number of the first image within the split
+    """
+
+    path: Path
+    items: list[tuple[Item, int | None]]
+    first: int
+
+    @property
+    def record(self) -> Path:
+        """File that marks the shard as complete until index.json lists it."""
+        return self.path.with_name(f".{self.path.stem}.record.json")
+
+
+def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
+    """Items of each split; `fraction` of each class of `train` moves to `val`, chosen by a hash of the name.
+
+    Raises:
+        UserError: the source has its own splits, or a split would be empty
+    """
+    splits = defaultdict(list)
+    for item in items:
+        splits[item.split].append(item)
+    if fraction == 0:
+        return dict(splits)
+    if "val" in splits or "train" not in splits:
+        raise UserError(f"--val-fraction splits train, but the source has its own splits: {', '.join(sorted(splits))}")
+    by_label = defaultdict(list)
+    for item in splits.pop("train"):
+        by_label[item.label].append(item)
+    for members in by_label.values():
+        members.sort(key=lambda item: hashlib.sha256(f"{ORDER_SEED} {item.name}".encode()).digest())
+        count = round(fraction * len(members))
+        splits["val"] += members[:count]
+        splits["train"] += members[count:]
+    if not splits["val"] or not splits["train"]:
+        raise UserError(f"--val-fraction {fraction} leaves a split empty: no class has enough images")
+    return dict(splits)
+
+
+def claim_folder(options: PrepareOptions, items: list[Item]) -> None:
+    """Write source.json, or check that it has the same source and options.
+
+    Raises:
+        UserError: the folder has another data set
+    """
+    content = hashlib.sha256("\n".join(f"{item.name} {item.stamp}" for item in items).encode()).hexdigest()[:16]
+    keys = ("resize", "quality", "shard_size", "val_fraction", "no_labels")
+    new = {"source": Path(options.source).name, "images": len(items), "content": content}
+    new |= {key: getattr(options, key) for key in keys}
+    path = options.out / "source.json"
+    if not path.exists():
+        write_whole(path, json.dumps(new, indent=1).encode())
+        return
+    try:
+        old = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{path} is damaged: delete {options.out} and run this again, or choose another folder"
+        ) from None
+    changes = [f"{key} was {old.get(key)}, is {new[key]}" for key in new if old.get(key) != new[key]]
+    if changes:
+        raise UserError(
+            f"{options.out} has another data set ({'; '.join(changes)}): choose another folder or delete it"
+        )
+
+
+def plan_shards(
+    out: Path, splits: dict[str, list[Item]], classes: list[str] | None, shard_size: int
+) -> list[ShardPlan]:
+    """The shards to write: each split in random order, divided evenly into shards of at most `shard_size` images."""
+    label_numbers = {name: i for i, name in enumerate(classes or [])}
+    plans = []
+    for split, items in sorted(splits.items()):
+        order = np.random.default_rng(ORDER_SEED).permutation(len(items))
+        first = 0
+        for i, part in enumerate(np.array_split(order, -(-len(items) // shard_size))):
+            members = [(items[k], label_numbers.get(items[k].label)) for k in part]
+            plans.append(ShardPlan(out / f"{split}-{i:06}.tar", members, first))
+            first += len(part)
+    return plans

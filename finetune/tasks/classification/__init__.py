@@ -1,0 +1,179 @@
+"""Classification, the default task: one class for each image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from configs.errors import UserError
+from configs.keys import fixed, require
+from configs.schema import Encoder, Finetune
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from data.loader import Transform
+    from data.shards import Split
+    from finetune.tasks.classification.scores import Predictions
+    from models.convnext import ConvNeXt
+    from models.start import Init
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Keys of the `task` section: labels, head and loss."""
+
+    smoothing: float = fixed(0.1, "label smoothing")
+    mixup: float = fixed(0.0, "alpha of mixup; 0 = off")
+    cutmix: float = fixed(0.0, "alpha of cutmix; 0 = off")
+    mix_prob: float = fixed(1.0, "probability of mixup or cutmix")
+    mix_switch: float = fixed(0.5, "probability of cutmix rather than mixup if both are on")
+    mix_mode: Literal["batch", "pair", "elem"] = fixed("batch", "granularity of mixup sampling: batch, pair or element")
+    head_init: float | None = fixed(
+        None, "scale of a new head's initial weights; null = .001 with --init, 1 from scratch"
+    )
+    balance: float = fixed(
+        0.0, "oversampling of rare classes, from 0 = none to 1 = all classes alike: weight n ** -balance for n images"
+    )
+    label_share: float = fixed(1.0, "share of each class's images to train on, drawn with run.seed")
+
+    def __post_init__(self):
+        require(0 <= self.smoothing < 1, "task.smoothing", self.smoothing, "at least 0 and below 1")
+        for key in ("mixup", "cutmix"):
+            require(getattr(self, key) >= 0, f"task.{key}", getattr(self, key), "0 or more")
+        for key in ("mix_prob", "mix_switch"):
+            require(0 <= getattr(self, key) <= 1, f"task.{key}", getattr(self, key), "a probability")
+        require(0 <= self.balance <= 1, "task.balance", self.balance, "from 0 to 1")
+        require(0 < self.label_share <= 1, "task.label_share", self.label_share, "above 0 and at most 1")
+
+
+class Task:
+    """Classifies images: a linear head on the mean token, cross entropy, accuracy.
+
+    Args:
+        config: of the run
+        train: split that is trained on
+        evaluation: split that is scored
+    Raises:
+        UserError: an image of either split has no label
+    """
+
+    metric = "top1"  # score that selects the best weights
+
+    def __init__(self, config: Finetune, train: Split, evaluation: Split):
+        self.config, self.train = config, train
+        for split in (train, evaluation):
+            if not train.classes or (split.labels() < 0).any():
+                raise UserError(
+                    f"{config.data.path}, split {split.name} has images without labels: fine-tuning needs one for each"
+                )
+        self.classes = train.classes
+        self.mixup, self.criterion = self._build_loss()
+
+    def describe(self) -> str:
+        """Part of the run's first line."""
+        return f"{len(self.classes)} classes"
+
+    def check_batch(self, micro: int) -> None:
+        """Raise `UserError` for mixup or cutmix with an odd micro batch."""
+        if micro % 2 and (self.config.task.mixup or self.config.task.cutmix):
+            raise UserError(f"task.mixup and cutmix pair images: optim.micro_batch {micro} must be even")
+
+    def train_transform(self, mean: tuple[float, ...]) -> Transform:
+        """Random crop and augmentation; `mean` [C] of the channels."""
+        from data.transforms import train_transform
+
+        return train_transform(self.config.data, self.config.augment, mean)
+
+    def eval_transform(self) -> Transform:
+        """Centre crop."""
+        from data.transforms import EvalTransform
+
+        data = self.config.data
+        return EvalTransform(data.height_width, self.config.augment.eval_crop, data.eval_interpolation)
+
+    def sample_weights(self) -> np.ndarray | None:
+        """How often each training image is drawn, as `EpochOrder` takes it; None = once an epoch."""
+        from data.sampler import class_weights, labelled_share
+
+        settings = self.config.task
+        if settings.label_share == 1 and not settings.balance:
+            return None
+        labels = self.train.labels()
+        used = labelled_share(labels, settings.label_share, self.config.run.seed)
+        return np.where(used, class_weights(labels, settings.balance), 0)
+
+    def build(self, arch: Encoder) -> ConvNeXt:
+        """The classifier with initial weights. A frozen encoder has no drop path and nothing to recompute."""
+        from models.convnext import ConvNeXt
+
+        settings = self.config.model
+        if not settings.freeze_encoder:
+            return ConvNeXt(arch, len(self.classes), settings.drop_path, settings.recompute)
+        model = ConvNeXt(arch, len(self.classes))
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+        return model
+
+    def load(self, model: ConvNeXt, init: Init | None) -> None:
+        """Start from the weights of --init; a head for other classes is replaced, and scaled by `head_init`."""
+        from models.start import start_classifier
+
+        if init is None or not start_classifier(model, init, self.classes):
+            scale = self.config.task.head_init
+            for parameter in model.head.fc.parameters():
+                parameter.data.mul_((1.0 if init is None else 0.001) if scale is None else scale)
+
+    def loss(self, model: Callable[[Tensor], Tensor], image: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Cross entropy [] of images [B, C, H, W] after mixup or cutmix; `model` gives logits [B, classes]."""
+        label = batch["label"].to(image.device, non_blocking=True)
+        if self.mixup:
+            image, label = self.mixup(image, label)
+        return self.criterion(model(image).float(), label)
+
+    def collect(self, output: Tensor, batch: dict[str, Tensor]) -> Predictions:
+        """Predictions for a batch, from logits [B, classes]."""
+        from finetune.tasks.classification.scores import collect
+
+        return collect(output, batch)
+
+    def join(self, parts: list[Predictions]) -> Predictions:
+        """Predictions for a split, from those of its batches or of all ranks."""
+        from finetune.tasks.classification.scores import join
+
+        return join(parts)
+
+    def restore(self, state: dict) -> Predictions:
+        """Predictions from their attributes, as a checkpoint has them."""
+        from finetune.tasks.classification.scores import Predictions
+
+        return Predictions(**state)
+
+    def format(self, scores: dict[str, float]) -> str:
+        """Scores as printed after an epoch."""
+        return f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%}"
+
+    def draw(self, folder: Path, found: Predictions) -> None:
+        """Write confusion.png and calibration.png of the best weights."""
+        from finetune.tasks.classification.pictures import calibration_picture, confusion_picture
+
+        confusion_picture(folder / "confusion.png", found, self.classes)
+        calibration_picture(folder / "calibration.png", found.calibration())
+
+    def _build_loss(self) -> tuple[Callable | None, Callable]:
+        from timm.data import Mixup
+        from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+        settings = self.config.task
+        if not (settings.mixup or settings.cutmix):
+            return None, LabelSmoothingCrossEntropy(settings.smoothing)
+        mixup = Mixup(
+            settings.mixup, settings.cutmix, prob=settings.mix_prob, switch_prob=settings.mix_switch,
+            mode=settings.mix_mode, label_smoothing=settings.smoothing, num_classes=len(self.classes),
+        )  # fmt: skip
+        return mixup, SoftTargetCrossEntropy()

@@ -1,0 +1,119 @@
+"""Pictures of an evaluation and of predictions: confusion matrix, reliability diagram, images with their classes."""
+
+import math
+import warnings
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from sklearn.metrics import confusion_matrix
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from configs.files import whole_file
+from data.transforms import to_float
+from finetune.tasks.classification.scores import Bin, Predictions, calibration_error
+
+MOST_CLASSES, MOST_CONFUSED = 100, 30  # classes that a confusion matrix shows; of more, so many
+MOST_NUMBERS = 30  # classes up to which the cells have numbers
+LEAST_SIDE = 256  # pixels: a smaller picture is enlarged before it is written on
+LEAST_LETTERS, LETTERS = 14, 1 / 24  # height of the letters: at least, in pixels; and as a share of the width
+FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # PIL's own has Latin letters only
+
+
+def confusion_picture(path: Path, found: Predictions, names: list[str]) -> None:
+    """Write a confusion matrix: a row a class, what share of its images is taken for which class.
+
+    Of more than 100 classes it shows 30, those of the most frequent confusions.
+    """
+    label, first = found.label, found.best[:, 0]
+    shown = np.union1d(label, first)
+    title = f"{len(shown)} classes"
+    if len(shown) > MOST_CLASSES:
+        title = f"the {MOST_CONFUSED} most often confused of {len(shown)} classes"
+        by_confusion = dict.fromkeys([*found.confusions()[0].flat, *shown])
+        shown = np.sort([*by_confusion][:MOST_CONFUSED])
+    images = np.bincount(label, minlength=len(names))[shown]
+    share = confusion_matrix(label, first, labels=shown) / np.maximum(images, 1)[:, None]
+
+    side = 3 + max(3, 0.25 * len(shown))  # inches
+    figure = Figure((side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    ticks = [shorten(names[i]) for i in shown]
+    axes.set_xticks(range(len(shown)), ticks, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(shown)), ticks, parse_math=False)
+    axes.set(xlabel="predicted class", ylabel="class", title=f"% of each class's images; {title}")
+    for row, column in np.argwhere(share >= 0.005) if len(shown) <= MOST_NUMBERS else ():
+        colour = "white" if share[row, column] > 0.5 else "black"
+        text = f"{100 * share[row, column]:.0f}"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
+    _write(path, figure)
+
+
+def calibration_picture(path: Path, bins: list[Bin]) -> None:
+    """Write a reliability diagram (1706.04599, figure 1): accuracy by confidence, and where the images are."""
+    full = [bin for bin in bins if bin.images]
+    left, width = [bin.low for bin in full], bins[0].high - bins[0].low
+    figure = Figure((5, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    bars, accuracy = {"align": "edge", "color": "skyblue", "edgecolor": "white"}, [bin.accuracy for bin in full]
+    above.bar(left, accuracy, width, label="accuracy", **bars)
+    above.plot([bin.confidence for bin in full], accuracy, "ko", markersize=3, label="mean of a bin")
+    above.plot([0, 1], [0, 1], "k--", linewidth=1, label="calibrated")
+    title = f"Expected calibration error {100 * calibration_error(bins):.2f} %"
+    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=title)
+    figure.legend(loc="outside lower center", ncols=3)
+    images = sum(bin.images for bin in full)
+    below.bar(left, [bin.images / images for bin in full], width, **bars)
+    below.set(ylim=(0, 1), xlabel="confidence", ylabel="share of images")
+    _write(path, figure)
+
+
+def _write(path: Path, figure: Figure) -> None:
+    with whole_file(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+        figure.savefig(file, format="png", dpi=120)
+
+
+def shorten(name: str, most: int = 30) -> str:
+    """A name of at most so many letters."""
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def annotate(image: Tensor, lines: list[str]) -> Image.Image:
+    """A picture of an image [C, H, W] as decoded, with lines of text in a band below it.
+
+    Small images are enlarged by a whole number. The letters grow with the picture; a line that is too long is cut.
+    """
+    picture = F.to_pil_image(_to_rgb(image))
+    zoom = max(1, math.ceil(LEAST_SIDE / max(picture.size)))
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    width = max(picture.width, LEAST_SIDE)
+    height = max(LEAST_LETTERS, round(width * LETTERS))
+    font, space = ImageFont.truetype(FONT, height), height // 2
+    sheet = Image.new("RGB", (width, picture.height + space + len(lines) * (height + space)), "white")
+    sheet.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(lines):
+        top = picture.height + space + i * (height + space)
+        draw.text((space, top), _fitting(" ".join(line.split()), font, width - 2 * space), "black", font)
+    return sheet
+
+
+def _fitting(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The line, with letters left out of its middle if it is wider than so many pixels."""
+    cut = line
+    while font.getlength(cut) > width and len(cut) > 2:
+        keep = len(cut) // 2 - 1
+        cut = f"{cut[:keep]}…{cut[len(cut) - keep :]}"
+    return cut
+
+
+def _to_rgb(image: Tensor) -> Tensor:
+    """An image of any number of channels as uint8 [3, H, W]: the first three channels, or the first as grey."""
+    image = image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
+    return (to_float(image).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,0 +1,65 @@
+"""Mixed precision: which one a run uses, autocast, and loss scaling for fp16."""
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import Optim
+
+LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def precision(optim: Optim, device: torch.device) -> str:
+    """Resolve `optim.precision` on a device: fp32, bf16 or fp16.
+
+    Raises:
+        UserError: bf16 on a GPU without it
+    """
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if optim.precision == "bf16" and device.type == "cuda" and not has_bf16:
+        raise UserError("optim.precision is bf16, but this GPU has no bf16: use fp16 or fp32")
+    if optim.precision == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    return optim.precision
+
+
+def autocast(device: torch.device, kind: str) -> torch.autocast:
+    """Context manager that runs matrix products and convolutions in fp32, bf16 or fp16."""
+    return torch.autocast(device.type, LOW_PRECISION.get(kind), enabled=kind in LOW_PRECISION)
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16 (1710.03740, section 3.2): scales the loss so that gradients do not underflow.
+
+    ZeRO's optimizer takes it as its `loss_scaler`: it divides gradients by `cur_scale` before clipping. An overflow
+    halves the scale and skips the step; `GROWTH` applied steps in a row double it.
+    """
+
+    GROWTH = 2000
+    dynamic = True
+
+    def __init__(self):
+        self.cur_scale, self.applied = 2.0**16, 0
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """The loss to differentiate."""
+        return loss * self.cur_scale
+
+    def update_scale(self, overflow: bool) -> None:
+        """No-op: DeepSpeed calls this before it divides by the scale, so the scale changes later, in `after_step`."""
+
+    def after_step(self, applied: bool) -> None:
+        """Adapt the scale after a step that was applied, or skipped because of an overflow."""
+        self.applied = self.applied + 1 if applied else 0
+        if not applied:
+            self.cur_scale = max(1.0, self.cur_scale / 2)
+        elif self.applied % self.GROWTH == 0:
+            self.cur_scale *= 2
+
+    def state(self) -> dict:
+        """Plain values for a checkpoint."""
+        return {"cur_scale": self.cur_scale, "applied": self.applied}
+
+    def load_state(self, state: dict) -> None:
+        """Restore the values of a checkpoint."""
+        self.cur_scale, self.applied = state["cur_scale"], state["applied"]

@@ -1,0 +1,84 @@
+"""FCMAE, the default objective: predict the pixels of hidden patches (arXiv 2301.00808, section 3.1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from configs.schema import FCMAESettings as Settings  # in configs, because weight files hold them
+from configs.schema import Pretrain, visible_patches
+from models.sizes import check_size
+
+__all__ = ["Objective", "Settings"]
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from data.transforms import PretrainTransform
+    from models.fcmae import FCMAE
+    from models.start import Init
+    from models.weights import Tensors
+
+
+class Objective:
+    """Masked autoencoding: the encoder sees some patches of an image, a decoder predicts the pixels of the others.
+
+    Args:
+        config: of the run
+    Raises:
+        UserError: the image size is not a multiple of the patch, or the mask ratio hides no patch of it
+    """
+
+    def __init__(self, config: Pretrain):
+        self.config = config
+        self.grid = config.data.grid(config.model.stem_stride)
+        self.patches = self.grid[0] * self.grid[1]
+        self.visible = visible_patches(self.patches, config.objective.mask_ratio)
+        check_size(config.model, config.objective, self.grid)
+
+    def describe(self) -> str:
+        """Part of the run's first line."""
+        share = 1 - self.visible / self.patches
+        return f"{self.visible} of {self.patches} patches visible ({share:.1%} hidden)"
+
+    def transform(self) -> PretrainTransform:
+        """Makes a sample: a random crop, and a mask `visible` [gy, gx] of bool."""
+        from data.transforms import PretrainTransform
+
+        return PretrainTransform(self.config.data, self.grid, self.visible)
+
+    def build(self) -> FCMAE:
+        """The model with initial weights; its forward takes `inputs` and returns the loss."""
+        from models.fcmae import FCMAE
+
+        return FCMAE(self.config.model, self.config.objective)
+
+    def load(self, model: FCMAE, init: Init) -> None:
+        """Start from the weights of --init, with the decoder if the file has one."""
+        from models.start import start_autoencoder
+
+        start_autoencoder(model, init)
+
+    def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """What the model's forward takes: normalised images [B, C, H, W] and masks [B, gy, gx]."""
+        return image, batch["visible"].to(image.device, non_blocking=True)
+
+    def example(self, count: int) -> dict[str, Tensor]:
+        """What `transform` adds to a batch of `count` images, to measure memory with."""
+        import torch
+
+        visible = torch.arange(self.patches).view(self.grid) < self.visible
+        return {"visible": visible.expand(count, -1, -1)}
+
+    def picture(self, model: FCMAE, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Tensor]:
+        """Title and picture uint8 [3, H, W] of a few images: what the encoder saw, and what the decoder predicts."""
+        from pretrain.pictures import reconstruction_grid
+
+        return "input, visible patches, reconstruction", reconstruction_grid(model, *inputs, mean, std)
+
+    def decoder(self, model: FCMAE) -> tuple[Tensors, dict]:
+        """Tensors besides the encoder's for the weight file, and the settings to build them with."""
+        from models.fcmae import flat_config
+        from models.weights import cpu_state, split_by_prefix
+
+        _, tensors = split_by_prefix(cpu_state(model), "encoder.")
+        return tensors, flat_config(self.config.model, self.config.objective)

@@ -1,0 +1,65 @@
+"""`--help` and mistakes are answered before torch is imported, so in less than a second."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+
+SECONDS = 5  # on a busy machine; importing torch, timm and DeepSpeed takes longer
+# runs a command as `python COMMAND WORDS` does, then names the heavy modules that were imported
+WATCH = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    code = end.code or 0
+heavy = {"torch", "torchvision", "timm", "deepspeed", "webdataset", "sklearn", "scipy"} & sys.modules.keys()
+print("imported:", *sorted(heavy))
+sys.exit(code)
+"""
+COMMANDS = ["pretrain/main.py", "finetune/main.py"]
+MISTAKES = [
+    (["--optm.lr", "1"], "optim.lr"),
+    (["--optim.lr", "fast"], "optim.lr is fast"),
+    (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["--model.name", "convnextv2_tny"], "convnextv2_tiny"),
+    (["--data.path", "nowhere"], "nowhere"),
+    (["--init", "nowhere.pt"], "nowhere.pt"),
+]
+
+
+def answered(command: str, *words: str) -> subprocess.CompletedProcess:
+    """What a command answers; it must come at once."""
+    started = time.perf_counter()
+    program = [sys.executable, "-c", WATCH, str(ROOT / command), *words]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
+    seconds = time.perf_counter() - started
+    assert done.stdout.endswith("imported:\n"), done.stdout[-1000:] + done.stderr[-1000:]
+    assert seconds < SECONDS
+    return done
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command):
+    done = answered(command, "--help")
+    assert done.returncode == 0 and command.split("/")[1] in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("words", "names"), MISTAKES)
+def test_mistakes(command, words, names):
+    done = answered(command, *words)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert names in done.stderr
+
+
+def test_a_heavy_import_is_seen(tmp_path):
+    (tmp_path / "slow.py").write_text("import torch")
+    with pytest.raises(AssertionError):
+        answered(str(tmp_path / "slow.py"))

@@ -107,7 +107,7 @@ def test_smoothing():
 
 
 def test_a_frozen_encoder_neither_drops_paths_nor_learns():
-    config = Finetune(model=FinetuneModel(freeze_encoder=True, drop_path=0.5, recompute="block"))
+    config = Finetune(task=Settings(), model=FinetuneModel(freeze_encoder=True, drop_path=0.5, recompute="block"))
     model = task_of(config).build(ARCH)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         "head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias",

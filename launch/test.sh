@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Set up, lint and run the tests. Arguments are passed to pytest. --all adds the slow tests; it requires MinkowskiEngine
-# and Chromium.
+# Set up, lint and run the tests in two processes. Arguments are passed to pytest. --all adds the slow tests; it requires
+# MinkowskiEngine and Chromium.
 #   bash launch/test.sh                      default suite
-#   bash launch/test.sh --all                all tests: about 70 minutes on two cores
-#   bash launch/test.sh --all --sample 1/3   default suite and a third of the slow tests
+#   bash launch/test.sh --all                all tests
+#   bash launch/test.sh --all --sample 1/3   default suite and about a third of the slow tests: sample 1 of 0, 1, 2
 #   bash launch/test.sh tests/models -x      selected tests
+#   bash launch/test.sh -n 8                 in eight processes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh
@@ -31,4 +32,4 @@ for arg in "$@"; do
 done
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python -m pytest -m "$select" ${args[@]+"${args[@]}"}
+.venv/bin/python -m pytest -n 2 --dist loadgroup -m "$select" ${args[@]+"${args[@]}"}

@@ -1,9 +1,11 @@
 """Shared by all tests: shards of the built-in digits, tiny models, and entry points as subprocesses."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,8 @@ import torch
 
 from configs.errors import run_main
 from launch.training.world import free_port
+from tests.processes import Process, ranks
+from tests.sampling import sampled
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--objective.decoder_dim", "16"]  # pretraining
@@ -29,20 +33,39 @@ QUICK = [
     "cpu",
 ]  # 6 steps an epoch
 BIN = Path(sys.executable).parent
+SECONDS = 600  # that a command may take
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--sample", metavar="K/N", help="of the slow tests every N-th, beginning with number K, from 0")
+    parser.addoption("--sample", metavar="K/N", help="of the slow tests about every N-th: those of sample K")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if not item.get_closest_marker("xdist_group") and _has_module_fixtures(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem + item.path.parent.stem))
     if not (sample := config.getoption("--sample")):
         return
-    first, every = map(int, sample.split("/"))
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    left_out = set(slow) - set(slow[first::every])
+    number, every = map(int, sample.split("/"))
+    left_out = {item for item in items if item.get_closest_marker("slow") and not sampled(item.nodeid, number, every)}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
+
+
+def _has_module_fixtures(item: pytest.Item) -> bool:
+    """Whether a test shares fixtures with others of its file, which only one worker should make."""
+    found = item._fixtureinfo.name2fixturedefs.values()
+    return any(fixture[-1].scope == "module" for fixture in found)
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """List the slow tests that a sample has taken."""
+    if sample := config.getoption("--sample"):
+        reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+        slow = sorted({report.nodeid for report in reports if report.when == "call" and "slow" in report.keywords})
+        terminalreporter.section(f"sample {sample}: {len(slow)} slow tests")
+        for node in slow:
+            terminalreporter.line(node)
 
 
 def deepspeed(*words: str) -> list[str]:
@@ -50,23 +73,63 @@ def deepspeed(*words: str) -> list[str]:
     return [str(BIN / "deepspeed"), "--master_port", str(free_port()), *words]
 
 
-def run(*command: str, cwd: Path = ROOT, code: int = 0) -> subprocess.CompletedProcess:
-    """Run a command of the README in the project's folder, and demand an exit code."""
-    words = [str(word) for word in command]
-    program = [sys.executable, *words[1:]] if words[0] == "python" else [str(BIN / words[0]), *words[1:]]
-    program = deepspeed(*words[1:]) if words[0] == "deepspeed" else program
-    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        program, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
-    )
+def environment() -> dict[str, str]:
+    """The variables that commands start with: the environment's programs come first in PATH."""
+    return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def run(*command: object, cwd: Path = ROOT, code: int = 0) -> subprocess.CompletedProcess:
+    """Run a command of the README in the project's folder, and demand an exit code.
+
+    `python` is a fork that need not import torch (see processes.py), other programs are new processes.
+    """
+    program, *words = map(str, command)
+    if program == "python":
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder) / "out", Path(folder) / "err"
+            process = Process(words, out, err, environment(), cwd)
+            try:
+                process.wait(SECONDS)
+            finally:
+                process.kill()
+            done = subprocess.CompletedProcess(command, process.wait(), out.read_text(), err.read_text())
+    else:
+        words = deepspeed(*words) if program == "deepspeed" else [str(BIN / program), *words]
+        done = subprocess.run(
+            words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL
+        )
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
+
+
+def run_ranks(number: int, *words: object, code: int = 0) -> subprocess.CompletedProcess:
+    """Run a script on several ranks without a launcher, which saves its imports, and demand the first one's exit code.
+
+    Both streams of all ranks are in `stdout`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        with ranks(number, words, out, out, environment(), free_port()) as found:
+            codes = [process.wait(SECONDS) for process in found]
+        done = subprocess.CompletedProcess(words, codes[0], out.read_text())
+    assert done.returncode == code, f"exit codes {codes}\n{done.stdout[-3000:]}"
+    return done
+
+
+def started(out: Path, *words: object) -> Process:
+    """A script with its arguments that has begun; both of its streams are appended to a file."""
+    return Process(words, out, out, environment())
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
     """(step, loss) of a run's log."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+
+
+def has(text: object, words: str) -> bool:
+    """Whether a message has all of some words, which blanks separate: what it is about, not how it says that."""
+    return all(word in str(text) for word in words.split())
 
 
 def names(folder: Path) -> set[str]:
@@ -93,21 +156,39 @@ def refused(monkeypatch, capsys):
     return call
 
 
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory) -> Path:
-    """Shards of the built-in digits."""
-    folder = tmp_path_factory.mktemp("shards") / "digits"
-    run("python", "data/prepare.py", "digits", folder, "--shard-size", "500")
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder that several workers want: the first one makes it, the others wait; again if that one failed."""
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (done := folder.with_suffix(".done")).exists():
+            make(folder)
+            done.touch()
     return folder
 
 
 @pytest.fixture(scope="session")
-def pretrained(digits, tmp_path_factory) -> Path:
+def shared(tmp_path_factory) -> Path:
+    """A folder that is the same for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def digits(shared) -> Path:
+    """Shards of the built-in digits."""
+    command = ["python", "data/prepare.py", "digits"]
+    return make_once(shared / "digits", lambda folder: run(*command, folder, "--shard-size", "500"))
+
+
+@pytest.fixture(scope="session")
+def pretrained(digits, shared) -> Path:
     """Folder of a tiny pretraining run, started as the README says, on one rank."""
-    runs = tmp_path_factory.mktemp("runs")
-    command = ["--data.path", digits, "--run.folder", runs, "--run.name", "one", "--optim.epochs", "2", *TINY, *QUICK]
-    run("deepspeed", "--num_gpus", "1", "pretrain/main.py", *command)
-    return runs / "one"
+
+    def make(folder: Path) -> None:
+        words = ["--data.path", digits, "--run.folder", folder, "--run.name", "one", "--optim.epochs", "2"]
+        run("deepspeed", "--num_gpus", "1", "pretrain/main.py", *words, *TINY, *QUICK)
+
+    return make_once(shared / "runs", make) / "one"
 
 
 @pytest.fixture(autouse=True)

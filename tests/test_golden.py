@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from launch.training.summary import cpu_name
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, run, run_ranks
 
 GOLDEN = ROOT / "tests/golden.json"
 TOLERANCE = 1e-5  # relative: another CPU rounds differently
@@ -25,14 +25,13 @@ RUN += ["--data.workers", "0", "--optim.batch_size", "240", "--optim.lr", "3e-3"
 ACCUMULATED = ["--optim.micro_batch", "60"]
 MIXED = ["--task.mixup", "0.8", "--task.cutmix", "1", "--augment.erase", "0.25", "--augment.ema", "0.9"]
 SAMPLED = ["--task.balance", "0.5", "--task.label_share", "0.9", "--task.smoothing", "0.2"]
-TWO_RANKS = ["deepspeed", "--num_gpus", "2"]
 DECAYED = ["--layer_decay", "0.8", "--model.drop_path", "0.1"]
 CLIPPED = ["--optim.clip_grad", "0.5"]
-CASES = {
-    "pretrain": ["python", "pretrain/main.py", *MODEL, *RUN, *ACCUMULATED, *CLIPPED],
-    "pretrain-2-ranks": [*TWO_RANKS, "pretrain/main.py", *MODEL, *RUN, "--model.backend", "masked"],
-    "finetune": ["python", "finetune/main.py", *RUN, *ACCUMULATED, *MIXED, *DECAYED],
-    "finetune-2-ranks": [*TWO_RANKS, "finetune/main.py", *RUN, *SAMPLED, *CLIPPED, "--optim.zero_stage", "0"],
+CASES = {  # number of ranks, and the words of the command
+    "pretrain": [1, "pretrain/main.py", *MODEL, *RUN, *ACCUMULATED, *CLIPPED],
+    "pretrain-2-ranks": [2, "pretrain/main.py", *MODEL, *RUN, "--model.backend", "masked"],
+    "finetune": [1, "finetune/main.py", *RUN, *ACCUMULATED, *MIXED, *DECAYED],
+    "finetune-2-ranks": [2, "finetune/main.py", *RUN, *SAMPLED, *CLIPPED, "--optim.zero_stage", "0"],
 }
 
 
@@ -47,7 +46,7 @@ def measure(case: str, shards: Path, runs: Path) -> dict:
     """Losses and scores of a few steps, by step, and a digest of the final weights."""
     init = ["--init", runs / "pretrain/fcmae.pt"] if case.startswith("finetune") else []
     where = ["--data.path", shards, "--run.folder", runs, "--run.name", case]
-    run(*CASES[case], *where, *init)
+    run_ranks(*CASES[case], *where, *init)
     found = {}
     for line in map(json.loads, (runs / case / "log.jsonl").read_text().splitlines()):
         for name, value in line.items():

@@ -1,8 +1,8 @@
 """The tasks of fine-tuning, by their name in the configuration (`task.name`).
 
 A task is a module with three names: `Settings`, the dataclass of its configuration section; `Task`, a class with the
-methods of `finetune.finetuning.Task`; and `make_inference`, a function from a trained model to an object with the methods of
-`finetune.inference.Inference`. The modules import torch inside of functions, so that `--help` is quick.
+methods of `finetune.finetuning.Task`; and `make_inference`, a function from a trained model to an object with the
+methods of `finetune.inference.Inference`. The modules import torch inside of functions, so that `--help` is quick.
 """
 
 from types import ModuleType

@@ -30,7 +30,7 @@ from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
 from models.sparse.layouts import Dense
 from models.weights import Weights, cpu_state, load, save, split_by_prefix
-from tests.conftest import names, run
+from tests.conftest import has, names, run, run_ranks
 from tests.data.helpers import as_folder
 from tests.data.test_loader import damage
 from tests.models.helpers import tiny
@@ -144,7 +144,7 @@ def test_what_is_written_and_shown(best, digits, tmp_path, capsys):
         Image.open(tmp_path / "evaluation-val-best" / picture).verify()
     shown = capsys.readouterr().out
     found, _ = content(tmp_path / "evaluation-val-best")
-    assert f"{100 * found['scores']['top1']:.2f} %" in shown and "most frequent confusions" in shown
+    assert f"{100 * found['scores']['top1']:.2f} %" in shown and "confusions" in shown
     assert len(found["classes"]) == 10
 
 
@@ -153,8 +153,8 @@ def test_any_number_of_ranks_writes_the_same_bytes(ranks, best, digits, tmp_path
     shutil.copytree(digits, tmp_path / "shards")
     damage(tmp_path / "shards/val-000000.tar", 7, 30)
     evaluated(best, tmp_path / "shards", tmp_path / "alone")
-    command = ["finetune/evaluate.py", best, tmp_path / "shards", "--out", tmp_path / "out", "--device", "cpu"]
-    run("deepspeed", "--num_gpus", str(ranks), *command)
+    words = ["finetune/evaluate.py", best, tmp_path / "shards", "--out", tmp_path / "out", "--device", "cpu"]
+    run_ranks(ranks, *words, "--workers", "0")
     assert names(tmp_path / "out") == FILES
     for file in FILES:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
@@ -183,7 +183,7 @@ def test_classes_in_another_order_are_matched_by_name(best, digits, one_rank, tm
     save(tmp_path / "x.pt", weights)
     found, rows = evaluated(tmp_path / "x.pt", digits, tmp_path / "out")
     expected, other = content(one_rank)
-    assert "classes matched by name: the data has 10 of the model's 10" in capsys.readouterr().out
+    assert has(capsys.readouterr().out, "name 10")
     assert found["scores"] == pytest.approx(expected["scores"])
     assert [row["top1"] for row in rows] == [row["top1"] for row in other]
 
@@ -198,7 +198,7 @@ def test_data_with_some_of_the_models_classes(best, one_rank, tmp_path):
 
 def test_weights_without_class_names(best, digits, one_rank, tmp_path, capsys):
     found, _ = evaluated(with_classes(best, tmp_path / "x.pt", None), digits, tmp_path / "out")
-    assert "x.pt has no class names: labels are matched by number" in capsys.readouterr().out
+    assert has(capsys.readouterr().out, "x.pt class names number")
     assert found["scores"] == content(one_rank)[0]["scores"] and found["classes"][3]["name"] == "3"
 
 
@@ -227,8 +227,8 @@ def test_damaged_images_are_left_out_and_named(best, digits, one_rank, tmp_path,
     expected = content(one_rank)[1]
     assert found["scores"]["images"] == 353
     assert [row["sample"] for row in found["damaged"]] == [7, 30]
-    assert "val-000000.tar is damaged at byte" in found["damaged"][0]["error"]
-    assert f"damaged, left out: {expected[7]['name']} (" in capsys.readouterr().out
+    assert "val-000000.tar" in found["damaged"][0]["error"]
+    assert has(capsys.readouterr().out, f"damaged {expected[7]['name']}")
     left = [row for row in expected if row["sample"] not in ("7", "30")]
     assert [row["top1"] for row in rows] == [row["top1"] for row in left]
 
@@ -249,18 +249,18 @@ def test_many_classes_take_no_square_of_memory():
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["{best}", "{digits}", "--size", "33"], "data.size 33x33 is not a multiple of the patch"),
-        (["{best}", "{digits}", "--size", "big"], "--size big: give a number of pixels, or height and width like"),
-        (["{best}", "{digits}", "--split", "test"], "has no split test (one of: train, val)"),
-        (["{best}", "{digits}", "--batch", "0"], "--batch 0: must be positive"),
-        (["{best}", "{digits}", "--ema"], "has no averaged weights: leave --ema out"),
-        (["{best}", "nowhere"], "nowhere does not exist: give a folder of shards or of images"),
-        (["nowhere.pt", "{digits}"], "nowhere.pt does not exist"),
-        (["{fcmae}", "{digits}"], "{fcmae} has no classifier: fine-tune it first"),
-        (["{others}", "{digits}"], "has classes that {others} does not have: 0, 9 (it has 10: a, 1, 2, 3, 4, ...)"),
-        (["{best}", "{plain}"], "plain, split val has images without labels: use finetune/predict.py"),
-        (["{best}", "{short}"], "split val has label 9, but 2 class names: prepare it again"),
-        (["{unnamed}", "{pair}"], "has 2 classes, {unnamed} 10: without names they cannot be matched"),
+        (["{best}", "{digits}", "--size", "33"], "data.size 33x33 patch"),
+        (["{best}", "{digits}", "--size", "big"], "--size big"),
+        (["{best}", "{digits}", "--split", "test"], "test train val"),
+        (["{best}", "{digits}", "--batch", "0"], "--batch 0"),
+        (["{best}", "{digits}", "--ema"], "averaged --ema"),
+        (["{best}", "nowhere"], "nowhere exist"),
+        (["nowhere.pt", "{digits}"], "nowhere.pt exist"),
+        (["{fcmae}", "{digits}"], "{fcmae} classifier"),
+        (["{others}", "{digits}"], "classes {others} 0, 9 10 a, 1, 2, 3, 4,"),
+        (["{best}", "{plain}"], "plain val labels finetune/predict.py"),
+        (["{best}", "{short}"], "val label 9 2 class names"),
+        (["{unnamed}", "{pair}"], "2 {unnamed} 10 names"),
     ],
 )
 def test_bad_input(more, says, best, digits, tmp_path):
@@ -277,7 +277,7 @@ def test_bad_input(more, says, best, digits, tmp_path):
     write_index(place["short"], Index(read_index(digits).splits, ["a", "b"]))
     with pytest.raises(UserError) as error:
         call(main, *(word.format(**place) for word in more), "--out", tmp_path / "out")
-    assert says.format(**place) in str(error.value) and "\n" not in str(error.value)
+    assert has(error.value, says.format(**place)) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -285,12 +285,12 @@ def test_weights_that_overflow(best, digits, tmp_path):
     weights = load(best)
     weights.head["head.fc.bias"][0] = float("nan")
     save(tmp_path / "x.pt", weights)
-    with pytest.raises(UserError, match="x.pt gives numbers that are not finite"):
+    with pytest.raises(UserError, match=r"finite.*fp32"):
         evaluated(tmp_path / "x.pt", digits, tmp_path / "out")
 
 
 def test_a_mistake_is_one_line(digits, tmp_path):
     path = autoencoder(tmp_path / "fcmae.pt")
     done = run("python", "finetune/evaluate.py", path, digits, code=2)
-    says = f"error: {path} has no classifier: fine-tune it first, with python finetune/main.py --init {path}\n"
-    assert done.stderr == says and not done.stdout
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1 and not done.stdout
+    assert has(done.stderr, f"{path} classifier python finetune/main.py --init {path}")

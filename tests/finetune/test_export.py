@@ -28,7 +28,7 @@ from models.convnext import ConvNeXt
 from models.formats.write import how_to_load, how_to_load_backbone, write_weights
 from models.sparse import layouts
 from models.weights import Weights, save
-from tests.conftest import names
+from tests.conftest import has, names
 from tests.conftest import run as run_command
 from tests.models.formats.helpers import SMALL, autoencoder, change, classifier
 from tests.models.helpers import assert_close
@@ -172,7 +172,7 @@ def test_a_backbone_of_pretraining(digits, tmp_path, capsys):
     change(weights, size=(64, 32))
     out = exported(weights, tmp_path, digits, "torch-export", "--features")
     printed = capsys.readouterr().out
-    assert "below 64 pixels are fixed" in printed
+    assert has(printed, "fixed 64 pixels")
     assert "height >= 64, 32]" in about(out, "torch-export")["input"]["image"]
     images = torch.rand(2, 1, 128, 32)
     weights = replace(weights, decoder={})
@@ -209,7 +209,7 @@ def test_images_of_a_folder_and_one_alone(digits, tmp_path):
     exported(trained(), tmp_path, tmp_path / "in", "torchscript")
     call(tmp_path / "best.pt", tmp_path / "one.pt", "--to", "torchscript", "--images", tmp_path / "in/0.png")
     (tmp_path / "in/1.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"in, sample 1: not a readable image"):
+    with pytest.raises(UserError, match=r"in, sample 1"):
         call(tmp_path / "best.pt", tmp_path / "two.pt", "--to", "torchscript", "--images", tmp_path / "in")
 
 
@@ -218,7 +218,7 @@ def test_a_large_model_keeps_its_weights_beside_it(digits, tmp_path, monkeypatch
     monkeypatch.setattr(ONNXProgram, "save", partialmethod(ONNXProgram.save, external_data=True))
     weights = trained("v1")
     out = exported(weights, tmp_path, digits, "onnx")
-    assert f"wrote {out}.data and {out}, " in capsys.readouterr().out
+    assert has(capsys.readouterr().out, f"{out}.data {out}")
     (tmp_path / "moved").mkdir()
     for file in (out, tmp_path / "out.onnx.data"):
         file.rename(tmp_path / "moved" / file.name)
@@ -229,7 +229,7 @@ def test_a_large_model_keeps_its_weights_beside_it(digits, tmp_path, monkeypatch
         reference(weights, tmp_path, images, features=False)[0],
     )
     (tmp_path / "out.onnx.data").touch()
-    with pytest.raises(UserError, match=r"out\.onnx\.data exists: choose another name"):
+    with pytest.raises(UserError, match=r"out\.onnx\.data exists"):
         call(tmp_path / "best.pt", out, "--to", "onnx", "--images", digits)
 
 
@@ -277,20 +277,21 @@ def test_naive_fp16_overflows_there(digits, monkeypatch):
 @pytest.mark.parametrize(
     ("tensor", "layer"),
     [
-        ("stages.0.blocks.0.mlp.fc1.bias", r"stages\.0\.blocks\.0\.mlp\.fc1 reaches 1e\+05"),
-        ("stages.1.blocks.0.conv_dw.bias", r"the input of stages\.1\.blocks\.0\.norm reaches 1e\+05"),
+        ("stages.0.blocks.0.mlp.fc1.bias", "stages.0.blocks.0.mlp.fc1"),
+        ("stages.1.blocks.0.conv_dw.bias", "stages.1.blocks.0.norm"),
     ],
 )
 def test_fp16_is_refused_where_tokens_overflow(tensor, layer, digits, tmp_path):
     """Though onnxruntime may take fp32 for lack of fp16 on this machine."""
-    with pytest.raises(UserError, match=f"--fp16 does not suit this model: {layer}, .*65504"):
+    with pytest.raises(UserError) as error:
         exported(with_large_tokens(1e5, tensor), tmp_path, digits, "onnx", "--fp16")
+    assert has(error.value, f"--fp16 {layer} 1e+05 65504")
     assert names(tmp_path) == {"best.pt"}
 
 
 def test_fp16_is_refused_where_it_is_too_coarse(digits, tmp_path):
     """No number is too large, but beside what all channels share, 20000, fp16 cannot tell 1 from 2."""
-    with pytest.raises(UserError, match=r"--fp16 does not suit this model: it differs from the source by \S+ of"):
+    with pytest.raises(UserError, match=r"--fp16.* differs "):
         exported(with_large_tokens(20000, "stages.3.blocks.0.mlp.fc2.bias"), tmp_path, digits, "onnx", "--fp16")
 
 
@@ -314,7 +315,7 @@ def cut(path: Path, to: str, deployed: Deployed, weights: Weights) -> None:
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_file_that_is_another_model_is_not_written(to, digits, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "export", tampered)
-    with pytest.raises(UserError, match=r"out\.\w+ is not written: it differs from the source by \S+ of the largest"):
+    with pytest.raises(UserError, match=r"out\.\w+ is not written.* differs "):
         exported(trained("v1"), tmp_path, digits, to)
     assert names(tmp_path) == {"best.pt"}
 
@@ -322,7 +323,7 @@ def test_a_file_that_is_another_model_is_not_written(to, digits, tmp_path, monke
 @pytest.mark.parametrize("to", ["onnx", "torchscript", "safetensors"])
 def test_a_file_that_its_runtime_refuses_is_not_written(to, digits, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "export", cut)
-    with pytest.raises(UserError, match=f"the runtime of {to} cannot run this model here"):
+    with pytest.raises(UserError, match=f"runtime.* {to} "):
         exported(trained("v1"), tmp_path, digits, to)
     assert names(tmp_path) == {"best.pt"}
 
@@ -338,7 +339,7 @@ def test_another_class_is_noticed(digits, tmp_path, monkeypatch):
         export(path, to, deployed, weights)
 
     monkeypatch.setattr(files, "export", other)
-    with pytest.raises(UserError, match="is not written: it assigns 1 of 1 images to another class"):
+    with pytest.raises(UserError, match=r"not written.* 1 of 1 images .*class"):
         exported(weights, tmp_path, digits, "torchscript")
 
 
@@ -348,19 +349,19 @@ def test_another_class_is_noticed(digits, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["{tmp}/best.pt", "{tmp}/x.onnx", "--to", "onxx"], "invalid choice: 'onxx'"),
-        (["{tmp}/best.pt", "{tmp}/x.onnx"], "the following arguments are required: --to"),
-        (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "onnx"], r"x\.pt2: the name of a file of onnx ends in \.onnx"),
-        (["{tmp}/best.pt", "{tmp}/best.pt", "--to", "torchscript"], r"best\.pt exists: choose another name"),
-        (["{tmp}/best.pt", "{tmp}/no/x.pt2", "--to", "torch-export"], "no is not a folder"),
-        (["{tmp}/no.pt", "{tmp}/x.pt2", "--to", "torch-export"], r"no\.pt does not exist"),
-        (["{tmp}/fcmae.pt", "{tmp}/x.pt2", "--to", "torch-export"], r"fcmae\.pt has no classifier"),
-        (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--ema"], "no averaged weights"),
+        (["{tmp}/best.pt", "{tmp}/x.onnx", "--to", "onxx"], "--to onxx"),
+        (["{tmp}/best.pt", "{tmp}/x.onnx"], "required --to"),
+        (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "onnx"], "x.pt2 onnx .onnx"),
+        (["{tmp}/best.pt", "{tmp}/best.pt", "--to", "torchscript"], "best.pt exists"),
+        (["{tmp}/best.pt", "{tmp}/no/x.pt2", "--to", "torch-export"], "no folder"),
+        (["{tmp}/no.pt", "{tmp}/x.pt2", "--to", "torch-export"], "no.pt exist"),
+        (["{tmp}/fcmae.pt", "{tmp}/x.pt2", "--to", "torch-export"], "fcmae.pt classifier"),
+        (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--ema"], "averaged --ema"),
         (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--size", "50"], "50"),
         (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--features", "--size", "50"], "50"),
-        (["{tmp}/best.pt", "{tmp}/x.safetensors", "--to", "safetensors"], "model.stem_stride 2 has no timm format"),
-        (["{tmp}/fcmae.pt", "{tmp}/x.pt2", "--to", "torch-export", "--features"], "mean and std of its 5 channels"),
-        (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--split", "tst"], r"has no split tst"),
+        (["{tmp}/best.pt", "{tmp}/x.safetensors", "--to", "safetensors"], "model.stem_stride 2 timm"),
+        (["{tmp}/fcmae.pt", "{tmp}/x.pt2", "--to", "torch-export", "--features"], "fcmae.pt 5 channels"),
+        (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--split", "tst"], "tst train val"),
     ],
 )
 def test_bad_input(words, says, digits, tmp_path):
@@ -370,12 +371,13 @@ def test_bad_input(words, says, digits, tmp_path):
     change(weights, mean=None, std=None)
     save(tmp_path / "fcmae.pt", weights)
     before = names(tmp_path)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError) as error:
         call(*(word.format(tmp=tmp_path) for word in words), "--images", digits)
+    assert has(error.value, says)
     assert names(tmp_path) == before
 
 
-def test_the_command_says_little(digits, tmp_path):
+def test_the_command_prints_three_lines(digits, tmp_path):
     """No warning of an exporter is seen."""
     save(tmp_path / "best.pt", trained("v1"))
     words = ["python", "finetune/export.py", tmp_path / "best.pt", tmp_path / "x.onnx", "--to", "onnx"]

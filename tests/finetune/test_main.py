@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,7 +12,7 @@ from finetune.main import main
 from models.convnext import ConvNeXt
 from models.formats.write import write_weights
 from models.weights import load, load_strict
-from tests.conftest import QUICK, ROOT, losses, names, run
+from tests.conftest import QUICK, has, losses, names, run, run_ranks, started
 
 SHAPE = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]"]
 RECIPE = [
@@ -41,7 +39,7 @@ def summary(folder):
 
 def test_from_pretrained_weights(digits, pretrained, tmp_path):
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", "--init", pretrained / "fcmae.pt", *RECIPE))
-    assert "val top-1" in done.stdout and "moving average top-1" in done.stdout and "best.pt" in done.stdout
+    assert has(done.stdout, "val top-1 average best.pt")
     assert names(tmp_path / "x") == {
         "config.yaml", "log.jsonl", "tensorboard", "checkpoints", "best.pt", "last.pt", "summary.json", "report.html",
         "confusion.png", "calibration.png",
@@ -74,23 +72,21 @@ def test_from_an_official_sparse_file(digits, pretrained, tmp_path):
     sparse = tmp_path / "checkpoint-799.pth"
     write_weights(sparse, load(pretrained / "fcmae.pt"), "official-sparse")
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", "--init", sparse, epochs=1))
-    assert f"starting from {sparse} (official-sparse)" in done.stdout
+    assert has(done.stdout, f"{sparse} official-sparse")
     assert load(tmp_path / "x/last.pt").arch.dims == (8, 16, 16, 16)
 
     hub = tmp_path / "hub"
     write_weights(hub, load(tmp_path / "x/best.pt"), "transformers")
     more = ["--init", hub, "--optim.lr", "1e-12", "--model.channels", "3"]
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "y", *more, epochs=1))
-    assert "its classifier of 10 classes is kept" in done.stdout and "the model 3: stem adapted" in done.stdout
+    assert has(done.stdout, "classifier 10 kept stem adapted")
     first, second = summary(tmp_path / "x")["best"], summary(tmp_path / "y")["best"]
     assert second["top1"] == pytest.approx(first["top1"], abs=0.05)  # statistics of three channels are ImageNet's
 
 
 def test_from_scratch_takes_the_recipes_model(digits, tmp_path):
-    done = run(
-        "deepspeed", "--num_gpus", "2", "finetune/main.py", *words(digits, tmp_path, "x", "--init", "none", epochs=1)
-    )
-    assert "from scratch" in done.stdout
+    done = run_ranks(2, "finetune/main.py", *words(digits, tmp_path, "x", "--init", "none", epochs=1))
+    assert "scratch" in done.stdout
     arch = load(tmp_path / "x/last.pt").arch
     assert arch == Encoder("convnextv2_atto", 1, 1, (1, 1, 2, 1), (24, 48, 96, 192))
     assert summary(tmp_path / "x")["last"]["raw"]["images"] == 355  # exact on two ranks
@@ -98,16 +94,16 @@ def test_from_scratch_takes_the_recipes_model(digits, tmp_path):
 
 def test_killed_and_resumed_equals_uninterrupted(digits, pretrained, tmp_path):
     more = ["--init", pretrained / "fcmae.pt", *RECIPE, "--model.drop_path", "0.2", "--optim.micro_batch", "120"]
-    run("python", "finetune/main.py", *words(digits, tmp_path, "whole", *more, epochs=5))
-    command = [sys.executable, "finetune/main.py", *map(str, words(digits, tmp_path, "killed", *more, epochs=5))]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    run("python", "finetune/main.py", *words(digits, tmp_path, "whole", *more, epochs=4))
+    command = ["finetune/main.py", *words(digits, tmp_path, "killed", *more, epochs=4)]
+    first = started(tmp_path / "output", *command)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     first.kill()
     assert first.wait() == -signal.SIGKILL
-    assert summary(tmp_path / "killed")["epoch"] < 5
-    run("python", *command[1:], "--resume")
+    assert summary(tmp_path / "killed")["epoch"] < 4
+    run("python", *command, "--resume")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     whole, killed = (load(tmp_path / name / "last.pt") for name in ("whole", "killed"))
     assert all(torch.equal(tensor, killed.ema[name]) for name, tensor in whole.ema.items())
@@ -131,41 +127,41 @@ def test_another_init_is_not_resumed(digits, pretrained, tmp_path):
     run("python", "finetune/main.py", *command, "--init", pretrained / "fcmae.pt")
     before = (tmp_path / "x/summary.json").read_bytes()
     done = run("python", "finetune/main.py", *command, "--init", "none", code=2)
-    assert "init_digest" in done.stderr and "another --run.name" in done.stderr
+    assert has(done.stderr, "init_digest --run.name")
     assert (tmp_path / "x/summary.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--init", "nowhere.pt"], "nowhere.pt does not exist"),
+        (["--init", "nowhere.pt"], "nowhere.pt exist"),
         (
             ["--init", "{pretrained}/fcmae.pt", "--model.name", "convnext_tiny"],
-            "has model.name convnextv2_atto, the configuration says",
+            "model.name convnextv2_atto convnext_tiny",
         ),
         (["--model.like", "none.yaml"], "none.yaml"),
-        (["--eval_split", "test"], "has no split test (one of: train, val)"),
-        (["--augment.auto_augment", "v0"], "augment.auto_augment needs images of 3 channels, these have 1"),
-        (["--init", "{pretrained}/fcmae.pt", "--data.mean", "[0.1]"], "was trained with data.mean [0.5]"),
-        (["--data.size", "30"], "data.size 30x30 is not a multiple of the patch"),
-        (["--layer_decay", "2"], "layer_decay is 2.0"),
-        (["--task.mixp", "1"], "(nearest: task.mixup)"),
+        (["--eval_split", "test"], "test train val"),
+        (["--augment.auto_augment", "v0"], "augment.auto_augment 3 channels 1"),
+        (["--init", "{pretrained}/fcmae.pt", "--data.mean", "[0.1]"], "data.mean [0.5]"),
+        (["--data.size", "30"], "data.size 30x30 patch"),
+        (["--layer_decay", "2"], "layer_decay 2.0"),
+        (["--task.mixp", "1"], "task.mixp task.mixup"),
     ],
 )
 def test_bad_input(more, says, digits, pretrained, tmp_path, refused):
     more = [word.format(pretrained=pretrained) for word in more]
-    assert says in refused(main, *words(digits, tmp_path, "bad", *more))
+    assert has(refused(main, *words(digits, tmp_path, "bad", *more)), says)
     assert not (tmp_path / "bad").exists()
 
 
 def test_an_odd_micro_batch_is_not_mixed(digits, tmp_path):
     more = ["--task.mixup", "1", "--optim.batch_size", "3", "--optim.micro_batch", "3"]
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "bad", *more), code=2)
-    assert "must be even" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert "even" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "bad").exists()
 
 
 def test_shards_without_labels(pretrained, tmp_path, refused):
     run("python", "data/prepare.py", "digits", tmp_path / "shards", "--no-labels")
     line = refused(main, *words(tmp_path / "shards", tmp_path, "x", *SHAPE))
-    assert "split train has images without labels" in line
+    assert has(line, "train labels")

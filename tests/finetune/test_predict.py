@@ -17,7 +17,7 @@ from configs.errors import UserError
 from data.sources import digits as digit_images
 from finetune.predict import main
 from models.weights import load, save
-from tests.conftest import ROOT, names
+from tests.conftest import ROOT, has, names
 from tests.data.helpers import as_folder
 from tests.finetune.test_evaluate import autoencoder, call, classifier, evaluated, with_classes
 
@@ -117,13 +117,13 @@ def test_the_averaged_weights(best, folder, tmp_path, capsys):
 def test_what_cannot_be_read_is_named_and_the_rest_done(best, folder, tmp_path, capsys):
     (tmp_path / "cut.png").write_bytes(next(folder.rglob("*.png")).read_bytes()[:50])
     np.save(tmp_path / "five.npy", np.zeros((8, 8, 5), np.uint8))
-    with pytest.raises(UserError, match=rf"^2 of {len([*folder.rglob('*.png')]) + 2} images could not be read$"):
+    with pytest.raises(UserError, match=rf"^2 of {len([*folder.rglob('*.png')]) + 2} images"):
         call(main, best, tmp_path / "cut.png", folder, tmp_path / "five.npy", "--json", tmp_path / "x.json")
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == len(objects(tmp_path / "x.json")) == len([*folder.rglob("*.png")])
     cut, five = err.splitlines()
-    assert cut.startswith(f"error: {tmp_path / 'cut.png'}: not a readable image (")
-    assert five == f"error: {tmp_path / 'five.npy'}: a .npy image has 5 channels, model.channels is 1"
+    assert cut.startswith(f"error: {tmp_path / 'cut.png'}: ")
+    assert five.startswith(f"error: {tmp_path / 'five.npy'}: ") and has(five, "5 model.channels 1")
 
 
 def test_a_damaged_picture_alone_is_one_line(best, tmp_path, capsys):
@@ -132,23 +132,23 @@ def test_a_damaged_picture_alone_is_one_line(best, tmp_path, capsys):
         call(main, best, tmp_path / "cut.jpg")
     out, err = capsys.readouterr()
     assert end.value.code == 2 and not out
-    assert len(err.splitlines()) == 1 and err.startswith(f"error: {tmp_path / 'cut.jpg'}: not a readable image (")
+    assert len(err.splitlines()) == 1 and err.startswith(f"error: {tmp_path / 'cut.jpg'}: ")
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["{unnamed}", "{image}"], "unnamed has no class names: give them with --classes names.txt, one a line"),
-        (["{unnamed}", "{image}", "--classes", "{text}"], "text.txt has 2 names, {unnamed} 10 classes"),
-        (["{best}", "{image}", "--size", "33"], "data.size 33x33 is not a multiple of the patch"),
-        (["{best}", "{text}"], "text.txt: not of a known type (jpg, jpeg, png,"),
-        (["{best}", "{empty}"], "empty has no image (jpg, jpeg, png,"),
-        (["{best}", "nowhere.png"], "nowhere.png does not exist: give pictures, or folders of them"),
-        (["{best}", "{image}", "-"], "- reads the paths from standard input"),
-        (["{best}", "{image}", "--top", "0"], "--top 0: must be positive"),
-        (["{best}", "{image}", "--csv", "nowhere/x.csv"], "nowhere is not a folder"),
-        (["{fcmae}", "{image}"], "fcmae has no classifier: fine-tune it first"),
-        (["{best}"], "the following arguments are required: IMAGE"),
+        (["{unnamed}", "{image}"], "unnamed names --classes"),
+        (["{unnamed}", "{image}", "--classes", "{text}"], "text.txt 2 {unnamed} 10"),
+        (["{best}", "{image}", "--size", "33"], "data.size 33x33 patch"),
+        (["{best}", "{text}"], "text.txt jpg, jpeg, png,"),
+        (["{best}", "{empty}"], "empty jpg, jpeg, png,"),
+        (["{best}", "nowhere.png"], "nowhere.png exist"),
+        (["{best}", "{image}", "-"], "- standard input"),
+        (["{best}", "{image}", "--top", "0"], "--top 0"),
+        (["{best}", "{image}", "--csv", "nowhere/x.csv"], "nowhere folder"),
+        (["{fcmae}", "{image}"], "fcmae classifier"),
+        (["{best}"], "required IMAGE"),
     ],
 )
 def test_bad_input(more, says, best, folder, tmp_path):
@@ -160,4 +160,4 @@ def test_bad_input(more, says, best, folder, tmp_path):
     with_classes(best, place["unnamed"], None)
     with pytest.raises(UserError) as error:
         call(main, *(word.format(**place) for word in more))
-    assert says.format(**place) in str(error.value) and "\n" not in str(error.value)
+    assert has(error.value, says.format(**place)) and "\n" not in str(error.value)

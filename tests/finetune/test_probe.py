@@ -19,7 +19,7 @@ from models.convnext import ConvNeXt
 from models.formats.write import write_weights
 from models.sparse.layouts import Dense
 from models.weights import load, save
-from tests.conftest import run
+from tests.conftest import has, run
 
 FAST = ["--workers", "0", "--device", "cpu", "--batch", "240"]
 SETTINGS = ["--epochs", "20", "--crop", "1"]
@@ -28,7 +28,7 @@ SETTINGS = ["--epochs", "20", "--crop", "1"]
 def scores(weights, digits, out, *more, program=("python",)) -> tuple[dict, str]:
     """What the command writes, and what it prints."""
     done = run(*program, "finetune/probe.py", weights, digits, *FAST, "--out", out, *more)
-    assert f"wrote {out}" in done.stdout
+    assert str(out) in done.stdout
     return json.loads(out.read_text()), done.stdout
 
 
@@ -72,8 +72,8 @@ def test_fresh_weights_are_scored_as_well(probed):
     found, text = probed
     assert found["random"]["knn"]["20"] != found["knn"]["20"] and found["random"]["eval_images"] == 355
     assert found["random"]["linear"]["top1"] < found["linear"]["top1"]
-    assert "random top-1" in text and f"{found['linear']['top1']:.2%}" in text
-    assert "k 5000 left out: split train has 1,442 images" in text
+    assert "fresh" in text and f"{found['linear']['top1']:.2%}" in text
+    assert has(text, "5000 train 1,442")
 
 
 def test_deepspeeds_launcher_adds_a_rank():
@@ -99,28 +99,29 @@ def test_another_format(pretrained, digits, probed, tmp_path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--k", "0"], "--k 0: must be positive"),
-        (["--lrs", "0.1", "-1"], "--lrs 0.1 -1: must be positive"),
-        (["--temperature", "0"], "--temperature 0: must be positive"),
-        (["--crop", "2"], "--crop 2.0: must be above 0 and at most 1"),
-        (["--size", "30"], "data.size 30x30 is not a multiple of the patch, 8 pixels"),
-        (["--eval-split", "test"], r"has no split test \(one of: train, val\)"),
-        (["--eval-split", "train"], "--eval-split train: must differ from --train-split"),
-        (["--images", "9"], "9 training images are too few for the linear classifier: give 10, or --no-linear"),
-        (["--out", "nowhere/x.json"], "nowhere is not a folder"),
-        (["--ema"], "no averaged weights"),
-        (["--workers", "-1"], "data.workers is -1"),
-        (["--kk", "1"], r"unrecognized arguments: --kk 1 \(see --help\)"),
+        (["--k", "0"], "--k 0"),
+        (["--lrs", "0.1", "-1"], "--lrs 0.1 -1"),
+        (["--temperature", "0"], "--temperature 0.0"),
+        (["--crop", "2"], "--crop 2.0"),
+        (["--size", "30"], "data.size 30x30 patch 8"),
+        (["--eval-split", "test"], "test train val"),
+        (["--eval-split", "train"], "--eval-split train --train-split"),
+        (["--images", "9"], "9 images 10 --no-linear"),
+        (["--out", "nowhere/x.json"], "nowhere folder"),
+        (["--ema"], "averaged"),
+        (["--workers", "-1"], "data.workers -1"),
+        (["--kk", "1"], "--kk"),
     ],
 )
 def test_bad_input(more, says, pretrained, digits):
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError) as error:
         probe.main([str(pretrained / "fcmae.pt"), str(digits), *more])
+    assert has(error.value, says)
 
 
 def test_weights_without_statistics(pretrained, digits, tmp_path):
     weights = load(pretrained / "fcmae.pt")
     weights.preprocessing = replace(weights.preprocessing, mean=None, std=None)
     save(tmp_path / "bare.pt", weights)
-    with pytest.raises(UserError, match="mean and std of its 1 channels"):
+    with pytest.raises(UserError, match=r"bare\.pt.* 1 channels"):
         probe.main([str(tmp_path / "bare.pt"), str(digits)])

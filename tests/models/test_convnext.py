@@ -15,6 +15,7 @@ from tests.models.helpers import tiny
 UP_TO_BASE = [name for name in SIZES if not name.endswith(("large", "xlarge", "huge"))]
 
 
+@pytest.mark.xdist_group("large")  # gigabytes each: never two at once
 @pytest.mark.parametrize("name", UP_TO_BASE)
 def test_logits_equal_timm(name):
     theirs = timm.create_model(name, pretrained=False, num_classes=10).eval()

@@ -37,7 +37,7 @@ def test_round_trip(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(UserError, match=r"nothing\.pt does not exist"):
+    with pytest.raises(UserError, match=r"nothing\.pt"):
         load(tmp_path / "nothing.pt")
 
 
@@ -61,7 +61,7 @@ class Payload:
 def test_code_is_refused_and_does_not_run(tmp_path):
     trap = tmp_path / "ran"
     torch.save({"format": "convnext-fcmae/1", "encoder": Payload(str(trap))}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="contains code"):
+    with pytest.raises(UserError, match="code"):
         load(tmp_path / "x.pt")
     assert not trap.exists()
 
@@ -69,14 +69,14 @@ def test_code_is_refused_and_does_not_run(tmp_path):
 @pytest.mark.parametrize("content", [{"model": {}}, {"format": "convnext-fcmae/9"}, {}])
 def test_other_format(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="not a weight file of this project"):
+    with pytest.raises(UserError, match=r"x\.pt"):
         load(tmp_path / "x.pt")
 
 
 def test_another_model_is_refused_and_changes_nothing(tmp_path):
     model = ConvNeXt(resolve(Encoder("convnextv2_atto", stem_stride=1, depths=(1, 1, 2, 1), dims=(8, 8, 8, 16))))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError, match=r"x\.pt is of another model: missing stages\.2\.blocks\.1.* more"):
+    with pytest.raises(UserError, match=r"x\.pt.* missing stages\.2\.blocks\.1"):
         load_strict(model, load(write(tmp_path / "x.pt")).encoder, "x.pt")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -91,7 +91,7 @@ def test_a_head_may_stay(tmp_path):
 
 def test_a_page_instead_of_a_file(tmp_path):
     (tmp_path / "x.pt").write_text("<html>404</html>")
-    with pytest.raises(UserError, match="truncated or not a weight file"):
+    with pytest.raises(UserError, match="truncated"):
         load(tmp_path / "x.pt")
 
 
@@ -136,11 +136,14 @@ def test_preprocessing_that_is_damaged(key, value, tmp_path):
 
 
 def test_statistics_are_needed(tmp_path):
-    content = torch.load(write(tmp_path / "x.pt"))
-    del content["image"]["mean"]
-    torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"damaged weight file .*mean"):
-        load(tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt.* mean, std"):
+        load(write(tmp_path / "x.pt", image={"size": [8, 8]}))
+
+
+def test_an_unknown_interpolation(tmp_path):
+    image = {"size": [8, 8], "mean": [0.5], "std": [0.5], "interpolation": "lanczos"}
+    with pytest.raises(UserError, match=r"x\.pt.* interpolation 'lanczos'"):
+        load(write(tmp_path / "x.pt", image=image))
 
 
 def test_an_exported_program_is_not_weights(tmp_path):
@@ -148,5 +151,5 @@ def test_an_exported_program_is_not_weights(tmp_path):
     torch.export.save(program, tmp_path / "x.pt2")
     torch.jit.save(torch.jit.script(torch.nn.Identity()), tmp_path / "x.pt")
     for name in ("x.pt2", "x.pt"):
-        with pytest.raises(UserError, match="is an exported program, not weights"):
+        with pytest.raises(UserError, match="exported program"):
             load(tmp_path / name)

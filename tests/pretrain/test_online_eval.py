@@ -1,4 +1,4 @@
-"""The probe along the way: what it records, that training does not feel it, bad input."""
+"""kNN and linear evaluation during pretraining: what is recorded, training is unchanged, bad input."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from launch.training.world import World
 from models.fcmae import FCMAE
 from models.weights import load
 from pretrain.online_eval import OnlineEval, probe_splits
-from tests.conftest import losses, run
+from tests.conftest import has, losses, run, run_ranks
 from tests.pretrain import test_main
 
 
@@ -53,8 +53,8 @@ def test_what_is_recorded(probed, digits, tmp_path):
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("knn/top1_k20")] == [0, 12, 18]
-    assert text.index("after every 2 epochs and the last, kNN") < text.index("step 1/18")
-    assert f"epoch 3: val kNN top-1 {found[18]['top1_k10']:.2%} (k 10)" in text and "355 images by 1,442" in text
+    before, after_it = text.split("step 1/18")
+    assert has(before, "kNN 355 1,442") and has(after_it, f"kNN {found[18]['top1_k10']:.2%}")
 
 
 def test_linear_classifier(digits, tmp_path):
@@ -68,7 +68,7 @@ def test_linear_classifier(digits, tmp_path):
     run("python", "finetune/probe.py", tmp_path / "x/fcmae.pt", digits, *command)
     linear = json.loads(out.read_text())["linear"]
     assert found["linear"]["3"] == {key: linear[key] for key in ("top1", "top5", "lr")}
-    assert f"epoch 3: val linear top-1 {linear['top1']:.2%} (lr {linear['lr']:g})" in text
+    assert has(text, f"linear {linear['top1']:.2%} {linear['lr']:g}")
     assert found["loss"].keys() == {"1", "2", "3"}  # one line an epoch
 
 
@@ -86,7 +86,7 @@ def test_on_two_ranks_with_divided_weights(digits, tmp_path):
     run("python", "data/prepare.py", "digits", tmp_path / "bare", "--no-labels")
     more = ["--probe.every", "1", "--probe.path", digits, "--probe.images", "300", "--optim.zero_stage", "3"]
     command = words(tmp_path / "bare", tmp_path, "two", *more, "--probe.crop", "1")
-    run("deepspeed", "--num_gpus", "2", "pretrain/main.py", *command)
+    run_ranks(2, "pretrain/main.py", *command)
     found = recorded(tmp_path / "two")
     assert len(found) == 4
     offline = after(tmp_path / "two/fcmae.pt", digits, tmp_path / "after.json", "--images", "300", "--crop", "1")
@@ -110,29 +110,30 @@ def test_steps_are_watched_and_the_model_stays_in_training(digits):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         before = torch.get_rng_state()
-        online = OnlineEval(config, probe_splits(config), (torch.zeros(1), torch.ones(1)), world)
+        online = OnlineEval(config, probe_splits(config), ((0.0,), (1.0,)), world)
         report = online.evaluate(engine, 1, watch)
     finally:
         torch.distributed.destroy_process_group()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in model.modules())
-    steps = [f"features of {split}, {i} of 3" for split in ("train", "val") for i in (1, 2, 3)]
-    assert places == [*steps, "nearest neighbours, 1 of 1"]
+    steps = [f"{split} {i} 3" for split in ("train", "val") for i in (1, 2, 3)]
+    assert all(has(place, words) for place, words in zip(places, [*steps, "1"], strict=True))
     assert report.scores["knn"].keys() == {"top1_k10", "top5_k10", "top1_k20", "top5_k20"}
 
 
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"eval_split": "test"}, r"index.json has no split test \(one of: train, val\)"),
-        ({"path": "nowhere"}, "no shards at nowhere"),
-        ({"images": 9}, r"9 images of .*, split train \(probe.images 9\) are fewer than 10 neighbours"),
+        ({"eval_split": "test"}, "index.json test train val"),
+        ({"path": "nowhere"}, "nowhere"),
+        ({"images": 9}, "train probe.images 9 10"),
     ],
 )
 def test_bad_input(keys, says, digits):
     config = Pretrain(data=Data(path=str(digits)), probe=Probe(every=5, **keys))
-    with pytest.raises(UserError, match=f"probe.every is 5, but .*{says}.*; set probe.path, .* or probe.every 0"):
+    with pytest.raises(UserError) as error:
         probe_splits(config)
+    assert has(error.value, f"{says} probe.path probe.every")
     assert probe_splits(Pretrain(data=Data(path="nowhere"))) is None
 
 
@@ -140,7 +141,7 @@ def test_images_without_labels(digits, tmp_path):
     shutil.copytree(digits, tmp_path / "bare")
     index = json.loads((tmp_path / "bare/index.json").read_bytes())
     (tmp_path / "bare/index.json").write_text(json.dumps(index | {"classes": None}))
-    with pytest.raises(UserError, match=r"probe.every is 1, but .*bare, split train has images without labels.*; set"):
+    with pytest.raises(UserError, match=r"probe\.every.*bare.*train.*labels"):
         probe_splits(Pretrain(data=Data(path=str(digits)), probe=Probe(every=1, path=str(tmp_path / "bare"))))
 
 
@@ -149,10 +150,10 @@ def test_an_error_comes_before_anything_is_written(digits, tmp_path):
         "python", "pretrain/main.py", *words(digits, tmp_path, "x", "--probe.every", "1", "--probe.path", "no"), code=2
     )
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: probe.every is 1, but no shards at no") and not (tmp_path / "x").exists()
+    assert line.startswith("error: ") and has(line, "probe.every no") and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(("key", "value"), [("every", -1), ("images", 0), ("crop", 0), ("eval_split", "train")])
 def test_keys(key, value):
-    with pytest.raises(UserError, match=rf"probe\.{key} is {value}: it must be"):
+    with pytest.raises(UserError, match=rf"probe\.{key} is {value}"):
         Probe(**{key: value})

@@ -70,7 +70,9 @@ class ClassifierInference:
     def evaluation(self, predictions: Predictions) -> dict:
         """Scores, accuracy of each class that has images, confusions (most frequent first) and calibration."""
         if not np.isfinite(predictions.loss).all():
-            raise UserError(f"{self.trained.path} gives numbers that are not finite: use other weights, or --precision fp32")
+            raise UserError(
+                f"{self.trained.path} gives numbers that are not finite: try other weights or --precision fp32"
+            )
         return evaluation(predictions, self.names)
 
     def write_evaluation(self, out: Path, result: dict, predictions: Predictions, names: list[str]) -> None:

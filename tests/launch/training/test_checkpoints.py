@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, what it refuses, and that no moment of a save can hurt."""
+"""Which checkpoint a run resumes from, which it refuses, and saves that are interrupted at any moment."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_the_newest_is_taken_and_the_last_are_kept(tmp_path):
     assert resume(tmp_path) == (10, {"at": 10})
 
 
-def test_the_best_is_kept_besides(tmp_path):
+def test_the_best_is_kept_too(tmp_path):
     save(tmp_path, 1, 2, 3, 4, 5, keep=2, scores=[0.1, 0.9, 0.9, None, 0.2])
     assert whole(tmp_path) == [3, 4, 5]  # of equals the newer
 
@@ -81,12 +81,10 @@ def test_a_damaged_one_is_passed_over_and_named(harm, tmp_path, capsys):
     else:
         file.write_bytes({"cut": content[:-1], "empty": b"", "flipped": content[:-3] + b"9}}"}[how])
     assert resume(tmp_path) == (1, {"at": 1})
-    said = capsys.readouterr().out
-    assert "passed over: step-00000002" in said and ("engine/weights is not what was written" in said) == (
-        how == "flipped"
-    )
+    printed = capsys.readouterr().out
+    assert "step-00000002" in printed and (how != "flipped" or "engine/weights" in printed)
     (tmp_path / "checkpoints/step-00000001/manifest.json").unlink()
-    with pytest.raises(UserError, match=r"no complete checkpoint .step-00000002: .*step-00000001: no manifest"):
+    with pytest.raises(UserError, match=r"step-00000002: .*step-00000001: .*manifest"):
         resume(tmp_path)  # never a silent fresh start
 
 
@@ -99,28 +97,28 @@ def test_the_pointer_decides_nothing(pointer, tmp_path):
     assert resume(tmp_path, "must") == (2, {"at": 2})
 
 
-def test_a_pointer_alone_is_no_checkpoint(tmp_path):
+def test_the_file_latest_without_a_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/latest").write_text("step-00000002/engine\n")
-    with pytest.raises(UserError, match="has no complete checkpoint"):
+    with pytest.raises(UserError, match="complete checkpoint"):
         resume(tmp_path, "must")
 
 
-def test_what_is_refused(tmp_path):
-    with pytest.raises(UserError, match="has no complete checkpoint"):
+def test_wrong_resume_modes_and_configurations(tmp_path):
+    with pytest.raises(UserError, match="complete checkpoint"):
         resume(tmp_path, "must")
     other = IDENTITY | {"run": {"log_every": 5}}  # a key that may change
     save(tmp_path, 5, config=IDENTITY | {"run": {"log_every": 1}})
-    with pytest.raises(UserError, match=r"another configuration \(seed 1 -> 2\)"):
+    with pytest.raises(UserError, match=r"configuration .*seed 1 -> 2"):
         resume(tmp_path, config=IDENTITY | {"seed": 2, "run": {"log_every": 1}})
-    with pytest.raises(UserError, match=r"choose another --run\.name"):
+    with pytest.raises(UserError, match=r"--run\.name"):
         resume(tmp_path, "never")
     assert resume(tmp_path, config=other) == (5, {"at": 5})
 
 
 def test_a_run_of_the_other_stage(tmp_path):
     save(tmp_path, 1, config=IDENTITY | {"stage": "pretraining"})
-    with pytest.raises(UserError, match=r"is a pretraining run: choose another --run\.name for fine-tuning$"):
+    with pytest.raises(UserError, match=r"pretraining.* --run\.name .*fine-tuning"):
         resume(tmp_path, config=IDENTITY | {"stage": "fine-tuning"})
 
 
@@ -138,7 +136,7 @@ def test_another_number_of_ranks(tmp_path, monkeypatch):
         assert not list((run / "checkpoints").glob(".*"))  # the converted one does not stay
     assert len(converted) == 2
     save(tmp_path / "3", 5, config={"optim": {"zero_stage": 3}})
-    with pytest.raises(UserError, match=r"made on 1 ranks, this is 2: with optim\.zero_stage 3 use as many"):
+    with pytest.raises(UserError, match=r"1 .*2.* optim\.zero_stage 3"):
         resume(tmp_path / "3", config={"optim": {"zero_stage": 3}}, world=two)
 
 
@@ -188,12 +186,12 @@ def test_a_failed_save_leaves_the_one_before(error, tmp_path, monkeypatch):
 
     made = of(tmp_path)
     monkeypatch.setattr(made.engine, "save", fail)
-    with pytest.raises(UserError, match=r"the checkpoint of step 2 could not be written .*step-00000001 stands"):
+    with pytest.raises(UserError, match=r"step 2 .*step-00000001"):
         made.save(2, {})
     assert whole(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_a_failed_commit_is_told(tmp_path, monkeypatch):
+def test_a_failed_commit_is_an_error(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
     def fail(_):
@@ -203,7 +201,7 @@ def test_a_failed_commit_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "sha256", fail)
     made.save(2, {})
     made.commit.join()
-    with pytest.raises(UserError, match=r"could not be written \(read-only file system.*step-00000001 stands"):
+    with pytest.raises(UserError, match=r"read-only file system.*step-00000001"):
         made.check()
-    made.check()  # told once
+    made.check()  # raised once
     assert whole(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob(".*"))

@@ -38,7 +38,7 @@ def test_decay_rules():
         == (0.01, 1)
     )
     assert decay["pred.weight"] == (0.05, 1) and decay["decoder.0.mlp.fc1.bias"] == (0, 0.5)
-    with pytest.raises(UserError, match=r"stages\.9\.\* matches no parameter; --dry-run prints"):
+    with pytest.raises(UserError, match=r"stages\.9\.\* .*--dry-run"):
         parameter_groups(model, Optim(decay_rules={"stages.9.*": 1}))
 
 

@@ -1,4 +1,4 @@
-"""Skipped steps and damaged images: what is counted, told, and when it ends a run."""
+"""Skipped steps and damaged images: what is counted and logged, and when it ends a run."""
 
 import json
 from types import SimpleNamespace
@@ -37,9 +37,7 @@ def test_a_skipped_step_names_its_samples(log):
         {"step": 7, "skipped": {"not_finite": "loss", "samples": [8, 9]}},
         {"step": 8, "skipped": {"not_finite": "gradient", "samples": [3, 5, 8, 9]}},
     ]
-    with pytest.raises(
-        UserError, match=r"3 steps in a row had a loss that is not finite \(optim.max_skipped 2\), the last is 9"
-    ):
+    with pytest.raises(UserError, match=r"3 steps .*optim\.max_skipped 2.* 9"):
         found.skip(9, [part(float("inf"), 1)])
 
 
@@ -83,5 +81,5 @@ def test_damaged_images_are_named_once_and_counted(log):
     again = Faults(1, 0.02, splits, log)
     again.load_state(json.loads(json.dumps(found.state())))
     again.note_damaged(source, batch(4, 6, damaged=[4, 6]))
-    with pytest.raises(UserError, match=r"3 of 100 images of split train are damaged, more than data.max_damaged 0.02"):
+    with pytest.raises(UserError, match=r"3 of 100 images .*train.* data\.max_damaged 0\.02"):
         again.report_damaged(30)

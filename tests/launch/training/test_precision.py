@@ -34,7 +34,6 @@ class Loss(torch.nn.Module):
 
 
 world = start(Run(device="cpu"))
-torch.set_num_threads(1)
 LossScale.GROWTH = 2
 image = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 found = {}

@@ -73,11 +73,11 @@ def test_curves():
 
 def test_a_run_that_has_only_begun(tmp_path):
     (tmp_path / "config.yaml").write_text("run: {name: x}\ndata: {path: shards/x}\n")
-    assert "the command that started the run, again" in write_report(tmp_path).read_text()
+    assert "shards/x" in write_report(tmp_path).read_text()
 
 
 def test_no_run(tmp_path):
-    with pytest.raises(UserError, match=r"is not the folder of a run \(it has no config.yaml\)"):
+    with pytest.raises(UserError, match=r"config\.yaml"):
         write_report(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import time
@@ -12,8 +13,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.weights import load
-from tests.conftest import QUICK, ROOT, TINY, losses, run
-from tests.launch.training.helpers import Job, logged, saved
+from tests.conftest import QUICK, ROOT, TINY, has, losses, run
+from tests.launch.training.helpers import Job, logged, saved, train
 
 
 def weights(folder):
@@ -71,8 +72,7 @@ def optimizer_groups(folder):
 def test_two_ranks_then_one_then_four(stage, digits, tmp_path):
     """The same samples in the same global batches, so the losses of one rank; decay, rates and counters go along."""
     more = ["--optim.zero_stage", stage]
-    with Job(digits, tmp_path / "one", 0, *more, epochs=4) as job:
-        assert job.end(300) == 0, job.text()
+    train(digits, tmp_path / "one", 1, *more, epochs=4)
     done = 0
     for ranks, until in ((2, 8), (0, 14), (4, None)):
         with Job(digits, tmp_path / "moved", ranks, *more, epochs=4) as job:
@@ -82,7 +82,7 @@ def test_two_ranks_then_one_then_four(stage, digits, tmp_path):
                 assert job.end() == 75, job.text()
             else:
                 assert job.end(300) == 0, job.text()
-            assert (f"converting {job.folder}/checkpoints/step-{done:08}" in job.text()) == (stage > 0 and done > 0)
+            assert has(job.text(), f"converting {job.folder}/checkpoints/step-{done:08}") == (stage > 0 and done > 0)
             done = saved(job.folder)[-1]
     one, moved = tmp_path / "one", tmp_path / "moved"
     assert [step for step, _ in losses(moved)] == list(range(1, 25))
@@ -97,29 +97,23 @@ def test_two_ranks_then_one_then_four(stage, digits, tmp_path):
 
 def test_two_ranks_pass_over_a_damaged_checkpoint(digits, tmp_path):
     """A bit flipped in a part of the second rank: both go back to the checkpoint before, name the file, and redo."""
-    with Job(digits, tmp_path / "run", 2, epochs=2) as job:
-        assert job.end(120) == 0, job.text()
+    train(digits, tmp_path / "run", 2, epochs=2)
     before = losses(tmp_path / "run")
     file = next((tmp_path / "run/checkpoints/step-00000012/engine").glob("zero_pp_rank_1_*"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with Job(digits, tmp_path / "run", 2, epochs=2) as job:
-        assert job.end(120) == 0, job.text()
-        assert "resuming from" in job.text() and "step-00000006 (passed over: step-00000012: engine/" in job.text()
-        assert f"{file.name} is not what was written" in job.text()
+    assert has(train(digits, tmp_path / "run", 2, epochs=2), f"resuming step-00000006 step-00000012: {file.name}")
     assert losses(tmp_path / "run") == before
 
 
 @pytest.mark.slow
 def test_zero_3_does_not_change_its_ranks(digits, tmp_path):
     more = ["--optim.zero_stage", "3"]
-    with Job(digits, tmp_path / "run", 2, *more, epochs=1) as job:
-        assert job.end(120) == 0, job.text()
+    train(digits, tmp_path / "run", 2, *more, epochs=1)
     assert [loss for _, loss in logged(tmp_path / "run")] and (tmp_path / "run/reconstruction.png").exists()
-    with Job(digits, tmp_path / "run", 0, *more, epochs=1) as job:
-        assert job.end(120) == 2
-        assert "with optim.zero_stage 3 use as many" in job.text() and not job.tracebacks()
+    printed = train(digits, tmp_path / "run", 1, *more, epochs=1, code=2)
+    assert "optim.zero_stage 3" in printed and "Traceback" not in printed
 
 
 @pytest.mark.parametrize(
@@ -140,7 +134,7 @@ def test_drift_is_refused_with_the_difference(more, says, digits, pretrained, tm
         more = ["--data.path", other]
     words = ["--data.path", digits, "--run.folder", pretrained.parent, "--run.name", pretrained.name]
     failed = run("python", "pretrain/main.py", *words, "--optim.epochs", "2", *TINY, *QUICK, *more, code=2)
-    assert "was made with another configuration" in failed.stderr and says in failed.stderr
+    assert says in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
@@ -176,17 +170,17 @@ def test_a_full_or_read_only_disk(script, says, digits, tmp_path):
     assert done.returncode == 0, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "first: exit 2" in done.stdout and "second: exit 0" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
-    assert len(errors) == 1 and says in errors[0] and "could not be written" in errors[0]
-    stands = errors[0].split(" stands")[0].split()[-1]
-    assert stands.startswith("step-") and f"resuming from {tmp_path}/run/checkpoints/{stands}" in done.stdout
+    assert len(errors) == 1 and says in errors[0]
+    stands = re.findall(r"step-\d{8}", errors[0])[-1]
+    assert has(done.stdout, f"resuming {tmp_path}/run/checkpoints/{stands}")
     assert "Traceback" not in done.stderr
 
 
 def test_a_learning_rate_that_blows_up(digits, tmp_path):
     """Steps without finite loss are skipped; too many in a row end the run, and what was saved is finite."""
-    with Job(digits, tmp_path / "run", 2, "--optim.lr", "1e30", "--optim.max_skipped", "8") as job:
-        assert job.end(120) == 2
-        assert "9 steps in a row had a loss that is not finite" in job.text() and not job.tracebacks()
+    more = ["--optim.lr", "1e30", "--optim.max_skipped", "8"]
+    printed = train(digits, tmp_path / "run", 2, *more, epochs=1000, code=2)
+    assert has(printed, "9 steps finite optim.max_skipped 8") and "Traceback" not in printed
     skipped = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines() if "skipped" in line]
     assert len(skipped) == 9 and all(len(entry["skipped"]["samples"]) == 240 for entry in skipped)
     for step in saved(tmp_path / "run"):
@@ -215,8 +209,7 @@ def test_one_image_that_is_not_finite(stage, tmp_path):
         "--optim.zero_stage",
         stage,
     ]
-    with Job(tmp_path / "shards", tmp_path / "run", 2, *more, epochs=5) as job:
-        assert job.end(120) == 0, job.text()
+    train(tmp_path / "shards", tmp_path / "run", 2, *more, epochs=5)
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     skipped = [entry["skipped"] for entry in lines if "skipped" in entry]
     assert len(skipped) == 5 and {entry["not_finite"] for entry in skipped} == {"loss"}  # once an epoch

@@ -7,7 +7,10 @@ import psutil
 import pytest
 
 from configs.errors import HUNG, INTERRUPTED, SAVED
+from tests.conftest import has
 from tests.launch.training.helpers import Job, logged, saved
+
+pytestmark = pytest.mark.xdist_group("clocks")  # one at a time: they limit how long something may take
 
 
 def check_saved(job: Job, by: str) -> None:
@@ -15,7 +18,7 @@ def check_saved(job: Job, by: str) -> None:
     last = logged(job.folder)[-1][0]
     assert saved(job.folder)[-1] == last and last >= 8
     assert len([step for step in saved(job.folder) if step % 6]) == (last % 6 > 0)
-    assert f"stopped: {by}; saved in" in job.text() and not job.tracebacks()
+    assert has(job.text(), f"stopped: {by} saved") and not job.tracebacks()
 
 
 @pytest.mark.parametrize(
@@ -84,10 +87,10 @@ def test_a_frozen_rank_is_named(rank, digits, tmp_path):
         job.rank(rank).suspend()
         assert job.end(90) in (HUNG, 1)
         other = 1 - rank
-        says = "rank 0 does not answer" if rank == 0 else "no answer from rank 1"
+        says = f"rank {rank} answer"
         errors = [line for line in job.text().splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and errors[0].startswith(f"error: [rank {other}] no progress for") and says in errors[0]
-        assert "_optimize" in (job.folder / f"hang-rank{other}.txt").read_text()
+        assert len(errors) == 1 and errors[0].startswith(f"error: [rank {other}] ") and has(errors[0], says)
+        assert "launch/training" in (job.folder / f"hang-rank{other}.txt").read_text()
 
 
 @pytest.mark.slow
@@ -109,7 +112,7 @@ def test_a_loader_process_that_dies_or_hangs_is_an_error(harm, digits, tmp_path)
         getattr(job.rank(1).children()[0], harm)()
         code = job.end(90)
         if harm == "kill":
-            assert code == 2 and "error: [rank 1] a loader process died" in job.text()
+            assert code == 2 and has(job.text(), "error: [rank 1] loader process")
         else:
-            assert code == HUNG and "waiting for rank 1 (in step" in job.text() and "waiting for data" in job.text()
+            assert code == HUNG and has(job.text(), "rank 1 data")
         assert not job.tracebacks()

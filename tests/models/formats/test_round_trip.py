@@ -38,6 +38,7 @@ SIZES_AND_FORMATS = [
 ]
 
 
+@pytest.mark.xdist_group("large")  # gigabytes each: never two at once
 @pytest.mark.parametrize(("name", "form"), SIZES_AND_FORMATS)
 def test_every_size_there_and_back(name, form, tmp_path):
     sparse = form == "official-sparse"
@@ -99,6 +100,7 @@ def test_half_precision_stays(form, dtype, tmp_path):
     assert_same(found.encoder | found.decoder | found.head, weights.encoder | weights.decoder | weights.head)
 
 
+@pytest.mark.xdist_group("large")  # gigabytes each: never two at once
 @pytest.mark.parametrize("name", ALL_SIZES)
 def test_real_timm(name, tmp_path):
     """timm loads our file and computes the same; timm's own state dict comes back bit for bit."""
@@ -112,10 +114,11 @@ def test_real_timm(name, tmp_path):
     theirs = model.state_dict()
     torch.save(theirs, tmp_path / "theirs.pth")
     found, form, remarks = read_weights(tmp_path / "theirs.pth")
-    assert form == "timm" and "ImageNet's mean and std" in remarks[0]
+    assert form == "timm" and "ImageNet" in remarks[0]
     assert_same(to_form(found, "timm")[0], theirs)
 
 
+@pytest.mark.xdist_group("large")  # gigabytes each: never two at once
 @pytest.mark.parametrize("name", ALL_SIZES)
 def test_real_transformers(name, tmp_path):
     """`from_pretrained` loads our folder and computes the same; its own folder comes back bit for bit."""
@@ -190,8 +193,8 @@ def test_transformers_backbone(name, classes, channels, stride, tmp_path):
 @pytest.mark.parametrize(
     ("form", "weights", "says"),
     [
-        ("timm", {"stem_stride": 2}, "model.stem_stride 2 has no timm format"),
-        ("official-sparse", {"name": "convnext_tiny"}, "the official sparse code is V2 only"),
+        ("timm", {"stem_stride": 2}, r"model\.stem_stride 2 .*timm"),
+        ("official-sparse", {"name": "convnext_tiny"}, "sparse.* V2"),
     ],
 )
 def test_what_the_other_code_cannot_build_is_refused(form, weights, says, tmp_path):
@@ -247,7 +250,7 @@ def test_other_interpolations_are_said(form, held, tmp_path):
         path = tmp_path / "x/preprocessor_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": held}))
     found, _, remarks = read_weights(tmp_path / FILES[form])
-    assert found.preprocessing.interpolation == "bicubic" and ["bicubic" in remark for remark in remarks] == [True]
+    assert "interpolation" not in found.image and ["bicubic" in remark for remark in remarks] == [True]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Depthwise convolution + LayerNorm kernel against its plain twin; in Triton's interpreter where there is no GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -14,7 +16,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture
 def fused(monkeypatch):
     """Take the kernels on this machine's device, whatever it is."""
-    monkeypatch.setattr(kernels, "fused", lambda x: kernels._enabled)
+    switched_on = kernels.fused
+    monkeypatch.setattr(kernels, "fused", lambda x: switched_on(SimpleNamespace(is_cuda=True)))
 
 
 def layers(channels: int) -> tuple[torch.nn.Conv2d, torch.nn.LayerNorm]:

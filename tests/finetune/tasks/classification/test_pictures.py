@@ -3,17 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from finetune.tasks.classification import pictures
 from finetune.tasks.classification.scores import Predictions
+from tests.conftest import has
 
 
 @pytest.fixture
 def figures(monkeypatch):
     """Figures that were written."""
-    found, write = [], pictures._write
-    monkeypatch.setattr(pictures, "_write", lambda path, figure: found.append(figure) or write(path, figure))
+    found, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: found.append(figure) or save(figure, *a, **k))
     return found
 
 
@@ -44,7 +46,7 @@ def test_of_many_classes_the_most_confused(figures, tmp_path):
     pictures.confusion_picture(tmp_path / "x.png", predictions(label, first), [str(i) for i in range(200)])
     (axes,) = figures[0].axes
     shown = [int(name) for name in labels(axes.yaxis)]
-    assert "the 30 most often confused of 200 classes" in axes.get_title()
+    assert has(axes.get_title(), "30 200")
     assert len(shown) == 30 and shown == sorted(shown) and {7, 107} <= set(shown)
     assert all(100 + i in shown for i in shown if i < 100)
     row, column = shown.index(7), shown.index(107)

@@ -80,7 +80,7 @@ def test_calibration_by_hand():
     assert calibration_error(bins) == pytest.approx((gaps[0] + gaps[1] + 3 * gaps[2]) / 5)
 
 
-def test_calibration_of_one_who_knows_how_sure_to_be():
+def test_calibration_error_of_a_calibrated_classifier():
     rng = np.random.default_rng(0)
     confidence = rng.uniform(0.3, 1, 200_000)
     right = rng.random(200_000) < confidence

@@ -14,7 +14,7 @@ from tests.models.helpers import tiny
 
 
 def objective(**settings) -> Objective:
-    model, own = tiny()
+    model, _ = tiny()
     return Objective(Pretrain(data=Data(size=64), model=model, objective=FCMAESettings(decoder_dim=16, **settings)))
 
 

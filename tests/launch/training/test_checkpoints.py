@@ -32,7 +32,7 @@ class Engine:
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     monkeypatch.setattr(checkpoints, "barrier", lambda: None)
-    monkeypatch.setattr(checkpoints, "agree", lambda value: value)
+    monkeypatch.setattr(checkpoints, "broadcast", lambda value: value)
     monkeypatch.setattr(checkpoints, "gather", lambda value: [value])
 
 

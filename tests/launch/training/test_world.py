@@ -40,7 +40,7 @@ def joined(monkeypatch):
         monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
         monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
         monkeypatch.setattr(world, "keep_memory", lambda: None)
-        return world.start(Run(device="cpu"))
+        return world.init_world(Run(device="cpu"))
 
     return join
 
@@ -65,7 +65,7 @@ def test_tasks_of_srun(monkeypatch, joined):
 def test_tasks_of_srun_that_do_not_know_each_other(monkeypatch):
     slurm(monkeypatch)
     with pytest.raises(UserError, match=r"MASTER_ADDR.* MASTER_PORT.* launch/nodes/slurm\.sh"):
-        world.start(Run(device="cpu"))
+        world.init_world(Run(device="cpu"))
 
 
 def test_a_shell_inside_a_slurm_job_is_alone(monkeypatch, joined):
@@ -74,14 +74,14 @@ def test_a_shell_inside_a_slurm_job_is_alone(monkeypatch, joined):
 
 
 def test_a_lost_connection_and_a_dead_loader_process_are_user_errors():
-    with pytest.raises(LostPeer, match="rank"), world.peers():
+    with pytest.raises(LostPeer, match="rank"), world.process_errors():
         raise RuntimeError("[gloo/pair.cc:545] Read error: Connection reset by peer")
     with (
         pytest.raises(UserError, match=r"loader process.*pid 7"),
-        world.peers(),
+        world.process_errors(),
     ):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    with pytest.raises(RuntimeError, match="a mistake"), world.peers():
+    with pytest.raises(RuntimeError, match="a mistake"), world.process_errors():
         raise RuntimeError("a mistake")
 
 
@@ -91,7 +91,7 @@ def meet(rank: int, store: str) -> None:
     if rank == 1:
         os._exit(0)
     try:
-        with world.peers():
+        with world.process_errors():
             world.barrier()
             world.barrier()
     except LostPeer:
@@ -99,7 +99,7 @@ def meet(rank: int, store: str) -> None:
 
 
 def test_a_rank_that_dies(tmp_path):
-    """The installed gloo says so in words that `peers` knows."""
+    """The installed gloo says so in words that `process_errors` knows."""
     context = torch.multiprocessing.get_context("fork")
     ranks = [context.Process(target=meet, args=(rank, str(tmp_path / "store"))) for rank in range(2)]
     for process in ranks:
@@ -122,13 +122,13 @@ class Deadly(torch.utils.data.Dataset):
 
 
 def test_a_loader_process_that_is_killed():
-    """The installed torch says so in words that `peers` knows."""
-    with pytest.raises(UserError, match="a loader process died"), world.peers():
+    """The installed torch says so in words that `process_errors` knows."""
+    with pytest.raises(UserError, match="a loader process died"), world.process_errors():
         list(torch.utils.data.DataLoader(Deadly(), num_workers=1))
 
 
 def test_an_error_of_nccl():
-    with pytest.raises(LostPeer), world.peers():
+    with pytest.raises(LostPeer), world.process_errors():
         raise torch.distributed.DistBackendError("anything")
 
 
@@ -165,15 +165,15 @@ def test_two_ranks_agree_on_the_maximum_of_the_call_before(tmp_path):
     ],
 )
 def test_ranks_with_another_configuration_or_folder(others, says, monkeypatch, tmp_path):
-    monkeypatch.setattr(world, "agree", lambda value: value)
+    monkeypatch.setattr(world, "broadcast", lambda value: value)
     monkeypatch.setattr(world, "barrier", lambda: None)
     monkeypatch.setattr(world, "gather", lambda value: [value, *others])
     here = world.World(0, 1 + len(others), torch.device("cpu"))
     if says:
         with pytest.raises(UserError, match=says):
-            world.check_alike(here, tmp_path / "run", {"data_digest": "a"})
+            world.check_ranks_match(here, tmp_path / "run", {"data_digest": "a"})
     else:
-        world.check_alike(here, tmp_path / "run", {"data_digest": "a"})
+        world.check_ranks_match(here, tmp_path / "run", {"data_digest": "a"})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,7 +190,7 @@ def test_cores_are_divided_among_ranks_but_omp_num_threads_wins_on_a_single_rank
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(world, "keep_memory", lambda: None)
     monkeypatch.setattr(world.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    world.start(Run(device="cpu"))
+    world.init_world(Run(device="cpu"))
     assert found == set_to
 
 
@@ -208,4 +208,4 @@ def test_a_rank_that_waits_in_vain(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with pytest.raises(UserError, match=r"rank 1 of 2 .*127\.0\.0\.1:1 .*timed out.*MASTER_PORT"):
-        world.start(Run(device="cpu"))
+        world.init_world(Run(device="cpu"))

@@ -131,8 +131,8 @@ def memory_table(groups: list[dict], ranks: int, stage: int, extra: dict[str, in
     sizes = [sum(p.numel() for p in group["params"]) for group in groups]
     table = _table("ZeRO", *state_bytes(sizes, ranks, 0), *extra, "sum", last="")
     for row in range(4):
-        sizes_in_bytes = (state_bytes(sizes, ranks, row) | extra).values()
-        cells = [f"{count / GIB:.2f}" for count in (*sizes_in_bytes, sum(sizes_in_bytes))]
+        parts = (state_bytes(sizes, ranks, row) | extra).values()
+        cells = [f"{count / GIB:.2f}" for count in (*parts, sum(parts))]
         table.add_row(str(row), *cells, "<- this run" if row == stage else "")
     return table
 
@@ -192,7 +192,7 @@ def activation_bytes(model: nn.Module, batches: list[Sequence[Tensor]], micro: i
 def saved_bytes(
     model: nn.Module, inputs: list[Tensor], low: bool, modules: Sequence[nn.Module] = ()
 ) -> tuple[int, int]:
-    """Bytes that a forward pass saves for the backward pass, without parameters: all, and of the largest of `modules`."""
+    """Bytes that a forward pass saves for the backward pass, without parameters: all, and the largest of `modules`."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}  # bytes by address; addresses are unique while the output lives
     before, spans = [], [0]

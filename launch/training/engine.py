@@ -92,7 +92,7 @@ class Engine:
         return applied
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of every group, times the group's own scale (layer decay)."""
+        """Set the learning rate of all groups, times the group's own scale (layer decay)."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
@@ -111,13 +111,13 @@ class Engine:
         self._deepspeed.train()
 
     def whole_weights(self) -> AbstractContextManager:
-        """Context manager in which every rank has all of the model's weights; every rank must enter it (ZeRO 3)."""
+        """Context manager in which all ranks have all weights of the model; all must enter it (ZeRO 3)."""
         if self.zero_stage < 3:
             return nullcontext()
         return _import_deepspeed().zero.GatheredParameters(list(self.model.parameters()))
 
     def save(self, folder: Path, tag: str, state: dict) -> None:
-        """Write weights, optimizer and the caller's `state` to folder/tag; every rank calls this."""
+        """Write weights, optimizer and the caller's `state` to folder/tag; all ranks call this."""
         scale = self._loss_scale.state() if self._loss_scale else None
         content = {"state": state, "loss_scale": scale}
         self._deepspeed.save_checkpoint(str(folder), tag=tag, client_state=content, save_latest=False)

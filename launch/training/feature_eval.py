@@ -31,33 +31,20 @@ EPS = 1e-6  # added to variances, as in BatchNorm
 
 @dataclass(frozen=True)
 class Features:
-    """The features of this rank's part of a split.
+    """The features of this rank's part of a split."""
 
-    Args:
-        x: [N, D] fp32, on the device
-        label: [N], on the device
-        sample: [N] index of the image in the split
-    """
-
-    x: Tensor
-    label: Tensor
-    sample: Tensor
+    x: Tensor  # [N, D] fp32, on the device
+    label: Tensor  # [N], on the device
+    sample: Tensor  # [N] index of the image in the split
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear classifier trained with one learning rate; accuracies are 0 to 1.
-
-    Args:
-        lr: the learning rate
-        held_out: top-1 on the training images kept for validation
-        top1: on the evaluation split
-        top5: on the evaluation split
-    """
+    """Accuracies (0 to 1) of a linear classifier trained with one learning rate."""
 
     lr: float
-    held_out: float
-    top1: float
+    held_out: float  # top-1 on the training images held out for validation
+    top1: float  # on the evaluation split
     top5: float
 
 
@@ -152,7 +139,7 @@ def nearest(x: Tensor, bank: Tensor, label: Tensor, k: int) -> tuple[Tensor, Ten
     return _merge(candidates, k)
 
 
-def _merge(candidates: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+def _merge(candidates: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
     """The k nearest of the (similarity, label) of several parts of a bank."""
     similarity, label = (torch.cat(column, dim=1) for column in zip(*candidates, strict=True))
     similarity, index = similarity.topk(k, dim=1)
@@ -168,11 +155,10 @@ def _broadcast(owner: int, part: Tensor, size: int, world: World) -> Tensor:
 
 def _gather_nearest(similarity: Tensor, label: Tensor, world: World) -> tuple[Tensor, Tensor]:
     """The nearest in all ranks' banks, given the nearest in this rank's."""
-    columns = []
-    for own in (similarity, label):
-        columns.append([torch.empty_like(own) for _ in range(world.ranks)])
-        torch.distributed.all_gather(columns[-1], own)
-    return _merge(list(zip(*columns, strict=True)), similarity.shape[1])
+    columns = [[torch.empty_like(own) for _ in range(world.ranks)] for own in (similarity, label)]
+    torch.distributed.all_gather(columns[0], similarity)
+    torch.distributed.all_gather(columns[1], label)
+    return _merge(zip(*columns, strict=True), similarity.shape[1])
 
 
 def _votes(similarity: Tensor, label: Tensor, k: int, temperature: float, classes: int) -> Tensor:

@@ -15,16 +15,13 @@ from launch.training.world import World
 
 def write_summary(folder: Path, config: Pretrain | Finetune, world: World, seconds: float, results: dict) -> None:
     """Write FOLDER/summary.json: `results` (plain values), seconds, hardware, configuration. For the first rank."""
-    about = {"seconds": round(seconds), "hardware": hardware(world), "config": to_dict(config)}
-    write_whole(folder / "summary.json", json.dumps(results | about, indent=1).encode())
-
-
-def hardware(world: World) -> str:
-    """Processors of a run, like "NVIDIA H200 x 8" or "AMD EPYC, 2 cores" (CPU: of this machine)."""
     if world.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(world.device)} x {world.ranks}"
-    cores = torch.get_num_threads() * int(os.environ["LOCAL_WORLD_SIZE"])
-    return f"{cpu_name()}, {cores} core{'s' * (cores > 1)}"
+        hardware = f"{torch.cuda.get_device_name(world.device)} x {world.ranks}"
+    else:
+        cores = torch.get_num_threads() * int(os.environ["LOCAL_WORLD_SIZE"])  # of this machine
+        hardware = f"{cpu_name()}, {cores} core{'s' * (cores > 1)}"
+    about = {"seconds": round(seconds), "hardware": hardware, "config": to_dict(config)}
+    write_whole(folder / "summary.json", json.dumps(results | about, indent=1).encode())
 
 
 def cpu_name() -> str:

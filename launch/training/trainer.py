@@ -27,21 +27,13 @@ from launch.training.world import Agreement, World, check_ranks_match, gather, p
 
 @dataclass(frozen=True)
 class Report:
-    """Results of an evaluation, which the trainer logs.
+    """Results of an evaluation, which the trainer logs."""
 
-    Args:
-        score: selects the best checkpoint, higher is better; None = no score
-        scores: values by name, for log.jsonl and TensorBoard
-        pictures: uint8 [3, H, W] by title, for TensorBoard
-        lines: for the console
-        summary: content of summary.json; None = not written
-    """
-
-    score: float | None = None
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    pictures: dict[str, Tensor] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
-    summary: dict | None = None
+    score: float | None = None  # selects the best checkpoint, higher is better
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # for log.jsonl and TensorBoard
+    pictures: dict[str, Tensor] = field(default_factory=dict)  # uint8 [3, H, W] by title, for TensorBoard
+    lines: list[str] = field(default_factory=list)  # for the console
+    summary: dict | None = None  # content of summary.json; None = not written
 
 
 class Stage(Protocol):

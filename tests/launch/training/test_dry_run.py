@@ -1,4 +1,4 @@
-"""The plan of a run: its numbers by hand, its memory against a real engine, its commands."""
+"""`--dry-run`: numbers computed by hand, memory compared with a real engine, both commands."""
 
 import json
 import weakref
@@ -25,7 +25,7 @@ from pretrain.objectives.fcmae import Objective
 from tests.conftest import QUICK, ROOT, TINY, has, run
 from tests.models.helpers import tiny
 
-# counts the tensors of engines around a real model: after a step, and after the first of two micro batches
+# measures the tensors of engines around a real model, after a step and after the first of two micro batches
 COUNT = """
 import gc, json, sys, warnings
 
@@ -39,7 +39,7 @@ from launch.training.world import init_world, destroy_world
 from models.fcmae import FCMAE
 
 
-def held():
+def tensor_bytes():
     gc.collect()
     tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.device.type != "meta"]
     tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
@@ -52,20 +52,20 @@ def train(engine):
 
 
 world = init_world(Run(device="cpu"))
-gc.freeze()  # what is there now is not looked through again
+gc.freeze()  # excludes present objects from searches
 counts = {}
 for stage in json.loads(sys.argv[2]):
-    before = held()
+    before = tensor_bytes()
     model = FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)), FCMAESettings())
     groups = parameter_groups(model, Optim())
     optim = Optim(batch_size=2 * world.ranks, micro_batch=1, zero_stage=stage)
     engine = Engine(model, groups, optim, world)
     for _ in range(2):
         train(engine)
-    step = held() - before
+    step = tensor_bytes() - before
     train(engine)
     parameters = sum(p.numel() for p in model.parameters())
-    counts[stage] = {"step": step, "micro": held() - before, "bucket": bucket_size(parameters)}
+    counts[stage] = {"step": step, "micro": tensor_bytes() - before, "bucket": bucket_size(parameters)}
     engine.close()
     del engine, model, groups
 if world.first:
@@ -86,20 +86,20 @@ def measured(model: FCMAE, micro: int, low: bool = False) -> int:
 
 
 def inputs(model: FCMAE, count: int, size: int = 32) -> tuple[torch.Tensor, ...]:
-    """Images of noise and masks, as the autoencoder takes them."""
+    """Noise images and masks: the arguments of the autoencoder."""
     objective = Objective(Pretrain(data=Data(size=size), model=model.config))
     image = torch.rand(count, model.config.channels, size, size)
     return objective.inputs(image, objective.example(count))
 
 
 def table(text: str, title: str) -> list[list[str]]:
-    """Words of each line of one of the plan's tables, its header first."""
+    """Words of the lines of a table in the plan, header first."""
     lines = f"\n{text}".split(f"\n{title}\n")[1].split("\n\n")[0].splitlines()
     return [line.split() for line in lines]
 
 
 def test_schedule():
-    """45,000 images in batches of 512 are 87 steps and 456 images over; lr 1.5e-4 x 2; warm-up 10 x 87."""
+    """45,000 images in batches of 512 are 87 steps, 456 images remain; lr 1.5e-4 x 2; warm-up 10 x 87."""
     optim = Optim(lr=1.5e-4, batch_size=512, micro_batch=4, epochs=200, warmup_epochs=10, min_lr=1e-6)
     assert schedule(optim, 45_000, 16) == [
         "batch   micro batch 4 x accumulation 8 x 16 ranks = 512",
@@ -126,7 +126,7 @@ def test_warm_up_of_part_of_an_epoch_and_longer_than_the_run():
         ({"batch_size": 101}, 1, r"100 images .*optim\.batch_size .*101"),
     ],
 )
-def test_batches_that_cannot_be(optim, ranks, says):
+def test_impossible_batches(optim, ranks, says):
     config, model = pretraining(**optim)
     with pytest.raises(UserError, match=says):
         plan(config, model, parameter_groups(model, Optim()), 100, ranks)
@@ -135,9 +135,9 @@ def test_batches_that_cannot_be(optim, ranks, says):
 def test_frozen_parameters_are_shown_as_such():
     config, model = pretraining(batch_size=64)
     model.encoder.requires_grad_(False)
-    _, *each = table(plan(config, model, parameter_groups(model, config.optim), 100, 1), "parameters")
-    assert {"frozen" in row for row in each if row[-1].startswith("encoder.")} == {True}
-    assert not any("frozen" in row for row in each if not row[-1].startswith("encoder."))
+    _, *rows = table(plan(config, model, parameter_groups(model, config.optim), 100, 1), "parameters")
+    assert {"frozen" in row for row in rows if row[-1].startswith("encoder.")} == {True}
+    assert not any("frozen" in row for row in rows if not row[-1].startswith("encoder."))
 
 
 def test_plan_of_a_pretraining():
@@ -150,9 +150,9 @@ def test_plan_of_a_pretraining():
     _, *groups = table(text, "parameter groups")
     assert [[f"{flat:,}", "0"], [f"{parameters - flat:,}", "0.1"]] == [row[1:3] for row in groups]
     assert groups[0][-2:] == ["mask_token,", "pred.bias"]
-    header, *each = table(text, "parameters")
-    assert header == ["shape", "decay", "lr", "scale", "lr", "parameter"] and len(each) == len(list(model.parameters()))
-    decay = {row[-1]: row[-4] for row in each}
+    header, *rows = table(text, "parameters")
+    assert header == ["shape", "decay", "lr", "scale", "lr", "parameter"] and len(rows) == len(list(model.parameters()))
+    decay = {row[-1]: row[-4] for row in rows}
     assert decay["pred.weight"] == "0.1" and decay["mask_token"] == decay["pred.bias"] == "0"
     header, *rows = table(text, "memory per rank, GiB")
     assert header == ["ZeRO", "weights", "gradients", "master", "AdamW", "buffers", "activations", "sum"]
@@ -202,7 +202,7 @@ def test_a_higher_stage_divides_more(ranks):
 
 @pytest.mark.parametrize(("ranks", "stages"), [(1, [0, 1]), (2, [0, 1, 2, 3])])
 def test_memory_as_counted_in_an_engine(ranks, stages, tmp_path):
-    """Tensors of a real engine around five million parameters, between two steps and between two micro batches."""
+    """Tensors of a real engine with five million parameters, between two steps and between two micro batches."""
     (tmp_path / "count.py").write_text(COUNT)
     launcher = ["python"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
     done = run(*launcher, tmp_path / "count.py", ROOT, json.dumps(stages))
@@ -210,15 +210,17 @@ def test_memory_as_counted_in_an_engine(ranks, stages, tmp_path):
     groups = parameter_groups(FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)), FCMAESettings()), Optim())
     sizes = [sum(p.numel() for p in group["params"]) for group in groups]
     for stage in stages:
-        count, held = counted[str(stage)], state_bytes(sizes, ranks, stage)
+        count, expected = counted[str(stage)], state_bytes(sizes, ranks, stage)
         assert count["bucket"] == sum(sizes)
-        between_steps = held["weights"] + held["master"] + held["AdamW"]
+        between_steps = expected["weights"] + expected["master"] + expected["AdamW"]
         if stage == 3:  # gradients and bucket stay; small parameters are whole on each rank
-            assert count["step"] == pytest.approx(between_steps + held["gradients"] + 4 * sum(sizes), rel=0.02)
+            assert count["step"] == pytest.approx(between_steps + expected["gradients"] + 4 * sum(sizes), rel=0.02)
             assert count["micro"] == count["step"]
             continue
         assert count["step"] == pytest.approx(between_steps, rel=1e-3)
-        gradients = held["gradients"] + (held["buffers"] if stage == 1 else 0)  # stage 2 has the bucket in a pass only
+        gradients = expected["gradients"] + (
+            expected["buffers"] if stage == 1 else 0
+        )  # stage 2 has the bucket in a pass only
         # of a parameter that lies on two ranks, both have the whole gradient
         assert count["micro"] - count["step"] == pytest.approx(gradients, rel=0.35 if stage == 2 else 1e-3)
 
@@ -261,14 +263,14 @@ def test_activations_as_a_gpu_allocates_them(mode):
 
 
 def test_counts_what_autograd_keeps():
-    """A linear layer keeps its input, [4, 5] fp32, GELU its own, [4, 6]; both keep no parameter, and nothing twice."""
+    """A linear layer saves its input, [4, 5] fp32, and GELU its own, [4, 6]; parameters and duplicates do not count."""
     model = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.GELU(), torch.nn.Identity())
     assert saved_bytes(model, [torch.rand(4, 5)], False) == (4 * (4 * 5 + 4 * 6), 0)
     assert saved_bytes(model, [torch.rand(4, 5)], False, [model[1], model[2]])[1] == 4 * 4 * 6
 
 
 def test_a_measurement_leaves_nothing_behind():
-    """A sigmoid keeps its own output, which would keep the sigmoid."""
+    """A sigmoid saves its own output: a reference cycle, if it were kept as it is."""
     model, outputs = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Sigmoid()), []
     model[1].register_forward_hook(lambda _, inputs, output: outputs.append(weakref.ref(output)))
     assert saved_bytes(model, [torch.rand(4, 5)], False)[0] > 0
@@ -280,7 +282,7 @@ def words(digits, folder, *more):
 
 
 def test_dry_run_of_a_pretraining(digits, tmp_path):
-    """1,442 digits in batches of 240 are 6 steps and 2 images over."""
+    """1,442 digits in batches of 240 are 6 steps, 2 images remain."""
     arguments = words(digits, tmp_path, "--dry-run", "4", "--optim.micro_batch", "20", *TINY)
     done = run("python", "pretrain/main.py", *arguments)
     assert "micro batch 20 x accumulation 3 x 4 ranks = 240" in done.stdout

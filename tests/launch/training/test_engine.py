@@ -1,4 +1,4 @@
-"""What stands between the schema and DeepSpeed."""
+"""Parameter groups, precision, errors by rank."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Skipped steps and damaged images: what is counted and logged, and when it ends a run."""
+"""Skipped steps and damaged images: counts, log entries, limits."""
 
 import json
 from types import SimpleNamespace

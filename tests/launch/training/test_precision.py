@@ -1,4 +1,4 @@
-"""fp16 and bf16 in a real engine, in every ZeRO stage: gradients as in fp32, clipped alike, overflow skipped."""
+"""fp16 and bf16 in a real engine, in all ZeRO stages: gradients and clipping as in fp32, overflow skipped."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import ROOT, run
 
-# four steps of a classifier, the third with an image that overflows; what the optimizer saw of each
+# five steps of a classifier, the third with an image that overflows; prints the optimizer's state after them
 TRAIN = """
 import json, sys, warnings
 

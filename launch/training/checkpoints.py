@@ -105,7 +105,7 @@ class Checkpoints:
         best = max(scored, key=lambda folder: (complete[folder]["score"], folder.name), default=None)
         for folder in list(complete)[: -self.keep]:
             if folder != best:
-                shutil.rmtree(folder.rename(_temporary(folder)))  # a partial one never has the name
+                shutil.rmtree(folder.rename(_temporary(folder)))  # rename first: step-* is never partial
 
     def check(self) -> None:
         """Raise the error of a failed background commit; does not block."""

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -58,13 +59,13 @@ for stage in json.loads(sys.argv[2]):
     before = tensor_bytes()
     model = FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)), FCMAESettings())
     groups = parameter_groups(model, Optim())
+    parameters = sum(p.numel() for p in model.parameters())  # before ZeRO 3 partitions them
     optim = Optim(batch_size=2 * world.ranks, micro_batch=1, zero_stage=stage)
     engine = Engine(model, groups, optim, world)
     for _ in range(2):
         train(engine)
     step = tensor_bytes() - before
     train(engine)
-    parameters = sum(p.numel() for p in model.parameters())
     counts[stage] = {"step": step, "micro": tensor_bytes() - before, "bucket": bucket_size(parameters)}
     engine.close()
     del engine, model, groups
@@ -90,6 +91,11 @@ def inputs(model: FCMAE, count: int, size: int = 32) -> tuple[torch.Tensor, ...]
     objective = Objective(Pretrain(data=Data(size=size), model=model.config))
     image = torch.rand(count, model.config.channels, size, size)
     return objective.inputs(image, objective.example(count))
+
+
+def noise(model: FCMAE) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """`inputs` as an argument of `plan`."""
+    return lambda image: inputs(model, len(image))
 
 
 def table(text: str, title: str) -> list[list[str]]:
@@ -135,14 +141,14 @@ def test_impossible_batches(optim, ranks, says):
 def test_frozen_parameters_are_shown_as_such():
     config, model = pretraining(batch_size=64)
     model.encoder.requires_grad_(False)
-    _, *rows = table(plan(config, model, parameter_groups(model, config.optim), 100, 1), "parameters")
+    _, *rows = table(plan(config, model, parameter_groups(model, config.optim), 100, 1, noise(model)), "parameters")
     assert {"frozen" in row for row in rows if row[-1].startswith("encoder.")} == {True}
     assert not any("frozen" in row for row in rows if not row[-1].startswith("encoder."))
 
 
 def test_plan_of_a_pretraining():
     config, model = pretraining(batch_size=64, micro_batch=8, zero_stage=2, weight_decay=0.1)
-    text = plan(config, model, parameter_groups(model, Optim(weight_decay=0.1)), 100, 4)
+    text = plan(config, model, parameter_groups(model, Optim(weight_decay=0.1)), 100, 4, noise(model))
     parameters = sum(p.numel() for p in model.parameters())
     flat = sum(p.numel() for p in model.parameters() if p.ndim == 1)
     assert has(text, "4 ranks nothing started written")

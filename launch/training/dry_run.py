@@ -23,7 +23,7 @@ RECOMPUTED = {"mlp": Mlp, "block": Block}  # modules that activation checkpointi
 GIB, WIDTH = 2**30, 120
 
 LEGEND = """
-An upper estimate: the sum of all parts at once. Not included: CUDA context, NCCL, temporary tensors, fragmentation,
+An estimate: the sum of all parts at once. Not included: CUDA context, NCCL, temporary tensors, fragmentation,
 evaluation, and the loader, which uses main memory.
   master       ZeRO's copy of the weights that a rank updates; DeepSpeed makes it even though the weights are fp32
   buffers      DeepSpeed's: gradients being reduced; with ZeRO 3 also the weights gathered for a pass

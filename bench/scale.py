@@ -71,7 +71,7 @@ from data.writing import write_tar
 from launch.training.checkpoints import Checkpoints
 from launch.training.engine import Engine
 from launch.training.parameter_groups import parameter_groups
-from launch.training.world import start, stop
+from launch.training.world import destroy_world, init_world
 from models.fcmae import FCMAE
 
 
@@ -105,8 +105,7 @@ def index(options: ScaleOptions, folder: Path) -> dict:
         "write_s": write,
         "read_s": fastest(lambda: read_index(folder), options.rounds),
         "open_s": fastest(lambda: Split(folder, "train"), options.rounds),
-        "shard_ms": 1e3
-        * fastest(lambda: split.fetch_shard(0), 10 * options.rounds),  # verifies the index
+        "shard_ms": 1e3 * fastest(lambda: split.fetch_shard(0), 10 * options.rounds),  # verifies the index
         "peak_mb": peak_mb(lambda: Split(folder, "train")),
     }
 
@@ -158,9 +157,9 @@ def reading(options: ScaleOptions, folder: Path) -> dict:
 
 def checkpoints(options: ScaleOptions, folder: Path) -> dict:
     """Checkpoints of one rank with ZeRO 1: size, how long training waits, until committed, resuming."""
-    world = start(Run(device=options.device))
+    world = init_world(Run(device=options.device))
     result = {name: checkpoint(name, options, world, folder / name) for name in options.models}
-    stop()
+    destroy_world()
     return result
 
 

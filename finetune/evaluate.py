@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     from finetune.inference import predict
     from finetune.tasks import task_of
     from launch.training.precision import precision
-    from launch.training.world import gather, peers, start, stop
+    from launch.training.world import destroy_world, gather, init_world, process_errors
     from models.opening import open_classifier
 
     trained = open_classifier(options.weights, options.ema, options.size)
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     task = task_of(trained.path, trained.weights.task).make_inference(trained)
     task.match(images)
     out = Path(options.out) if options.out else default_folder(options)
-    world = start(Run(device=options.device))
+    world = init_world(Run(device=options.device))
     if world.first:
         out.mkdir(parents=True, exist_ok=True)  # before the work, so that it cannot fail after it
     kind = precision(Optim(precision=options.precision), world.device)
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     damaged: dict[int, str] = {}
     batches = padded_batches(loader, batch, damaged, world.first)
     model, mean, std = (x.to(world.device) for x in (trained.model, trained.mean, trained.std))
-    with peers():
+    with process_errors():
         predictions = predict(task, {"": model}, batches, world, mean, std, kind)[""]
         damaged = dict(ChainMap(*gather(damaged)))
     if world.first:
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         task.write_evaluation(out, result, predictions, where)
         task.show_evaluation(result)
         print(f"wrote {out}: {task.files}")
-    stop()
+    destroy_world()
 
 
 def default_folder(options: Options) -> Path:

@@ -40,16 +40,16 @@ def feature_scores(
         seed: of the linear classifier
     """
 
-    def watch(steps: Iterable, number: int, what: str) -> Iterable:
+    def progress(steps: Iterable, number: int, what: str) -> Iterable:
         return track(steps, what, number, console=Console(stderr=True), disable=not world.first, show_speed=False)
 
     encoder, mean, std = (x.to(world.device) for x in (encoder, mean, std))
-    train, evaluation = (features(encoder, loader, world, mean, std, precision, watch) for loader in loaders)
+    train, evaluation = (features(encoder, loader, world, mean, std, precision, progress) for loader in loaders)
     classes = len(loaders[0].samples.split.classes)
     scores = {"train_images": count(train), "eval_images": count(evaluation), "classes": classes}
     scores["precision"] = precision
-    scores["knn"] = knn(train, evaluation, classes, ks, temperature, world, watch)
+    scores["knn"] = knn(train, evaluation, classes, ks, temperature, world, progress)
     if lrs is not None:
-        grid = linear(train, evaluation, classes, lrs, epochs, seed, watch)
+        grid = linear(train, evaluation, classes, lrs, epochs, seed, progress)
         scores["linear"] = asdict(best_of(grid)) | {"grid": [asdict(one) for one in grid]}
     return scores

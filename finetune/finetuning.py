@@ -17,7 +17,7 @@ from data.transforms import normalize
 from finetune.inference import Collector, predict
 from launch.training.engine import Engine, seed_everything
 from launch.training.trainer import Report
-from launch.training.watchdog import Watch
+from launch.training.watchdog import Progress
 from launch.training.world import World
 from models.opening import Opened
 from models.weights import Weights, cpu_state, save, split_by_prefix
@@ -103,7 +103,7 @@ class Finetuning:
         """The run."""
         return [self.intro]
 
-    def start(self, step: int, watch: Watch) -> Report:
+    def start(self, step: int, progress: Progress) -> Report:
         """Nothing is evaluated before the first step."""
         return Report()
 
@@ -125,7 +125,7 @@ class Finetuning:
         if self.ema:
             self.ema.update(self.engine.model)
 
-    def end_epoch(self, epoch: int, last: bool, watch: Watch) -> Report:
+    def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
         """Every `run.eval_every` epochs and after the last, score raw and averaged weights.
 
         Writes last.pt and, if it is the best so far, best.pt.
@@ -133,7 +133,7 @@ class Finetuning:
         if epoch % self.config.run.eval_every and not last:
             return Report()
         metric, split, self.evaluated = self.task.metric, self.config.eval_split, epoch
-        found = self.evaluate(watch)
+        found = self.evaluate(progress)
         scores = {kind: predictions.scores() for kind, predictions in found.items()}
         winner = max(scores, key=lambda kind: scores[kind][metric])
         improved = scores[winner][metric] > self.best[metric]
@@ -160,10 +160,10 @@ class Finetuning:
         """Whether the score has not risen for `run.patience` epochs."""
         return 0 < self.config.run.patience <= self.evaluated - self.best["epoch"]
 
-    def evaluate(self, watch: Watch) -> dict[str, Any]:
+    def evaluate(self, progress: Progress) -> dict[str, Any]:
         """Predictions of the raw weights and, if there are any, of the averaged ones."""
         models = {"raw": self.engine.model} | ({"ema": self.ema.module} if self.ema else {})
-        batches = watch(self.val_loader, len(self.val_loader.batches), "evaluation")
+        batches = progress(self.val_loader, len(self.val_loader.batches), "evaluation")
         with self.engine.whole_weights():
             return predict(self.task, models, batches, self.world, self.mean, self.std, self.engine.precision)
 

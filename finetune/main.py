@@ -42,7 +42,7 @@ def main() -> None:
     from launch.training.parameter_groups import parameter_groups
     from launch.training.report import write_report
     from launch.training.trainer import Trainer
-    from launch.training.world import start, stop
+    from launch.training.world import destroy_world, init_world
     from models.start import open_init, with_statistics
 
     init = open_init(config.init)
@@ -61,7 +61,7 @@ def main() -> None:
         say(plan(config, model, parameter_groups(model, optim, decay), images, ranks))
         return
 
-    world = start(config.run)
+    world = init_world(config.run)
     micro, _ = optim.accumulation(world.ranks)
     task.check_batch(micro)
     seed_everything(config.run.seed)
@@ -87,7 +87,7 @@ def main() -> None:
     if world.first:
         stage.draw()
         say(f"wrote {write_report(trainer.folder)}: open it in a browser")
-    stop()
+    destroy_world()
 
 
 def architecture(config: Finetune, init: "Opened | None") -> Encoder:

@@ -97,7 +97,7 @@ def classify(options: Options) -> tuple[int, int]:
     from finetune.inference import output_of
     from finetune.tasks import task_of
     from launch.training.precision import precision
-    from launch.training.world import start, stop
+    from launch.training.world import destroy_world, init_world
     from models.opening import open_classifier
 
     trained = open_classifier(options.weights, options.ema, options.size)
@@ -106,7 +106,7 @@ def classify(options: Options) -> tuple[int, int]:
     paths = find_pictures(options.images)
     if options.annotate:
         Path(options.annotate).mkdir(parents=True, exist_ok=True)
-    world = start(Run(device=options.device))
+    world = init_world(Run(device=options.device))
     if world.ranks > 1:
         raise UserError("finetune/predict.py runs in one process: start it with python, not with a launcher")
     kind = precision(Optim(precision=options.precision), world.device)
@@ -135,7 +135,7 @@ def classify(options: Options) -> tuple[int, int]:
         task.write_csv(Path(options.csv), kept)
     if options.json:
         task.write_json(Path(options.json), kept)
-    stop()
+    destroy_world()
     return failed, done + failed
 
 

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     from launch.training.engine import seed_everything
     from launch.training.feature_eval import check_labels, probe_loader
     from launch.training.precision import precision
-    from launch.training.world import peers, start, stop
+    from launch.training.world import destroy_world, init_world, process_errors
     from models.convnext import ConvNeXt
     from models.opening import open_encoder
 
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{images} training images are too few for the linear classifier: give {MIN_IMAGES}, or --no-linear"
         )
 
-    world = start(Run(device=options.device))
+    world = init_world(Run(device=options.device))
     say(f"{options.weights}: {arch.name}, images of {'x'.join(map(str, preprocessing.size))}")
     transform = EvalTransform.of(preprocessing)
     loaders = [
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         neighbours = options.k, options.temperature
         return feature_scores(encoder, loaders, trained.mean, trained.std, kind, *neighbours, *linear, world)
 
-    with peers():
+    with process_errors():
         scores = scores_of(trained.model)
         if options.random:
             say("the same with random weights")
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
             about = {"model": asdict(arch), "settings": settings}
             write_whole(options.out, json.dumps(about | scores, indent=1).encode())
             print(f"wrote {options.out}")
-    stop()
+    destroy_world()
 
 
 def show(scores: dict, options: Options) -> None:

@@ -1,1 +1,1 @@
-"""Between a shell command and a running, restartable engine: DeepSpeed, checkpoints, the run's log."""
+"""Scripts around the commands, and training machinery."""

@@ -1,4 +1,4 @@
-"""Sum up the demo's three runs: FOLDER/summary.json, and the reconstruction picture beside it.
+"""Write FOLDER/summary.json and FOLDER/reconstruction.png from the demo's three runs.
 
 python launch/demo_summary.py FOLDER SECONDS
 """
@@ -16,7 +16,7 @@ RUNS = ("finetune", "scratch")
 
 
 def main(folder: Path, seconds: int) -> None:
-    """Write the summary of the runs in `folder` and print it."""
+    """Write and print the summary."""
     losses = [json.loads(line) for line in (folder / "pretrain/log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in losses if "loss" in entry]
     top1 = {name: json.loads((folder / name / "summary.json").read_text())["last"]["raw"]["top1"] for name in RUNS}
@@ -30,7 +30,7 @@ def main(folder: Path, seconds: int) -> None:
     shutil.copyfile(folder / "pretrain/reconstruction.png", folder / "reconstruction.png")
     write_whole(folder / "summary.json", json.dumps(summary, indent=1).encode())
     print(json.dumps(summary, indent=1))
-    print(f"pages for a browser: {folder}/pretrain/report.html, {folder}/finetune/report.html")
+    print(f"open in a browser: {folder}/pretrain/report.html, {folder}/finetune/report.html")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Write report.html of a run again: curves, pictures, results and next commands in one page.
+"""Write report.html of a run: one page with its curves, pictures, results and next commands.
 
-python launch/report.py runs/photos                 runs write it when they end; this updates it at any time
+A run writes it when it ends; this command updates it at any time.
+
+python launch/report.py runs/photos
 """
 
 import sys

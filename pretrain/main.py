@@ -39,7 +39,7 @@ def main() -> None:
     from launch.training.report import write_report
     from launch.training.summary import write_summary
     from launch.training.trainer import Trainer
-    from launch.training.world import start, stop
+    from launch.training.world import destroy_world, init_world
     from models.start import open_init, with_statistics
     from models.weights import Weights, cpu_state, save
     from pretrain.online_eval import OnlineEval, probe_splits
@@ -55,7 +55,7 @@ def main() -> None:
         groups = parameter_groups(model, optim)
         say(plan(config, model, groups, len(split), ranks, lambda x: objective.inputs(x, objective.example(len(x)))))
         return
-    world = start(config.run)
+    world = init_world(config.run)
     seed_everything(config.run.seed)
     model = objective.build()
     if init:
@@ -89,7 +89,7 @@ def main() -> None:
             write_summary(trainer.folder, config, world, seconds, summary)
             print(f"wrote {path}: fine-tune it with `python finetune/main.py --init {path} ...`")
             print(f"wrote {write_report(trainer.folder)}: open it in a browser")
-    stop()
+    destroy_world()
 
 
 if __name__ == "__main__":

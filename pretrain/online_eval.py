@@ -12,7 +12,7 @@ from data.transforms import EvalTransform
 from launch.training.engine import Engine
 from launch.training.feature_eval import best_of, check_labels, count, features, knn, linear, probe_loader
 from launch.training.trainer import Report
-from launch.training.watchdog import Watch
+from launch.training.watchdog import Progress
 from launch.training.world import World
 
 
@@ -73,21 +73,21 @@ class OnlineEval:
             f"{queries} among {bank}, {self.splits[0].folder} (temperature {TEMPERATURE:g})"
         )
 
-    def evaluate(self, engine: Engine, epoch: int, watch: Watch) -> Report:
+    def evaluate(self, engine: Engine, epoch: int, progress: Progress) -> Report:
         """Accuracies for each number of neighbours, and of the linear classifier. The model's mode is not changed."""
         classes, world = len(self.splits[0].classes), self.world
         with engine.whole_weights(), torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
             bank, queries = (
-                features(engine.model.encoder, loader, world, self.mean, self.std, engine.precision, watch)
+                features(engine.model.encoder, loader, world, self.mean, self.std, engine.precision, progress)
                 for loader in self.loaders
             )
-        accuracy = knn(bank, queries, classes, KS, TEMPERATURE, world, watch)
+        accuracy = knn(bank, queries, classes, KS, TEMPERATURE, world, progress)
         scores = {"knn": {f"{top}_k{k}": share for k, tops in accuracy.items() for top, share in tops.items()}}
         shown = ", ".join(f"{tops['top1']:.2%} (k {k})" for k, tops in accuracy.items())
         images = f"{count(queries):,} images by {count(bank):,}"
         lines = [f"epoch {epoch}: {self.probe.eval_split} kNN top-1 {shown}; {images}"]
         if self.probe.linear_epochs:
-            best = best_of(linear(bank, queries, classes, LRS, self.probe.linear_epochs, self.seed, watch))
+            best = best_of(linear(bank, queries, classes, LRS, self.probe.linear_epochs, self.seed, progress))
             scores["linear"] = {"top1": best.top1, "top5": best.top5, "lr": best.lr}
             lines.append(f"epoch {epoch}: {self.probe.eval_split} linear top-1 {best.top1:.2%} (lr {best.lr:g})")
         return Report(scores=scores, lines=lines)

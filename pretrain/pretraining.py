@@ -13,7 +13,7 @@ from data.transforms import normalize
 from launch.training.engine import Engine
 from launch.training.runlog import read_log
 from launch.training.trainer import Report
-from launch.training.watchdog import Watch
+from launch.training.watchdog import Progress
 from launch.training.world import World
 from models.opening import Opened
 from models.weights import Tensors
@@ -73,9 +73,9 @@ class Pretraining:
         """The run, and the evaluation along the way."""
         return [self.intro, *([self.online.describe()] if self.online else [])]
 
-    def start(self, step: int, watch: Watch) -> Report:
+    def start(self, step: int, progress: Progress) -> Report:
         """Evaluate the initial weights: what training adds is the difference from them."""
-        return self.online.evaluate(self.engine, 0, watch) if self.online and step == 0 else Report()
+        return self.online.evaluate(self.engine, 0, progress) if self.online and step == 0 else Report()
 
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         """The objective's loss."""
@@ -87,7 +87,7 @@ class Pretraining:
     def after_update(self) -> None:
         """No-op: pretraining keeps no average of the weights."""
 
-    def end_epoch(self, epoch: int, last: bool, watch: Watch) -> Report:
+    def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
         """A picture every `run.picture_every` epochs, an evaluation every `probe.every`; both after the last."""
         report = Report()
         if last or epoch % self.config.run.picture_every == 0:
@@ -95,7 +95,7 @@ class Pretraining:
             report.pictures[title] = picture
             report.scores["feature_distance"] = distance
         if self.online and (last or epoch % self.config.probe.every == 0):
-            found = self.online.evaluate(self.engine, epoch, watch)
+            found = self.online.evaluate(self.engine, epoch, progress)
             report.scores.update(found.scores)
             report.lines.extend(found.lines)
         return report

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CAN_FORK = sys.platform == "linux" and not Path("/dev/nvidiactl").exists()
 IMPORTED = [
     "torch", "torch.distributed.elastic.multiprocessing", "torch.utils.tensorboard", "torchvision.transforms.v2",
-    "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "timm.data", "timm.loss", "timm.models.convnext",
+    "deepspeed", "timm.data", "timm.loss", "timm.models.convnext",
     "webdataset", "sklearn.datasets", "matplotlib.pyplot", "networkx", "tensorboard", "safetensors.torch",
     "rich.console", "rich.progress", "jsonargparse", "yaml", "jinja2", "psutil", "fsspec",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would do and need, before anything is started: steps, parameter groups, memory."""
+"""`--dry-run`: steps, parameter groups and estimated memory of a run, without starting it."""
 
 import io
 import math
@@ -13,42 +13,42 @@ from torch.autograd.graph import saved_tensors_hooks
 from configs.errors import UserError
 from configs.schema import Finetune, Optim, Pretrain
 from launch.training.engine import bucket_size
-from launch.training.precision import precision
+from launch.training.precision import autocast, precision
 from models import kernels
 from models.convnext import Block, Mlp
 
-FLAT = 500_000_000  # elements that DeepSpeed flattens at a time without ZeRO, to reduce them
-PROBE = 2, 4  # images of the two forward passes that are measured; a single one is spared copies that several need
-PIECES = {"mlp": Mlp, "block": Block}  # what the backward pass computes again at once
+FLATTENED = 500_000_000  # elements that DeepSpeed flattens at a time without ZeRO, to reduce them
+MEASURED_BATCHES = 2, 4  # images; a batch of one would avoid copies that larger ones need
+RECOMPUTED = {"mlp": Mlp, "block": Block}  # modules that activation checkpointing recomputes, by mode
 GIB, WIDTH = 2**30, 120
 
-ABOUT = """
-An estimate, as if all were there at once. It leaves out the CUDA context, NCCL, tensors that come and go in a pass,
-fragmentation, evaluation, and the loader, which takes the machine's memory.
-  master       ZeRO's second copy of the weights that a rank updates; DeepSpeed makes it though the first is fp32 too
-  buffers      DeepSpeed's: gradients that are being reduced; with ZeRO 3 also the weights gathered for a pass
-  activations  a micro batch in {kind}, recompute {mode}; from {few} and {more} images, measured on this {device}"""
+LEGEND = """
+An estimate: the sum of all parts at once. Not included: CUDA context, NCCL, temporary tensors, fragmentation,
+evaluation, and the loader, which uses main memory.
+  master       ZeRO's copy of the weights that a rank updates; DeepSpeed makes it even though the weights are fp32
+  buffers      DeepSpeed's: gradients being reduced; with ZeRO 3 also the weights gathered for a pass
+  activations  of a micro batch in {kind}, recompute {mode}; measured with {few} and {many} images on this {device}"""
 ON_CPU = """\
-               A GPU keeps other things. With this project's kernels: .75 of it for ConvNeXt V2 in fp32, .55 in bf16;
-               with recompute as much in fp32, and up to 1.5 times as much in bf16"""
+               A GPU stores other tensors. With this project's kernels: .75 times as much for ConvNeXt V2 in fp32, .55
+               in bf16; with recompute as much in fp32, up to 1.5 times as much in bf16"""
 AUTO = """\
-               optim.precision auto is fp32 here and bf16 on a GPU; --optim.precision bf16 plans for one"""
+               optim.precision auto is fp32 here and bf16 on a GPU; use --optim.precision bf16 to plan for a GPU"""
 
 
 def plan(
     config: Pretrain | Finetune, model: nn.Module, groups: list[dict], images: int, ranks: int,
     inputs: Callable[[Tensor], tuple[Tensor, ...]] = lambda image: (image,),
 ) -> str:  # fmt: skip
-    """The plan of a run as text: batch, learning rate, steps, parameter groups, memory of a rank for each ZeRO stage.
+    """Text of a dry run: batch, learning rate, steps, parameter groups, memory per rank for each ZeRO stage.
 
     Args:
-        model: as it will be trained; it is moved to the GPU, if there is one to measure with
+        model: the model to train; moved to the GPU, if there is one
         groups: its parameter groups, with `weight_decay` and `lr_scale`
-        images: in the training split
-        ranks: to plan for; 0 = as many as this machine would start: one for each GPU, or one
-        inputs: maps images [B, C, H, W] to what the model's forward takes
+        images: size of the training split
+        ranks: 0 = one for each GPU of this machine, or one
+        inputs: maps images [B, C, H, W] to the arguments of the model's forward
     Raises:
-        UserError: the batch does not divide, there are fewer images than one batch, or bf16 on a GPU that has none
+        UserError: the batch does not divide, there are fewer images than one batch, or bf16 on a GPU without it
     """
     optim = config.optim
     ranks = ranks or torch.cuda.device_count() or 1
@@ -60,33 +60,32 @@ def plan(
     height, width = config.data.height_width
     steps = schedule(optim, images, ranks)
     kernels.use(config.run.kernels == "triton")
-    shape = encoder.arch.channels, height, width
-    probes = [inputs(torch.rand(count, *shape)) for count in PROBE]
-    more = {"activations": activations(model.to(device), probes, micro, kind != "fp32")}
+    batches = [inputs(torch.rand(count, encoder.arch.channels, height, width)) for count in MEASURED_BATCHES]
+    extra = {"activations": activation_bytes(model.to(device), batches, micro, kind != "fp32")}
     if isinstance(config, Finetune) and config.augment.ema:
-        more["EMA"] = 4 * parameters
-    on = "CPU" if device.type == "cpu" else "GPU"
-    remarks = [ABOUT.format(kind=kind, mode=encoder.recompute, few=PROBE[0], more=PROBE[1], device=on)]
+        extra["EMA"] = 4 * parameters
+    few, many = MEASURED_BATCHES
+    notes = [LEGEND.format(kind=kind, mode=encoder.recompute, few=few, many=many, device=device.type.upper())]
     if device.type == "cpu":
-        remarks += [ON_CPU, AUTO] if optim.precision == "auto" else [ON_CPU]
+        notes += [ON_CPU, AUTO] if optim.precision == "auto" else [ON_CPU]
     return _text(
         "parameters",
         parameter_table(model, groups, optim),
-        f"\n{config.run.name} on {_count(ranks, 'rank')}; nothing is started, nothing written\n",
+        f"\n{config.run.name} on {_count(ranks, 'rank')}; nothing is started or written\n",
         f"model   {encoder.arch.name}, {parameters / 1e6:.1f}M parameters, images of {height}x{width}",
         *steps,
         "\nparameter groups",
         group_table(model, groups, optim),
-        "\nmemory of a rank, GiB",
-        memory_table(groups, ranks, optim.zero_stage, more),
-        *remarks,
+        "\nmemory per rank, GiB",
+        memory_table(groups, ranks, optim.zero_stage, extra),
+        *notes,
     )
 
 
 def schedule(optim: Optim, images: int, ranks: int) -> list[str]:
-    """Lines that say how a global batch is made up, how the learning rate goes, and how many steps there are."""
+    """Lines on the global batch, the learning rate and the number of steps."""
     micro, accumulation = optim.accumulation(ranks)
-    steps, left_out = divmod(images, optim.batch_size)
+    steps, dropped = divmod(images, optim.batch_size)
     if steps == 0:
         raise UserError(f"{images:,} images are fewer than one batch: lower optim.batch_size (now {optim.batch_size})")
     total = steps * optim.epochs
@@ -95,122 +94,118 @@ def schedule(optim: Optim, images: int, ranks: int) -> list[str]:
         f"batch   micro batch {micro} x accumulation {accumulation} x {_count(ranks, 'rank')} = {optim.batch_size}",
         f"lr      {optim.lr:g} x {optim.batch_size} / 256 = {optim.scaled(optim.lr):.3g} after warm-up, "
         f"{optim.scaled(optim.min_lr):.3g} at the end",
-        f"images  {images:,}; each epoch leaves out {left_out:,}, others each time",
-        f"steps   {steps:,} an epoch x {_count(optim.epochs, 'epoch')} = {total:,}; warm-up takes the first {warmup:,}",
+        f"images  {images:,}; each epoch drops {dropped:,}, chosen anew",
+        f"steps   {steps:,} per epoch x {_count(optim.epochs, 'epoch')} = {total:,}; the first {warmup:,} are warm-up",
     ]
 
 
 def group_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
-    """Each parameter group: its size, weight decay, learning rate after warm-up, first and last parameter."""
+    """Parameter groups: size, weight decay, learning rate after warm-up, first and last parameter."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    peak = optim.scaled(optim.lr)
-    table = _table("tensors", "parameters", "decay", "lr scale", "lr")
-    table.add_column("first and last parameter")
+    table = _table("tensors", "parameters", "decay", "lr scale", "lr", last="first and last parameter")
     for group in groups:
         params = group["params"]
         ends = dict.fromkeys((names[params[0]], names[params[-1]]))  # one name if there is one tensor
-        table.add_row(
-            str(len(params)), f"{sum(p.numel() for p in params):,}", f"{group['weight_decay']:g}",
-            f"{group['lr_scale']:.4g}", f"{peak * group['lr_scale']:.2e}", ", ".join(ends),
-        )  # fmt: skip
+        table.add_row(str(len(params)), f"{sum(p.numel() for p in params):,}", *_rates(group, optim), ", ".join(ends))
     return table
 
 
 def parameter_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
-    """Each parameter: its shape, weight decay, learning rate scale and learning rate after warm-up; or `frozen`."""
-    peak = optim.scaled(optim.lr)
+    """Parameters: shape, weight decay, learning rate scale and learning rate after warm-up, or `frozen`; name."""
     group_of = {parameter: group for group in groups for parameter in group["params"]}
-    table = _table("shape", "decay", "lr scale", "lr")
-    table.add_column("parameter")
+    table = _table("shape", "decay", "lr scale", "lr", last="parameter")
     for name, parameter in model.named_parameters():
-        shape = "x".join(map(str, parameter.shape))
-        group = group_of.get(parameter)
-        scale = group["lr_scale"] if group else 0
-        numbers = (f"{group['weight_decay']:g}", f"{scale:.4g}", f"{peak * scale:.2e}") if group else ("frozen", "", "")
-        table.add_row(shape, *numbers, name)
+        rates = _rates(group_of[parameter], optim) if parameter in group_of else ("frozen", "", "")
+        table.add_row("x".join(map(str, parameter.shape)), *rates, name)
     return table
 
 
-def memory_table(groups: list[dict], ranks: int, stage: int, more: dict[str, int]) -> Table:
-    """Memory of a rank under each ZeRO stage, GiB. `stage` is the one configured, `more` bytes that all have alike."""
+def _rates(group: dict, optim: Optim) -> tuple[str, str, str]:
+    """Weight decay, learning rate scale and learning rate after warm-up of a parameter group."""
+    scale = group["lr_scale"]
+    return f"{group['weight_decay']:g}", f"{scale:.4g}", f"{optim.scaled(optim.lr) * scale:.2e}"
+
+
+def memory_table(groups: list[dict], ranks: int, stage: int, extra: dict[str, int]) -> Table:
+    """Memory per rank for each ZeRO stage, GiB. `stage` is the configured one, `extra` bytes are needed in all."""
     sizes = [sum(p.numel() for p in group["params"]) for group in groups]
-    table = _table("ZeRO", *states(sizes, ranks, 0), *more, "sum")
-    table.add_column("")
-    for each in range(4):
-        held = states(sizes, ranks, each) | more
-        cells = [f"{count / GIB:.2f}" for count in (*held.values(), sum(held.values()))]
-        table.add_row(str(each), *cells, "<- this run" if each == stage else "")
+    table = _table("ZeRO", *state_bytes(sizes, ranks, 0), *extra, "sum", last="")
+    for row in range(4):
+        parts = (state_bytes(sizes, ranks, row) | extra).values()
+        cells = [f"{count / GIB:.2f}" for count in (*parts, sum(parts))]
+        table.add_row(str(row), *cells, "<- this run" if row == stage else "")
     return table
 
 
-def states(sizes: Sequence[int], ranks: int, stage: int) -> dict[str, int]:
-    """Bytes that DeepSpeed 0.19 holds on a rank, at most, for fp32 weights and AdamW; without activations.
+def state_bytes(sizes: Sequence[int], ranks: int, stage: int) -> dict[str, int]:
+    """Maximum bytes per rank of DeepSpeed 0.19's state for fp32 weights and AdamW, without activations.
 
     ZeRO 1 to 3 clone the rank's part of the weights for AdamW to update, and reduce gradients in a bucket. ZeRO 2 and 3
-    flatten them once more to reduce them; 3 gathers all weights of a model of less than a billion parameters for a
-    whole pass. tests/launch/training/test_dry_run.py counts it all in an engine.
+    flatten gradients again to reduce them; 3 gathers all weights of a model below a billion parameters for a pass.
+    tests/launch/training/test_dry_run.py compares these numbers with an engine.
 
     Args:
         sizes: number of parameters of each group
         stage: of ZeRO, 0 to 3
     """
-    whole = sum(sizes)
-    part = sum(2 * math.ceil(size / (2 * ranks)) for size in sizes) if stage else whole  # each group is padded
-    flat, reduced = min(whole, FLAT), bucket_size(whole)
+    total = sum(sizes)
+    part = sum(2 * math.ceil(size / (2 * ranks)) for size in sizes) if stage else total  # groups are padded
+    flattened, bucket = min(total, FLATTENED), bucket_size(total)
     elements = {
-        "weights": (whole, part * ranks, part * ranks, part)[stage],
-        "gradients": (whole, whole, part, part)[stage],
+        "weights": (total, part * ranks, part * ranks, part)[stage],
+        "gradients": (total, total, part, part)[stage],
         "master": part if stage else 0,
         "AdamW": 2 * part,
-        "buffers": (flat, reduced, 2 * reduced, 2 * reduced + whole)[stage],
+        "buffers": (flattened, bucket, 2 * bucket, 2 * bucket + total)[stage],
     }
     return {name: 4 * count for name, count in elements.items()}
 
 
-def activations(model: nn.Module, probes: list[list[Tensor]], micro: int, low: bool) -> int:
-    """Bytes that a micro batch keeps for its backward pass, measured on the model's device with few images.
+def activation_bytes(model: nn.Module, batches: list[Sequence[Tensor]], micro: int, low: bool) -> int:
+    """Bytes that a micro batch stores for its backward pass, extrapolated from two smaller batches.
 
-    They are linear in the images; what does not grow are the weights' copies in bf16. What the backward pass computes
-    again is there one block, or MLP, at a time: the largest is added.
+    They are linear in the images; the constant part is the weights' copies in bf16. With activation checkpointing, the
+    largest recomputed block or MLP is added.
 
     Args:
-        probes: the model's inputs for two numbers of images
+        batches: the model's inputs for two numbers of images
         micro: images of the micro batch
         low: bf16 autocast
     """
     encoder = getattr(model, "encoder", model)
     mode = encoder.recompute
-    pieces = [module for module in encoder.modules() if isinstance(module, PIECES.get(mode, ()))]
+    recomputed = [module for module in encoder.modules() if isinstance(module, RECOMPUTED.get(mode, ()))]
     device = next(model.parameters()).device
     measured = []
-    for probe in probes:
-        inputs = [tensor.to(device) for tensor in probe]
-        kept, _ = saved(model, inputs, low)
-        if pieces:  # inside one that is recomputed, nothing is seen to be saved
+    for batch in batches:
+        inputs = [tensor.to(device) for tensor in batch]
+        stored, _ = saved_bytes(model, inputs, low)
+        if recomputed:  # the hooks do not see inside a recomputed module
             encoder.recompute = "none"
-            kept += saved(model, inputs, low, pieces)[1]
+            stored += saved_bytes(model, inputs, low, recomputed)[1]
             encoder.recompute = mode
-        measured.append(kept)
-    few, many = (len(probe[0]) for probe in probes)
+        measured.append(stored)
+    few, many = (len(batch[0]) for batch in batches)
     return round(measured[0] + (micro - few) * (measured[1] - measured[0]) / (many - few))
 
 
-def saved(model: nn.Module, inputs: list[Tensor], low: bool, pieces: Sequence[nn.Module] = ()) -> tuple[int, int]:
-    """Bytes that a forward pass saves for the backward pass, parameters aside; and those of the largest of `pieces`."""
+def saved_bytes(
+    model: nn.Module, inputs: list[Tensor], low: bool, modules: Sequence[nn.Module] = ()
+) -> tuple[int, int]:
+    """Bytes that a forward pass saves for the backward pass, without parameters: all, and the largest of `modules`."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    storages: dict[int, int] = {}  # bytes by address: what is saved lives as long as the output
+    storages: dict[int, int] = {}  # bytes by address; addresses are unique while the output lives
     before, spans = [], [0]
 
-    def keep(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # as it is, it would keep itself alive for ever
+        return tensor.detach()  # the tensor itself could be a reference cycle
 
-    hooks = [p.register_forward_pre_hook(lambda *_: before.append(sum(storages.values()))) for p in pieces]
-    hooks += [p.register_forward_hook(lambda *_: spans.append(sum(storages.values()) - before.pop())) for p in pieces]
-    autocast = torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=low)
-    with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+    hooks = [m.register_forward_pre_hook(lambda *_: before.append(sum(storages.values()))) for m in modules]
+    hooks += [m.register_forward_hook(lambda *_: spans.append(sum(storages.values()) - before.pop())) for m in modules]
+    with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(inputs[0].device, "bf16" if low else "fp32"):
         output = model(*inputs)
     for hook in hooks:
         hook.remove()
@@ -218,20 +213,21 @@ def saved(model: nn.Module, inputs: list[Tensor], low: bool, pieces: Sequence[nn
     return sum(storages.values()), max(spans)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _table(*numbers: str) -> Table:
-    """A table without lines, its columns aligned to the right."""
+def _table(*numbers: str, last: str) -> Table:
+    """A table without lines; all columns but the last are aligned to the right."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
+    table.add_column(last)
     return table
 
 
 def _text(*parts: str | Table) -> str:
-    """Lines and tables as plain text; tables are at most 120 columns wide."""
+    """Lines and tables as plain text; tables are up to 120 columns wide."""
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
     for part in parts:
         console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))

@@ -8,6 +8,7 @@ import random
 import warnings
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from configs.schema import Optim
 from launch.training.precision import LossScale, autocast, precision
 from launch.training.world import World
 
-MAX_BUCKET = 50_000_000  # elements; DeepSpeed's default of 500 million takes 1.9 GiB however small the model is
+MAX_BUCKET = 50_000_000  # elements; DeepSpeed's default of 500 million takes 1.9 GiB for any model
 
 
 class Engine:
@@ -35,7 +36,7 @@ class Engine:
         zero_stage: 0 to 3
         optimizer: AdamW; with ZeRO it has this rank's part of the parameters
     Raises:
-        UserError: the global batch is not a whole number of micro batches
+        UserError: the global batch is not a multiple of the micro batch times ranks
     """
 
     def __init__(self, model: nn.Module, groups: list[dict], optim: Optim, world: World):
@@ -91,7 +92,7 @@ class Engine:
         return applied
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of every group, times the group's own scale (layer decay)."""
+        """Set the learning rate of all groups, times the group's own scale (layer decay)."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
@@ -110,13 +111,13 @@ class Engine:
         self._deepspeed.train()
 
     def whole_weights(self) -> AbstractContextManager:
-        """Context manager in which every rank has all of the model's weights; every rank must enter it (ZeRO 3)."""
+        """Context manager in which all ranks have all weights of the model; all must enter it (ZeRO 3)."""
         if self.zero_stage < 3:
             return nullcontext()
         return _import_deepspeed().zero.GatheredParameters(list(self.model.parameters()))
 
     def save(self, folder: Path, tag: str, state: dict) -> None:
-        """Write weights, optimizer and the caller's `state` to folder/tag; every rank calls this."""
+        """Write weights, optimizer and the caller's `state` to folder/tag; all ranks call this."""
         scale = self._loss_scale.state() if self._loss_scale else None
         content = {"state": state, "loss_scale": scale}
         self._deepspeed.save_checkpoint(str(folder), tag=tag, client_state=content, save_latest=False)
@@ -154,8 +155,8 @@ class Engine:
 class _Autocast(nn.Module):
     """A model whose forward runs under autocast.
 
-    Not DeepSpeed's `torch_autocast`, whose loss scaling for fp16 clips gradients before it unscales them; and an
-    autocast around the engine's call would be switched off inside of it.
+    DeepSpeed's `torch_autocast` clips fp16 gradients before it unscales them, and its engine disables an autocast
+    context around its call.
     """
 
     def __init__(self, model: nn.Module, context: torch.autocast):
@@ -168,7 +169,7 @@ class _Autocast(nn.Module):
 
 
 def bucket_size(parameters: int) -> int:
-    """Elements of the buffer in which ZeRO reduces gradients: the whole model, if it is not a large one."""
+    """Elements of the buffer in which ZeRO reduces gradients."""
     return min(MAX_BUCKET, parameters)
 
 
@@ -193,28 +194,29 @@ def seed_everything(seed: int) -> None:
 
 
 def _import_deepspeed():
-    """Import DeepSpeed (seconds) when it is needed, and without its log messages."""
+    """Import DeepSpeed when it is needed (seconds), without its log messages."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
-    if os.environ["DS_ACCELERATOR"] == "cpu":  # else the first start compiles an inference op for half a minute
+
+        # `initialize` imports Muon, which decorates with torch.compile; without that, inductor is not imported (1.3 s)
+        with patch.object(torch, "compile", lambda function: function):
+            import deepspeed.runtime.zero.muon.muon_optimizer
+    if os.environ["DS_ACCELERATOR"] == "cpu":  # or the first start compiles an inference op for half a minute
         deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
 
 def _clip_or_skip(optimizer: torch.optim.Optimizer, clip: float, scale: LossScale | None) -> None:
-    """What ZeRO's optimizer does and plain AdamW does not: unscale and measure the gradient, clip it, or skip.
-
-    Runs before each step of an optimizer without ZeRO.
-    """
+    """Unscale, measure and clip the gradient before a step without ZeRO, or skip the step, as ZeRO's optimizer does."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if scale:
         torch._foreach_mul_([p.grad for p in parameters], 1 / scale.cur_scale)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     optimizer._global_grad_norm = norm  # DeepSpeed's engine reads these two
     optimizer.overflow = not bool(torch.isfinite(norm))
-    optimizer.found_inf = (~torch.isfinite(norm)).float()  # fused AdamW leaves weights and state alone where it is 1
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # fused AdamW skips the step where it is 1
     if clip and not optimizer.overflow:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)

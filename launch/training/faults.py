@@ -1,6 +1,6 @@
 """Faults that a run survives: skipped steps and damaged images, counted over all ranks.
 
-The counts are part of a checkpoint, so that a run that is killed again and again still ends at its limits.
+The counts are part of a checkpoint, so a run that is interrupted often still ends at its limits.
 """
 
 from collections import ChainMap
@@ -17,7 +17,7 @@ from launch.training.world import gather
 
 
 class Faults:
-    """The faults of one run; every rank has the same counts.
+    """The faults of one run; all ranks have the same counts.
 
     Args:
         max_skipped: consecutive steps that may be skipped
@@ -31,7 +31,7 @@ class Faults:
         self.splits = {split.name: split for split in splits}
         self.skipped = self.consecutive = 0
         self.damaged: dict[str, set[int]] = {}  # samples by split
-        self.unreported: dict[tuple[str, int], str] = {}  # messages by split and sample: known to this rank only
+        self.unreported: dict[tuple[str, int], str] = {}  # messages by split and sample, known only to this rank
 
     def state(self) -> dict:
         """Plain values for a checkpoint."""
@@ -48,7 +48,7 @@ class Faults:
         self.consecutive = 0
 
     def skip(self, step: int, parts: list[tuple[Tensor, Tensor]], loss_scale: float | None = None) -> None:
-        """A step was skipped because its loss or gradient is not finite; every rank calls this.
+        """A step was skipped because its loss or gradient is not finite; all ranks call this.
 
         Args:
             step: counted from 1
@@ -61,25 +61,25 @@ class Faults:
         bad = [samples.tolist() for loss, samples in parts if not bool(torch.isfinite(loss))]
         by_rank = gather((bad, [samples.tolist() for _, samples in parts]))
         cause = "loss" if any(bad for bad, _ in by_rank) else "gradient"
-        batches = [batch for bad, every in by_rank for batch in (bad if cause == "loss" else every)]
+        batches = [batch for bad, all_batches in by_rank for batch in (bad if cause == "loss" else all_batches)]
         samples = sorted(sample for batch in batches for sample in batch)
         self.log.record(step, "skipped", {"not_finite": cause, "samples": samples})
         scale = f"; loss scale now {loss_scale:g}" if loss_scale else ""
         self.log.say(f"step {step} skipped: its {cause} is not finite; log.jsonl lists the samples{scale}")
         if self.consecutive > self.max_skipped:
             raise UserError(
-                f"{self.consecutive} steps in a row had a {cause} that is not finite (optim.max_skipped "
-                f"{self.max_skipped}), the last is {step}: weights and checkpoints are unharmed; start another "
-                "--run.name with a lower optim.lr or with optim.clip_grad"
+                f"{self.consecutive} steps in a row up to {step} had a {cause} that is not finite (optim.max_skipped "
+                f"{self.max_skipped}). Weights and checkpoints are intact: start another --run.name with a lower "
+                "optim.lr or with optim.clip_grad"
             )
 
     @property
     def has_news(self) -> bool:
-        """Whether this rank knows of damaged images that the others do not."""
+        """Whether this rank has damaged images to report to the others."""
         return bool(self.unreported)
 
     def note_damaged(self, loader: Loader, batch: dict[str, Tensor]) -> None:
-        """Note the damaged images of a batch, if its split counts; for this rank alone."""
+        """Note this rank's damaged images of a batch, if its split counts."""
         split = loader.samples.split
         if self.splits.get(split.name) is not split or not bool(batch["damaged"].any()):
             return
@@ -89,7 +89,7 @@ class Faults:
                 self.unreported[split.name, sample] = loader.samples.describe_damage(sample)
 
     def report_damaged(self, step: int) -> None:
-        """Log the images that any rank found damaged; every rank calls this.
+        """Log the damaged images of all ranks; all ranks call this.
 
         Raises:
             UserError: more than `max_damaged` of a split
@@ -105,6 +105,6 @@ class Faults:
             if damaged > self.max_damaged * len(split):
                 raise UserError(
                     f"{damaged} of {len(split)} images of split {name} are damaged, more than data.max_damaged "
-                    f"{self.max_damaged} allows: log.jsonl lists them; repair the shards with "
+                    f"{self.max_damaged} allows (log.jsonl lists them): repair the shards with "
                     "`python data/prepare.py SHARDS --repair`"
                 )

@@ -1,6 +1,6 @@
-"""What an encoder's features tell of labelled images: nearest neighbours, a linear classifier. On any number of ranks.
+"""kNN and linear evaluation of frozen features, on any number of ranks.
 
-Each rank holds the features of its part of a split. Letters: N images of a part, Q images at a time, D width of the
+A rank has the features of its part of a split. Letters: N images of a part, Q images at a time, D width of the
 features, K classes, G learning rates.
 """
 
@@ -18,7 +18,7 @@ from data.loader import Loader, eval_loader
 from data.shards import Split
 from data.transforms import EvalTransform, normalize
 from launch.training.precision import autocast
-from launch.training.watchdog import Watch
+from launch.training.watchdog import Progress
 from launch.training.world import World, gather, sum_over_ranks
 from models.convnext import ConvNeXt
 from models.sparse.layouts import Dense
@@ -26,64 +26,51 @@ from models.sparse.layouts import Dense
 TOP = 5
 QUERIES, BANK = 512, 1 << 16  # images compared at a time: 256 MiB of similarities
 LINEAR_BATCH, MOMENTUM = 256, 0.9
-EPS = 1e-6  # added to variances, as BatchNorm does: a channel may be constant
+EPS = 1e-6  # added to variances, as in BatchNorm
 
 
 @dataclass(frozen=True)
 class Features:
-    """The features of this rank's part of a split.
+    """The features of this rank's part of a split."""
 
-    Args:
-        x: [N, D] fp32, on the device
-        label: [N]
-        sample: [N] number of the image in the split
-    """
-
-    x: Tensor
-    label: Tensor
-    sample: Tensor
+    x: Tensor  # [N, D] fp32, on the device
+    label: Tensor  # [N], on the device
+    sample: Tensor  # [N] index of the image in the split
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear classifier trained with one learning rate; accuracies in 0 to 1.
-
-    Args:
-        lr: the learning rate
-        held_out: top-1 on training images that it was not trained on
-        top1: on the evaluation split
-        top5: on the evaluation split
-    """
+    """Accuracies (0 to 1) of a linear classifier trained with one learning rate."""
 
     lr: float
-    held_out: float
-    top1: float
+    held_out: float  # top-1 on the training images held out for validation
+    top1: float  # on the evaluation split
     top5: float
 
 
 def check_labels(split: Split) -> None:
-    """Raise `UserError` unless every image of a split has a label."""
+    """Raise `UserError` unless all images of a split have labels."""
     if not split.classes or not len(split) or (split.labels() < 0).any():
-        raise UserError(f"{split.folder}, split {split.name} has images without labels: a probe needs one for each")
+        raise UserError(f"{split.folder}, split {split.name}: a probe needs labels, but some images have none")
 
 
 def probe_loader(
     split: Split, images: int | None, transform: EvalTransform, channels: int, data: Data, batch: int, world: World
 ) -> Loader:
-    """At most so many images of a split (None = all), evenly spread over it, each once; a rank's part of them."""
-    taken = min(images or len(split), len(split))
-    spread = np.arange(taken) * len(split) // taken
+    """This rank's part of `images` images, evenly spread over the split (None = all), for one epoch."""
+    images = min(images or len(split), len(split))
+    samples = np.arange(images) * len(split) // images
     pin = world.device.type == "cuda"
-    return eval_loader(split, transform, channels, data, min(batch, taken), world.rank, world.ranks, pin, spread)
+    return eval_loader(split, transform, channels, data, min(batch, images), world.rank, world.ranks, pin, samples)
 
 
 @torch.no_grad()
 def features(
-    encoder: ConvNeXt, loader: Loader, world: World, mean: Tensor, std: Tensor, precision: str, watch: Watch
+    encoder: ConvNeXt, loader: Loader, world: World, mean: Tensor, std: Tensor, precision: str, progress: Progress
 ) -> Features:
-    """The mean of the last stage's tokens of each image, before any norm of a head.
+    """Mean over the tokens of the last stage, before any norm of a head.
 
-    Label -1 is a batch's filling, or an image in place of a damaged one: it is left out.
+    Samples with label -1 are excluded: padding of a batch, and replacements of damaged images.
 
     Args:
         mean: [C] of the channels
@@ -93,9 +80,9 @@ def features(
     training = encoder.training
     encoder.eval()
     parts = []
-    for batch in watch(loader, len(loader.batches), f"features of {loader.samples.split.name}"):
+    for batch in progress(loader, len(loader.batches), f"features of {loader.samples.split.name}"):
         missing = loader.batches.batch - len(batch["image"])
-        image = F.pad(batch["image"], (0,) * 7 + (missing,))  # the last digits of a feature depend on the batch's size
+        image = F.pad(batch["image"], (0,) * 7 + (missing,))  # features depend slightly on the batch size
         image = normalize(image.to(world.device, non_blocking=True), mean, std)
         with autocast(world.device, precision):
             tokens = encoder.forward_features(image, Dense())
@@ -107,18 +94,19 @@ def features(
 
 
 def count(part: Features) -> int:
-    """Images of all ranks' parts."""
+    """Number of images in all ranks' parts."""
     return sum(gather(len(part.label)))
 
 
 @torch.no_grad()
 def knn(
-    bank: Features, queries: Features, classes: int, ks: Iterable[int], temperature: float, world: World, watch: Watch
-) -> dict[int, dict[str, float]]:
-    """Accuracy of a vote of the k nearest neighbours: {k: {"top1": 0 to 1, "top5": 0 to 1}} (1805.01978, section 3.4).
+    bank: Features, queries: Features, classes: int, ks: Iterable[int], temperature: float, world: World,
+    progress: Progress,
+) -> dict[int, dict[str, float]]:  # fmt: skip
+    """Accuracy of k-nearest-neighbour votes: {k: {"top1": 0 to 1, "top5": 0 to 1}} (1805.01978, section 3.4).
 
-    A neighbour of cosine similarity s has exp(s / temperature) votes for its class. A k for which the bank has too few
-    images is left out. Every rank calls this, and gets the same.
+    A neighbour of cosine similarity s has exp(s / temperature) votes for its class. Values of k above the size of the
+    bank are omitted. All ranks call this and get the same.
     """
     images = count(bank)
     ks = sorted({k for k in ks if k <= images})
@@ -126,95 +114,94 @@ def knn(
         return {}
     bank_x, query_x = F.normalize(bank.x), F.normalize(queries.x)
     counts = gather(len(query_x))
-    turns = [(owner, start) for owner, own in enumerate(counts) for start in range(0, own, QUERIES)]
-    right = torch.zeros(len(ks), 2, dtype=torch.int64, device=world.device)
-    for owner, start in watch(turns, len(turns), "nearest neighbours"):
-        here, size = slice(start, start + QUERIES), min(QUERIES, counts[owner] - start)
-        x, label = (_from(owner, part, size, world) for part in (query_x[here], queries.label[here]))
-        neighbours = _of_all_ranks(*nearest(x, bank_x, bank.label, ks[-1]), world)
-        right += torch.stack([_hits(_votes(*neighbours, k, temperature, classes), label) for k in ks])
-    share = (right.double() / sum(counts)).tolist()
-    return {k: {"top1": top1, "top5": top5} for k, (top1, top5) in zip(ks, share, strict=True)}
+    chunks = [(owner, start) for owner, own in enumerate(counts) for start in range(0, own, QUERIES)]
+    correct = torch.zeros(len(ks), 2, dtype=torch.int64, device=world.device)
+    for owner, start in progress(chunks, len(chunks), "nearest neighbours"):
+        rows, size = slice(start, start + QUERIES), min(QUERIES, counts[owner] - start)
+        x, label = (_broadcast(owner, part, size, world) for part in (query_x[rows], queries.label[rows]))
+        neighbours = _gather_nearest(*nearest(x, bank_x, bank.label, ks[-1]), world)
+        correct += torch.stack([_count_correct(_votes(*neighbours, k, temperature, classes), label) for k in ks])
+    accuracy = (correct.double() / sum(counts)).tolist()
+    return {k: {"top1": top1, "top5": top5} for k, (top1, top5) in zip(ks, accuracy, strict=True)}
 
 
 def nearest(x: Tensor, bank: Tensor, label: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Similarity [Q, k] and label [Q, k] of the k nearest to queries [Q, D] in a bank [N, D], the nearest first.
+    """Similarity [Q, k] and label [Q, k] of the k nearest to queries [Q, D] in a bank [N, D], nearest first.
 
-    Rows have length 1. Where the bank has fewer than k, similarity -inf fills up.
+    Rows have length 1. If the bank has fewer than k, the rest has similarity -inf.
     """
-    x = x.double()  # in fp32, rounding would decide between neighbours, otherwise for another number of ranks
-    found = [(x.new_full((len(x), k), -torch.inf), label.new_zeros(len(x), k))]
+    x = x.double()  # in fp32, rounding would order close neighbours differently on another number of ranks
+    candidates = [(x.new_full((len(x), k), -torch.inf), label.new_zeros(len(x), k))]
     for start in range(0, len(bank), BANK):
         part = slice(start, start + BANK)
         similarity, row = (x @ bank[part].double().T).topk(min(k, len(bank[part])), dim=1)
-        found.append((similarity, label[part][row]))
-    return _merge(found, k)
+        candidates.append((similarity, label[part][row]))
+    return _merge(candidates, k)
 
 
-def _merge(found: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest among the nearest of several parts of a bank."""
-    similarity, label = (torch.cat(column, dim=1) for column in zip(*found, strict=True))
-    similarity, place = similarity.topk(k, dim=1)
-    return similarity, label.gather(1, place)
+def _merge(candidates: Iterable[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of the (similarity, label) of several parts of a bank."""
+    similarity, label = (torch.cat(column, dim=1) for column in zip(*candidates, strict=True))
+    similarity, index = similarity.topk(k, dim=1)
+    return similarity, label.gather(1, index)
 
 
-def _from(owner: int, part: Tensor, size: int, world: World) -> Tensor:
-    """One rank's part [size, ...], on all ranks."""
+def _broadcast(owner: int, part: Tensor, size: int, world: World) -> Tensor:
+    """A tensor [size, ...] of one rank, on all ranks."""
     rows = part.contiguous() if world.rank == owner else part.new_empty(size, *part.shape[1:])
     torch.distributed.broadcast(rows, owner)
     return rows
 
 
-def _of_all_ranks(similarity: Tensor, label: Tensor, world: World) -> tuple[Tensor, Tensor]:
-    """The nearest of all ranks' banks, from those of each."""
-    columns = []
-    for mine in (similarity, label):
-        columns.append([torch.empty_like(mine) for _ in range(world.ranks)])
-        torch.distributed.all_gather(columns[-1], mine)
-    return _merge(list(zip(*columns, strict=True)), similarity.shape[1])
+def _gather_nearest(similarity: Tensor, label: Tensor, world: World) -> tuple[Tensor, Tensor]:
+    """The nearest in all ranks' banks, given the nearest in this rank's."""
+    columns = [[torch.empty_like(own) for _ in range(world.ranks)] for own in (similarity, label)]
+    torch.distributed.all_gather(columns[0], similarity)
+    torch.distributed.all_gather(columns[1], label)
+    return _merge(zip(*columns, strict=True), similarity.shape[1])
 
 
 def _votes(similarity: Tensor, label: Tensor, k: int, temperature: float, classes: int) -> Tensor:
-    """Logarithm of the votes [Q, K] of the k nearest, up to a constant of each query; -inf for a class without any."""
+    """Logarithm of the votes [Q, K] of the k nearest, up to a constant per query; -inf for classes without votes."""
     weight = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()  # relative to the nearest: no overflow
     return weight.new_zeros(len(weight), classes).scatter_add_(1, label[:, :k], weight).log()
 
 
-def _hits(scores: Tensor, label: Tensor) -> Tensor:
-    """How many scores [..., Q, K] are right at first, and among the first five: [..., 2]. One of -inf never is."""
-    score, best = scores.topk(min(TOP, scores.shape[-1]), dim=-1)
-    hits = (best == label[:, None]) & (score > -torch.inf)
-    return torch.stack([hits[..., 0].sum(-1), hits.sum((-1, -2))], dim=-1)
+def _count_correct(scores: Tensor, label: Tensor) -> Tensor:
+    """Number of correct top-1 and top-5 predictions of scores [..., Q, K]: [..., 2]. A score of -inf is wrong."""
+    score, predicted = scores.topk(min(TOP, scores.shape[-1]), dim=-1)
+    correct = (predicted == label[:, None]) & (score > -torch.inf)
+    return torch.stack([correct[..., 0].sum(-1), correct.sum((-1, -2))], dim=-1)
 
 
 def linear(
-    train: Features, evaluation: Features, classes: int, lrs: Iterable[float], epochs: int, seed: int, watch: Watch
-) -> list[Linear]:
-    """Softmax regression on the features as they are, once for each learning rate, in ascending order.
+    train: Features, evaluation: Features, classes: int, lrs: Iterable[float], epochs: int, seed: int,
+    progress: Progress,
+) -> list[Linear]:  # fmt: skip
+    """Softmax regression on frozen features, once per learning rate, in ascending order.
 
-    Features are standardised with the training features' mean and variance: a BatchNorm without parameters, as in the
-    probe of 2111.06377, section A.1. A tenth of the training images, drawn from the seed, is not trained on: accuracy
-    there is what a learning rate is to be chosen by. Every rank calls this, and gets the same; the number of ranks does
-    not change the batches.
+    Features are standardised with mean and variance of the training features: BatchNorm without parameters, as in the
+    probe of 2111.06377, section A.1. A random tenth of the training images is held out to select the learning rate.
+    All ranks call this and get the same; batches do not depend on the number of ranks.
     """
     samples = np.sort(np.concatenate(gather(train.sample.numpy())))
     rng = np.random.default_rng(seed)
-    held, kept = np.split(rng.permutation(samples), [max(1, len(samples) // 10)])
-    row = np.full(samples[-1] + 1, -1)  # of each image in this rank's part; -1: it is in another's
+    held_out, kept = np.split(rng.permutation(samples), [max(1, len(samples) // 10)])
+    row = np.full(samples[-1] + 1, -1)  # row of an image in this rank's part; -1 = on another rank
     row[train.sample.numpy()] = np.arange(len(train.sample))
     mean, std = _moments(train.x, len(samples))
     x, lrs = (train.x - mean).div_(std), sorted(lrs)
-    orders = (row[rng.permutation(kept)] for _ in watch(range(epochs), epochs, "linear classifier"))
+    orders = (row[rng.permutation(kept)] for _ in progress(range(epochs), epochs, "linear classifier"))
     weights = _fit(x, train.label, orders, epochs * -(-len(kept) // LINEAR_BATCH), classes, lrs)
-    mine = torch.from_numpy(_present(row[held])).to(x.device)
-    held_out = _accuracy(x[mine], train.label[mine], *weights)
+    rows = _own_rows(row[held_out], x.device)
+    validated = _accuracy(x[rows], train.label[rows], *weights)
     tested = _accuracy((evaluation.x - mean).div_(std), evaluation.label, *weights)
-    return [Linear(lr, held[0], *test) for lr, held, test in zip(lrs, held_out, tested, strict=True)]
+    return [Linear(lr, validation[0], *test) for lr, validation, test in zip(lrs, validated, tested, strict=True)]
 
 
 def best_of(grid: list[Linear]) -> Linear:
-    """The classifier of the learning rate that is best on the training images held out."""
-    return max(grid, key=lambda one: one.held_out)
+    """The classifier with the highest accuracy on the held-out training images."""
+    return max(grid, key=lambda classifier: classifier.held_out)
 
 
 def _fit(
@@ -225,19 +212,20 @@ def _fit(
     Args:
         x: [N, D] standardised
         label: [N]
-        orders: of all ranks' images in each epoch; of each, its row in `x`, or -1
+        orders: for each epoch, the rows in `x` of all ranks' images, -1 for other ranks'
         steps: of all epochs
     """
     weight = x.new_zeros(len(lrs), x.shape[1], classes, requires_grad=True)
     bias = x.new_zeros(len(lrs), 1, classes, requires_grad=True)
-    # a factor of the loss is one of all that SGD does, so one optimizer serves all the learning rates
+    # SGD is linear in the gradient, so scaling the losses by the learning rates needs only one optimizer
     rates, optimizer = x.new_tensor(lrs), torch.optim.SGD([weight, bias], 1.0, MOMENTUM)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for order in orders:
         for start in range(0, len(order), LINEAR_BATCH):
             batch = order[start : start + LINEAR_BATCH]
-            rows = torch.from_numpy(_present(batch)).to(x.device)
-            losses = _losses(x[rows] @ weight + bias, label[rows])
+            rows = _own_rows(batch, x.device)
+            logits = (x[rows] @ weight + bias).flatten(0, 1)  # [G * Q, K]
+            losses = F.cross_entropy(logits, label[rows].repeat(len(lrs)), reduction="none").view(len(lrs), -1).sum(1)
             optimizer.zero_grad()
             (losses @ rates / len(batch)).backward()
             for parameter in (weight, bias):
@@ -247,21 +235,16 @@ def _fit(
     return weight.detach(), bias.detach()
 
 
-def _present(rows: np.ndarray) -> np.ndarray:
-    return rows[rows >= 0]
-
-
-def _losses(logits: Tensor, label: Tensor) -> Tensor:
-    """Cross entropy [G] of logits [G, Q, K], summed over the images."""
-    label = label.expand(len(logits), -1)
-    return F.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none").view(len(logits), -1).sum(1)
+def _own_rows(rows: np.ndarray, device: torch.device) -> Tensor:
+    """The rows that are on this rank: not -1."""
+    return torch.from_numpy(rows[rows >= 0]).to(device)
 
 
 def _accuracy(x: Tensor, label: Tensor, weight: Tensor, bias: Tensor) -> list[list[float]]:
-    """Top-1 and top-5 over all ranks' images, for each learning rate."""
+    """Top-1 and top-5 accuracy over all ranks' images, for each learning rate."""
     parts = zip(x.split(LINEAR_BATCH), label.split(LINEAR_BATCH), strict=True)
-    right = sum(_hits(x @ weight + bias, label) for x, label in parts)
-    return (sum_over_ranks(right).double() / sum(gather(len(label)))).tolist()
+    correct = sum(_count_correct(x @ weight + bias, label) for x, label in parts)
+    return (sum_over_ranks(correct).double() / sum(gather(len(label)))).tolist()
 
 
 def _moments(x: Tensor, images: int) -> tuple[Tensor, Tensor]:

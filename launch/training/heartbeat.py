@@ -1,4 +1,4 @@
-"""How far each rank is, known to all: kept in a store of the first one's, apart from the training's collectives."""
+"""Progress of all ranks, shared through a TCP store of the first rank, apart from the training's collectives."""
 
 import os
 import threading
@@ -7,80 +7,78 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
-from launch.training.world import World, agree
+from launch.training.world import World, broadcast
 
-INTERVAL = 1.0  # seconds between two reports
-ANSWER = 10.0  # seconds that the store may take to answer
+INTERVAL = 1.0  # seconds between two reports to the store
+TIMEOUT = 10.0  # seconds the store may take to answer
+NO_STORE = "; rank 0 does not answer"
 
 
 class Heartbeat:
-    """What this rank tells the others, and what they told.
-
-    A thread of its own talks to the store, because a frozen first rank would keep it waiting.
-    """
+    """Reports this rank's progress and spreads requests to stop. A thread does it: a frozen first rank would block."""
 
     def __init__(self, world: World):
         self.world = world
-        self.count, self.place = 0, "the start"  # what this rank has done so far, and is doing
-        self.stopping = False  # whether any rank was asked to stop; set here, it spreads
+        self.count, self.activity = 0, "start-up"  # activities begun so far, and the present one
+        self.stopping = False  # whether any rank was asked to stop; may be set here
         self.done = threading.Event()
         if world.ranks > 1:
             self.store = _shared_store(world)
-            self.thread = threading.Thread(target=self._exchange, name="progress", daemon=True)
+            self.thread = threading.Thread(target=self._exchange, name="heartbeat", daemon=True)
             self.thread.start()
 
-    def at(self, place: str) -> None:
-        """Another part of the work begins; every rank calls this in the same order."""
-        self.count, self.place = self.count + 1, place
+    def begin(self, activity: str) -> None:
+        """Count progress; all ranks call this in the same order."""
+        self.count, self.activity = self.count + 1, activity
 
     def close(self) -> None:
-        """End the exchange; another rank's may go on."""
+        """End this rank's exchange."""
         self.done.set()
         if self.world.ranks > 1:
-            self.thread.join(ANSWER)
+            self.thread.join(TIMEOUT)
 
     def _exchange(self) -> None:
         try:
             while not self.done.wait(INTERVAL):
-                self.store.set(f"rank {self.world.rank}", f"{self.count} {time.monotonic()} {self.place}")
+                self.store.set(f"rank {self.world.rank}", f"{self.count} {time.monotonic()} {self.activity}")
                 if self.stopping:
                     self.store.set("stop", "1")
                 self.stopping = self.stopping or self.store.check(["stop"])
-        except RuntimeError:  # the first rank is gone; its launcher or the collectives will tell
+        except RuntimeError:  # the first rank is gone; the launcher or a collective reports that
             return
 
-    def behind(self) -> str:
-        """Which ranks the others wait for, as the end of a sentence: those that do not answer, or the least far."""
+    def late_ranks(self) -> str:
+        """End of a sentence that names the ranks that do not answer, or else those with the least progress."""
         if self.world.ranks == 1:
             return ""
-        found: list[str] = []
-        asking = threading.Thread(target=lambda: found.append(self._behind()), daemon=True)
-        asking.start()
-        asking.join(ANSWER)
-        return found[0] if found else "; rank 0 does not answer"
+        answer: list[str] = []
+        thread = threading.Thread(target=lambda: answer.append(self._query_store()), daemon=True)
+        thread.start()
+        thread.join(TIMEOUT)
+        return answer[0] if answer else NO_STORE
 
-    def _behind(self) -> str:
+    def _query_store(self) -> str:
         names, own = [f"rank {rank}" for rank in range(self.world.ranks)], self.world.rank
         try:
             first = second = self.store.multi_get(names)
-            while second[own] == first[own]:  # on a machine that stalls, all would look frozen
+            while second[own] == first[own]:  # on a stalled machine all ranks would look frozen
                 time.sleep(3 * INTERVAL)
                 second = self.store.multi_get(names)
         except RuntimeError:
-            return "; rank 0 does not answer"
+            return NO_STORE
         frozen = [name for name, before, after in zip(names, first, second, strict=True) if before == after]
         if frozen:
             return f"; no answer from {', '.join(frozen)}"
-        places = {name: entry.decode().split(" ", 2) for name, entry in zip(names, second, strict=True)}
-        counts = {name: int(count) for name, (count, *_) in places.items()}
-        late = [name for name in names if counts[name] == min(counts.values())]
-        if len(late) == len(names):
-            return "; all ranks are there"
-        return f"; waiting for {', '.join(f'{name} (in {places[name][2]})' for name in late)}"
+        reports = [entry.decode().split(" ", 2) for entry in second]
+        counts = [int(count) for count, *_ in reports]
+        if min(counts) == max(counts):
+            return "; all ranks have made the same progress"
+        late = [f"{name} ({reports[i][2]})" for i, name in enumerate(names) if counts[i] == min(counts)]
+        return f"; waiting for {', '.join(late)}"
 
 
 def _shared_store(world: World) -> TCPStore:
-    host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=ANSWER)
+    host, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=TIMEOUT)
     first = TCPStore(host, 0, None, True, timeout, False) if world.first else None
-    port = int(agree(str(first.port) if first else ""))
+    port = broadcast(first.port if first else None)
     return first or TCPStore(host, port, None, False, timeout, False)

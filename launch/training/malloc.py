@@ -1,21 +1,18 @@
-"""How a CPU process keeps memory."""
+"""Settings of the C library's memory allocator for training on a CPU."""
 
 import ctypes
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # numbers of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # from glibc's malloc.h
 
 
-def keep_memory() -> bool:
-    """Let glibc keep freed memory for the next tensor instead of giving it back to the kernel; True if it does.
+def keep_memory() -> None:
+    """Make glibc reuse freed memory instead of returning it to the kernel; no-op for other C libraries.
 
-    By default a tensor of over 32 MB is mapped anew each time it is allocated, and each of its pages faults when it is
-    first written: up to half of a training step on a CPU. Other C libraries are left alone.
+    By default tensors above 32 MB are mapped at each allocation, and every page faults at its first write: up to half
+    of a training step on a CPU.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # musl
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1) and mallopt(M_ARENA_MAX, 1))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt:
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
+            mallopt(option, value)

@@ -1,4 +1,4 @@
-"""RUN/report.html: curves, pictures, results and next commands of a run, in one self-contained page."""
+"""RUN/report.html: a self-contained page with the curves, pictures, results and next commands of a run."""
 
 import base64
 import io
@@ -19,50 +19,49 @@ from configs.files import write_whole
 from launch.training.runlog import read_log
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-PICTURES = {  # files of a run that the page shows, where they are
-    "reconstruction.png": "Masked images and what the decoder makes of them",
+PICTURES = {  # titles by file name
+    "reconstruction.png": "Masked images and their reconstruction",
     "confusion.png": "Confusion matrix of the best weights",
     "calibration.png": "Calibration of the best weights",
 }
-CURVES = {  # title of a plot: the curves in it, by their names in log.jsonl
+CURVES = {  # by title of the plot: labels of curves by their names in log.jsonl
     "loss": {"loss": "training"},
     "top-1 accuracy": {"raw/top1": "raw weights", "ema/top1": "moving average"},
-    "loss of the evaluation": {"raw/loss": "raw weights", "ema/loss": "moving average"},
-    "linear classifier on the features, top-1": {"linear/top1": "best learning rate"},
+    "evaluation loss": {"raw/loss": "raw weights", "ema/loss": "moving average"},
+    "linear classifier, top-1": {"linear/top1": "best learning rate"},
     "nearest neighbours, top-1": {f"knn/top1_k{k}": f"k = {k}" for k in (10, 20, 100, 200)},
-    "feature distance (0: channels are alike)": {f"feature_distance/stage_{i}": f"stage {i}" for i in (1, 2, 3, 4)},
+    "feature distance (0: collapsed)": {f"feature_distance/stage_{i}": f"stage {i}" for i in (1, 2, 3, 4)},
     "learning rate": {"lr": "before layer decay"},
-    "norm of the gradient": {"grad_norm": "before clipping"},
+    "gradient norm": {"grad_norm": "before clipping"},
     "images/s": {"images_per_s": "all ranks"},
 }
-MOST_POINTS = 2000  # of a curve: more are not seen
-LISTED = 10  # skipped steps and damaged images
+MAX_POINTS = 2000  # of a curve
+MAX_FAULTS = 10  # skipped steps and damaged images on the page
 COLOURS = ("#3b6fd4", "#d9822b", "#3a9b6a", "#a854b5")
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html from the files of the run, and return its path.
-
-    Raises:
-        UserError: the folder holds no run
-    """
+    """Write RUN/report.html from the run's files and return its path. Raises `UserError` if RUN is not a run."""
     if not (run / "config.yaml").exists():
-        raise UserError(f"{run} is not the folder of a run (it has no config.yaml): give one like runs/photos")
+        raise UserError(f"{run} is not the folder of a run (no config.yaml): pass one like runs/photos")
     config = yaml.safe_load((run / "config.yaml").read_text())
     lines = list(read_log(run / "log.jsonl"))
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    pictures = {title: _data_url(run / name) for name, title in PICTURES.items() if (run / name).exists()}
+    pictures = {
+        title: f"data:image/png;base64,{base64.b64encode((run / name).read_bytes()).decode()}"
+        for name, title in PICTURES.items() if (run / name).exists()
+    }  # fmt: skip
     page = environment.from_string(TEMPLATE.read_text()).render(
         name=config["run"]["name"],
         stage="fine-tuning" if "augment" in config else "pretraining",
         results=results(run, lines),
-        steps=go_on(run, config),
+        commands=next_commands(run, config),
         plots=[_svg(title, curves) for title, curves in curves_of(lines).items()],
         pictures=pictures,
         faults=[line for line in lines if "skipped" in line or "damaged" in line],
-        listed=LISTED,
+        max_faults=MAX_FAULTS,
         config=(run / "config.yaml").read_text(),
     )
     write_whole(run / "report.html", page.encode())
@@ -70,16 +69,16 @@ def write_report(run: Path) -> Path:
 
 
 def results(run: Path, lines: list[dict]) -> dict[str, str]:
-    """What came out, by name."""
+    """Results by name."""
     found = {}
     losses = [line["loss"] for line in lines if "loss" in line]
     if losses:
-        found["training loss"] = f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last"
+        found["training loss"] = f"{losses[0]:.4f} at the start, {losses[-1]:.4f} at the end"
     found["steps"] = f"{max((line['step'] for line in lines), default=0):,}"
     for line in lines:
         if "knn" in line:
             best = max((value, key) for key, value in line["knn"].items() if key.startswith("top1"))
-            found["nearest neighbours"] = f"{best[0]:.2%} top-1 at last ({best[1].removeprefix('top1_')})"
+            found["nearest neighbours"] = f"{best[0]:.2%} top-1 at the end ({best[1].removeprefix('top1_')})"
     if (run / "summary.json").exists():
         summary = json.loads((run / "summary.json").read_text())
         found["time and hardware"] = f"{timedelta(seconds=summary['seconds'])} on {summary['hardware']}"
@@ -93,13 +92,13 @@ def results(run: Path, lines: list[dict]) -> dict[str, str]:
     return found
 
 
-def go_on(run: Path, config: dict) -> dict[str, str]:
-    """Commands for what can be done next, by purpose."""
+def next_commands(run: Path, config: dict) -> dict[str, str]:
+    """Commands to continue with, by purpose."""
     shards = shlex.quote(config["data"]["path"])
     best, pretrained = (shlex.quote(str(run / name)) for name in ("best.pt", "fcmae.pt"))
     if (run / "best.pt").exists():
         return {
-            "score it, class by class": f"python finetune/evaluate.py {best} {shards} --split {config['eval_split']}",
+            "evaluate it by class": f"python finetune/evaluate.py {best} {shards} --split {config['eval_split']}",
             "classify images": f"python finetune/predict.py {best} photos/",
             "export it": f"python finetune/export.py {best} model.onnx --to onnx --images photos/",
             "use it in timm": f"python models/convert.py {best} model.safetensors --to timm",
@@ -107,19 +106,19 @@ def go_on(run: Path, config: dict) -> dict[str, str]:
     if (run / "fcmae.pt").exists():
         return {
             "fine-tune it on labels": f"python finetune/main.py --init {pretrained} --data.path {shards} ...",
-            "see how good its features are": f"python finetune/probe.py {pretrained} {shards}",
-            "see what it predicts": f"python pretrain/reconstruct.py photos/ --weights {pretrained} --out grid.png",
+            "evaluate its features": f"python finetune/probe.py {pretrained} {shards}",
+            "draw its reconstructions": f"python pretrain/reconstruct.py photos/ --weights {pretrained} --out grid.png",
             "use it in timm": f"python models/convert.py {pretrained} encoder.safetensors --to timm",
         }
-    return {"go on": "the command that started the run, again"}
+    return {"resume it": "run the command that started it again"}
 
 
 def curves_of(lines: list[dict]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-    """Steps and values of each curve that the log has, by plot and label."""
+    """(steps, values) of the curves in the log, by plot and label."""
     points: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
     for line in lines:
         for name, value in line.items():
-            kind = name.rpartition("_")[2] if name.endswith(("_raw", "_ema")) else name  # val_raw: whatever the split
+            kind = name.rpartition("_")[2] if name.endswith(("_raw", "_ema")) else name  # of any split
             pairs = {f"{kind}/{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
             for key, x in pairs.items():
                 if isinstance(x, int | float):
@@ -133,13 +132,20 @@ def curves_of(lines: list[dict]) -> dict[str, dict[str, tuple[list[int], list[fl
 
 
 def _svg(title: str, curves: dict[str, tuple[list[int], list[float]]]) -> Markup:
-    """A plot as an SVG element, in colours that suit a light and a dark page."""
+    """A plot as an SVG element, in colours for light and dark pages."""
     figure = Figure(figsize=(5, 2.8), layout="constrained")
     axes = figure.add_subplot()
     for colour, (label, (steps, values)) in zip(COLOURS, curves.items(), strict=False):
-        every = max(1, len(steps) // MOST_POINTS)
-        mark = "o" if len(steps) < 30 else ""
-        axes.plot(steps[::every], values[::every], marker=mark, ms=3, lw=1.4, color=colour, label=label)
+        stride = max(1, len(steps) // MAX_POINTS)
+        axes.plot(
+            steps[::stride],
+            values[::stride],
+            marker="o" if len(steps) < 30 else "",
+            ms=3,
+            lw=1.4,
+            color=colour,
+            label=label,
+        )
     axes.set_title(title, fontsize=10, color="#808080")
     axes.tick_params(labelsize=8, colors="#808080")
     axes.grid(alpha=0.25)
@@ -148,11 +154,7 @@ def _svg(title: str, curves: dict[str, tuple[list[int], list[float]]]) -> Markup
     if len(curves) > 1:
         axes.legend(fontsize=8, frameon=False, labelcolor="#808080")
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # text as text; the same bytes again
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # real text, reproducible bytes
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
-    return Markup(text[text.index("<svg") :])  # without the XML head
-
-
-def _data_url(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return Markup(text[text.index("<svg") :])  # without the XML declaration

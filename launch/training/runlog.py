@@ -1,4 +1,4 @@
-"""What a run tells while it runs: a progress line, log.jsonl, TensorBoard. Only the first rank writes."""
+"""Log of a run: progress lines, log.jsonl, TensorBoard. Only the first rank writes."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -26,41 +26,35 @@ class RunLog:
         folder: runs/NAME
         config: resolved configuration, written to config.yaml
         steps: optimizer steps of the whole run
-        first_step: steps already done; later entries of an earlier, interrupted process are removed
+        first_step: steps already done; later entries of an interrupted process are removed
         images_per_step: global batch, for images/s
         active: whether this rank writes
     """
 
     def __init__(self, folder: Path, config: dict, steps: int, first_step: int, images_per_step: int, active: bool):
         self.active, self.steps, self.images_per_step = active, steps, images_per_step
-        self.last_step, self.last_time = first_step, time.perf_counter()
+        self.restart_clock(first_step)
         self.began = self.last_time
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
         self.path = folder / "log.jsonl"
-        before = self.path.read_text().splitlines() if first_step and self.path.exists() else []
-        kept = [line for line in before if _step(line) <= first_step]
-        self.began -= max((json.loads(line).get("seconds", 0) for line in kept), default=0)
-        write_whole(self.path, "".join(f"{line}\n" for line in kept).encode())
+        entries = [entry for entry in read_log(self.path) if entry["step"] <= first_step] if first_step else []
+        self.began -= max((entry.get("seconds", 0) for entry in entries), default=0)
+        write_whole(self.path, "".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
         self.console = Console()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
-        )
+        columns = "{task.description}", BarColumn(), "{task.fields[text]}", TimeRemainingColumn()
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("", total=steps, completed=first_step, text="")
         self.bar.start()
 
     def train(self, step: int, epoch: str, losses: "Mean", lr: float, grad_norm: float) -> None:
-        """Report the training since the last report. Every rank calls this: the loss is the mean over all ranks.
+        """Log the training since the last call: means over all ranks, which all call this.
 
-        A loss without a finite value since then, and a norm that is not finite, are left out.
+        Values that are not finite are omitted.
         """
         total, count = sum_over_ranks(losses.take()).tolist()
         if not self.active:
@@ -74,39 +68,40 @@ class RunLog:
         self.file.write(json.dumps({"step": step, **values, "seconds": round(self.seconds(), 1)}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
-        shown = f"loss {mean:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
-        self.bar.update(self.task, completed=step, description=epoch, text=shown)
+        text = f"loss {mean:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
+        self.bar.update(self.task, completed=step, description=epoch, text=text)
         if not self.console.is_terminal:
-            left = _duration((self.steps - step) * self.images_per_step / rate)
-            print(f"{epoch}  step {step}/{self.steps}  {shown}  {left} left", flush=True)
+            minutes, seconds = divmod(int((self.steps - step) * self.images_per_step / rate), 60)
+            left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+            print(f"{epoch}  step {step}/{self.steps}  {text}  {left}", flush=True)
 
     def seconds(self) -> float:
-        """Time that the run took so far, evaluations and earlier processes up to their last report included."""
+        """Duration of the run, including evaluations and earlier processes up to their last log entry."""
         return time.perf_counter() - self.began
 
     def restart_clock(self, step: int) -> None:
-        """Leave what was done since the last report (evaluation, pictures, checkpoints) out of images/s."""
+        """Exclude the time since the last `train` (evaluation, pictures, checkpoints) from images/s."""
         self.last_step, self.last_time = step, time.perf_counter()
 
     def scores(self, step: int, name: str, values: dict[str, float]) -> None:
-        """Record an evaluation after a step, its values under `name`."""
+        """Record the scores of an evaluation in log.jsonl and TensorBoard, under `name`."""
+        self.record(step, name, values)
         if self.active:
-            self.file.write(json.dumps({"step": step, name: values}) + "\n")
             for key, value in values.items():
                 self.board.add_scalar(f"{name}/{key}", value, step)
 
     def record(self, step: int, name: str, values: dict) -> None:
-        """Record what happened at a step in log.jsonl."""
+        """Record an event in log.jsonl."""
         if self.active:
             self.file.write(json.dumps({"step": step, name: values}) + "\n")
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
-        """Show a picture [3, H, W], uint8, in TensorBoard."""
+        """Add a picture [3, H, W], uint8, to TensorBoard."""
         if self.active:
             self.board.add_image(name, image, step)
 
     def say(self, message: str) -> None:
-        """Print a line beside the progress bar."""
+        """Print a line above the progress bar."""
         if self.active:
             self.console.print(message, highlight=False, soft_wrap=True, markup=False)
 
@@ -119,7 +114,7 @@ class RunLog:
 
 
 class Mean:
-    """A mean of the finite ones among values on the device, read (with a sync) only when it is asked for."""
+    """Mean of the finite values among scalars on the device; only `state` synchronises with it."""
 
     def __init__(self, device: torch.device):
         self.sum_count = torch.zeros(2, device=device)
@@ -131,25 +126,25 @@ class Mean:
         self.sum_count += torch.stack([torch.where(finite, value, 0.0), finite.float()])
 
     def take(self) -> Tensor:
-        """(sum, count) so far, on the device; starts anew."""
+        """Return (sum, count) on the device, and reset both."""
         taken, self.sum_count = self.sum_count, torch.zeros_like(self.sum_count)
         return taken
 
     def state(self) -> list[float]:
-        """(sum, count) so far, for a checkpoint."""
+        """(sum, count), for a checkpoint."""
         return self.sum_count.tolist()
 
     def load_state(self, states: list[list[float]], rank: int) -> None:
-        """Go on from a checkpoint with the states of all ranks; the first takes all if their number changed."""
+        """Restore all ranks' states of a checkpoint; if the number of ranks changed, the first rank takes the sum."""
         if len(states) == torch.distributed.get_world_size():
-            mine = states[rank]
+            own = states[rank]
         else:
-            mine = [sum(column) for column in zip(*states, strict=True)] if rank == 0 else [0.0, 0.0]
-        self.sum_count = torch.tensor(mine, device=self.sum_count.device)
+            own = [sum(column) for column in zip(*states, strict=True)] if rank == 0 else [0.0, 0.0]
+        self.sum_count = torch.tensor(own, device=self.sum_count.device)
 
 
 def peak_memory() -> float:
-    """Most memory that this rank has used so far, GiB: of its GPU's, or without one of the machine's."""
+    """Peak memory of this rank so far, GiB: of its GPU, or of the process on a CPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
@@ -157,21 +152,9 @@ def peak_memory() -> float:
 
 
 def read_log(path: Path) -> Iterator[dict]:
-    """The lines of a log; the last one of a run that was killed may be cut, and is left out."""
+    """Entries of log.jsonl. Ends at a truncated line, which a killed process may leave."""
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             yield json.loads(line)
         except ValueError:
             return
-
-
-def _step(line: str) -> int:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # the last line of a killed process may be cut
-        return 1 << 62
-
-
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(int(seconds) // 60, 60)
-    return f"{hours}:{minutes:02}:{int(seconds) % 60:02}"

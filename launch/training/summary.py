@@ -1,4 +1,4 @@
-"""summary.json: what came of a run, with all that it takes to compare it with another."""
+"""summary.json: results of a run, with its time, hardware and configuration."""
 
 import json
 import os
@@ -13,27 +13,19 @@ from configs.schema import Finetune, Pretrain
 from launch.training.world import World
 
 
-def write_summary(folder: Path, config: Pretrain | Finetune, world: World, seconds: float, found: dict) -> None:
-    """Write FOLDER/summary.json: what was found, and the run's time, hardware and configuration. For the first rank.
-
-    Args:
-        seconds: that the run took so far
-        found: plain values
-    """
-    about = {"seconds": round(seconds), "hardware": hardware(world), "config": to_dict(config)}
-    write_whole(folder / "summary.json", json.dumps(found | about, indent=1).encode())
-
-
-def hardware(world: World) -> str:
-    """The processors that a run used, like "NVIDIA H200 x 8" or "AMD EPYC, 2 cores"; of a CPU, on this machine."""
+def write_summary(folder: Path, config: Pretrain | Finetune, world: World, seconds: float, results: dict) -> None:
+    """Write FOLDER/summary.json: `results` (plain values), seconds, hardware, configuration. For the first rank."""
     if world.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(world.device)} x {world.ranks}"
-    cores = torch.get_num_threads() * int(os.environ["LOCAL_WORLD_SIZE"])
-    return f"{cpu_name()}, {cores} core{'s' * (cores > 1)}"
+        hardware = f"{torch.cuda.get_device_name(world.device)} x {world.ranks}"
+    else:
+        cores = torch.get_num_threads() * int(os.environ["LOCAL_WORLD_SIZE"])  # of this machine
+        hardware = f"{cpu_name()}, {cores} core{'s' * (cores > 1)}"
+    about = {"seconds": round(seconds), "hardware": hardware, "config": to_dict(config)}
+    write_whole(folder / "summary.json", json.dumps(results | about, indent=1).encode())
 
 
 def cpu_name() -> str:
-    """The processor's name."""
+    """Model name of the CPU."""
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""The training loop of both stages, and what a stage is to it."""
+"""The training loop of both stages, and the interface of a stage."""
 
 import signal
 import time
@@ -21,36 +21,28 @@ from launch.training.engine import Engine
 from launch.training.faults import Faults
 from launch.training.runlog import Mean, RunLog
 from launch.training.summary import write_summary
-from launch.training.watchdog import REQUESTS, Watch, Watchdog
-from launch.training.world import Agreement, World, check_alike, gather, peers
+from launch.training.watchdog import REQUESTS, Progress, Watchdog
+from launch.training.world import Agreement, World, check_ranks_match, gather, process_errors
 
 
 @dataclass(frozen=True)
 class Report:
-    """Results of an evaluation, which the trainer logs.
+    """Results of an evaluation, which the trainer logs."""
 
-    Args:
-        score: selects the best checkpoint, higher is better; None = no score
-        scores: values by name, for log.jsonl and TensorBoard
-        pictures: uint8 [3, H, W] by title, for TensorBoard
-        lines: for the console
-        summary: content of summary.json; None = not written
-    """
-
-    score: float | None = None
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    pictures: dict[str, Tensor] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
-    summary: dict | None = None
+    score: float | None = None  # selects the best checkpoint, higher is better
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # for log.jsonl and TensorBoard
+    pictures: dict[str, Tensor] = field(default_factory=dict)  # uint8 [3, H, W] by title, for TensorBoard
+    lines: list[str] = field(default_factory=list)  # for the console
+    summary: dict | None = None  # content of summary.json; None = not written
 
 
 class Stage(Protocol):
-    """What pretraining and fine-tuning add to the loop. Every rank calls every method."""
+    """What pretraining and fine-tuning add to the loop. All ranks call all methods."""
 
     def describe(self) -> list[str]:
-        """Lines for the console before anything else."""
+        """Lines for the console, printed first."""
 
-    def start(self, step: int, watch: Watch) -> Report:
+    def start(self, step: int, progress: Progress) -> Report:
         """Evaluate before the first step of this process; `step` steps are done."""
 
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
@@ -59,11 +51,11 @@ class Stage(Protocol):
     def after_update(self) -> None:
         """Called after each update of the weights."""
 
-    def end_epoch(self, epoch: int, last: bool, watch: Watch) -> Report:
+    def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
         """Evaluate after an epoch, before its checkpoint; epochs count from 1, `last` = no step follows."""
 
     def should_stop(self) -> bool:
-        """Whether to end early. Changes at the end of an epoch only, and on all ranks alike."""
+        """Whether to end early. Changes only at the end of an epoch, on all ranks alike."""
 
     def state(self) -> dict:
         """Content of a checkpoint besides the engine's: plain values and tensors."""
@@ -81,7 +73,7 @@ class Trainer:
         loader: micro batches of this rank
         stage: what is trained
         identity: what must be equal on resume: configuration and digests of data and initial weights
-        evaluated: splits besides the loader's whose damaged images are reported and limited (data.max_damaged)
+        evaluated: more splits whose damaged images are reported and limited (data.max_damaged)
     """
 
     def __init__(
@@ -97,21 +89,21 @@ class Trainer:
             self.steps = min(self.steps, config.run.max_steps)
 
     def run(self) -> float:
-        """Resume, train to the last step, close. Returns the seconds that the run took, interruptions excluded.
+        """Resume, train to the last step, close. Returns the duration in seconds, without interruptions.
 
         Raises:
             Stopped: asked to stop; the state is saved
-            UserError: too many faults, or ranks that differ
+            UserError: too many faults, or the ranks differ
         """
         self._resume()
         try:
-            with self.watchdog, peers(), closing(self.loader.iterate(self.step)) as batches:
+            with self.watchdog, process_errors(), closing(self.loader.iterate(self.step)) as batches:
                 for line in self.stage.describe():
                     self.log.say(line)
                 self._train(batches)
                 self.checkpoints.wait()
         except BaseException:
-            with suppress(OSError):  # a full disk may be the reason, which the error reports
+            with suppress(OSError):  # of a full disk, which may be the first error
                 self.log.close()
             raise
         self.log.close()
@@ -119,7 +111,7 @@ class Trainer:
 
     def _resume(self) -> None:
         config, world = self.config, self.world
-        check_alike(world, self.folder, self.identity)
+        check_ranks_match(world, self.folder, self.identity)
         may_change = free_keys(type(config))
         self.checkpoints = Checkpoints(self.folder, self.engine, self.identity, world, config.run.keep, may_change)
         self.step, state = self.checkpoints.resume(config.resume)
@@ -134,16 +126,16 @@ class Trainer:
             self.stage.load_state(state["stage"])
 
     def _train(self, batches: Iterator[dict[str, Tensor]]) -> None:
-        """The loop. Its order is what makes a resumed run repeat the uninterrupted one:
+        """The loop. A resumed run repeats the uninterrupted one because of its order:
 
-        The learning rate depends on the steps done before, so it is set first. An epoch is evaluated after its last
-        update and before its checkpoint, which holds the score. The agreement comes after the evaluation, which may
-        take long, and before the save, so that all ranks save after the same step: it returns the requests as they
-        were one step ago, and nobody waits for the others. A stop follows the save.
+        The learning rate depends on the steps done, so it is set first. An epoch is evaluated after its last update
+        and before its checkpoint, which stores the score. The agreement comes after the evaluation, which may be long,
+        and before the save, so that all ranks save after the same step: it returns the requests of one step ago
+        without blocking. A stop follows the save.
         """
         config, stage = self.config, self.stage
         self.engine.train()
-        self._log(stage.start(self.step, self._watch))
+        self._log(stage.start(self.step, self._progress))
         self.log.restart_clock(self.step)
         saved = time.monotonic()
         while self.step < self.steps and not stage.should_stop():
@@ -154,9 +146,9 @@ class Trainer:
             epoch, last = (self.step - 1) // self.steps_per_epoch + 1, self.step == self.steps
             epoch_ends = last or self.step % self.steps_per_epoch == 0
             if self.step % config.run.log_every == 0 or epoch_ends:
-                place = f"epoch {epoch}/{config.optim.epochs}"
-                self.log.train(self.step, place, self.losses, lr, self.engine.grad_norm)
-            report = stage.end_epoch(epoch, last, self._watch) if epoch_ends else Report()
+                name = f"epoch {epoch}/{config.optim.epochs}"
+                self.log.train(self.step, name, self.losses, lr, self.engine.grad_norm)
+            report = stage.end_epoch(epoch, last, self._progress) if epoch_ends else Report()
             self._log(report)
             overdue = self.world.first and 0 < config.run.save_minutes < (time.monotonic() - saved) / 60
             stop, overdue, damaged = self.agreement(self.watchdog.requested, overdue, self.faults.has_news)
@@ -174,17 +166,17 @@ class Trainer:
         self._report_damaged()
 
     def _update(self, batches: Iterator[dict[str, Tensor]]) -> None:
-        """One optimizer step; all ranks skip it if a loss or gradient of any is not finite."""
-        at, where = self.watchdog.at, f"step {self.step + 1}"
+        """One optimizer step; all ranks skip it if a loss or gradient of any rank is not finite."""
+        begin, step = self.watchdog.begin, f"step {self.step + 1}"
         _, accumulation = self.config.optim.accumulation(self.world.ranks)
         parts, applied = [], True
         for micro in range(accumulation):
-            at(f"{where}, waiting for data")
+            begin(f"{step}, waiting for data")
             batch = next(batches)
             self.faults.note_damaged(self.loader, batch)
-            at(f"{where}, forward")
+            begin(f"{step}, forward")
             loss = self.stage.loss(batch, self.step, micro)
-            at(f"{where}, backward")
+            begin(f"{step}, backward")
             applied = self.engine.step(loss)
             self.losses.add(loss)
             parts.append((loss.detach(), batch["sample"]))
@@ -194,10 +186,10 @@ class Trainer:
         else:
             self.faults.skip(self.step + 1, parts, self.engine.loss_scale)
 
-    def _watch(self, steps: Iterable, count: int, what: str) -> Iterator:
-        """The steps of an evaluation; the watchdog counts them, and damaged images are noted."""
+    def _progress(self, steps: Iterable, count: int, what: str) -> Iterator:
+        """The steps of an evaluation, reported to the watchdog; damaged images are noted."""
         for i, step in enumerate(steps, 1):
-            self.watchdog.at(f"{what}, {i} of {count}")
+            self.watchdog.begin(f"{what}, {i} of {count}")
             if isinstance(steps, Loader):
                 self.faults.note_damaged(steps, step)
             yield step
@@ -213,7 +205,7 @@ class Trainer:
             write_summary(self.folder, self.config, self.world, self.log.seconds(), report.summary)
 
     def _report_damaged(self) -> None:
-        """Name damaged images; too many end the run. It has trained on others in their place, so its state is good."""
+        """Log damaged images; too many end the run, with a checkpoint: they were replaced, so its state is valid."""
         try:
             self.faults.report_damaged(self.step)
         except Exception:
@@ -222,16 +214,15 @@ class Trainer:
             raise
 
     def _save(self, score: float | None) -> None:
-        self.watchdog.at("saving a checkpoint", patient=True)
+        self.watchdog.begin("saving a checkpoint", patient=True)
         state = {"stage": self.stage.state(), "faults": self.faults.state(), "losses": gather(self.losses.state())}
         stall = self.checkpoints.save(self.step, state, score)
         self.log.record(self.step, "checkpoint", {"stall_s": round(stall, 3)})
-        self.watchdog.at("training")
+        self.watchdog.begin("training")
 
     def _stop(self, request: int) -> None:
         self.checkpoints.wait()
         number = REQUESTS[request - 1]
-        by_hand = number == signal.SIGINT
-        name = "Ctrl-C" if by_hand else number.name
-        where = f"{self.checkpoints.folder}, step {self.step} of {self.steps}"
-        raise Stopped(f"{name}; saved in {where}: run the same command to resume", INTERRUPTED if by_hand else SAVED)
+        name, code = ("Ctrl-C", INTERRUPTED) if number == signal.SIGINT else (number.name, SAVED)
+        where = f"{self.checkpoints.folder} after step {self.step} of {self.steps}"
+        raise Stopped(f"{name}; saved in {where}: run the same command to resume", code)

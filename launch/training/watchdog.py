@@ -1,8 +1,4 @@
-"""Watches a rank from a thread of its own: signals, a launcher that died, a run that hangs.
-
-The training loop tells where it is (`at`) and asks whether it should stop (`requested`). The thread does what the loop
-cannot while it waits for another rank: it sees signals at once, and ends a process that will never go on.
-"""
+"""A thread per rank that handles signals, a dead launcher and hangs, while the main thread may wait for other ranks."""
 
 import contextlib
 import faulthandler
@@ -22,42 +18,41 @@ from configs.errors import HUNG, INTERRUPTED, Stopped
 from launch.training.heartbeat import INTERVAL, Heartbeat
 from launch.training.world import World, barrier
 
-# SLURM announces the end of a job's time with SIGUSR1. The last one wins: at Ctrl-C a launcher sends SIGTERM as well
+# SLURM sends SIGUSR1 before the time limit. A later one has priority: at Ctrl-C, launchers send SIGTERM as well
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE = 20.0  # seconds without progress after a request to stop; DeepSpeed's launcher kills after 30
-# (steps, their count, what they do) -> the same steps, while a watchdog counts them or a bar shows them
-Watch = Callable[[Iterable, int, str], Iterable]
+Progress = Callable[[Iterable, int, str], Iterable]  # (steps, their number, description) -> the same steps
 LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
 
 
 class Watchdog:
-    """A context around training.
+    """Context manager around training. The loop calls `begin` to report progress and reads `requested`.
 
     Args:
-        folder: the run's; stacks of a hanging rank are written there
+        folder: of the run; stacks of a hanging rank are written there
         limit: seconds without progress after which the process ends
     """
 
     def __init__(self, world: World, folder: Path, limit: float):
         self.world, self.folder, self.limit = world, folder, limit
-        self.requested = 0  # place in REQUESTS, counted from 1, of the signal that asked for a stop
-        self.interrupted = math.inf  # when Ctrl-C came first
+        self.requested = 0  # 1 + index in REQUESTS of the signal that asked to stop; 0 = none
+        self.interrupted = math.inf  # time of the first Ctrl-C
         self.patient = False
         self.launchers = _launchers()
         self.heartbeat = Heartbeat(world)
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def at(self, place: str, patient: bool = False) -> None:
-        """Another part of the work begins; a `patient` one may end after a request to stop, however long it takes."""
-        self.heartbeat.at(place)
+    def begin(self, activity: str, patient: bool = False) -> None:
+        """Count progress. A `patient` activity may take longer than `GRACE` after a request to stop."""
+        self.heartbeat.begin(activity)
         self.patient = patient
 
     def __enter__(self) -> "Watchdog":
         self.inbox, self.outbox = os.pipe()
         os.set_blocking(self.outbox, False)
-        # Python's own handlers wait until the main thread returns from what it calls; the pipe gets signals at once
-        self.before = {number: signal.signal(number, lambda *_: None) for number in REQUESTS}
+        # Python runs signal handlers only when the main thread returns from C code; the pipe gets signals at once
+        self.handlers = {number: signal.signal(number, lambda *_: None) for number in REQUESTS}
         self.wakeup = signal.set_wakeup_fd(self.outbox, warn_on_full_buffer=False)
         self.thread.start()
         return self
@@ -66,66 +61,64 @@ class Watchdog:
         self.done.set()
         self.thread.join()
         self.heartbeat.close()
-        if kind in (None, Stopped):  # on all ranks alike: then the first keeps the store until all have left it
+        if kind in (None, Stopped):  # on all ranks alike; the first rank's store must outlive the other heartbeats
             barrier()
         signal.set_wakeup_fd(self.wakeup)
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
         os.close(self.inbox)
         os.close(self.outbox)
 
     def _watch(self) -> None:
-        seen, since, told = -1, time.monotonic(), False
+        count, since, announced = -1, time.monotonic(), False
         while not self.done.is_set():
             before = time.monotonic()
             self._read_signals()
-            if time.monotonic() - before > 10 * INTERVAL:  # this process was suspended: by Ctrl-Z, a machine asleep
+            if time.monotonic() - before > 10 * INTERVAL:  # this process was suspended, by Ctrl-Z or with the machine
                 since = time.monotonic()
-            if not self.requested and any(not _alive(launcher) for launcher in self.launchers):
-                self.requested = 1  # nobody would end this rank
+            if not self.requested and not all(map(_alive, self.launchers)):
+                self.requested = 1  # no launcher would end this rank
             self.heartbeat.stopping = stopping = self.heartbeat.stopping or self.requested > 0
-            if stopping and not told:
-                told = True
-                if self.world.first:
-                    print("stopping: saving a checkpoint after this step", file=sys.stderr, flush=True)
-            if self.heartbeat.count != seen:
-                seen, since = self.heartbeat.count, time.monotonic()
+            if stopping and not announced and self.world.first:
+                print("stopping: saving a checkpoint after this step", file=sys.stderr, flush=True)
+            announced = stopping
+            if self.heartbeat.count != count:
+                count, since = self.heartbeat.count, time.monotonic()
             idle = time.monotonic() - since
             if idle > self.limit:
                 self._end(f"no progress for {idle:.0f} s")
             if stopping and idle > GRACE and not self.patient:
-                self._end(f"asked to stop, but no progress for {idle:.0f} s (the last checkpoint stands)")
+                self._end(f"asked to stop, but no progress for {idle:.0f} s (resume from the last checkpoint)")
 
     def _read_signals(self) -> None:
-        """Take up requests; waits for `INTERVAL` if there are none."""
+        """Update `requested`; waits up to `INTERVAL` for a signal."""
         if not select.select([self.inbox], [], [], INTERVAL)[0]:
             return
         for number in os.read(self.inbox, 64):
             if number == signal.SIGINT:
                 if time.monotonic() - self.interrupted > INTERVAL:
-                    print("\nstopped by a second Ctrl-C: the last checkpoint stands", file=sys.stderr, flush=True)
+                    print("\nstopped by a second Ctrl-C: resume from the last checkpoint", file=sys.stderr, flush=True)
                     os._exit(INTERRUPTED)
                 self.interrupted = min(self.interrupted, time.monotonic())
             if number in REQUESTS:
                 self.requested = max(self.requested, 1 + REQUESTS.index(number))
 
     def _end(self, why: str) -> None:
-        """Say which rank is waited for, write where this one is, and end the process."""
+        """Write this rank's stacks, name the ranks it waits for, and end the process."""
         stacks = self.folder / f"hang-rank{self.world.rank}.txt"
-        with contextlib.suppress(OSError), stacks.open("w") as file:  # a full disk must not keep a dead run alive
+        with contextlib.suppress(OSError), stacks.open("w") as file:  # a full disk must not prevent the exit
             faulthandler.dump_traceback(file)
-        behind = self.heartbeat.behind()
-        line = f"error: [rank {self.world.rank}] {why}, in {self.heartbeat.place}{behind}; stacks are in {stacks}"
-        print(line, file=sys.stderr, flush=True)
+        where = f"during {self.heartbeat.activity}{self.heartbeat.late_ranks()}"
+        print(f"error: [rank {self.world.rank}] {why} {where}; see {stacks}", file=sys.stderr, flush=True)
         if self.world.first:
-            time.sleep(5 * INTERVAL)  # until the others have asked, too
-        for child in psutil.Process().children(recursive=True):  # a frozen loader process would stay
+            time.sleep(5 * INTERVAL)  # other ranks may still query the store
+        for child in psutil.Process().children(recursive=True):  # a frozen loader process would survive
             child.kill()
         os._exit(HUNG)
 
 
 def _launchers() -> list[psutil.Process]:
-    """The launchers above this process, nearest first. A shell above them may end and leave them at work."""
+    """The launchers among the parents of this process. All count: a shell above them may end before they do."""
     found = []
     for process in psutil.Process().parents():
         try:

@@ -1,4 +1,4 @@
-"""The ranks of a run: joining them, and what they do together."""
+"""The ranks of a run: process group, collectives, errors of other processes."""
 
 import os
 import secrets
@@ -18,13 +18,15 @@ from configs.schema import Run
 from launch.training.malloc import keep_memory
 from models import kernels
 
-# in the RuntimeError of gloo, which has no type of its own; NCCL's is a DistBackendError
-LOST = ("onnection closed by peer", "onnection reset by peer")
+# gloo raises a plain RuntimeError for a lost connection, and torch for a dead loader process: only their text tells
+# them apart, which tests/launch/training/test_world.py pins for the installed version
+GLOO_LOST = ("onnection closed by peer", "onnection reset by peer")
+LOADER_DIED = "DataLoader worker"
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, how many there are, and its device."""
+    """Rank of this process, number of ranks, and device."""
 
     rank: int
     ranks: int
@@ -36,69 +38,52 @@ class World:
         return self.rank == 0
 
 
-def start(run: Run) -> World:
-    """Join the process group, as a launcher's variables say (deepspeed, torchrun, srun); alone where there are none.
+def init_world(run: Run) -> World:
+    """Join the process group of deepspeed, torchrun or srun; without their variables, start one of a single rank.
 
     Args:
-        run: device (auto, cpu or cuda), kernels, and how long ranks wait for each other
+        run: device (auto, cpu or cuda), kernels, `hang_minutes`
     Raises:
-        UserError: cuda asked for and not there; tasks of srun that do not know each other
+        UserError: no GPU for device cuda; srun tasks without an address; the other ranks do not connect
     """
     kernels.use(run.kernels == "triton")
     if run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device is cuda, but torch sees no GPU: install a driver, or use auto or cpu")
     use_cuda = run.device != "cpu" and torch.cuda.is_available()
-    os.environ["DS_ACCELERATOR"] = "cuda" if use_cuda else "cpu"  # else DeepSpeed picks, and may not agree
+    os.environ["DS_ACCELERATOR"] = "cuda" if use_cuda else "cpu"  # DeepSpeed's own choice may differ
     if "RANK" not in os.environ:
-        os.environ |= {key: str(value) for key, value in _place().items()}
-    local, ranks_here = int(os.environ["LOCAL_RANK"]), os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])
-    local_ranks = int(os.environ.setdefault("LOCAL_WORLD_SIZE", ranks_here))  # DeepSpeed says LOCAL_SIZE, torchrun this
+        os.environ |= {key: str(value) for key, value in _launcher_variables().items()}
+    rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    # torchrun sets LOCAL_WORLD_SIZE, DeepSpeed LOCAL_SIZE
+    local_ranks = int(os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(ranks))))
     if use_cuda:
-        torch.cuda.set_device(local % torch.cuda.device_count())  # srun may show each task its own GPU only
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())  # srun may show each task only its own GPU
+        device = torch.device("cuda", torch.cuda.current_device())
     else:
-        if local_ranks > 1 or "OMP_NUM_THREADS" not in os.environ:  # for several, torchrun says 1 whoever asks
+        device = torch.device("cpu")
+        if local_ranks > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun always sets 1 for several ranks
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         keep_memory()
-    patience = timedelta(minutes=run.hang_minutes + 10)  # the watchdog comes first: it knows who is waited for
-    where = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+    timeout = timedelta(minutes=run.hang_minutes + 10)  # later than the watchdog, which can name the late rank
     try:
-        kind, device = ("nccl", where) if use_cuda else ("gloo", None)
-        torch.distributed.init_process_group(kind, timeout=patience, device_id=device)
+        backend, bound = ("nccl", device) if use_cuda else ("gloo", None)
+        torch.distributed.init_process_group(backend, timeout=timeout, device_id=bound)
     except torch.distributed.DistError as error:
-        meeting = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at {meeting} "
-            f"({reason(error)[:120]}): start as many on every node, with the same MASTER_ADDR and MASTER_PORT"
+            f"rank {rank} of {ranks} could not connect to the others at {address} ({reason(error)[:120]}): start the "
+            "same number of ranks on every node, with the same MASTER_ADDR and MASTER_PORT"
         ) from None
-    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), where)
+    return World(rank, ranks, device)
 
 
-def check_alike(world: World, folder: Path, identity: dict) -> None:
-    """Raise `UserError`, on all ranks, unless all have the same configuration and data, and see the same run folder.
-
-    Args:
-        folder: runs/NAME; its parent is made if it is not there
-        identity: configuration and digests
-    """
-    token = folder.parent / f".{agree(secrets.token_hex(8))}"
-    if world.first:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        token.touch()
-    barrier()
-    found = gather((token.exists(), identity))
-    if world.first:
-        token.unlink()
-    for rank, (seen, other) in enumerate(found):
-        if changed := differences(found[0][1], other):
-            raise UserError(f"rank {rank} has another configuration or other data than rank 0: {'; '.join(changed)}")
-        if not seen:
-            raise UserError(
-                f"rank {rank} does not see {folder.parent} of rank 0: run.folder must be shared by all nodes"
-            )
+def destroy_world() -> None:
+    """Leave the process group; torch warns at exit otherwise."""
+    torch.distributed.destroy_process_group()
 
 
-def _place() -> dict[str, object]:
-    """What a launcher would set: from srun's variables if it started several tasks, else one rank alone."""
+def _launcher_variables() -> dict[str, object]:
+    """Variables that torchrun would set, derived from srun's if it started several tasks, else for one rank."""
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     if tasks == 1 or "SLURM_PROCID" not in os.environ:
         return {
@@ -106,73 +91,75 @@ def _place() -> dict[str, object]:
         }  # fmt: skip
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         raise UserError(
-            "srun started several tasks that do not know each other: set MASTER_ADDR and MASTER_PORT, as "
+            "srun started several tasks without an address to connect to: set MASTER_ADDR and MASTER_PORT, as "
             "launch/nodes/slurm.sh does"
         )
-    here = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", str(tasks)))
+    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", str(tasks)))
     return {
         "RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": tasks, "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": here.split("(")[0].split(",")[0],  # written like 4(x2)
+        "LOCAL_WORLD_SIZE": per_node.split("(")[0].split(",")[0],  # like 4(x2)
     }  # fmt: skip
 
 
 def free_port() -> int:
-    """A port of this machine that is not in use."""
+    """An unused port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
+def check_ranks_match(world: World, folder: Path, identity: dict) -> None:
+    """Raise `UserError` on all ranks unless all have the same `identity` and see the same run folder.
+
+    Args:
+        folder: runs/NAME; its parent is created if missing
+        identity: configuration and digests
+    """
+    token = folder.parent / f".{broadcast(secrets.token_hex(8))}"
+    if world.first:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    barrier()
+    by_rank = gather((token.exists(), identity))
+    if world.first:
+        token.unlink()
+    for rank, (sees_token, other) in enumerate(by_rank):
+        if changed := differences(by_rank[0][1], other):
+            raise UserError(f"rank {rank} has another configuration or other data than rank 0: {'; '.join(changed)}")
+        if not sees_token:
+            raise UserError(
+                f"rank {rank} does not see {folder.parent} of rank 0: run.folder must be shared by all nodes"
+            )
+
+
+@contextmanager
+def process_errors() -> Iterator[None]:
+    """Context manager: a lost connection to a rank becomes `LostPeer`, a dead loader process `UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistBackendError) or any(text in str(error) for text in GLOO_LOST):
+            raise LostPeer("another rank ended: see its output for the reason") from error
+        if str(error).startswith(LOADER_DIED):  # raised by a signal handler, anywhere in the training
+            raise UserError(f"a loader process died ({reason(error)}): lower data.workers if memory ran out") from error
+        raise
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks."""
+    """The sum of a tensor over all ranks, in place."""
     torch.distributed.all_reduce(values)
     return values
 
 
 def gather(value: object) -> list:
-    """Each rank's value, on all ranks, in their order. For plain values, rarely: they are pickled."""
+    """The values of all ranks, in rank order, on all ranks. They are pickled: for small plain values, rarely."""
     values: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 
 
-class Agreement:
-    """The greatest of all ranks' values, as they were one call before, so that asking waits for nobody.
-
-    Args:
-        count: values in a call
-    """
-
-    def __init__(self, world: World, count: int):
-        self.group = torch.distributed.new_group(backend="gloo") if world.ranks > 1 else None
-        self.values, self.work = torch.zeros(count, dtype=torch.int64), None
-
-    def __call__(self, *values: int) -> list[int]:
-        """Every rank calls this equally often. With one rank its own values come back at once."""
-        if self.group is None:
-            return [int(value) for value in values]
-        if self.work:
-            self.work.wait()
-        agreed, self.values = self.values.tolist(), torch.tensor([int(value) for value in values])
-        self.work = torch.distributed.all_reduce(self.values, torch.distributed.ReduceOp.MAX, self.group, async_op=True)
-        return agreed
-
-
-@contextmanager
-def peers() -> Iterator[None]:
-    """A context in which a connection lost to another rank is a `LostPeer`, and a dead loader process a `UserError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.distributed.DistBackendError) or any(words in str(error) for words in LOST):
-            raise LostPeer("another rank ended: look at what it printed") from error
-        if str(error).startswith("DataLoader worker"):  # torch raises this wherever the training is at that moment
-            raise UserError(f"a loader process died ({reason(error)}): lower data.workers if memory ran out") from error
-        raise
-
-
-def agree(value: str) -> str:
-    """The first rank's value, on all ranks: what one machine sees of a file system another may not see yet."""
+def broadcast(value: object) -> object:
+    """The first rank's value, on all ranks; pickled."""
     values = [value]
     torch.distributed.broadcast_object_list(values)
     return values[0]
@@ -183,6 +170,25 @@ def barrier() -> None:
     torch.distributed.barrier()
 
 
-def stop() -> None:
-    """Leave the process group, so that nothing complains at exit."""
-    torch.distributed.destroy_process_group()
+class Agreement:
+    """Maximum over all ranks of integers such as requests to stop.
+
+    A call returns the maxima of the previous call's values, from an asynchronous reduction, so that no rank waits.
+
+    Args:
+        count: number of values in a call
+    """
+
+    def __init__(self, world: World, count: int):
+        self.group = torch.distributed.new_group(backend="gloo") if world.ranks > 1 else None
+        self.values, self.work = torch.zeros(count, dtype=torch.int64), None
+
+    def __call__(self, *values: int) -> list[int]:
+        """All ranks must call this equally often. A single rank gets its own values without delay."""
+        if self.group is None:
+            return [int(value) for value in values]
+        if self.work:
+            self.work.wait()
+        agreed, self.values = self.values.tolist(), torch.tensor([int(value) for value in values])
+        self.work = torch.distributed.all_reduce(self.values, torch.distributed.ReduceOp.MAX, self.group, async_op=True)
+        return agreed

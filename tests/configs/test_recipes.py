@@ -355,4 +355,4 @@ def assert_schedule(config: Pretrain | Finetune, peak: float, end: float, warmup
     rates = [optim.lr_at(step, steps) for step in (0, warmup * steps, (warmup * steps + total) / 2, total)]
     assert rates == pytest.approx([0 if warmup else peak, peak, (peak + end) / 2, end], rel=1e-9, abs=1e-12)
     planned = schedule(optim, IMAGES[config.data.path], ranks=1)[-1]
-    assert f"= {total:,}; warm-up takes the first {warmup * steps:,}" in planned
+    assert f"= {total:,}; the first {warmup * steps:,} are warm-up" in planned

@@ -25,7 +25,7 @@ from data.transforms import EvalTransform, normalize
 from finetune.evaluate import main
 from finetune.tasks.classification.inference import evaluation
 from finetune.tasks.classification.scores import Predictions
-from launch.training.world import stop
+from launch.training.world import destroy_world
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
 from models.sparse.layouts import Dense
@@ -45,7 +45,7 @@ def call(main, *words) -> None:
             main([*map(str, words), "--device", "cpu"])
         finally:
             if torch.distributed.is_initialized():
-                stop()
+                destroy_world()
 
 
 def evaluated(weights: Path, data: Path, out: Path, *more) -> tuple[dict, list[dict]]:

@@ -1,4 +1,4 @@
-"""The demo, as a user starts it, in a copy of the checkout."""
+"""The demo, run as a user does, in a copy of the checkout."""
 
 import csv
 import json
@@ -35,11 +35,11 @@ def test_demo(tmp_path):
     assert summary["finetune_top1"] >= 0.97
     assert summary["pretrain_loss_last"] < 0.5 * summary["pretrain_loss_first"]
     assert (project / "runs/demo/reconstruction.png").stat().st_size > 10_000
-    agree(project, tmp_path)
+    check_results_agree(project, tmp_path)
 
 
-def agree(project, folder):
-    """The demo's classifier says the same in evaluation, prediction and exported, on all validation images."""
+def check_results_agree(project, folder):
+    """evaluate, predict and the exported model give the same results on all validation images."""
     best, shards = project / "runs/demo/finetune/best.pt", project / "shards/digits"
     run("python", "finetune/evaluate.py", best, shards, "--out", folder / "evaluation")
     with (folder / "evaluation/predictions.csv").open() as file:

@@ -1,4 +1,4 @@
-"""Two nodes, emulated on one machine by each launcher, give one node's losses; what can be tried of scheduler kits."""
+"""Two emulated nodes give the losses of one, with all launchers; SLURM and Kubernetes scripts as far as possible."""
 
 import os
 import re
@@ -21,7 +21,7 @@ def words(digits, folder):
 
 
 def together(commands: list[tuple[list[str], dict[str, str]]]) -> None:
-    """Run commands side by side, each with its variables; all must succeed."""
+    """Run commands in parallel with their variables; all must succeed."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
     clean["PATH"] = f"{BIN}:{clean['PATH']}"
     running = [
@@ -93,7 +93,7 @@ def test_slurm(digits, pretrained, tmp_path):
     }  # fmt: skip
     together([(["bash", str(NODES / "slurm.sh"), *words(digits, tmp_path / "run")], env)])
     check(tmp_path / "run", pretrained)
-    assert not calls.exists()  # not queued again: it is finished
+    assert not calls.exists()  # not requeued
 
 
 def test_slurm_queues_a_stopped_job_again(tmp_path):
@@ -109,7 +109,7 @@ def test_slurm_queues_a_stopped_job_again(tmp_path):
     assert done.returncode == 75 and calls.read_text() == "requeue 7\n"
 
 
-def test_the_kubernetes_job_starts_torchrun_as_its_script_wants_it():
+def test_the_kubernetes_job_sets_what_torchrun_sh_needs():
     service, job = yaml.safe_load_all((NODES / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
     container = pod["containers"][0]

@@ -96,7 +96,7 @@ def test_on_two_ranks_with_divided_weights(digits, tmp_path):
 def test_steps_are_watched_and_the_model_stays_in_training(digits):
     places = []
 
-    def watch(steps, count, what):
+    def progress(steps, count, what):
         for i, step in enumerate(steps, 1):
             places.append(f"{what}, {i} of {count}")
             yield step
@@ -111,7 +111,7 @@ def test_steps_are_watched_and_the_model_stays_in_training(digits):
     try:
         before = torch.get_rng_state()
         online = OnlineEval(config, probe_splits(config), ((0.0,), (1.0,)), world)
-        report = online.evaluate(engine, 1, watch)
+        report = online.evaluate(engine, 1, progress)
     finally:
         torch.distributed.destroy_process_group()
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""A training run as the outside sees it: start it, wait for a step, harm it, see how it ends."""
+"""Training runs as processes: start, wait for a step, inject a fault, check the exit."""
 
 import json
 import os
@@ -16,10 +16,9 @@ SMALL = [*TINY, *QUICK]  # some ten steps a second
 
 
 class Job:
-    """`deepspeed pretrain/main.py` on some ranks (0 = `python`, one process), in a session of its own.
+    """Context manager: `deepspeed pretrain/main.py` on some ranks (0 = `python`, one process), in its own session.
 
-    A context: at its end nothing of it may be left. New processes: signals and deaths are their subject. For trainings
-    that only run to their end, `train` is quicker.
+    Real processes, for tests of signals and kills; they are killed at the end. `train` is quicker for runs that finish.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Job:
         self.process.wait()
 
     def find(self) -> None:
-        """Note every process of this run, also those whose parents are gone."""
+        """Add all processes of this run to `family`, so that those whose parents end are known."""
         known = {process.pid for process in self.family}
         for process in list(self.family):
             if process.is_running():
@@ -57,7 +56,7 @@ class Job:
                 known |= {child.pid for child in self.family}
 
     def wait_for_step(self, step: int, seconds: float = 180) -> None:
-        """Until it has printed the line of a step."""
+        """Wait until the line of a step is printed."""
         deadline = time.monotonic() + seconds
         while not any(int(done) >= step for done in re.findall(r"  step (\d+)/", self.text())):
             assert self.process.poll() is None, self.text()
@@ -76,23 +75,23 @@ class Job:
         return next(p for p in self.family if "deepspeed.launcher.launch" in p.cmdline())
 
     def end(self, seconds: float = 120) -> int:
-        """Exit code of the command; nothing of it is left after `seconds`."""
+        """Exit code of the command; fails if a process of it is left after `seconds`."""
         code = self.process.wait(seconds)
         _, alive = psutil.wait_procs(self.family, timeout=seconds)
         assert not alive, f"left alive: {[process.cmdline()[:4] for process in alive]}"
         return code
 
     def tracebacks(self) -> bool:
-        """Whether this project's code left a traceback; DeepSpeed's launcher leaves its own at Ctrl-C."""
+        """Whether this project's code printed a traceback; DeepSpeed's launcher prints its own at Ctrl-C."""
         return "Traceback" in self.text() and f'File "{ROOT}/launch' in self.text()
 
     def text(self) -> str:
-        """What it printed."""
+        """The output so far."""
         return self.output.read_text()
 
 
 def train(shards: Path, folder: Path, ranks: int, *more: object, epochs: int, code: int = 0) -> str:
-    """What `pretrain/main.py` prints on some ranks that no launcher watches; it must end with an exit code."""
+    """Output of `pretrain/main.py` on some ranks without a launcher; fails on another exit code."""
     words = ["--data.path", shards, "--run.folder", folder.parent, "--run.name", folder.name, *SMALL]
     return run_ranks(ranks, "pretrain/main.py", *words, "--optim.epochs", epochs, *more, code=code).stdout
 
@@ -109,7 +108,7 @@ def _is_rank(process: psutil.Process) -> bool:
 
 
 def logged(folder: Path) -> list[tuple[int, float]]:
-    """(step, loss) of a run's log so far; its last line may be cut."""
+    """(step, loss) of a run's log so far; its last line may be truncated."""
     path = folder / "log.jsonl"
     entries = []
     for line in path.read_text().splitlines() if path.exists() else []:

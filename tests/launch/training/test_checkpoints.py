@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, which it refuses, and saves that are interrupted at any moment."""
+"""Selection and refusal of checkpoints on resume, and interrupted saves."""
 
 import json
 import os
@@ -17,7 +17,7 @@ IDENTITY = {"seed": 1, "optim": {"zero_stage": 1}}
 
 
 class Engine:
-    """Stands in for the real one: writes two files."""
+    """Stub that writes two files."""
 
     def save(self, folder, tag, state):
         path = folder / tag
@@ -32,48 +32,48 @@ class Engine:
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     monkeypatch.setattr(checkpoints, "barrier", lambda: None)
-    monkeypatch.setattr(checkpoints, "agree", lambda value: value)
+    monkeypatch.setattr(checkpoints, "broadcast", lambda value: value)
     monkeypatch.setattr(checkpoints, "gather", lambda value: [value])
 
 
-def of(run, config=IDENTITY, world=ALONE, keep=3):
+def checkpoints_of(run, config=IDENTITY, world=ALONE, keep=3):
     return checkpoints.Checkpoints(run, Engine(), config, world, keep, frozenset({"run.log_every"}))
 
 
 def save(run, *steps, keep=3, config=IDENTITY, scores=None):
-    made = of(run, config, keep=keep)
+    made = checkpoints_of(run, config, keep=keep)
     for i, step in enumerate(steps):
         made.save(step, {"at": step}, scores[i] if scores else None)
     made.wait()
 
 
 def resume(run, mode="auto", config=IDENTITY, world=ALONE):
-    return of(run, config, world).resume(mode)
+    return checkpoints_of(run, config, world).resume(mode)
 
 
-def whole(run):
+def steps_saved(run):
     return [int(path.name[5:]) for path in sorted((run / "checkpoints").glob("step-*"))]
 
 
 def test_the_newest_is_taken_and_the_last_are_kept(tmp_path):
     assert resume(tmp_path) == (0, {})
     save(tmp_path, 1, 2, 3, 10, keep=2)
-    assert whole(tmp_path) == [3, 10]
+    assert steps_saved(tmp_path) == [3, 10]
     assert resume(tmp_path) == (10, {"at": 10})
 
 
 def test_the_best_is_kept_too(tmp_path):
     save(tmp_path, 1, 2, 3, 4, 5, keep=2, scores=[0.1, 0.9, 0.9, None, 0.2])
-    assert whole(tmp_path) == [3, 4, 5]  # of equals the newer
+    assert steps_saved(tmp_path) == [3, 4, 5]  # of equal scores the newer
 
 
-HARMS = ["manifest gone", "manifest cut", "manifest empty", "weights gone", "weights cut", "weights flipped"]
+DAMAGES = ["manifest gone", "manifest cut", "manifest empty", "weights gone", "weights cut", "weights flipped"]
 
 
-@pytest.mark.parametrize("harm", HARMS)
-def test_a_damaged_one_is_passed_over_and_named(harm, tmp_path, capsys):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_passed_over_and_named(damage, tmp_path, capsys):
     save(tmp_path, 1, 2)
-    part, how = harm.split()
+    part, how = damage.split()
     file = tmp_path / "checkpoints/step-00000002" / ("manifest.json" if part == "manifest" else "engine/weights")
     content = file.read_bytes()
     if how == "gone":
@@ -133,7 +133,7 @@ def test_another_number_of_ranks(tmp_path, monkeypatch):
         run = tmp_path / str(stage)
         save(run, 5, config={"optim": {"zero_stage": stage}})
         assert resume(run, config={"optim": {"zero_stage": stage}}, world=two) == (5, expected)
-        assert not list((run / "checkpoints").glob(".*"))  # the converted one does not stay
+        assert not list((run / "checkpoints").glob(".*"))  # the converted one is removed
     assert len(converted) == 2
     save(tmp_path / "3", 5, config={"optim": {"zero_stage": 3}})
     with pytest.raises(UserError, match=r"1 .*2.* optim\.zero_stage 3"):
@@ -154,7 +154,7 @@ def die_at(count: int):
 
 
 def test_killed_at_every_file_event_of_a_save(tmp_path):
-    """The older checkpoint, or the new one, is whole whenever the process dies; and the next run cleans up."""
+    """Whenever the process dies, the old or the new checkpoint is complete; the next run removes leftovers."""
     outcomes, count = [], 0
     while not outcomes or outcomes[-1] != "ended":
         count += 1
@@ -170,7 +170,7 @@ def test_killed_at_every_file_event_of_a_save(tmp_path):
         assert state == {"at": step} and step in (2, 3)
         assert not list((run / "checkpoints").glob(".step-*"))
         save(run, 4, keep=2)
-        assert resume(run) == (4, {"at": 4}) and len(whole(run)) == 2
+        assert resume(run) == (4, {"at": 4}) and len(steps_saved(run)) == 2
         outcomes.append("ended" if status == 0 else f"killed, {step}")
     assert count > 20 and {"killed, 2", "killed, 3"} < set(outcomes)
 
@@ -184,11 +184,11 @@ def test_a_failed_save_leaves_the_one_before(error, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    made = of(tmp_path)
+    made = checkpoints_of(tmp_path)
     monkeypatch.setattr(made.engine, "save", fail)
     with pytest.raises(UserError, match=r"step 2 .*step-00000001"):
         made.save(2, {})
-    assert whole(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob(".*"))
+    assert steps_saved(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def test_a_failed_commit_is_an_error(tmp_path, monkeypatch):
@@ -197,11 +197,11 @@ def test_a_failed_commit_is_an_error(tmp_path, monkeypatch):
     def fail(_):
         raise OSError(30, "Read-only file system")
 
-    made = of(tmp_path)
+    made = checkpoints_of(tmp_path)
     monkeypatch.setattr(checkpoints, "sha256", fail)
     made.save(2, {})
     made.commit.join()
     with pytest.raises(UserError, match=r"read-only file system.*step-00000001"):
         made.check()
     made.check()  # raised once
-    assert whole(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob(".*"))
+    assert steps_saved(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob(".*"))

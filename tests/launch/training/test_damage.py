@@ -1,4 +1,4 @@
-"""Damaged images in a real run: named, replaced, counted, and too many of them end it."""
+"""Damaged images in a real run: logged, replaced, counted; too many end it."""
 
 import json
 import shutil
@@ -30,9 +30,9 @@ def test_damaged_images_are_replaced_on_every_rank_alike(digits, tmp_path):
         assert len([line for line in printed.splitlines() if has(line, "damaged replaced")]) == 3
     assert [x for _, x in losses(tmp_path / "two")] == pytest.approx([x for _, x in losses(tmp_path / "one")], rel=1e-4)
     for name in ("one", "two"):
-        told = complaints(tmp_path / name)
-        assert {entry["sample"] for entry in told} == {3, 50, 200}
-        assert all("train-000000.tar" in entry["error"] for entry in told)
+        damaged = complaints(tmp_path / name)
+        assert {entry["sample"] for entry in damaged} == {3, 50, 200}
+        assert all("train-000000.tar" in entry["error"] for entry in damaged)
 
 
 @pytest.mark.slow

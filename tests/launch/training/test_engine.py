@@ -1,4 +1,4 @@
-"""What stands between the schema and DeepSpeed."""
+"""Start-up, parameter groups, precision, errors by rank."""
 
 import pytest
 import torch
@@ -8,7 +8,31 @@ from configs.schema import Optim
 from launch.training.parameter_groups import parameter_groups
 from launch.training.precision import precision
 from models.fcmae import FCMAE
+from tests.conftest import ROOT, run
 from tests.models.helpers import tiny
+
+START = """
+import sys
+
+sys.path[:0] = [sys.argv[1]]
+import torch
+from configs.schema import Optim, Run
+from launch.training.engine import Engine
+from launch.training.parameter_groups import parameter_groups
+from launch.training.world import destroy_world, init_world
+
+world = init_world(Run(device="cpu"))
+model, optim = torch.nn.Linear(1, 1), Optim(batch_size=1)
+engine = Engine(model, parameter_groups(model, optim), optim, world)
+engine.step(engine(torch.ones(1, 1)).sum())
+print("inductor imported:", "torch._inductor.compile_fx" in sys.modules)
+destroy_world()
+"""
+
+
+def test_start_up_imports_no_compiler():
+    """It takes more than a second, and nothing is compiled."""
+    assert "inductor imported: False" in run("python", "-c", START, ROOT).stdout
 
 
 def test_the_mask_token_grn_and_biases_have_no_decay():

@@ -1,4 +1,4 @@
-"""Features, nearest neighbours and the linear classifier, against timm and scikit-learn, on one rank and on several."""
+"""Features, kNN and linear classifier compared with timm and scikit-learn, on one and several ranks."""
 
 from pathlib import Path
 
@@ -27,13 +27,13 @@ CPU = torch.device("cpu")
 TINY = Encoder("convnextv2_atto", 1, 1, (1, 1, 1, 1), (8, 16, 16, 16))
 
 
-def watch(steps, number, what):
+def progress(steps, number, what):
     return steps
 
 
 @pytest.fixture
 def alone():
-    """A process group of this process."""
+    """A process group of one rank."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield World(0, 1, CPU)
     torch.distributed.destroy_process_group()
@@ -41,20 +41,20 @@ def alone():
 
 @pytest.fixture(scope="module")
 def pixels() -> tuple[Features, Features]:
-    """1,300 digits to learn from and 497 others; their pixels are the features."""
+    """1,300 training and 497 evaluation digits with pixels as features."""
     x, label = load_digits(return_X_y=True)
     whole = torch.tensor(x, dtype=torch.float32), torch.tensor(label), torch.arange(len(x))
     return Features(*(part[:1300] for part in whole)), Features(*(part[1300:] for part in whole))
 
 
 def test_knn_is_that_of_sklearn(alone, pixels, monkeypatch):
-    monkeypatch.setattr(probe, "QUERIES", 100)  # so that there are several chunks of either
+    monkeypatch.setattr(probe, "QUERIES", 100)  # several chunks of both
     monkeypatch.setattr(probe, "BANK", 150)
     bank, queries = pixels
-    found = knn(bank, queries, 10, (1, 5, 20, 200), 0.07, alone, watch)
+    found = knn(bank, queries, 10, (1, 5, 20, 200), 0.07, alone, progress)
     for k, score in found.items():
-        judge = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
-        share = judge.fit(bank.x.numpy(), bank.label.numpy()).predict_proba(queries.x.numpy())
+        sklearn = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+        share = sklearn.fit(bank.x.numpy(), bank.label.numpy()).predict_proba(queries.x.numpy())
         right = share.argmax(1) == queries.label.numpy()
         rank = (share > share[np.arange(len(share)), queries.label.numpy()][:, None]).sum(1)
         voted = share[np.arange(len(share)), queries.label.numpy()] > 0
@@ -64,20 +64,20 @@ def test_knn_is_that_of_sklearn(alone, pixels, monkeypatch):
 
 
 def test_a_low_temperature_is_the_nearest_neighbour(alone, pixels):
-    found = knn(*pixels, 10, (1, 50), 1e-5, alone, watch)  # exp(1 / 1e-5) would overflow
+    found = knn(*pixels, 10, (1, 50), 1e-5, alone, progress)  # exp(1 / 1e-5) would overflow
     assert found[50]["top1"] == found[1]["top1"] > 0.9
 
 
 def test_more_neighbours_than_images_are_left_out(alone, pixels):
     bank = Features(*(part[:30] for part in (pixels[0].x, pixels[0].label, pixels[0].sample)))
-    assert knn(bank, pixels[1], 10, KS, 0.07, alone, watch).keys() == {10, 20}
-    assert knn(bank, pixels[1], 10, [31], 0.07, alone, watch) == {}
+    assert knn(bank, pixels[1], 10, KS, 0.07, alone, progress).keys() == {10, 20}
+    assert knn(bank, pixels[1], 10, [31], 0.07, alone, progress) == {}
 
 
 def test_classes_without_a_vote_are_not_right(alone):
     bank = Features(torch.eye(3), torch.tensor([0, 1, 2]), torch.arange(3))
     queries = Features(torch.eye(3), torch.tensor([0, 2, 2]), torch.arange(3))
-    assert knn(bank, queries, 3, [1], 0.07, alone, watch) == {
+    assert knn(bank, queries, 3, [1], 0.07, alone, progress) == {
         1: {"top1": pytest.approx(2 / 3), "top5": pytest.approx(2 / 3)}
     }
 
@@ -90,7 +90,7 @@ def test_features_are_those_of_timm(alone, digits, tmp_path):
     transform = EvalTransform((32, 32), 0.875)
     split = open_split(Data(path=str(digits)), "val")
     loader = probe_loader(split, 20, transform, 1, Data(workers=0), 8, alone)
-    found = features(encoder.train(), loader, alone, torch.tensor([0.5]), torch.tensor([0.25]), "fp32", watch)
+    found = features(encoder.train(), loader, alone, torch.tensor([0.5]), torch.tensor([0.25]), "fp32", progress)
     image = torch.stack([loader.samples[0, sample, 0]["image"] for sample in found.sample.tolist()])
     with torch.no_grad():
         expected = theirs.forward_features((image / 255 - 0.5) / 0.25).mean((2, 3))
@@ -118,24 +118,24 @@ def test_damaged_images_and_fillings_are_left_out(alone, digits):
     load, bad = loader.samples.load, loader.batches.ids[3]
     loader.samples.load = lambda sample: (None, "damaged") if sample == bad else load(sample)
     loader.batches.ids += [-1, -1]
-    found = features(ConvNeXt(TINY), loader, alone, torch.zeros(1), torch.ones(1), "fp32", watch)
+    found = features(ConvNeXt(TINY), loader, alone, torch.zeros(1), torch.ones(1), "fp32", progress)
     assert found.sample.tolist() == [i for i in loader.batches.ids if i not in (bad, -1)]
     assert len(found.x) == len(found.label) == 9 and found.label.min() >= 0
 
 
 def evaluated(rank: int, ranks: int, path: Path) -> tuple[dict, list, list]:
-    """(nearest neighbours, linear classifiers, samples of each split that this rank has) of fixed random weights."""
+    """(kNN, linear classifiers, this rank's samples of both splits) for fixed random weights."""
     torch.manual_seed(0)
     world, encoder, transform = World(rank, ranks, CPU), ConvNeXt(TINY), EvalTransform((24, 24), 1)
     splits = [open_split(Data(path=str(path)), name) for name in ("train", "val")]
     loaders = [probe_loader(split, 400, transform, 1, Data(workers=0), 50, world) for split in splits]
-    parts = [features(encoder, loader, world, *torch.ones(2, 1), "fp32", watch) for loader in loaders]
-    grid = linear(*parts, 10, (0.01, 0.1), 5, 0, watch)
-    return knn(*parts, 10, KS, 0.07, world, watch), grid, [part.sample.tolist() for part in parts]
+    parts = [features(encoder, loader, world, *torch.ones(2, 1), "fp32", progress) for loader in loaders]
+    grid = linear(*parts, 10, (0.01, 0.1), 5, 0, progress)
+    return knn(*parts, 10, KS, 0.07, world, progress), grid, [part.sample.tolist() for part in parts]
 
 
 def test_any_number_of_ranks(digits, tmp_path):
-    """Nearest neighbours are the same, the linear classifier's accuracies up to rounding."""
+    """kNN accuracies are equal, those of the linear classifier up to rounding."""
     one, two, three = (on_ranks(ranks, evaluated, tmp_path, ranks, digits) for ranks in (1, 2, 3))
     for several in (two, three):
         assert all(neighbours == one[0][0] for neighbours, _, _ in several)
@@ -149,18 +149,18 @@ def test_any_number_of_ranks(digits, tmp_path):
 
 
 def test_linear_is_as_good_as_sklearn(alone, pixels):
-    grid = linear(*pixels, 10, (0.1, 0.001, 0.01), 50, 0, watch)
+    grid = linear(*pixels, 10, (0.1, 0.001, 0.01), 50, 0, progress)
     train, evaluation = pixels
     scaler = StandardScaler().fit(train.x.numpy())
-    judge = LogisticRegression(max_iter=500).fit(scaler.transform(train.x.numpy()), train.label.numpy())
-    expected = judge.score(scaler.transform(evaluation.x.numpy()), evaluation.label.numpy())
+    sklearn = LogisticRegression(max_iter=500).fit(scaler.transform(train.x.numpy()), train.label.numpy())
+    expected = sklearn.score(scaler.transform(evaluation.x.numpy()), evaluation.label.numpy())
     assert [row.lr for row in grid] == [0.001, 0.01, 0.1]
     best = max(grid, key=lambda row: row.held_out)
     assert best.top1 == pytest.approx(expected, abs=0.02) and best.top5 > 0.98
 
 
 def test_one_optimizer_is_as_good_as_one_for_each_rate(alone):
-    """The weights are those of torch's SGD with the learning rate itself, one at a time."""
+    """Weights equal those of one torch SGD per learning rate."""
     torch.manual_seed(1)
     x, label = torch.randn(300, 5), torch.randint(3, (300,))
     orders = [torch.randperm(300).numpy() for _ in range(3)]
@@ -181,18 +181,18 @@ def test_one_optimizer_is_as_good_as_one_for_each_rate(alone):
 
 
 def test_the_held_out_tenth_is_not_trained_on(alone):
-    """Labels are noise: what is trained on is learnt by heart, the rest is not."""
+    """With random labels, only the training images can be memorised."""
     x, label = torch.randn(200, 400), torch.randint(4, (200,))
     part = Features(x, label, torch.arange(200))
-    (row,) = linear(part, part, 4, (0.1,), 40, 0, watch)
+    (row,) = linear(part, part, 4, (0.1,), 40, 0, progress)
     assert row.top1 > 0.9 and row.held_out < 0.7
 
 
 def test_features_without_any_difference(alone):
     same = Features(torch.ones(40, 6), torch.arange(40) % 2, torch.arange(40))
-    (row,) = linear(same, same, 2, (0.1,), 3, 0, watch)
+    (row,) = linear(same, same, 2, (0.1,), 3, 0, progress)
     assert 0 <= row.top1 <= 1 and row.top5 == 1  # of two classes
-    assert knn(same, same, 2, [10], 0.07, alone, watch)[10]["top5"] <= 1
+    assert knn(same, same, 2, [10], 0.07, alone, progress)[10]["top5"] <= 1
 
 
 def test_images_without_labels(digits):

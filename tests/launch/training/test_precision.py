@@ -1,4 +1,4 @@
-"""fp16 and bf16 in a real engine, in every ZeRO stage: gradients as in fp32, clipped alike, overflow skipped."""
+"""fp16 and bf16 in a real engine, in all ZeRO stages: gradients and clipping as in fp32, overflow skipped."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import ROOT, run
 
-# four steps of a classifier, the third with an image that overflows; what the optimizer saw of each
+# five steps of a classifier, the third with an image that overflows; prints the optimizer's state after them
 TRAIN = """
 import json, sys, warnings
 
@@ -17,7 +17,7 @@ from configs.schema import Encoder, Optim, Run
 from launch.training.engine import Engine
 from launch.training.parameter_groups import parameter_groups
 from launch.training.precision import LossScale
-from launch.training.world import start, stop
+from launch.training.world import init_world, destroy_world
 from models.convnext import ConvNeXt
 
 
@@ -33,7 +33,7 @@ class Loss(torch.nn.Module):
         return torch.nn.functional.cross_entropy(logits.float(), torch.arange(len(image)) % 4)
 
 
-world = start(Run(device="cpu"))
+world = init_world(Run(device="cpu"))
 LossScale.GROWTH = 2
 image = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 found = {}
@@ -55,7 +55,7 @@ for kind in ("fp32", "bf16", "fp16"):
     engine.close()
 if world.first:
     print(json.dumps(found))
-stop()
+destroy_world()
 """
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: what it shows, and that a real browser shows it without anything from outside."""
+"""The report of a run: its content, and its rendering in a real browser."""
 
 import base64
 import json
@@ -11,14 +11,14 @@ from PIL import Image
 
 from configs.errors import UserError
 from launch.training.report import CURVES, curves_of, write_report
-from tests.conftest import run
+from tests.conftest import has, run
 
 HOSTILE = "<script>document.title='broken'</script>"
 
 
 @pytest.fixture
 def finished(tmp_path):
-    """A folder as fine-tuning leaves it."""
+    """Folder of a finished fine-tuning run."""
     folder = tmp_path / "cats & dogs"
     folder.mkdir()
     (folder / "config.yaml").write_text(
@@ -46,7 +46,7 @@ def finished(tmp_path):
 def test_what_is_on_the_page(finished):
     page = write_report(finished).read_text()
     assert "1:01:40 on a processor, 2 cores" in page
-    assert "90.00% in epoch 3 of 3 (averaged weights)" in page and "1.9800 at first, 1.0000 at last" in page
+    assert "90.00% in epoch 3 of 3 (averaged weights)" in page and has(page, "1.9800 1.0000")
     assert "12 skipped steps and damaged images" in page and page.count("&#34;not_finite&#34;") in (0, 10)
     assert page.count("<svg") == 6 and "predict.py" in page and HOSTILE not in page
     assert base64.b64encode((finished / "confusion.png").read_bytes()).decode() in page
@@ -103,4 +103,4 @@ def test_in_a_browser(finished, tmp_path):
     dom = subprocess.run(
         ["chromium", *flags[:-3], "--dump-dom", page.as_uri()], check=True, capture_output=True, timeout=120
     )
-    assert b"<title>cats &amp; dogs: fine-tuning</title>" in dom.stdout  # what a name or path holds is not executed
+    assert b"<title>cats &amp; dogs: fine-tuning</title>" in dom.stdout  # names and paths are not executed

@@ -1,4 +1,4 @@
-"""Runs that are killed, moved to other numbers of ranks, or lose their disk, against runs that are not."""
+"""Runs that are killed, moved to other numbers of ranks, or lose their disk, compared with undisturbed runs."""
 
 import json
 import random
@@ -18,8 +18,8 @@ from tests.launch.training.helpers import Job, logged, saved, train
 
 
 def weights(folder):
-    held = load(folder / "fcmae.pt")
-    return {**held.encoder, **held.decoder}
+    file = load(folder / "fcmae.pt")
+    return {**file.encoder, **file.decoder}
 
 
 def tensorboard_steps(folder):
@@ -31,7 +31,7 @@ def tensorboard_steps(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kills", "epochs"), [(3, 4), (50, 40)])
 def test_soak_of_random_kills(kills, epochs, digits, tmp_path):
-    """Killed again and again, at any moment, mostly with SIGKILL: log and final weights are the undisturbed run's."""
+    """Killed at random times, mostly with SIGKILL: log and final weights equal those of an undisturbed run."""
     batch, steps = ["--optim.batch_size", "48"], 30 * epochs
     with Job(digits, tmp_path / "whole", 0, *batch, epochs=epochs) as job:
         assert job.end(600) == 0, job.text()
@@ -70,7 +70,7 @@ def optimizer_groups(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_two_ranks_then_one_then_four(stage, digits, tmp_path):
-    """The same samples in the same global batches, so the losses of one rank; decay, rates and counters go along."""
+    """The same global batches, so the losses of one rank; decay, learning rates and counters are kept."""
     more = ["--optim.zero_stage", stage]
     train(digits, tmp_path / "one", 1, *more, epochs=4)
     done = 0
@@ -96,7 +96,7 @@ def test_two_ranks_then_one_then_four(stage, digits, tmp_path):
 
 
 def test_two_ranks_pass_over_a_damaged_checkpoint(digits, tmp_path):
-    """A bit flipped in a part of the second rank: both go back to the checkpoint before, name the file, and redo."""
+    """A flipped bit in a file of the second rank: both ranks name it and use the previous checkpoint."""
     train(digits, tmp_path / "run", 2, epochs=2)
     before = losses(tmp_path / "run")
     file = next((tmp_path / "run/checkpoints/step-00000012/engine").glob("zero_pp_rank_1_*"))
@@ -163,7 +163,7 @@ mount -o remount,rw "$0/run/checkpoints"
     [(SMALL_DISK, "no space left on device"), pytest.param(READ_ONLY, "read-only file system", marks=pytest.mark.slow)],
 )
 def test_a_full_or_read_only_disk(script, says, digits, tmp_path):
-    """On a real small tmpfs, in a mount namespace of its own: the checkpoint before stands, and the run goes on."""
+    """On a real small tmpfs, in its own mount namespace: the previous checkpoint remains, and the run resumes."""
     job = Job(digits, tmp_path / "run", 0, epochs=8)
     inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(tmp_path), *job.command]
     done = subprocess.run(inside, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -171,13 +171,13 @@ def test_a_full_or_read_only_disk(script, says, digits, tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "first: exit 2" in done.stdout and "second: exit 0" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
     assert len(errors) == 1 and says in errors[0]
-    stands = re.findall(r"step-\d{8}", errors[0])[-1]
-    assert has(done.stdout, f"resuming {tmp_path}/run/checkpoints/{stands}")
+    newest = re.findall(r"step-\d{8}", errors[0])[-1]
+    assert has(done.stdout, f"resuming {tmp_path}/run/checkpoints/{newest}")
     assert "Traceback" not in done.stderr
 
 
 def test_a_learning_rate_that_blows_up(digits, tmp_path):
-    """Steps without finite loss are skipped; too many in a row end the run, and what was saved is finite."""
+    """Steps without finite loss are skipped; too many in a row end the run; checkpoints are finite."""
     more = ["--optim.lr", "1e30", "--optim.max_skipped", "8"]
     printed = train(digits, tmp_path / "run", 2, *more, epochs=1000, code=2)
     assert has(printed, "9 steps finite optim.max_skipped 8") and "Traceback" not in printed
@@ -190,7 +190,7 @@ def test_a_learning_rate_that_blows_up(digits, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_one_image_that_is_not_finite(stage, tmp_path):
-    """NaN pixels in one image of one rank: the step is skipped on all, the image named, the rest is learnt."""
+    """NaN pixels in one image: all ranks skip its step and the log names it; other steps are applied."""
     (tmp_path / "in").mkdir()
     for i in range(32):
         image = np.random.default_rng(i).random((32, 32, 3), np.float32)

@@ -1,4 +1,4 @@
-"""The run's log: what it keeps on resume, and when it stops a run."""
+"""The log of a run: means, and entries kept on resume."""
 
 import json
 
@@ -47,12 +47,12 @@ def test_the_time_of_a_run_goes_on(tmp_path):
     assert 0 <= first[0]["seconds"] < 60
     (tmp_path / "log.jsonl").write_text(json.dumps(first[0] | {"seconds": 500.0}) + "\n")
     assert 500 <= write(tmp_path, [2], first_step=1)[1]["seconds"] < 560
-    assert [entry["step"] for entry in write(tmp_path, [1])] == [1]  # nothing was saved: from the beginning
+    assert [entry["step"] for entry in write(tmp_path, [1])] == [1]  # no checkpoint: a new log
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_left_out(value, tmp_path):
-    """The loss of a skipped step is not in the mean, and every line is JSON."""
+    """The loss of a skipped step is not in the mean, and all lines are JSON."""
     log = RunLog(tmp_path, {}, 10, 0, 32, active=True)
     mixed = losses(1.0)
     mixed.add(torch.tensor(value))
@@ -65,7 +65,7 @@ def test_values_that_are_not_finite_are_left_out(value, tmp_path):
 
 
 def test_a_mean_goes_on_from_a_checkpoint(monkeypatch):
-    """With as many ranks each takes its own part, with another number the first takes all."""
+    """With the same number of ranks all restore their own part, otherwise the first takes the sum."""
     for ranks, expected in ((2, [[3, 2], [5, 1]]), (3, [[8, 3], [0, 0], [0, 0]])):
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda ranks=ranks: ranks)
         for rank in range(ranks):

@@ -1,4 +1,4 @@
-"""Signals, dead launchers, dead and frozen ranks: one save where it can be, no orphans, the one to blame named."""
+"""Signals, dead launchers, dead and frozen ranks: one save if possible, no orphans, the culprit named."""
 
 import signal
 import time
@@ -10,11 +10,11 @@ from configs.errors import HUNG, INTERRUPTED, SAVED
 from tests.conftest import has
 from tests.launch.training.helpers import Job, logged, saved
 
-pytestmark = pytest.mark.xdist_group("clocks")  # one at a time: they limit how long something may take
+pytestmark = pytest.mark.xdist_group("clocks")  # one at a time: they have time limits
 
 
 def check_saved(job: Job, by: str) -> None:
-    """One checkpoint at the last step of the log, no other in the middle of an epoch."""
+    """One checkpoint at the last logged step, and no other within an epoch."""
     last = logged(job.folder)[-1][0]
     assert saved(job.folder)[-1] == last and last >= 8
     assert len([step for step in saved(job.folder) if step % 6]) == (last % 6 > 0)
@@ -48,11 +48,11 @@ def test_a_signal_to_a_rank_saves_once_and_resumes(ranks, number, by, code, digi
 @pytest.mark.parametrize(
     ("to", "number", "code"),
     [
-        ("launcher", signal.SIGTERM, 1),  # DeepSpeed's launcher has its own code for that
+        ("launcher", signal.SIGTERM, 1),  # DeepSpeed's launcher has its own exit code
         pytest.param("group", signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(
             "group", signal.SIGINT, None, marks=pytest.mark.slow
-        ),  # `deepspeed` dies of it, or hears its launcher
+        ),  # `deepspeed` dies of it or passes on its launcher's code
         pytest.param("launcher", signal.SIGKILL, 0, marks=pytest.mark.slow),  # so does `deepspeed`
         pytest.param("command", signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("command", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
@@ -95,7 +95,7 @@ def test_a_frozen_rank_is_named(rank, digits, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_was_suspended_as_a_whole_goes_on(digits, tmp_path):
-    """Ctrl-Z and fg: longer than the limit, but it is nobody's fault."""
+    """Ctrl-Z and fg: a suspended process does not count as hung."""
     with Job(digits, tmp_path / "run", 0, "--run.hang_minutes", ".1") as job:
         job.wait_for_step(8)
         psutil.Process(job.process.pid).suspend()
@@ -105,13 +105,13 @@ def test_a_run_that_was_suspended_as_a_whole_goes_on(digits, tmp_path):
         job.wait_for_step(last + 20)
 
 
-@pytest.mark.parametrize("harm", ["kill", pytest.param("suspend", marks=pytest.mark.slow)])
-def test_a_loader_process_that_dies_or_hangs_is_an_error(harm, digits, tmp_path):
+@pytest.mark.parametrize("fault", ["kill", pytest.param("suspend", marks=pytest.mark.slow)])
+def test_a_loader_process_that_dies_or_hangs_is_an_error(fault, digits, tmp_path):
     with Job(digits, tmp_path / "run", 2, "--run.hang_minutes", ".1", "--data.workers", "1") as job:
         job.wait_for_step(8)
-        getattr(job.rank(1).children()[0], harm)()
+        getattr(job.rank(1).children()[0], fault)()
         code = job.end(90)
-        if harm == "kill":
+        if fault == "kill":
             assert code == 2 and has(job.text(), "error: [rank 1] loader process")
         else:
             assert code == HUNG and has(job.text(), "rank 1 data")

@@ -1,4 +1,4 @@
-"""What the watchdog makes of signals. Hangs and dead launchers are tested on whole runs, in test_stopping.py."""
+"""Signals to the watchdog. test_stopping.py tests hangs and dead launchers in real runs."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import torch
 from launch.training.watchdog import INTERVAL, REQUESTS, Watchdog
 from launch.training.world import World
 
-pytestmark = pytest.mark.xdist_group("clocks")  # one at a time: they limit how long something may take
+pytestmark = pytest.mark.xdist_group("clocks")  # one at a time: they have time limits
 
 
 def test_one_ctrl_c_after_the_launcher_died_saves_and_does_not_end_the_process(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Which rank a process is, and what ranks do together."""
+"""Joining the process group, errors of other processes, agreement of ranks."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.processes import on_ranks
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    """Variables as in a shell; nothing that joining a group changes stays."""
+    """A shell's variables; changes by joining a group are undone."""
     with mock.patch.dict(os.environ):
         for name in (
             "RANK",
@@ -34,13 +34,13 @@ def no_launcher(monkeypatch):
 
 @pytest.fixture
 def joined(monkeypatch):
-    """Joins a group that does not wait for the others; returns the place of this process in it."""
+    """Function that joins a group without waiting for the others, and returns the `World`."""
 
     def join() -> world.World:
         monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
         monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
         monkeypatch.setattr(world, "keep_memory", lambda: None)
-        return world.start(Run(device="cpu"))
+        return world.init_world(Run(device="cpu"))
 
     return join
 
@@ -51,21 +51,21 @@ def slurm(monkeypatch, **more):
 
 
 def test_alone(joined):
-    place = joined()
-    assert (place.rank, place.ranks, os.environ["MASTER_ADDR"]) == (0, 1, "127.0.0.1")
+    here = joined()
+    assert (here.rank, here.ranks, os.environ["MASTER_ADDR"]) == (0, 1, "127.0.0.1")
 
 
 def test_tasks_of_srun(monkeypatch, joined):
     slurm(monkeypatch, MASTER_ADDR="gpu01", MASTER_PORT="29500", SLURM_STEP_TASKS_PER_NODE="4(x2)")
-    place = joined()
-    assert (place.rank, place.ranks) == (5, 8)
+    here = joined()
+    assert (here.rank, here.ranks) == (5, 8)
     assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("1", "4")
 
 
-def test_tasks_of_srun_that_do_not_know_each_other(monkeypatch):
+def test_tasks_of_srun_without_an_address(monkeypatch):
     slurm(monkeypatch)
     with pytest.raises(UserError, match=r"MASTER_ADDR.* MASTER_PORT.* launch/nodes/slurm\.sh"):
-        world.start(Run(device="cpu"))
+        world.init_world(Run(device="cpu"))
 
 
 def test_a_shell_inside_a_slurm_job_is_alone(monkeypatch, joined):
@@ -74,24 +74,24 @@ def test_a_shell_inside_a_slurm_job_is_alone(monkeypatch, joined):
 
 
 def test_a_lost_connection_and_a_dead_loader_process_are_user_errors():
-    with pytest.raises(LostPeer, match="rank"), world.peers():
+    with pytest.raises(LostPeer, match="rank"), world.process_errors():
         raise RuntimeError("[gloo/pair.cc:545] Read error: Connection reset by peer")
     with (
         pytest.raises(UserError, match=r"loader process.*pid 7"),
-        world.peers(),
+        world.process_errors(),
     ):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    with pytest.raises(RuntimeError, match="a mistake"), world.peers():
+    with pytest.raises(RuntimeError, match="a mistake"), world.process_errors():
         raise RuntimeError("a mistake")
 
 
 def meet(rank: int, store: str) -> None:
-    """One of two ranks: the second dies, the first meets that as training would."""
+    """One of two ranks: the second dies, and the first gets the error of a collective."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(store, 2), rank=rank, world_size=2)
     if rank == 1:
         os._exit(0)
     try:
-        with world.peers():
+        with world.process_errors():
             world.barrier()
             world.barrier()
     except LostPeer:
@@ -99,7 +99,7 @@ def meet(rank: int, store: str) -> None:
 
 
 def test_a_rank_that_dies(tmp_path):
-    """The installed gloo says so in words that `peers` knows."""
+    """`process_errors` recognises the error text of the installed gloo."""
     context = torch.multiprocessing.get_context("fork")
     ranks = [context.Process(target=meet, args=(rank, str(tmp_path / "store"))) for rank in range(2)]
     for process in ranks:
@@ -122,13 +122,13 @@ class Deadly(torch.utils.data.Dataset):
 
 
 def test_a_loader_process_that_is_killed():
-    """The installed torch says so in words that `peers` knows."""
-    with pytest.raises(UserError, match="a loader process died"), world.peers():
+    """`process_errors` recognises the error text of the installed torch."""
+    with pytest.raises(UserError, match="loader process"), world.process_errors():
         list(torch.utils.data.DataLoader(Deadly(), num_workers=1))
 
 
 def test_an_error_of_nccl():
-    with pytest.raises(LostPeer), world.peers():
+    with pytest.raises(LostPeer), world.process_errors():
         raise torch.distributed.DistBackendError("anything")
 
 
@@ -138,14 +138,14 @@ def test_one_rank_agrees_with_itself_at_once():
 
 
 def agreed(rank: int) -> list[list[int]]:
-    """What five calls of an agreement on two values return on one of two ranks."""
+    """Results of five calls of an agreement on two values, on one of two ranks."""
     agreement = world.Agreement(world.World(rank, 2, torch.device("cpu")), 2)
     mine = [(rank, 9 - rank), (5 * rank, 0), (0, 7 - 7 * rank), (2, 2), (0, 0)]
     return [agreement(*values) for values in mine]
 
 
 def test_two_ranks_agree_on_the_maximum_of_the_call_before(tmp_path):
-    """Each call returns, on both ranks alike, the larger of the values that they gave one call before; the first, 0."""
+    """A call returns, on both ranks, the larger of the previous call's values; the first returns 0."""
     expected = [[0, 0], [1, 9], [5, 0], [0, 7], [2, 2]]
     assert on_ranks(2, agreed, tmp_path) == [expected, expected]
 
@@ -165,15 +165,15 @@ def test_two_ranks_agree_on_the_maximum_of_the_call_before(tmp_path):
     ],
 )
 def test_ranks_with_another_configuration_or_folder(others, says, monkeypatch, tmp_path):
-    monkeypatch.setattr(world, "agree", lambda value: value)
+    monkeypatch.setattr(world, "broadcast", lambda value: value)
     monkeypatch.setattr(world, "barrier", lambda: None)
     monkeypatch.setattr(world, "gather", lambda value: [value, *others])
     here = world.World(0, 1 + len(others), torch.device("cpu"))
     if says:
         with pytest.raises(UserError, match=says):
-            world.check_alike(here, tmp_path / "run", {"data_digest": "a"})
+            world.check_ranks_match(here, tmp_path / "run", {"data_digest": "a"})
     else:
-        world.check_alike(here, tmp_path / "run", {"data_digest": "a"})
+        world.check_ranks_match(here, tmp_path / "run", {"data_digest": "a"})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,11 +190,11 @@ def test_cores_are_divided_among_ranks_but_omp_num_threads_wins_on_a_single_rank
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(world, "keep_memory", lambda: None)
     monkeypatch.setattr(world.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    world.start(Run(device="cpu"))
+    world.init_world(Run(device="cpu"))
     assert found == set_to
 
 
-def test_a_rank_that_waits_in_vain(monkeypatch):
+def test_a_rank_that_cannot_connect(monkeypatch):
     places = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in places.items():
         monkeypatch.setenv(name, value)
@@ -208,4 +208,4 @@ def test_a_rank_that_waits_in_vain(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with pytest.raises(UserError, match=r"rank 1 of 2 .*127\.0\.0\.1:1 .*timed out.*MASTER_PORT"):
-        world.start(Run(device="cpu"))
+        world.init_world(Run(device="cpu"))

@@ -1,6 +1,6 @@
-"""Metadata in the weight files of other projects: class names, preprocessing, pretraining settings.
+"""Metadata of other projects' weight files: class names, preprocessing, pretraining settings.
 
-Files are untrusted: invalid values are ignored, with a remark.
+Files are untrusted: invalid values are ignored with a remark.
 """
 
 import math
@@ -12,9 +12,9 @@ from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Encoder, FCMAESettings, 
 from models.fcmae import flat_config
 from models.weights import Tensors, decoder_shape
 
-SQUASH_FROM = 384  # pixels: below, transformers' ConvNextImageProcessor crops; from here on it squashes
-RESAMPLE = {"bicubic": 3, "bilinear": 2, "nearest": 0}  # interpolations, as PIL and transformers number them
-WHOLE_CENTRE = 0.9999  # crop that keeps all of the shorter side: 1 would squash the whole image
+SQUASH_FROM = 384  # pixels: from this size on, transformers' ConvNextImageProcessor squashes; below it crops
+RESAMPLE = {"bicubic": 3, "bilinear": 2, "nearest": 0}  # PIL's and transformers' numbers
+WHOLE_CENTRE = 0.9999  # centre crop of the whole shorter side; 1 squashes the image
 
 
 def _dict(value: object) -> dict:
@@ -23,11 +23,11 @@ def _dict(value: object) -> dict:
 
 
 def _numbers(value: object, count: int) -> list[float] | None:
-    """`count` finite numbers, or None."""
+    """The value if it is a list of `count` finite numbers, else None."""
     if not isinstance(value, list | tuple) or len(value) != count:
         return None
-    fine = all(type(number) in (int, float) and math.isfinite(number) for number in value)  # a bool is no number
-    return [float(number) for number in value] if fine else None
+    valid = all(type(number) in (int, float) and math.isfinite(number) for number in value)  # excludes bool
+    return [float(number) for number in value] if valid else None
 
 
 def _size(value: object) -> list[int] | None:
@@ -44,12 +44,12 @@ def _arguments(metadata: dict) -> dict:
 
 
 def class_names(metadata: dict, form: str, outputs: int, remarks: list[str]) -> list[str] | None:
-    """Class names, from where each format stores them; None if there are none, or not as many as outputs."""
+    """Class names from the format's metadata; None if there are none or their number differs from `outputs`."""
     if form == "transformers":
         found = metadata.get("id2label")
     elif form == "mmpretrain":
         meta = _dict(metadata.get("meta"))
-        found = _dict(meta.get("dataset_meta")).get("classes", meta.get("CLASSES"))  # the second in older files
+        found = _dict(meta.get("dataset_meta")).get("classes", meta.get("CLASSES"))  # CLASSES: older files
     else:
         found = metadata.get("label_names" if form == "timm" else "classes")
     if isinstance(found, dict) and all(re.fullmatch(r"\d{1,6}", str(key)) for key in found):
@@ -68,7 +68,7 @@ def class_names(metadata: dict, form: str, outputs: int, remarks: list[str]) -> 
 
 
 def preprocessing(metadata: dict, form: str, arch: Encoder, remarks: list[str]) -> Preprocessing:
-    """Preprocessing, from where each format stores it.
+    """Preprocessing from the format's metadata.
 
     Defaults: 224 x 224 pixels, ImageNet's mean and std for 3 channels, bicubic, the crop of `Preprocessing`.
     """
@@ -111,14 +111,14 @@ def _of_timm(config: dict) -> dict:
 def _of_processor(config: dict, side: object) -> dict:
     """Preprocessing of a transformers image processor; `side` is the image size in the model's config."""
     size, crop = config.get("size"), _dict(config.get("crop_size"))
-    size = {"shortest_edge": size} if type(size) is int else _dict(size)  # a number in older files
+    size = {"shortest_edge": size} if type(size) is int else _dict(size)  # older files have a number
     edge, share = size.get("shortest_edge"), config.get("crop_pct")
     resample = config.get("resample")
     name = next((name for name, number in RESAMPLE.items() if number == resample), resample)
     image = {"size": side, "mean": config.get("image_mean"), "std": config.get("image_std"), "interpolation": name}
     if _size(edge) and crop.get("height"):
         share = _numbers([crop["height"]], 1)
-        share = round(share[0] / edge, 3) if share else None  # the edge was rounded to whole pixels
+        share = round(share[0] / edge, 3) if share else None  # the edge is rounded to whole pixels
         return image | {"size": [crop.get("height"), crop.get("width")], "eval_crop": share}
     if "height" in size:
         whole = _size([size["height"], size.get("width")])
@@ -132,8 +132,8 @@ def _of_processor(config: dict, side: object) -> dict:
 def pretraining(metadata: dict, arch: Encoder, decoder: Tensors) -> dict:
     """Settings of the masked autoencoder in an official sparse checkpoint.
 
-    Files written by this project store them; for others they come from the stored command line. The official code's GRN
-    normalises over the batch.
+    Read from this project's metadata, or else from the official code's command line. The official code's GRN normalises
+    over the batch.
     """
     width, depth = decoder_shape(decoder)
     args, stored = _arguments(metadata), _dict(metadata.get("pretraining"))

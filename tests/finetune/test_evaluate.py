@@ -28,8 +28,9 @@ from finetune.tasks.classification.scores import Predictions
 from launch.training.world import stop
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
+from models.opening import open_weights
 from models.sparse.layouts import Dense
-from models.weights import Weights, cpu_state, load, save, split_by_prefix
+from models.weights import Weights, cpu_state, save, split_by_prefix
 from tests.conftest import has, names, run, run_ranks
 from tests.data.helpers import as_folder
 from tests.data.test_loader import damage
@@ -169,14 +170,14 @@ def test_a_folder_scores_like_its_shards(best, one_rank, tmp_path):
 
 
 def with_classes(best, path, classes):
-    weights = load(best)
+    weights = open_weights(best).weights
     weights.classes = classes
     save(path, weights)
     return path
 
 
 def test_classes_in_another_order_are_matched_by_name(best, digits, one_rank, tmp_path, capsys):
-    weights = load(best)
+    weights = open_weights(best).weights
     order = torch.randperm(10)
     weights.head |= {f"head.fc.{kind}": weights.head[f"head.fc.{kind}"][order] for kind in ("weight", "bias")}
     weights.classes = [weights.classes[i] for i in order]
@@ -211,7 +212,7 @@ def test_neither_has_class_names(best, digits, one_rank, tmp_path):
 
 
 def test_averaged_weights(best, digits, one_rank, tmp_path):
-    weights = load(best)
+    weights = open_weights(best).weights
     weights.ema = weights.encoder | weights.head
     weights.head = {name: torch.zeros_like(tensor) for name, tensor in weights.head.items()}
     save(tmp_path / "last.pt", weights)
@@ -282,7 +283,7 @@ def test_bad_input(more, says, best, digits, tmp_path):
 
 
 def test_weights_that_overflow(best, digits, tmp_path):
-    weights = load(best)
+    weights = open_weights(best).weights
     weights.head["head.fc.bias"][0] = float("nan")
     save(tmp_path / "x.pt", weights)
     with pytest.raises(UserError, match=r"finite.*fp32"):

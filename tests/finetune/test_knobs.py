@@ -12,8 +12,8 @@ from configs.schema import Augment, Data, Encoder, Finetune, FinetuneModel, Opti
 from finetune.finetuning import Finetuning
 from finetune.tasks.classification import Settings, Task
 from launch.training.world import World
+from models.opening import open_weights
 from models.sizes import resolve
-from models.weights import load
 from tests.conftest import has, run
 from tests.finetune.test_main import summary, words
 
@@ -143,7 +143,7 @@ def test_frozen_and_tried_out(digits, pretrained, tmp_path):
     ]
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", *more, epochs=5))
     assert has(done.stdout, "721 355")  # half of 1,442
-    init, best = load(pretrained / "fcmae.pt"), load(tmp_path / "x/best.pt")
+    init, best = open_weights(pretrained / "fcmae.pt").weights, open_weights(tmp_path / "x/best.pt").weights
     assert all(torch.equal(best.encoder[name], tensor) for name, tensor in init.encoder.items())
     assert best.preprocessing.size == (32, 32) and init.preprocessing.size == (24, 24)
     assert 0 < best.head["head.fc.weight"].abs().max() < 0.02  # three steps from zero; a step is 4e-3 at most

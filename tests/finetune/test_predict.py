@@ -16,7 +16,8 @@ from PIL import Image
 from configs.errors import UserError
 from data.sources import digits as digit_images
 from finetune.predict import main
-from models.weights import load, save
+from models.opening import open_weights
+from models.weights import save
 from tests.conftest import ROOT, has, names
 from tests.data.helpers import as_folder
 from tests.finetune.test_evaluate import autoencoder, call, classifier, evaluated, with_classes
@@ -106,7 +107,7 @@ def test_the_averaged_weights(best, folder, tmp_path, capsys):
     image = next(folder.rglob("*.png"))
     call(main, best, image)
     expected = capsys.readouterr().out
-    weights = load(best)
+    weights = open_weights(best).weights
     weights.ema = weights.encoder | weights.head
     weights.head = {name: tensor * 0 for name, tensor in weights.head.items()}
     save(tmp_path / "last.pt", weights)

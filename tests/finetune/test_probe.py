@@ -17,8 +17,9 @@ from data.transforms import center_crop
 from finetune import probe
 from models.convnext import ConvNeXt
 from models.formats.write import write_weights
+from models.opening import open_weights
 from models.sparse.layouts import Dense
-from models.weights import load, save
+from models.weights import save
 from tests.conftest import has, run
 
 FAST = ["--workers", "0", "--device", "cpu", "--batch", "240"]
@@ -42,7 +43,7 @@ def probed(pretrained, digits, tmp_path_factory) -> tuple[dict, str]:
 
 def test_scores(probed, pretrained, digits):
     """The nearest neighbours are those of scikit-learn, on features made one image at a time."""
-    weights = load(pretrained / "fcmae.pt")
+    weights = open_weights(pretrained / "fcmae.pt").weights
     encoder = ConvNeXt(weights.arch)
     encoder.load_state_dict(weights.encoder)
     parts = []
@@ -89,7 +90,7 @@ def test_two_ranks(pretrained, digits, probed, tmp_path):
 
 
 def test_another_format(pretrained, digits, probed, tmp_path):
-    write_weights(tmp_path / "timm.safetensors", load(pretrained / "fcmae.pt"), "timm")
+    write_weights(tmp_path / "timm.safetensors", open_weights(pretrained / "fcmae.pt").weights, "timm")
     found, text = scores(tmp_path / "timm.safetensors", digits, tmp_path / "timm.json", *SETTINGS, "--k", "10", "20")
     assert found["linear"] == probed[0]["linear"]
     assert found["knn"]["20"] == probed[0]["knn"]["20"] and found["knn"].keys() == {"10", "20"}
@@ -120,7 +121,7 @@ def test_bad_input(more, says, pretrained, digits):
 
 
 def test_weights_without_statistics(pretrained, digits, tmp_path):
-    weights = load(pretrained / "fcmae.pt")
+    weights = open_weights(pretrained / "fcmae.pt").weights
     weights.preprocessing = replace(weights.preprocessing, mean=None, std=None)
     save(tmp_path / "bare.pt", weights)
     with pytest.raises(UserError, match=r"bare\.pt.* 1 channels"):

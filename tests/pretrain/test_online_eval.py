@@ -13,7 +13,7 @@ from configs.errors import UserError
 from configs.schema import Data, FCMAESettings, Optim, Pretrain, PretrainModel, Probe
 from launch.training.world import World
 from models.fcmae import FCMAE
-from models.weights import load
+from models.opening import open_weights
 from pretrain.online_eval import OnlineEval, probe_splits
 from tests.conftest import has, losses, run, run_ranks
 from tests.pretrain import test_main
@@ -75,7 +75,7 @@ def test_linear_classifier(digits, tmp_path):
 def test_training_does_not_feel_it(probed, digits, tmp_path):
     run("python", "pretrain/main.py", *words(digits, tmp_path, "without"))
     assert losses(tmp_path / "without") == losses(probed[0]) and recorded(tmp_path / "without") == {}
-    one, other = (load(folder / "fcmae.pt") for folder in (tmp_path / "without", probed[0]))
+    one, other = (open_weights(folder / "fcmae.pt").weights for folder in (tmp_path / "without", probed[0]))
     for part in ("encoder", "decoder"):
         assert all(torch.equal(tensor, getattr(other, part)[name]) for name, tensor in getattr(one, part).items())
 

@@ -8,7 +8,8 @@ from configs.errors import UserError
 from configs.preprocessing import Preprocessing
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE, flat_config, from_flat
-from models.weights import Weights, cpu_state, load, save, split_by_prefix
+from models.opening import open_weights
+from models.weights import Weights, cpu_state, save, split_by_prefix
 from pretrain.pictures import CAPTION, COLUMNS
 from pretrain.reconstruct import main
 from tests.conftest import has, run
@@ -67,14 +68,14 @@ def test_options(grid, weights, photos, tmp_path):
 
 
 def test_a_model_that_predicts_pixels_says_nothing_of_statistics(grid, weights, photos, tmp_path):
-    content = load(weights)
+    content = open_weights(weights).weights
     content.decoder_config["norm_pix"] = False
     save(weights, content)
     assert "variance" not in grid(photos, "--weights", weights, "--out", tmp_path / "x.png")
 
 
 def test_what_is_refused(grid, weights, photos, tmp_path):
-    model = ConvNeXt(load(weights).arch)
+    model = ConvNeXt(open_weights(weights).weights.arch)
     save(tmp_path / "encoder.pt", Weights(model.arch, IMAGE, cpu_state(model)))
     (photos / "broken.png").write_bytes(b"nonsense")
     out = ["--out", tmp_path / "x.png"]

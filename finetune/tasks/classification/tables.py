@@ -1,14 +1,14 @@
-"""Tables of a classifier's evaluation, for the console."""
+"""Console tables of a classifier's evaluation."""
 
 from rich.console import Console
 from rich.table import Table
 
-MAX_CLASSES_SHOWN = 20  # the table lists all classes up to this number
-WORST = 10  # otherwise the worst; also the number of confusions and damaged images shown
+MAX_CLASSES_SHOWN = 20  # maximum number of classes for a complete list
+WORST = 10  # number of worst classes otherwise, and of confusions and damaged images
 
 
 def show_evaluation(result: dict) -> None:
-    """Print the scores, all classes or the worst, and the most frequent confusions."""
+    """Print damaged images, scores, all or the worst classes, and the most frequent confusions."""
     console = Console(markup=False, emoji=False, highlight=False)
     scores, classes, confusions, damaged = (result[key] for key in ("scores", "classes", "confusions", "damaged"))
     for line in damaged[:WORST]:
@@ -47,5 +47,5 @@ def show_evaluation(result: dict) -> None:
 
 
 def percent(share: float) -> str:
-    """A share of 0 to 1 as a percentage."""
+    """Format a share from 0 to 1 as a percentage."""
     return f"{100 * share:.2f} %"

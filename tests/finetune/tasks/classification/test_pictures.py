@@ -77,7 +77,7 @@ def test_the_picture_is_whole_and_the_text_below_it(shape, zoom):
     band = pixels[height:]
     letters = np.argwhere(band.min(2) < 128)
     assert len(letters) and (band[[0, -1]] == 255).all() and (band[:, [0, -1]] == 255).all()  # none touches an edge
-    assert np.ptp(letters[:, 0]) > 2 * pictures.LEAST_LETTERS
+    assert np.ptp(letters[:, 0]) > 2 * pictures.MIN_LETTERS
 
 
 def test_letters_grow_with_the_picture():

@@ -40,7 +40,7 @@ FILES = {"evaluation.json", "predictions.csv", "confusion.png", "calibration.png
 
 
 def call(main, *words) -> None:
-    """An entry point in this process, as one rank on one core."""
+    """Call an entry point in this process, as one rank on one core."""
     with mock.patch.dict(os.environ), mock.patch("os.sched_getaffinity", return_value={0}):
         try:
             main([*map(str, words), "--device", "cpu"])
@@ -62,7 +62,7 @@ def content(out: Path) -> tuple[dict, list[dict]]:
 
 @torch.no_grad()
 def classifier(shards: Path, path: Path) -> Path:
-    """Write a tiny classifier of the digits, mostly right: random features, the last layer by ridge regression."""
+    """Write a tiny classifier of the digits: random features, last layer by ridge regression."""
     split = open_split(Data(str(shards)))
     batch = next(iter(eval_loader(split, EvalTransform((8, 8), 1), 1, Data(workers=0), len(split))))
     model = ConvNeXt(Encoder("convnextv2_atto", 1, 1, (1, 1, 1, 1), (8, 16, 16, 32)), 10)
@@ -137,7 +137,7 @@ def test_against_scikit_learn(one_rank, digits):
     assert scores["calibration_error"] == pytest.approx(error, rel=1e-5)
 
 
-def test_what_is_written_and_shown(best, digits, tmp_path, capsys):
+def test_files_and_console(best, digits, tmp_path, capsys):
     weights = shutil.copy(best, tmp_path / "best.pt")
     call(main, weights, digits, "--workers", "0")
     assert names(tmp_path / "evaluation-val-best") == FILES
@@ -240,15 +240,15 @@ def test_many_classes_take_no_square_of_memory():
     label, first = rng.integers(22_000, size=(2, 5000))
     found = Predictions(np.arange(5000), label, first[:, None], *np.full((2, 5000), 0.5, np.float32))
     tracemalloc.start()
-    held = evaluation(found, [str(i) for i in range(22_000)])
+    stored = evaluation(found, [str(i) for i in range(22_000)])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100e6
-    assert sum(row["images"] for row in held["confusions"]) == (label != first).sum()
+    assert sum(row["images"] for row in stored["confusions"]) == (label != first).sum()
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (["{best}", "{digits}", "--size", "33"], "data.size 33x33 patch"),
         (["{best}", "{digits}", "--size", "big"], "--size big"),
@@ -264,7 +264,7 @@ def test_many_classes_take_no_square_of_memory():
         (["{unnamed}", "{pair}"], "2 {unnamed} 10 names"),
     ],
 )
-def test_bad_input(more, says, best, digits, tmp_path):
+def test_bad_input(more, message, best, digits, tmp_path):
     place = {"best": best, "digits": digits} | {
         name: tmp_path / name for name in ("fcmae", "others", "unnamed", "plain", "pair", "short")
     }
@@ -278,7 +278,7 @@ def test_bad_input(more, says, best, digits, tmp_path):
     write_index(place["short"], Index(read_index(digits).splits, ["a", "b"]))
     with pytest.raises(UserError) as error:
         call(main, *(word.format(**place) for word in more), "--out", tmp_path / "out")
-    assert has(error.value, says.format(**place)) and "\n" not in str(error.value)
+    assert has(error.value, message.format(**place)) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 

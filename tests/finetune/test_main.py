@@ -57,7 +57,7 @@ def test_from_pretrained_weights(digits, pretrained, tmp_path):
 
 
 def test_starts_from_the_pretrained_encoder(digits, pretrained, tmp_path):
-    """With a learning rate of nearly zero, the weights stay those of the file."""
+    """With a learning rate near zero, the weights are those of the file."""
     run(
         "python",
         "finetune/main.py",
@@ -69,7 +69,7 @@ def test_starts_from_the_pretrained_encoder(digits, pretrained, tmp_path):
 
 
 def test_from_an_official_sparse_file(digits, pretrained, tmp_path):
-    """Sparse weights in, a dense classifier out; with other channels and a head of its own the second time."""
+    """From sparse weights to a dense classifier; the second time with other channels and a new head."""
     sparse = tmp_path / "checkpoint-799.pth"
     write_weights(sparse, open_weights(pretrained / "fcmae.pt").weights, "official-sparse")
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", "--init", sparse, epochs=1))
@@ -113,7 +113,7 @@ def test_killed_and_resumed_equals_uninterrupted(digits, pretrained, tmp_path):
 
 
 def test_another_init_is_not_resumed(digits, pretrained, tmp_path):
-    """The same run name with other weights: an error, not the old result under a new name."""
+    """The same run name with other initial weights is an error."""
     more = [
         "--model.depths",
         "[1,1,1,1]",
@@ -133,7 +133,7 @@ def test_another_init_is_not_resumed(digits, pretrained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (["--init", "nowhere.pt"], "nowhere.pt exist"),
         (
@@ -149,9 +149,9 @@ def test_another_init_is_not_resumed(digits, pretrained, tmp_path):
         (["--task.mixp", "1"], "task.mixp task.mixup"),
     ],
 )
-def test_bad_input(more, says, digits, pretrained, tmp_path, refused):
+def test_bad_input(more, message, digits, pretrained, tmp_path, refused):
     more = [word.format(pretrained=pretrained) for word in more]
-    assert has(refused(main, *words(digits, tmp_path, "bad", *more)), says)
+    assert has(refused(main, *words(digits, tmp_path, "bad", *more)), message)
     assert not (tmp_path / "bad").exists()
 
 

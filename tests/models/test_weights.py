@@ -1,4 +1,4 @@
-"""Weight files: round trip, and every way a file can be wrong."""
+"""Weight files: round trip and damaged files."""
 
 import os
 from dataclasses import replace
@@ -82,7 +82,7 @@ def test_another_model_is_refused_and_changes_nothing(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_head_may_stay(tmp_path):
+def test_the_head_may_be_ignored(tmp_path):
     model = ConvNeXt(ARCH, classes=3)
     tensors = open_weights(write(tmp_path / "x.pt")).weights.encoder
     with pytest.raises(UserError, match="head"):
@@ -90,27 +90,27 @@ def test_a_head_may_stay(tmp_path):
     load_strict(model, tensors, "x.pt", ignore="head.")
 
 
-def test_a_page_instead_of_a_file(tmp_path):
+def test_html_instead_of_a_weight_file(tmp_path):
     (tmp_path / "x.pt").write_text("<html>404</html>")
     with pytest.raises(UserError, match="truncated"):
         open_weights(tmp_path / "x.pt")
 
 
 def stored(path, **changes):
-    """Write a file whose preprocessing is replaced, as older or damaged files have it."""
+    """Write a file with other preprocessing, as in older or damaged files."""
     content = torch.load(write(path))
     content["image"] = {"size": [8, 8], "mean": [0.5] * 3, "std": [0.4] * 3} | changes
     torch.save(content, path)
     return path
 
 
-def test_preprocessing_that_older_files_lack_has_defaults(tmp_path):
+def test_preprocessing_of_older_files_has_defaults(tmp_path):
     assert open_weights(stored(tmp_path / "x.pt")).weights.preprocessing == IMAGE
     unknown = open_weights(stored(tmp_path / "x.pt", mean=None, std=None)).weights.preprocessing
     assert unknown.mean is None and unknown.std is None
 
 
-def test_preprocessing_there_and_back(tmp_path):
+def test_preprocessing_round_trips(tmp_path):
     changed = replace(IMAGE, size=(8, 16), crop=0.9, interpolation="bilinear", bit_depth=16)
     assert open_weights(write(tmp_path / "x.pt", preprocessing=changed)).weights.preprocessing == changed
 
@@ -131,7 +131,7 @@ def test_preprocessing_there_and_back(tmp_path):
         ("bit_depth", 0),
     ],
 )
-def test_preprocessing_that_is_damaged(key, value, tmp_path):
+def test_damaged_preprocessing(key, value, tmp_path):
     with pytest.raises(UserError, match=r"x\.pt is a damaged weight file"):
         open_weights(stored(tmp_path / "x.pt", **{key: value}))
 

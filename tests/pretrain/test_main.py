@@ -1,4 +1,4 @@
-"""Pretraining as a command: what it writes, ranks, resuming, bad input."""
+"""Pretraining as a command: files, ranks, resuming, bad input."""
 
 import json
 import signal
@@ -33,7 +33,7 @@ def words(digits, runs, name, *more, epochs=2):
     ]
 
 
-def test_what_a_run_writes(pretrained):
+def test_files_of_a_run(pretrained):
     assert names(pretrained) == {
         "config.yaml",
         "log.jsonl",
@@ -126,8 +126,8 @@ def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path):
     assert "step-00000018" in done.stdout and losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
-def test_goes_on_from_other_weights(digits, pretrained, tmp_path):
-    """With the official sparse file of a finished run, the first loss is where that run ended, not where it began."""
+def test_continues_from_official_weights(digits, pretrained, tmp_path):
+    """From the official sparse file of a finished run, the first loss is close to that run's last one."""
     sparse = tmp_path / "sparse.pth"
     write_weights(sparse, open_weights(pretrained / "fcmae.pt").weights, "official-sparse")
     done = run("python", "pretrain/main.py", *words(digits, tmp_path, "on", "--init", sparse, epochs=1))
@@ -157,7 +157,7 @@ def test_rectangular_images_of_four_channels(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (["--data.path", "nowhere"], "nowhere data/prepare.py"),
         (["--data.size", "30"], "data.size 30x30 patch 8"),
@@ -167,13 +167,13 @@ def test_rectangular_images_of_four_channels(tmp_path):
         (["--init", "nowhere.pt"], "nowhere.pt exist"),
     ],
 )
-def test_bad_input(more, says, digits, tmp_path, refused):
-    assert has(refused(main, *words(digits, tmp_path, "bad"), *more), says)
+def test_bad_input(more, message, digits, tmp_path, refused):
+    assert has(refused(main, *words(digits, tmp_path, "bad"), *more), message)
     assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (["--model.name", "convnextv2_atom"], "model.name convnextv2_atom convnextv2_atto"),
         (["--optim.batch_size", "7", "--optim.micro_batch", "2"], "optim.batch_size 7"),
@@ -181,11 +181,11 @@ def test_bad_input(more, says, digits, tmp_path, refused):
         (["--resume"], "complete checkpoint"),
     ],
 )
-def test_bad_input_that_a_rank_finds(more, says, digits, tmp_path):
+def test_bad_input_in_a_rank(more, message, digits, tmp_path):
     if "cuda" in more and torch.cuda.is_available():
         return
     done = run("python", "pretrain/main.py", *words(digits, tmp_path, "bad"), *more, code=2)
-    assert done.stderr.splitlines()[-1].startswith("error: ") and has(done.stderr.splitlines()[-1], says)
+    assert done.stderr.splitlines()[-1].startswith("error: ") and has(done.stderr.splitlines()[-1], message)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "bad").exists()
 

@@ -46,23 +46,23 @@ def _arguments(metadata: dict) -> dict:
 def class_names(metadata: dict, form: str, outputs: int, remarks: list[str]) -> list[str] | None:
     """Class names from the format's metadata; None if there are none or their number differs from `outputs`."""
     if form == "transformers":
-        found = metadata.get("id2label")
+        names = metadata.get("id2label")
     elif form == "mmpretrain":
         meta = _dict(metadata.get("meta"))
-        found = _dict(meta.get("dataset_meta")).get("classes", meta.get("CLASSES"))  # CLASSES: older files
+        names = _dict(meta.get("dataset_meta")).get("classes", meta.get("CLASSES"))  # CLASSES: older files
     else:
-        found = metadata.get("label_names" if form == "timm" else "classes")
-    if isinstance(found, dict) and all(re.fullmatch(r"\d{1,6}", str(key)) for key in found):
-        found = [found[key] for key in sorted(found, key=int)]
-    if found is None:
+        names = metadata.get("label_names" if form == "timm" else "classes")
+    if isinstance(names, dict) and all(re.fullmatch(r"\d{1,6}", str(key)) for key in names):
+        names = [names[key] for key in sorted(names, key=int)]
+    if names is None:
         return None
-    if not isinstance(found, list | tuple) or not found or not all(isinstance(name, str | int) for name in found):
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str | int) for name in names):
         remarks.append("its class names are not a list of names: ignored")
         return None
-    if outputs and len(found) != outputs:
-        remarks.append(f"it names {len(found)} classes for {outputs} outputs: names ignored")
+    if outputs and len(names) != outputs:
+        remarks.append(f"it has {len(names)} class names for {outputs} outputs: ignored")
         return None
-    names = [str(name) for name in found]
+    names = [str(name) for name in names]
     unnamed = form == "transformers" and names == [f"LABEL_{i}" for i in range(len(names))]
     return None if unnamed else names
 
@@ -79,24 +79,24 @@ def preprocessing(metadata: dict, form: str, arch: Encoder, remarks: list[str]) 
     else:
         stored = _dict((_dict(metadata.get("meta")) if form == "mmpretrain" else metadata).get("image"))
         stored = {"size": _arguments(metadata).get("input_size")} | stored
-    found: dict = {"size": _size(stored.get("size")) or [224, 224]}
+    image: dict = {"size": _size(stored.get("size")) or [224, 224]}
     statistics = [_numbers(stored.get(key), arch.channels) for key in ("mean", "std")]
     if None in statistics or min(statistics[1]) <= 0:
         rgb = arch.channels == 3
         statistics = [IMAGENET_MEAN, IMAGENET_STD] if rgb else [None, None]
         assumed = "ImageNet's mean and std assumed" if rgb else f"those of its {arch.channels} channels are unknown"
         remarks.append(f"it does not record mean and std: {assumed}")
-    found["mean"], found["std"] = statistics
+    image["mean"], image["std"] = statistics
     crop = _numbers([stored.get("eval_crop")], 1)
-    found |= {"eval_crop": crop[0]} if crop and 0 < crop[0] <= 1 else {}
+    image |= {"eval_crop": crop[0]} if crop and 0 < crop[0] <= 1 else {}
     interpolation = stored.get("interpolation")
     if interpolation in [*RESAMPLE]:
-        found["interpolation"] = interpolation
+        image["interpolation"] = interpolation
     elif interpolation is not None:
         remarks.append("its interpolation is not bicubic, bilinear or nearest: bicubic assumed")
     depth = stored.get("bit_depth")
-    found |= {"bit_depth": depth} if type(depth) is int and 0 < depth <= 64 else {}
-    return Preprocessing.from_dict(found, arch.channels)
+    image |= {"bit_depth": depth} if type(depth) is int and 0 < depth <= 64 else {}
+    return Preprocessing.from_dict(image, arch.channels)
 
 
 def _of_timm(config: dict) -> dict:

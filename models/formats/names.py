@@ -13,17 +13,6 @@ from models.sparse.taps import from_taps, to_taps
 
 FIELDS = {"i": r"[0-3]", "j": r"\d{1,3}", "k": r"[12]", "n": r"[01]", "p": r"weight|bias"}
 
-OURS_ENCODER = (
-    "stem.{n}.{p}",
-    "stages.{i}.downsample.{n}.{p}",
-    "stages.{i}.blocks.{j}.conv_dw.{p}",
-    "stages.{i}.blocks.{j}.norm.{p}",
-    "stages.{i}.blocks.{j}.mlp.fc{k}.{p}",
-    "stages.{i}.blocks.{j}.mlp.grn.{p}",
-    "stages.{i}.blocks.{j}.gamma",
-)
-OURS_HEAD = ("head.norm.{p}", "head.fc.{p}")
-
 OFFICIAL = {
     "stem.{n}.{p}": "downsample_layers.0.{n}.{p}",
     "stages.{i}.downsample.{n}.{p}": "downsample_layers.{i}.{n}.{p}",
@@ -56,7 +45,7 @@ OFFICIAL_SPARSE = {
     "decoder.{j}.mlp.grn.bias": "decoder.{j}.grn.beta",
     "pred.{p}": "pred.{p}",
 }
-TIMM = {name: name for name in OURS_ENCODER + OURS_HEAD}
+TIMM = {ours: ours for ours in OFFICIAL}
 TRANSFORMERS = {  # prefix convnext. or convnextv2., except for the classifier
     "stem.0.{p}": "embeddings.patch_embeddings.{p}",
     "stem.1.{p}": "embeddings.layernorm.{p}",

@@ -83,39 +83,30 @@ def translate(
     """(architecture, encoder, decoder, head) of another format's tensors, under this project's names and in its shapes.
 
     Args:
-        architecture: model name that the file claims, used where the shapes match no named model
+        architecture: model name in the file, used if the shapes match no named model
     Raises:
-        UserError: lists what is missing, unexpected or misshapen, under the file's own names
+        UserError: lists missing, unexpected and misshapen tensors by the file's names
     """
     source = f"{path} (read as {form})"
-    theirs = {ours: name for name in tensors if (ours := from_name(_strip_prefixes(name), form))}
-    found = {ours: tensors[name] for ours, name in theirs.items() if isinstance(tensors[name], Tensor)}
-    arch = _architecture(found, form, source, architecture)
+    names = {ours: name for name in tensors if (ours := from_name(_strip_prefixes(name), form))}  # ours to the file's
+    known = {ours: tensors[name] for ours, name in names.items() if isinstance(tensors[name], Tensor)}
+    arch = _architecture(known, form, source, architecture)
     if form == "official":  # GRN of the released pretraining files is shaped as in the sparse code, [1, 4 C]
-        found |= {ours: t[None, None] for ours, t in found.items() if ".grn." in ours and t.ndim == 2}
-    needed = expected_tensors(arch, found)
-    conv_mlp = any(".mlp.fc" in ours and tensor.ndim == 4 for ours, tensor in found.items())
-    prefix = _prefix(theirs, form)
-    shapes = {theirs[ours]: tuple(tensor.shape) for ours, tensor in found.items()}
-    check_shapes(
-        source,
-        {
-            theirs.get(ours, prefix + to_name(ours, form)): tuple(to_shape(ours, tensor, form, conv_mlp).shape)
-            for ours, tensor in needed.items()
-        },
-        {name: shapes.get(name, ()) for name in tensors},
-    )
-    check_tensors(source, found)
-    mine = {ours: from_shape(ours, tensor, form, tuple(needed[ours].shape)) for ours, tensor in found.items()}
-    head, rest = split_by_prefix(mine, "head.")
-    encoder = {name: tensor for name, tensor in rest.items() if name.startswith(("stem.", "stages."))}
-    return arch, encoder, {name: tensor for name, tensor in rest.items() if name not in encoder}, head
-
-
-def _prefix(theirs: dict[str, str], form: str) -> str:
-    """Prefix of the file's tensor names, for missing tensors in error messages."""
-    stems = (name.removesuffix(to_name(ours, form)) for ours, name in theirs.items() if ours.startswith("stem."))
-    return next(stems, "")
+        known |= {ours: t[None, None] for ours, t in known.items() if ".grn." in ours and t.ndim == 2}
+    expected = expected_tensors(arch, known)
+    conv_mlp = any(".mlp.fc" in ours and tensor.ndim == 4 for ours, tensor in known.items())
+    prefix = names["stem.0.weight"].removesuffix(to_name("stem.0.weight", form))  # of missing tensors' names
+    expected_shapes = {
+        names.get(ours, prefix + to_name(ours, form)): tuple(to_shape(ours, tensor, form, conv_mlp).shape)
+        for ours, tensor in expected.items()
+    }
+    shapes = {names[ours]: tuple(tensor.shape) for ours, tensor in known.items()}
+    check_shapes(source, expected_shapes, {name: shapes.get(name, ()) for name in tensors})
+    check_tensors(source, known)
+    own = {ours: from_shape(ours, tensor, form, tuple(expected[ours].shape)) for ours, tensor in known.items()}
+    head, rest = split_by_prefix(own, "head.")
+    encoder, decoder = split_by_prefix(rest, ("stem.", "stages."))
+    return arch, encoder, decoder, head
 
 
 def _architecture(tensors: Tensors, form: str, source: str, claimed: object) -> Encoder:

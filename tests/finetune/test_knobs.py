@@ -1,4 +1,4 @@
-"""Every setting of fine-tuning has the effect that its help text message."""
+"""The effect of every fine-tuning setting."""
 
 import json
 from dataclasses import replace

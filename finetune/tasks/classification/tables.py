@@ -23,27 +23,29 @@ def show_evaluation(result: dict) -> None:
         "macro_f1": "macro F1",
         "calibration_error": "calibration error",
     }
-    for title in ("images", "loss", *titles.values()):
-        table.add_column(title, justify="right")
+    _add_columns(table, "images", "loss", *titles.values())
     table.add_row(f"{scores['images']:,}", f"{scores['loss']:.4f}", *(percent(scores[key]) for key in titles))
     console.print(table)
 
     shown = MAX_CLASSES_SHOWN if len(classes) <= MAX_CLASSES_SHOWN else WORST
     worst = sorted(classes, key=lambda row: row["accuracy"])[:shown]
     table = Table("class", title="classes" if len(worst) == len(classes) else f"worst of {len(classes)} classes")
-    for title in ("images", "accuracy"):
-        table.add_column(title, justify="right")
+    _add_columns(table, "images", "accuracy")
     for row in worst:
         table.add_row(row["name"], f"{row['images']:,}", percent(row["accuracy"]))
     console.print(table)
 
     if confusions:
         table = Table("class", "predicted as", title="most frequent confusions")
-        for title in ("images", "of the class"):
-            table.add_column(title, justify="right")
+        _add_columns(table, "images", "of the class")
         for row in confusions[:WORST]:
             table.add_row(row["label"], row["predicted"], f"{row['images']:,}", percent(row["share"]))
         console.print(table)
+
+
+def _add_columns(table: Table, *titles: str) -> None:
+    for title in titles:
+        table.add_column(title, justify="right")
 
 
 def percent(share: float) -> str:

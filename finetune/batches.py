@@ -1,4 +1,4 @@
-"""Batches for trained models: labelled images of a split under a progress bar, and picture files decoded by threads."""
+"""Batches for inference: images of a split with a progress bar, and picture files decoded by threads."""
 
 import os
 import sys
@@ -23,13 +23,13 @@ from data.sources import READABLE
 from data.transforms import EvalTransform, to_float
 from finetune.arguments import STDIN
 
-PREFETCHED = 2  # batches that are decoded while one is classified
-UNKNOWN = f"not of a known type ({', '.join(READABLE)})"
+PREFETCHED = 2  # batches decoded in advance
+UNKNOWN_TYPE = f"not of a known type ({', '.join(READABLE)})"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file: the image [C, H, W] after its transform, or the reason why it cannot be read."""
+    """A picture file: the transformed image [C, H, W], or the reason why it is unreadable."""
 
     path: Path
     image: Tensor | None = None
@@ -37,14 +37,13 @@ class Picture:
 
 
 def padded_batches(loader: Loader, size: int, damaged: dict[int, str], first: bool) -> Iterator[dict[str, Tensor]]:
-    """Batches of a split, padded to one size by copies of their first sample, with sample number and label -1.
+    """Batches of a split, padded to `size` images with copies of the first one; their sample and label are -1.
 
-    The last digits of the outputs depend on the size of a batch, so results do not depend on the number of ranks. (On
-    a CPU they may depend on the number of threads.)
+    The last digits of outputs depend on the batch size; with a fixed one, results do not depend on the number of ranks.
+    (On a CPU they may depend on the number of threads.)
 
     Args:
-        size: images per batch
-        damaged: filled with the problem of each damaged sample
+        damaged: receives the error of each damaged sample
         first: whether this rank shows a progress bar
     """
     bar = Console(stderr=True)
@@ -59,14 +58,14 @@ def padded_batches(loader: Loader, size: int, damaged: dict[int, str], first: bo
 
 
 def find_pictures(arguments: list[str]) -> Iterator[Path]:
-    """Paths of the pictures that the command line names: files, folders, or `-` for standard input.
+    """Paths of pictures from arguments: files, folders, or `-` for standard input, whose paths are not checked.
 
     Raises:
-        UserError: a path is missing or not a picture, or a folder has none; paths from standard input are not checked
+        UserError: a file is not a picture, or a folder contains none
     """
     if STDIN in arguments:
         if arguments != [STDIN]:
-            raise UserError(f"{STDIN} reads the paths from standard input: give no other paths with it")
+            raise UserError(f"{STDIN} reads paths from standard input: give no other paths")
         sys.stdin.reconfigure(errors="surrogateescape")
         return (Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
     paths = []
@@ -74,7 +73,7 @@ def find_pictures(arguments: list[str]) -> Iterator[Path]:
         if path.is_dir():
             paths += [path / item.name for item in list_images(path)]
         elif not is_picture(path):
-            raise UserError(f"{path}: {UNKNOWN}")
+            raise UserError(f"{path}: {UNKNOWN_TYPE}")
         else:
             paths.append(path)
     return iter(paths)
@@ -88,11 +87,11 @@ def is_picture(path: Path) -> bool:
 def picture_batches(
     paths: Iterator[Path], transform: EvalTransform, channels: int, batch: int, prefetched: int = PREFETCHED
 ) -> Iterator[list[Picture]]:
-    """Batches of pictures, decoded by threads, `prefetched` batches in advance."""
+    """Batches of pictures, decoded by threads `prefetched` batches in advance."""
 
     def read_picture(path: Path) -> Picture:
         if not is_picture(path):
-            return Picture(path, error=UNKNOWN)
+            return Picture(path, error=UNKNOWN_TYPE)
         try:
             return Picture(path, transform(decode(read_image(path), channels))["image"])
         except UserError as error:
@@ -109,21 +108,21 @@ def picture_batches(
 
 
 def sample_images(path: str, split: str, count: int, transform: EvalTransform, channels: int) -> Tensor:
-    """Images [N, C, H, W] from 0 to 1, at most `count`, evenly spread over a picture, a folder or shards.
+    """Up to `count` images [N, C, H, W] from 0 to 1 of a picture file, or evenly spread over a folder or shards.
 
     Raises:
-        UserError: there is no image, or one cannot be read
+        UserError: there is no image, or one is unreadable
     """
     images = None if Path(path).is_file() else open_images(path, split)
     available = 1 if images is None else len(images)
     if not available:
         raise UserError(f"{path}, split {split} has no images: choose another --split")
-    found = []
+    stack = []
     for sample in np.linspace(0, available - 1, min(count, available)).round().astype(int).tolist():
         try:
             data = read_image(Path(path)) if images is None else images.read(sample)[0]
             image = decode(data, channels)
         except UserError as error:
             raise UserError(f"{path}{'' if images is None else f', sample {sample}'}: {error}") from None
-        found.append(to_float(transform(image)["image"]))
-    return torch.stack(found)
+        stack.append(to_float(transform(image)["image"]))
+    return torch.stack(stack)

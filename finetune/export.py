@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         comparison_batches,
         predict_with,
     )
-    from finetune.exporters.files import export, fp16_tensors, how_to_use, load_exported, stage_outputs
+    from finetune.exporters.files import export, how_to_use, load_exported, stage_outputs
     from finetune.exporters.graph import Deployed, free_sides, min_free_side, to_fp16
     from finetune.tasks import task_of
     from models.opening import open_classifier, open_encoder
@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.fp16:
         deployed, tolerance = to_fp16(source), FP16_TOLERANCE
         check_fp16(source, deployed, expected, batches)
-        weights = replace(weights, encoder=fp16_tensors(weights.encoder), head=fp16_tensors(weights.head))
+        encoder, head = ({name: x.half() for name, x in part.items()} for part in (weights.encoder, weights.head))
+        weights = replace(weights, encoder=encoder, head=head)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()

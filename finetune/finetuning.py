@@ -1,4 +1,4 @@
-"""The fine-tuning stage: a task's loss on batches, the moving average of the weights, and the scores after an epoch."""
+"""The fine-tuning stage: the loss of a task, the moving average of the weights (EMA), and scores after an epoch."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,11 +22,11 @@ from launch.training.world import World
 from models.opening import Opened
 from models.weights import Weights, cpu_state, save, split_by_prefix
 
-AVERAGE = {"raw": "", "ema": "moving average "}  # how the two kinds of weights are printed
+LABELS = {"raw": "", "ema": "moving average "}  # of the two kinds of weights in the console
 
 
 class Task(Collector, Protocol):
-    """What is supervised: one module in finetune/tasks."""
+    """A supervised task: one module in finetune/tasks."""
 
     metric: str  # score that selects the best weights; higher is better
     classes: list[str] | None  # names for the weight file
@@ -35,51 +35,46 @@ class Task(Collector, Protocol):
         """Part of the run's first line."""
 
     def check_batch(self, micro: int) -> None:
-        """Raise `UserError` for a micro batch that the task cannot use."""
+        """Raise `UserError` for a micro batch size that the task cannot use."""
 
     def train_transform(self, mean: tuple[float, ...]) -> Transform:
-        """Makes a training sample: crop and augmentation of image and target together."""
+        """Crop and augmentation of image and target; `mean` [C] of the channels."""
 
     def eval_transform(self) -> Transform:
-        """Makes a sample for evaluation."""
+        """Transform for evaluation."""
 
     def sample_weights(self) -> np.ndarray | None:
-        """How often each training sample is drawn, as `EpochOrder` takes it; None = once an epoch."""
+        """Weights [N] of the training samples for `EpochOrder`; None = uniform."""
 
     def build(self, arch: Encoder) -> nn.Module:
-        """The model with its head and initial weights; parameters of the head are named `head.*`."""
+        """The model with initial weights; parameters of its head are named `head.*`."""
 
     def load(self, model: nn.Module, init: Opened | None) -> None:
-        """Start from the weights of --init (None = from scratch)."""
+        """Load the weights of --init; None = from scratch. Raises `UserError` if they are of another model."""
 
     def loss(self, model: Any, image: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Loss [] of normalised images [B, C, H, W] on the device; `model` is called like the one of `build`."""
+        """Loss [] of normalised images [B, C, H, W] on the device; `model` wraps the one of `build`."""
 
     def restore(self, state: dict) -> Any:
-        """Predictions from their attributes, as a checkpoint has them."""
+        """Predictions from a checkpoint: the inverse of `vars(predictions)`."""
 
     def format(self, scores: dict[str, float]) -> str:
-        """Scores as printed after an epoch."""
+        """Scores as one line for the console."""
 
-    def draw(self, folder: Path, found: Any) -> None:
-        """Write pictures of what the best weights predict."""
-
-
-def moving_average(model: nn.Module, decay: float) -> ModelEmaV3 | None:
-    """The moving average of a model's weights, None for decay 0; made before the engine wraps the model."""
-    return ModelEmaV3(model, decay) if decay else None
+    def draw(self, folder: Path, predictions: Any) -> None:
+        """Write pictures of the best weights' predictions."""
 
 
 class Finetuning:
-    """The stage that the trainer runs for a task (`launch.training.trainer.Stage`).
+    """Trains a task; a `launch.training.trainer.Stage`.
 
     Args:
         engine: around the task's model
-        ema: moving average of the weights, if asked for
-        val_loader: this rank's part of the evaluation split
+        ema: moving average of the weights; None = none
+        val_loader: this rank's share of the evaluation split
         arch: resolved architecture
         intro: first line of the console
-        statistics: mean and standard deviation of each channel
+        statistics: mean and standard deviation per channel
     """
 
     def __init__(
@@ -93,25 +88,24 @@ class Finetuning:
         augment = config.augment
         self.erase = None
         if augment.erase:
-            how = {"mode": augment.erase_mode, "max_count": augment.erase_count}
-            self.erase = RandomErasing(augment.erase, **how, device=world.device)
+            self.erase = RandomErasing(
+                augment.erase, mode=augment.erase_mode, max_count=augment.erase_count, device=world.device
+            )
         self.evaluated = 0  # epoch of the last evaluation
         self.best: dict = {task.metric: -1.0, "epoch": 0}
         self.best_predictions: Any = None
 
     def describe(self) -> list[str]:
-        """The run."""
         return [self.intro]
 
     def start(self, step: int, progress: Progress) -> Report:
-        """Nothing is evaluated before the first step."""
+        """No evaluation before the first step."""
         return Report()
 
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
-        """The task's loss, after erasing.
+        """The task's loss after random erasing.
 
-        Drop path, erasing and mixing draw from generators seeded by (seed, step, rank, micro batch), so that a resumed
-        run repeats the uninterrupted one.
+        Generators are seeded with (seed, step, rank, micro batch), so a resumed run equals an uninterrupted one.
         """
         key = np.random.SeedSequence([self.config.run.seed, STEPS, step, self.world.rank, micro])
         seed_everything(int(key.generate_state(1)[0]))
@@ -126,19 +120,19 @@ class Finetuning:
             self.ema.update(self.engine.model)
 
     def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
-        """Every `run.eval_every` epochs and after the last, score raw and averaged weights.
+        """Evaluate raw weights and EMA every `run.eval_every` epochs and after the last.
 
-        Writes last.pt and, if it is the best so far, best.pt.
+        Writes last.pt and, for the best score so far, best.pt.
         """
         if epoch % self.config.run.eval_every and not last:
             return Report()
         metric, split, self.evaluated = self.task.metric, self.config.eval_split, epoch
-        found = self.evaluate(progress)
-        scores = {kind: predictions.scores() for kind, predictions in found.items()}
+        predictions = self.evaluate(progress)
+        scores = {kind: part.scores() for kind, part in predictions.items()}
         winner = max(scores, key=lambda kind: scores[kind][metric])
         improved = scores[winner][metric] > self.best[metric]
         if improved:
-            self.best_predictions = found[winner]
+            self.best_predictions = predictions[winner]
             self.best = {"epoch": epoch, "weights": winner, **scores[winner]}
         with self.engine.whole_weights():
             if self.world.first:
@@ -147,7 +141,7 @@ class Finetuning:
                 save(self.folder / "last.pt", last_weights)
                 if improved:
                     save(self.folder / "best.pt", self.weights(winner))
-        shown = "; ".join(f"{AVERAGE[kind]}{self.task.format(values)}" for kind, values in scores.items())
+        shown = "; ".join(f"{LABELS[kind]}{self.task.format(values)}" for kind, values in scores.items())
         lines = [f"epoch {epoch}: {split} {shown}{'  (best)' if improved else ''}"]
         if self.should_stop() and not last:
             lines.append(f"no improvement of {metric} since epoch {self.best['epoch']}: stopping early (run.patience)")
@@ -157,22 +151,22 @@ class Finetuning:
         return Report(scores[winner][metric], logged, lines=lines, summary=summary)
 
     def should_stop(self) -> bool:
-        """Whether the score has not risen for `run.patience` epochs."""
+        """Whether the score has not improved for `run.patience` epochs."""
         return 0 < self.config.run.patience <= self.evaluated - self.best["epoch"]
 
     def evaluate(self, progress: Progress) -> dict[str, Any]:
-        """Predictions of the raw weights and, if there are any, of the averaged ones."""
+        """Predictions of the raw weights and, if kept, the EMA."""
         models = {"raw": self.engine.model} | ({"ema": self.ema.module} if self.ema else {})
         batches = progress(self.val_loader, len(self.val_loader.batches), "evaluation")
         with self.engine.whole_weights():
             return predict(self.task, models, batches, self.world, self.mean, self.std, self.engine.precision)
 
     def draw(self) -> None:
-        """Write pictures of what the best weights predict. The first rank calls this, at the end."""
+        """Write pictures of the best weights' predictions; called by the first rank at the end."""
         self.task.draw(self.folder, self.best_predictions)
 
     def weights(self, kind: str) -> Weights:
-        """Content of a file with the `raw` or `ema` weights."""
+        """The `raw` or `ema` weights as a weight file's content."""
         model = self.ema.module if kind == "ema" else self.engine.model
         head, encoder = split_by_prefix(cpu_state(model), "head.")
         data = self.config.data
@@ -184,15 +178,12 @@ class Finetuning:
         )
 
     def state(self) -> dict:
-        """Content of a checkpoint besides the engine's."""
         ema = self.ema.module.state_dict() if self.ema else None
         best = vars(self.best_predictions) if self.best_predictions else None
         return {"best": self.best, "best_predictions": best, "evaluated": self.evaluated, "ema": ema}
 
     def load_state(self, state: dict) -> None:
-        """Restore the content of a checkpoint."""
-        self.best, self.evaluated = state["best"], state["evaluated"]
-        found = state["best_predictions"]
-        self.best_predictions = self.task.restore(found) if found else None
+        self.best, self.evaluated, best = state["best"], state["evaluated"], state["best_predictions"]
+        self.best_predictions = self.task.restore(best) if best else None
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])

@@ -1,4 +1,4 @@
-"""Using trained models, for any task: predictions for a split on any number of ranks, and what a task adds."""
+"""Inference with trained models: predictions for a split on any number of ranks, and the interface of a task."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,46 +15,46 @@ from launch.training.world import World, gather
 
 
 class Collector(Protocol):
-    """The part of a task that turns a model's outputs into predictions."""
+    """Turns a model's outputs into predictions."""
 
     def collect(self, output: Any, batch: dict[str, Tensor]) -> Any:
         """Predictions for a batch."""
 
     def join(self, parts: list) -> Any:
-        """Predictions for a split from those of its batches, or of all ranks."""
+        """Concatenate predictions of batches or ranks."""
 
 
 class Inference(Collector, Protocol):
-    """A trained model in use: what evaluate.py, predict.py and export.py need of its task."""
+    """A task's part of evaluate.py, predict.py and export.py, for a trained model."""
 
-    files: str  # written by evaluate.py, for its last line
+    files: str  # names of the files of `write_evaluation`
 
     def match(self, images: Split | Folder) -> None:
-        """Relate the targets of a data set to the model's. Raises `UserError` where they do not fit."""
+        """Map a data set's targets to the model's. Raises `UserError` if they do not fit."""
 
     def evaluation(self, predictions: Any) -> dict:
         """Content of evaluation.json. Raises `UserError` for predictions that are not finite."""
 
     def write_evaluation(self, out: Path, result: dict, predictions: Any, names: list[str]) -> None:
-        """Write the files of an evaluation; `names` [samples of the split] says where each came from."""
+        """Write the files of an evaluation; `names` are the sources of the split's samples."""
 
     def show_evaluation(self, result: dict) -> None:
         """Print an evaluation."""
 
     def name_outputs(self, file: str | None) -> None:
-        """Take names for the outputs from a text file, or else from the weights. Raises `UserError` without names."""
+        """Set names of the outputs from a text file, or else from the weights. Raises `UserError` if there are none."""
 
     def predict(self, output: Any, paths: list[Path], top: int) -> list[Any]:
-        """Predictions for pictures, each with `path` and `lines` (text to print), from the model's output."""
+        """Predictions for pictures from the model's output; a prediction has `path` and `lines` (text to print)."""
 
     def annotate(self, folder: Path, number: int, prediction: Any) -> None:
-        """Write a copy of a picture that shows its prediction."""
+        """Write a copy of a picture with its prediction; `number` makes the file name unique."""
 
     def write_csv(self, file: Path, predictions: list[Any]) -> None:
-        """Write the predictions of all pictures as a table."""
+        """Write predictions as a table."""
 
     def write_json(self, file: Path, predictions: list[Any]) -> None:
-        """Write the predictions of all pictures as a list of objects."""
+        """Write predictions as a list of objects."""
 
     def outputs(self) -> dict[str, str]:
         """Name and description of each output of the exported model."""
@@ -62,12 +62,9 @@ class Inference(Collector, Protocol):
 
 @torch.no_grad()
 def output_of(model: nn.Module, image: Tensor, mean: Tensor, std: Tensor, precision: str) -> Tensor:
-    """A model's output for images [B, C, H, W] as loaded, on its device; the model is in evaluation mode.
+    """Output of a model in evaluation mode for images [B, C, H, W] as loaded, on its device.
 
-    Args:
-        mean: [C] of the channels
-        std: [C]
-        precision: fp32, bf16 or fp16
+    `mean` and `std` are [C]; `precision` is fp32, bf16 or fp16.
     """
     with autocast(image.device, precision):
         return model(normalize(image, mean, std))
@@ -82,14 +79,10 @@ def predict(
     std: Tensor,
     precision: str,
 ) -> dict[str, Any]:
-    """Predictions of several models for a split, each sample once; every rank gets the same.
+    """Predictions of models for a split, by the models' names; the same on every rank.
 
-    Args:
-        models: by name; their mode stays as it is
-        batches: of this rank's part of the samples
-        mean: [C] of the channels
-        std: [C]
-        precision: fp32, bf16 or fp16
+    The models' modes are restored. `batches` are this rank's; `mean` and `std` are [C]; `precision` is fp32, bf16 or
+    fp16.
     """
     modes = {name: model.training for name, model in models.items()}
     for model in models.values():
@@ -101,4 +94,4 @@ def predict(
             parts[name].append(task.collect(output_of(model, image, mean, std, precision), batch))
     for name, model in models.items():
         model.train(modes[name])
-    return {name: task.join(gather(task.join(found))) for name, found in parts.items()}
+    return {name: task.join(gather(task.join(batches))) for name, batches in parts.items()}

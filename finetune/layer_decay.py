@@ -1,7 +1,7 @@
-"""Layer-wise learning rate decay: the lower a layer, the smaller its learning rate.
+"""Layer-wise learning rate decay: the learning rate decreases from the head to the stem.
 
-Two ways of counting layers, as published with ConvNeXt V2 (appendix A.2): `single` gives each block its own, `group`
-divides the network into 12, each of them a ninth of the third stage or one of the other stages.
+Two definitions of a layer, as in ConvNeXt V2 (2301.00808, appendix A.2): with `single` every block is a layer; with
+`group` there are 12: each of the other stages, and the third stage in ninths.
 """
 
 from collections.abc import Callable
@@ -11,16 +11,16 @@ THIRD_STAGE_GROUPS = 9  # layers 3 to 11
 
 
 def layer_decay(decay: float, depths: tuple[int, ...], kind: str) -> Callable[[str], float]:
-    """Factor of the learning rate for a parameter name: decay ** (number of layers above it)."""
+    """Learning rate factor by parameter name: decay ** (number of layers above)."""
     layers = sum(depths) if kind == "single" else GROUPS
     number = single_layer if kind == "single" else group_layer
     return lambda name: decay ** (layers + 1 - number(name, depths))
 
 
 def single_layer(name: str, depths: tuple[int, ...]) -> int:
-    """Layer of a parameter where each block is one: 1 for stem and first block, ..., sum(depths) + 1 for the head."""
+    """Layer of a parameter, one per block: 1 for stem and first block, ..., sum(depths) + 1 for the head."""
     if name.startswith("stem."):
-        return 1  # with the first block: the published code leaves layer 0 empty
+        return 1  # as in the published code, layer 0 is empty
     if not name.startswith("stages."):
         return sum(depths) + 1
     _, stage, part, *rest = name.split(".")
@@ -29,7 +29,7 @@ def single_layer(name: str, depths: tuple[int, ...]) -> int:
 
 
 def group_layer(name: str, depths: tuple[int, ...]) -> int:
-    """Layer of a parameter in 12 groups: 0 stem, 1 and 2 the first stages, 3 to 11 the third, 12 the last, 13 head."""
+    """Layer of a parameter in 12 groups: 0 stem, 1 and 2 first stages, 3 to 11 third, 12 last, 13 head."""
     if name.startswith("stem."):
         return 0
     if not name.startswith("stages."):
@@ -38,5 +38,5 @@ def group_layer(name: str, depths: tuple[int, ...]) -> int:
     if stage == "3":
         return GROUPS
     if stage == "2" and part == "blocks":
-        return 3 + int(rest[0]) * THIRD_STAGE_GROUPS // depths[2]  # depth 27: three blocks a group
+        return 3 + int(rest[0]) * THIRD_STAGE_GROUPS // depths[2]  # depth 27: three blocks per group
     return int(stage) + 1

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a pretrained ConvNeXt; writes runs/NAME/best.pt, last.pt, summary.json and report.html.
 
 python finetune/main.py --init runs/digits/fcmae.pt                     built-in digits
-python finetune/main.py --init none                                     the same from scratch
+python finetune/main.py --init none                                     from scratch
 deepspeed finetune/main.py --config configs/finetune/cifar10.yaml --init runs/cifar10/fcmae.pt
 """
 
@@ -32,10 +32,11 @@ def main() -> None:
     check_inputs(config)
 
     import numpy as np
+    from timm.utils import ModelEmaV3
 
     from data.loader import eval_loader, train_loader
     from data.shards import open_split
-    from finetune.finetuning import Finetuning, moving_average
+    from finetune.finetuning import Finetuning
     from finetune.layer_decay import layer_decay
     from launch.training.dry_run import plan
     from launch.training.engine import Engine, seed_everything
@@ -49,7 +50,7 @@ def main() -> None:
     arch = architecture(config, init)
     config = replace(config, data=with_statistics(config.data, init, arch.channels))
     data, optim = config.data, config.optim
-    data.grid(arch.stem_stride)  # raises for an image size that the model does not take
+    data.grid(arch.stem_stride)  # raises for a size that is not a multiple of the patch
     statistics = data.statistics(arch.channels)
     train_split, eval_split = open_split(data), open_split(data, config.eval_split)
     task = TASKS[config.task.name].Task(config, train_split, eval_split)
@@ -67,7 +68,8 @@ def main() -> None:
     seed_everything(config.run.seed)
     model = task.build(arch)
     task.load(model, init)
-    ema = moving_average(model.to(world.device), config.augment.ema)
+    model.to(world.device)
+    ema = ModelEmaV3(model, config.augment.ema) if config.augment.ema else None  # before the engine wraps the model
     engine = Engine(model, parameter_groups(model, optim, decay), optim, world)
 
     place = world.rank, world.ranks, world.device.type == "cuda"
@@ -77,7 +79,7 @@ def main() -> None:
     identity = to_dict(config) | {"stage": "fine-tuning"} | digests
     intro = (
         f"{arch.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {task.describe()}, "
-        f"from {'scratch' if init is None else config.init}; {images:,} images, scored on {len(eval_split):,}"
+        f"from {'scratch' if init is None else config.init}; {images:,} images, evaluated on {len(eval_split):,}"
     )
     stage = Finetuning(config, task, engine, world, ema, val_loader, arch, intro, statistics)
     trainer = Trainer(config, engine, loader, stage, world, identity, [eval_split])
@@ -91,8 +93,8 @@ def main() -> None:
 
 
 def architecture(config: Finetune, init: "Opened | None") -> Encoder:
-    """The model to build: the one in --init, but with `model.channels` channels if given (the stem is adapted); with
-    --init none, the keys given, filled up from `model.like`.
+    """The architecture of --init, with `model.channels` channels if set; with --init none, that of the `model` section,
+    with defaults from `model.like`.
 
     Raises:
         UserError: no model is named, or a key contradicts the file of --init
@@ -100,14 +102,11 @@ def architecture(config: Finetune, init: "Opened | None") -> Encoder:
     keys = ("name", "channels", "stem_stride", "depths", "dims")
     given = {key: getattr(config.model, key) for key in keys if getattr(config.model, key) is not None}
     if init is not None:
-        held_arch = init.weights.arch
+        arch = init.weights.arch
         for key, value in given.items():
-            held = getattr(held_arch, key)
-            if value != held and key != "channels":
-                raise UserError(
-                    f"{config.init} has model.{key} {held}, the configuration says {value}: leave the key out"
-                )
-        return replace(held_arch, channels=config.model.channels or held_arch.channels)
+            if value != getattr(arch, key) and key != "channels":
+                raise UserError(f"{config.init} has model.{key} {getattr(arch, key)}, not {value}: leave the key out")
+        return replace(arch, channels=config.model.channels or arch.channels)
     if "name" not in given and config.model.like:
         path = Path(config.model.like)
         path = path if path.exists() or path.is_absolute() else ROOT / path
@@ -115,7 +114,7 @@ def architecture(config: Finetune, init: "Opened | None") -> Encoder:
         given = {key: getattr(recipe, key) for key in keys} | given
         say(f"--init none: the model of {config.model.like}, from scratch")
     if "name" not in given:
-        raise UserError("--init none needs a model: give --model.name, like convnextv2_atto, or --init fcmae.pt")
+        raise UserError("--init none needs a model: set --model.name, such as convnextv2_atto, or --init fcmae.pt")
     return resolve(Encoder(**given))
 
 

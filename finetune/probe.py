@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     from configs.log import say  # torch and all that needs it: seconds, which --help and mistakes need not wait for
     from data.shards import open_split
     from data.transforms import EvalTransform
-    from finetune.feature_scores import feature_scores
+    from finetune.feature_scores import Settings, feature_scores
     from launch.training.engine import seed_everything
     from launch.training.feature_eval import check_labels, probe_loader
     from launch.training.precision import precision
@@ -145,18 +145,15 @@ def main(argv: list[str] | None = None) -> None:
     ]
     kind = precision(Optim(precision=options.precision), world.device)
 
-    def scores_of(encoder: ConvNeXt) -> dict:
-        lrs = None if options.no_linear else options.lrs
-        linear = lrs, options.epochs, options.seed
-        neighbours = options.k, options.temperature
-        return feature_scores(encoder, loaders, trained.mean, trained.std, kind, *neighbours, *linear, world)
-
+    lrs = None if options.no_linear else options.lrs
+    settings = Settings(options.k, options.temperature, lrs, options.epochs, options.seed)
     with process_errors():
-        scores = scores_of(trained.model)
+        scores = feature_scores(trained, loaders, kind, settings, world)
         if options.random:
             say("the same with random weights")
             seed_everything(options.seed)
-            scores["random"] = scores_of(ConvNeXt(arch))
+            random = replace(trained, model=ConvNeXt(arch))
+            scores["random"] = feature_scores(random, loaders, kind, settings, world)
     if world.first:
         for split, used in zip(splits, (scores["train_images"], scores["eval_images"]), strict=True):
             if damaged := min(options.images or len(split), len(split)) - used:

@@ -1,1 +1,1 @@
-"""The networks: ConvNeXt V1 and V2, the masked autoencoder, where tokens lie, and weight files."""
+"""Models: ConvNeXt V1 and V2, the masked autoencoder, their layouts and kernels, and weight files."""

@@ -1,6 +1,6 @@
 """ConvNeXt V1 (arXiv 2201.03545) and V2 (arXiv 2301.00808): every size, dense or on visible patches only.
 
-Parameter names are timm's. A layout (models/sparse) says where tokens lie; x is channels-last in all of them.
+Parameter names are timm's. A layout (models/sparse/layouts.py) defines how x is stored; channels are always last.
 """
 
 import numpy as np
@@ -99,13 +99,13 @@ class Head(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """The encoder, and with `classes` the classifier.
+    """The encoder and, with `classes`, a classifier.
 
     Args:
-        arch: which one; `arch` of the instance is the resolved form
+        arch: name, channels and, if they differ from the name's, stem stride, depths and widths
         classes: outputs of the classifier; 0 = no head (for the masked autoencoder)
         drop_path: stochastic depth of the last block, growing linearly from 0
-        recompute: what the backward pass computes again instead of storing it: none, mlp or block
+        recompute: activation checkpointing: none, mlp or block
     Raises:
         UserError: unknown model name
     """
@@ -128,7 +128,7 @@ class ConvNeXt(nn.Module):
         self.apply(init_weights)
 
     def forward_features(self, image: Tensor, layout: Layout) -> Tensor:
-        """Images [B, C, H, W] to the last stage's tokens, as the layout lays them."""
+        """Images [B, C, H, W] to the last stage's tokens, in the layout's shape."""
         conv, norm = self.stem
         x = norm(layout.embed(image, conv))
         for stage in self.stages:
@@ -141,9 +141,9 @@ class ConvNeXt(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """The project's only initialiser: weights from a normal of std .02 cut at +-2, biases zero (2201.03545, A.1).
+    """Initialise a layer: weights from a normal of std .02 truncated at +-2, zero biases (2201.03545, A.1).
 
-    LayerNorm, GRN and layer scale start as their constructors leave them: identity, 0 and 1e-6.
+    LayerNorm, GRN and layer scale keep the values of their constructors: identity, 0 and 1e-6.
     """
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -1,7 +1,7 @@
 """Fully convolutional masked autoencoder (arXiv 2301.00808, section 3.1).
 
-The encoder sees the visible patches. A decoder fills mask tokens in for the hidden ones and predicts their pixels;
-the loss is the mean squared error on hidden patches only. Letters as in models/sparse/layouts.py; D decoder width.
+The encoder sees the visible patches. The decoder gets mask tokens for the hidden ones and predicts their pixels; the
+loss is the mean squared error over hidden patches. Letters as in models/sparse/layouts.py.
 """
 
 from dataclasses import fields
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from configs.compare import to_dict
 from configs.schema import PATCH_PER_STEM_STRIDE, FCMAESettings, PretrainModel, visible_patches
 from models.convnext import Block, ConvNeXt, init_weights
-from models.sparse.layouts import Dense, Masked, Packed, Zeroed, patchify, split_patches, take_patches
+from models.sparse.layouts import Dense, Layout, Masked, Packed, Zeroed, patchify, split_patches, take_patches
 
 VARIANCE_EPS = 1e-6  # of the per-patch pixel normalisation
 
 
 class Output(NamedTuple):
-    """What a forward pass of the autoencoder gives. m = gy * gx - n hidden patches of an image."""
+    """Predictions for the m = gy * gx - n hidden patches of each image."""
 
     prediction: Tensor  # [B, m, P * P * C], ordered (row, column, channel); normalised if norm_pix
     hidden: Tensor  # [B, m] index of each hidden patch in its image's grid
@@ -30,7 +30,7 @@ class FCMAE(nn.Module):
 
     Args:
         config: encoder and backend
-        settings: mask ratio, decoder and target. Masks are not drawn here: they come with the images.
+        settings: mask ratio, decoder and target
     Raises:
         UserError: unknown model name; backend minkowski without MinkowskiEngine
     """
@@ -39,7 +39,7 @@ class FCMAE(nn.Module):
         super().__init__()
         self.config, self.settings = config, settings
         if config.backend == "minkowski":
-            import models.sparse.minkowski  # noqa: F401  # now, so that a missing one is told before the first step
+            import models.sparse.minkowski  # noqa: F401  # fail now if it is not installed
         self.encoder = ConvNeXt(config, recompute=config.recompute)
         arch = self.encoder.arch
         self.patch = PATCH_PER_STEM_STRIDE * arch.stem_stride
@@ -51,7 +51,7 @@ class FCMAE(nn.Module):
             part.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def layout(self, visible: Tensor, n: int):
+    def layout(self, visible: Tensor, n: int) -> Layout:
         """The backend's layout for masks [B, gy, gx] with n visible patches."""
         scope = self.config.grn_scope
         if self.config.backend == "packed":
@@ -60,7 +60,7 @@ class FCMAE(nn.Module):
             return Masked(visible, scope)
         if self.config.backend == "zeroed":
             return Zeroed(visible)
-        from models.sparse.minkowski import Minkowski  # optional: imported only where it was asked for
+        from models.sparse.minkowski import Minkowski  # an optional dependency
 
         return Minkowski(visible, scope)
 
@@ -80,7 +80,7 @@ class FCMAE(nn.Module):
         return take_patches(patches, hidden).flatten(2).float()
 
     def target(self, image: Tensor, hidden: Tensor) -> Tensor:
-        """What is to be predicted, [B, m, P * P * C] fp32: the pixels; with norm_pix normalised in each patch."""
+        """Prediction targets [B, m, P * P * C], fp32: pixels, with norm_pix normalised per patch."""
         pixels = self.true_pixels(image, hidden)
         if not self.settings.norm_pix:
             return pixels
@@ -88,24 +88,24 @@ class FCMAE(nn.Module):
         return (pixels - mean) / std
 
     def forward(self, image: Tensor, visible: Tensor) -> Tensor:
-        """Loss (a scalar, fp32) of images [B, C, H, W], normalised, under masks [B, gy, gx] of bool."""
+        """Loss, a scalar in fp32, of normalised images [B, C, H, W] with masks `visible` [B, gy, gx], bool."""
         output = self.predict(image, visible)
         return (output.prediction.float() - self.target(image, output.hidden)).square().mean()
 
 
 def patch_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each patch [..., P * P * C], unbiased, as the loss normalises it."""
+    """Mean and unbiased standard deviation [..., 1] of patches [..., P * P * C], for the targets' normalisation."""
     var, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
     return mean, (var + VARIANCE_EPS).sqrt()
 
 
 def flat_config(config: PretrainModel, settings: FCMAESettings) -> dict:
-    """Both as one dict of plain values: `decoder_config` of a weight file."""
+    """Both sections as one dict of plain values: the `decoder_config` of a weight file."""
     return to_dict(config) | {field.name: getattr(settings, field.name) for field in fields(FCMAESettings)}
 
 
 def from_flat(flat: dict) -> tuple[PretrainModel, FCMAESettings]:
-    """The inverse of `flat_config`. Keys that are missing have their defaults."""
-    own = {field.name for field in fields(FCMAESettings)}
-    settings = FCMAESettings(**{key: value for key, value in flat.items() if key in own})
-    return PretrainModel(**{key: value for key, value in flat.items() if key not in own}), settings
+    """The inverse of `flat_config`; missing keys take their defaults."""
+    keys = {field.name for field in fields(FCMAESettings)}
+    settings = FCMAESettings(**{key: value for key, value in flat.items() if key in keys})
+    return PretrainModel(**{key: value for key, value in flat.items() if key not in keys}), settings

@@ -1,10 +1,11 @@
-"""Opening a model file of any format: its weights, and the classifier, encoder or autoencoder that they build.
+"""Open a weight file of any format, as weights or as a classifier, encoder or autoencoder.
 
 Used by `--init` of both stages and by every command that takes trained weights.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Opened:
         path: file or folder
         weights: its content
         format: one of `models.formats.FORMATS`
-        remarks: what the file does not specify, and what is assumed instead
+        remarks: defaults assumed for values that the file does not specify
     """
 
     path: str
@@ -45,12 +46,12 @@ class Opened:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with trained weights, ready for use.
+    """A model with trained weights, in evaluation mode.
 
     Args:
         path: file or folder that it was read from
-        model: in evaluation mode; a `ConvNeXt`, without a head if opened as an encoder, or an `FCMAE`
-        weights: the weights of this model alone; its preprocessing has known statistics and the requested size
+        model: a `ConvNeXt`, without a head if opened as an encoder, or an `FCMAE`
+        weights: of this model only; the preprocessing has mean, std and the requested size
     """
 
     path: str
@@ -59,7 +60,7 @@ class Trained:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Preprocessing in use."""
+        """Preprocessing that the model expects."""
         return self.weights.preprocessing
 
     @property
@@ -73,10 +74,10 @@ class Trained:
         return torch.tensor(self.preprocessing.std)
 
 
-def open_weights(path: str) -> Opened:
-    """Read weights of any format. Raises `UserError` if the file cannot be read or does not describe one model."""
+def open_weights(path: str | Path) -> Opened:
+    """Read weights of any format. Raises `UserError` if the file is unreadable or not a ConvNeXt."""
     weights, form, remarks = read_weights(path)
-    return Opened(path, weights, form, tuple(remarks))
+    return Opened(str(path), weights, form, tuple(remarks))
 
 
 def open_classifier(path: str, ema: bool = False, size: Size | None = None) -> Trained:
@@ -85,10 +86,10 @@ def open_classifier(path: str, ema: bool = False, size: Size | None = None) -> T
     Args:
         path: best.pt, or a file or folder of another format
         ema: use the averaged weights instead of the raw ones
-        size: image height and width, pixels; None = those of the file
+        size: image side, or height and width, pixels; None = as in the file
     Raises:
-        UserError: the file cannot be read, has no classifier, no averaged weights or no channel statistics, or the size
-            does not fit the model
+        UserError: the file is unreadable or lacks a classifier, averaged weights, or mean and std; or the size does not
+            fit the model
     """
     weights = open_weights(path).weights
     if not weights.outputs:
@@ -97,15 +98,15 @@ def open_classifier(path: str, ema: bool = False, size: Size | None = None) -> T
 
 
 def open_encoder(path: str, ema: bool = False, size: Size | None = None) -> Trained:
-    """Build the encoder of a classifier's or an autoencoder's file, without a head. As `open_classifier` otherwise."""
+    """Build the encoder of a classifier or autoencoder, without a head. Arguments and errors: see `open_classifier`."""
     return _build_convnext(path, replace(open_weights(path).weights, classes=None), ema, size, headless=True)
 
 
 def open_autoencoder(path: str, mask_ratio: float | None = None, size: Size | None = None) -> Trained:
-    """Build the masked autoencoder of a file; `mask_ratio` replaces the one that it was trained with.
+    """Build the masked autoencoder of a file; `mask_ratio` overrides the file's.
 
     Raises:
-        UserError: the file cannot be read, has no decoder or no channel statistics, or the size does not fit the model
+        UserError: the file is unreadable or lacks a decoder, or mean and std; or the size does not fit the model
     """
     weights = open_weights(path).weights
     if not weights.decoder:
@@ -129,12 +130,12 @@ def _build_convnext(path: str, weights: Weights, ema: bool, size: Size | None, h
 
 
 def _preprocessing(path: str, weights: Weights, size: Size | None) -> Preprocessing:
-    """The file's preprocessing at a size that fits the model; its statistics must be known."""
+    """The file's preprocessing at the requested size. Raises `UserError` if it lacks mean and std."""
     stored = weights.preprocessing
     if stored.mean is None:
         raise UserError(
             f"{path} does not record mean and std of its {stored.channels} channels: use an fcmae.pt or best.pt"
         )
     data = Data(size=size or stored.size)
-    data.grid(weights.arch.stem_stride)  # raises for a size that patches do not divide
+    data.grid(weights.arch.stem_stride)  # raises for a size that is not a multiple of the patch
     return replace(stored, size=data.height_width)

@@ -1,4 +1,4 @@
-"""The sizes of ConvNeXt by name. Without torch, so that a wrong name is refused at once."""
+"""The sizes of ConvNeXt by name. Does not import torch, so that a wrong name fails at once."""
 
 from configs.errors import UserError, nearest
 from configs.schema import (
@@ -21,7 +21,7 @@ SIZES = {
     "convnextv2_base": ((3, 3, 27, 3), 128),
     "convnextv2_large": ((3, 3, 27, 3), 192),
     "convnextv2_huge": ((3, 3, 27, 3), 352),
-    "convnextv2_small": ((3, 3, 27, 3), 96),  # timm's, like the four smallest of V1; the papers have the others
+    "convnextv2_small": ((3, 3, 27, 3), 96),  # from timm, like the four smallest of V1; the others are from the papers
     "convnext_atto": ((2, 2, 6, 2), 40),
     "convnext_femto": ((2, 2, 6, 2), 48),
     "convnext_pico": ((2, 2, 6, 2), 64),
@@ -35,7 +35,7 @@ SIZES = {
 
 
 def resolve(arch: Encoder) -> Encoder:
-    """Fill what the name implies (depths, widths). Raises `UserError` for an unknown name or none."""
+    """Fill in the depths and widths that the name implies. Raises `UserError` for an unknown or missing name."""
     if arch.name not in SIZES:
         raise UserError(f"model.name {arch.name!r} is not a model {nearest(str(arch.name), SIZES)}")
     depths, width = SIZES[arch.name]
@@ -49,10 +49,10 @@ def resolve(arch: Encoder) -> Encoder:
 
 
 def check_size(config: PretrainModel, settings: FCMAESettings, grid: tuple[int, int]) -> None:
-    """Raise `UserError` where a mask of this ratio hides nothing on this grid."""
+    """Raise `UserError` if a mask of this ratio hides no patch of this grid."""
     patches = grid[0] * grid[1]
     if visible_patches(patches, settings.mask_ratio) == patches:
         raise UserError(
-            f"data.size gives {patches} patch(es) of {PATCH_PER_STEM_STRIDE * (config.stem_stride)} pixels: none "
+            f"data.size gives {patches} patch(es) of {PATCH_PER_STEM_STRIDE * config.stem_stride} pixels: none "
             f"is hidden at objective.mask_ratio {settings.mask_ratio}; use larger images or a smaller model.stem_stride"
         )

@@ -1,4 +1,4 @@
-"""Starting a run from a weight file: `--init` of both stages. Adapted, replaced and missing layers are logged."""
+"""Start a run from a weight file: `--init` of both stages. Adapted, replaced and missing layers are logged."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ SHAPE_KEYS = ("stem_stride", "depths", "dims")
 
 
 def open_init(path: str) -> Opened | None:
-    """Open the weights of `--init`, in any format; None for `none`. Raises `UserError` if they cannot be read."""
+    """Open the weights of `--init`, in any format; None for `none`. Raises `UserError` if they are unreadable."""
     if path == "none":
         return None
     init = open_weights(path)
@@ -27,10 +27,10 @@ def open_init(path: str) -> Opened | None:
 
 
 def with_statistics(data: Data, init: Opened | None, channels: int) -> Data:
-    """The data section with mean and std of `--init`.
+    """The data section with the mean and std of `--init`.
 
-    The section is unchanged if the file does not record them or has another number of channels. Raises `UserError` if
-    the section sets other values.
+    Unchanged if the file does not record them or has another number of channels. Raises `UserError` if the section sets
+    other values.
     """
     if init is None or init.weights.arch.channels != channels or init.weights.preprocessing.mean is None:
         return data
@@ -45,10 +45,10 @@ def with_statistics(data: Data, init: Opened | None, channels: int) -> Data:
 
 
 def start_classifier(model: ConvNeXt, init: Opened, classes: list[str]) -> bool:
-    """Load `--init` into a classifier; True if the head of the file fits the classes and is kept.
+    """Load `--init` into a classifier. Returns whether the file's head fits the classes and is kept.
 
     Raises:
-        UserError: the file is of another model
+        UserError: the file contains another model
     """
     path, head = init.path, init.weights.head
     encoder, _ = _for_channels(init, model.arch.channels)
@@ -66,10 +66,10 @@ def start_classifier(model: ConvNeXt, init: Opened, classes: list[str]) -> bool:
 
 
 def start_autoencoder(model: FCMAE, init: Opened) -> None:
-    """Load `--init` into a masked autoencoder, with the decoder if the file has one.
+    """Load `--init` into a masked autoencoder, including the decoder if the file has one.
 
     Raises:
-        UserError: the file is of another model, or its decoder of another shape; names the keys to set
+        UserError: the file contains another encoder or a decoder of another shape; lists the keys to set
     """
     path, weights, config, settings = init.path, init.weights, model.config, model.settings
     _check_shape(init, model.encoder.arch)
@@ -77,10 +77,10 @@ def start_autoencoder(model: FCMAE, init: Opened) -> None:
         width, depth = decoder_shape(weights.decoder)
         keys = f"--objective.decoder_dim {width} --objective.decoder_depth {depth}"
         raise UserError(f"{path} has a decoder of another shape: set {keys}")
-    for key, own in (("model.grn_scope", config.grn_scope), ("objective.norm_pix", settings.norm_pix)):
-        stored = weights.decoder_config.get(key.split(".")[1], own)
-        if stored != own:
-            say(f"{path} was pretrained with {key} {stored}; this run has {own}")
+    for key, value in (("model.grn_scope", config.grn_scope), ("objective.norm_pix", settings.norm_pix)):
+        stored = weights.decoder_config.get(key.split(".")[1], value)
+        if stored != value:
+            say(f"{path} was pretrained with {key} {stored}; this run has {value}")
     encoder, decoder = _for_channels(init, config.channels)
     if decoder:
         load_strict(model, {f"encoder.{name}": tensor for name, tensor in encoder.items()} | decoder, path)
@@ -100,7 +100,7 @@ def _for_channels(init: Opened, channels: int) -> tuple[Tensors, Tensors]:
 
 
 def _check_shape(init: Opened, arch: Encoder) -> None:
-    """Raise `UserError`, naming the keys to set, if the file's encoder differs from the configured one."""
+    """Raise `UserError`, listing the keys to set, if the file's encoder differs from the configured one."""
     stored = resolve(init.weights.arch)
     version = {encoder.name.partition("_")[0] for encoder in (stored, arch)}
     wrong = [key for key in SHAPE_KEYS if getattr(stored, key) != getattr(arch, key)]

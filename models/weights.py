@@ -1,20 +1,20 @@
-"""Weight files: fcmae.pt (pretraining) and classifier files (fine-tuning). Checked strictly, written atomically.
+"""This project's weight files: fcmae.pt (pretraining), best.pt and last.pt (fine-tuning).
 
-A file is a dict of tensors and plain values that `torch.load(weights_only=True)` reads:
+A file is a dict of tensors and plain values, readable with `torch.load(weights_only=True)`:
 
     format              "convnext-fcmae/1"
     arch                the encoder: name, channels, stem_stride, depths, dims
-    image               preprocessing: size [H, W], mean and std of each channel (None = unknown), eval_crop,
-                        interpolation, bit_depth; the last three may be missing (see configs/preprocessing.py)
+    image               preprocessing: size [H, W], mean and std per channel (None = unknown), eval_crop, interpolation,
+                        bit_depth; the last three are optional (see configs/preprocessing.py)
     encoder             tensors under timm's names
     decoder             pretraining: proj, mask_token, decoder, pred
     decoder_config      pretraining: settings of the masked autoencoder
     head                classifier: head.norm and head.fc
-    ema                 classifier: averaged encoder and head, or None
+    ema                 classifier: moving average of encoder and head, or None
     classes             class names, or None
-    task                fine-tuning: name of the task, as in finetune/tasks; missing or None in older files
+    task                fine-tuning: name of the task in finetune/tasks; missing or None in older files
 
-models/formats reads and writes the files of other projects.
+For other projects' files see models/formats.
 """
 
 import argparse
@@ -46,7 +46,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass
 class Weights:
-    """Content of a weight file."""
+    """Content of a weight file; see the module's docstring."""
 
     arch: Encoder
     preprocessing: Preprocessing
@@ -64,7 +64,7 @@ class Weights:
         return len(self.head["head.fc.bias"]) if "head.fc.bias" in self.head else 0
 
     def describe(self) -> str:
-        """One line: model, size in parameters, and the parts present."""
+        """One line: model, number of parameters, and parts present."""
         arch = self.arch
         parts = {"encoder": self.encoder, "decoder": self.decoder, "head": self.head, "EMA": self.ema}
         present = ", ".join(name for name, tensors in parts.items() if tensors)
@@ -80,9 +80,9 @@ def cpu_state(model: nn.Module) -> Tensors:
 
 
 def split_by_prefix(tensors: dict, prefix: str | tuple[str, ...]) -> tuple[dict, dict]:
-    """(tensors whose names start with `prefix`, or with one of several; the others)."""
-    inside = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return inside, {name: tensor for name, tensor in tensors.items() if name not in inside}
+    """(tensors whose names start with a prefix, the others)."""
+    matching = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return matching, {name: tensor for name, tensor in tensors.items() if name not in matching}
 
 
 def save(path: Path, weights: Weights) -> None:
@@ -101,44 +101,32 @@ def use_ema(weights: Weights, path: str) -> Weights:
     return replace(weights, encoder=encoder, head=head, ema=None)
 
 
-def load(path: str | Path) -> Weights:
-    """Read a weight file of this project.
-
-    Raises:
-        UserError: missing, truncated, of another format, or with anything but tensors and plain values
-    """
-    content = load_file(path)
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a weight file of this project (format {FORMAT})")
-    return from_content(content, path)
-
-
 def load_file(path: str | Path) -> dict:
-    """Load what `torch.save` wrote without running code: tensors, plain values and `argparse.Namespace` only.
+    """Load a file of `torch.save` without executing code: tensors, plain values and `argparse.Namespace` only.
 
-    Published checkpoints store their command line as a Namespace, which has no behaviour.
+    Official checkpoints store their command line as a Namespace, which has no behaviour.
 
     Raises:
-        UserError: missing, truncated, not a dict, or with an object of another class
+        UserError: the file is missing, truncated, not a dict, or contains an object of another class
     """
     path = Path(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"{path} {what}: give a weight file")
+        problem = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {problem}: give a weight file")
     with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):  # older torch files are bare pickles: refused
+        if not zipfile.is_zipfile(file):  # bare pickles of older torch versions are refused
             raise UserError(
-                f"{path} is truncated or not a weight file (a zip, as torch.save writes it since 1.6): copy it again"
+                f"{path} is truncated or not a weight file (a zip, as torch.save writes since 1.6): copy it again"
             )
-        if _is_program(file):
+        if _is_exported_program(file):
             raise UserError(f"{path} is an exported program, not weights: give the file that it was exported from")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{path} contains code or objects besides tensors and plain values{_foreign(path)}: refused, nothing was "
-            "executed; save its state_dict alone"
+            f"{path} contains code or objects besides tensors and plain values{_forbidden_global(path)}: refused, "
+            "nothing was executed; save its state_dict alone"
         ) from None
     except Exception as error:  # damaged bytes can raise anything in the reader
         raise UserError(f"{path} is truncated or not a weight file ({reason(error)}): copy it again") from None
@@ -147,15 +135,15 @@ def load_file(path: str | Path) -> dict:
     return content
 
 
-def _foreign(path: Path) -> str:
-    """The first class or function that a file would import, in brackets; nothing if that cannot be read either."""
+def _forbidden_global(path: Path) -> str:
+    """The first class or function that a file would import, in brackets; empty if the file is unreadable."""
     with suppress(Exception), torch.serialization.safe_globals([argparse.Namespace]):
         return f" ({torch.serialization.get_unsafe_globals_in_checkpoint(path)[0]})"
     return ""
 
 
-def _is_program(file: BinaryIO) -> bool:
-    """Whether a zip is what torch.jit.save or torch.export.save wrote."""
+def _is_exported_program(file: BinaryIO) -> bool:
+    """Whether a zip was written by torch.jit.save or torch.export.save."""
     try:
         members = zipfile.ZipFile(file).namelist()
     except (zipfile.BadZipFile, ValueError, OSError):  # damaged: torch.load reports it
@@ -167,7 +155,7 @@ def from_content(content: dict, path: str | Path) -> Weights:
     """Parse and check the content of a file in this project's format.
 
     Raises:
-        UserError: a part is missing, or the tensors are not those of the model that the file names
+        UserError: a part is missing, or the tensors do not match the file's architecture
     """
     fields = {key: value for key, value in content.items() if key not in ("format", "arch", "image")}
     try:
@@ -190,19 +178,19 @@ def from_content(content: dict, path: str | Path) -> Weights:
     return weights
 
 
-def expected_tensors(arch: Encoder, found: Tensors) -> Tensors:
-    """All tensors, on the meta device, of the parts (encoder, decoder, head) that `found` has tensors of.
+def expected_tensors(arch: Encoder, present: Tensors) -> Tensors:
+    """All tensors, on the meta device, of the encoder and of those parts (decoder, head) that `present` has tensors of.
 
-    The widths of head and decoder are inferred from `found`; names are this project's.
+    The widths of head and decoder are inferred from `present`; names are this project's.
     """
     with torch.device("meta"):
-        tensors = ConvNeXt(arch, found["head.fc.bias"].numel() if "head.fc.bias" in found else 1).state_dict()
-        if any(name.startswith(DECODER) for name in found):
-            width, depth = decoder_shape(found)
+        tensors = ConvNeXt(arch, present["head.fc.bias"].numel() if "head.fc.bias" in present else 1).state_dict()
+        if any(name.startswith(DECODER) for name in present):
+            width, depth = decoder_shape(present)
             settings = FCMAESettings(decoder_dim=width, decoder_depth=depth)
             tensors |= split_by_prefix(FCMAE(PretrainModel(**asdict(arch)), settings).state_dict(), "encoder.")[1]
     for part in ("head.fc.", "head."):
-        if not any(name.startswith(part) for name in found):
+        if not any(name.startswith(part) for name in present):
             _, tensors = split_by_prefix(tensors, part)
     return tensors
 
@@ -210,16 +198,16 @@ def expected_tensors(arch: Encoder, found: Tensors) -> Tensors:
 def decoder_shape(tensors: Tensors) -> tuple[int, int]:
     """(width, depth) of a decoder, inferred from its tensors."""
     width = next((tensors[name].numel() for name in ("mask_token", "proj.bias") if name in tensors), 1)
-    return max(1, width), max(1, count(tensors, r"decoder\.(\d+)\."))
+    return max(1, width), max(1, count_modules(tensors, r"decoder\.(\d+)\."))
 
 
-def count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that the pattern matches."""
+def count_modules(names: Iterable[str], pattern: str) -> int:
+    """One more than the highest index, the pattern's group, in parameter names."""
     return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
 
 
 def check_tensors(path: str | Path, tensors: Tensors) -> None:
-    """Raise `UserError` unless all are dense floating-point tensors."""
+    """Raise `UserError` unless all values are dense floating-point tensors."""
     for name, tensor in tensors.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
         if not plain or not tensor.is_floating_point():
@@ -235,7 +223,7 @@ def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: s
     """Load tensors into a module; parameters whose names start with `ignore` keep their values.
 
     Raises:
-        UserError: lists what is missing, unexpected or misshapen; the module is then unchanged
+        UserError: lists missing, unexpected and misshapen tensors; the module is unchanged
     """
     own = module.state_dict()
     if ignore is not None:
@@ -244,25 +232,25 @@ def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: s
     module.load_state_dict(tensors, strict=False)
 
 
-def check_shapes(path: str | Path, needed: dict[str, tuple], found: dict[str, tuple]) -> None:
+def check_shapes(path: str | Path, expected: dict[str, tuple], actual: dict[str, tuple]) -> None:
     """Raise a `UserError` that lists missing names, unexpected names and wrong shapes."""
-    problems = [f"missing {name}" for name in sorted(needed.keys() - found.keys())]
-    problems += [f"unexpected {name}" for name in sorted(found.keys() - needed.keys())]
+    problems = [f"missing {name}" for name in sorted(expected.keys() - actual.keys())]
+    problems += [f"unexpected {name}" for name in sorted(actual.keys() - expected.keys())]
     problems += [
-        f"{name} is {list(found[name])}, needed {list(needed[name])}"
-        for name in sorted(needed.keys() & found.keys())
-        if found[name] != needed[name]
+        f"{name} is {list(actual[name])}, expected {list(expected[name])}"
+        for name in sorted(expected.keys() & actual.keys())
+        if actual[name] != expected[name]
     ]
     if problems:
         more = f", and {len(problems) - MAX_LISTED} more" if problems[MAX_LISTED:] else ""
-        raise UserError(f"{path} is of another model: {', '.join(problems[:MAX_LISTED])}{more}")
+        raise UserError(f"{path} contains another model: {', '.join(problems[:MAX_LISTED])}{more}")
 
 
 def other_channels(tensors: Tensors, channels: int) -> Tensors:
     """Adapt the stem, and the prediction layer if present, to another number of input channels.
 
     Kernels of the old channels are repeated cyclically and scaled, so that an image with equal channels gives about the
-    same tokens; for one channel they are summed. A new channel is predicted like the old channel that it repeats.
+    same tokens; for one channel they are summed. The prediction layer repeats the old channels in the same order.
     """
     stem = tensors["stem.0.weight"]
     old = stem.shape[1]

@@ -3,9 +3,9 @@
 deepspeed pretrain/main.py                                              built-in digits
 deepspeed pretrain/main.py --config configs/pretrain/cifar10.yaml
 deepspeed pretrain/main.py --config R.yaml --data.path shards/mine --run.name mine
-deepspeed pretrain/main.py --config R.yaml --init checkpoint-799.pth    go on from weights of any format
+deepspeed pretrain/main.py --config R.yaml --init checkpoint-799.pth    continue from weights of any format
 python pretrain/main.py ...                                             one process
-python pretrain/main.py --config R.yaml --dry-run 64                    what 64 ranks would do and need
+python pretrain/main.py --config R.yaml --dry-run 64                    plan and memory for 64 ranks, without training
 """
 
 import sys
@@ -28,7 +28,7 @@ def main() -> None:
     """Entry point: parse, build, run."""
     config = parse(Pretrain, "pretrain/digits.yaml", __doc__, {"objective": OBJECTIVES})
     make_objective = OBJECTIVES[config.objective.name].Objective
-    make_objective(config)  # refuses settings that do not fit, before the slow imports
+    make_objective(config)  # check the settings before the slow imports
     check_inputs(config)
 
     from data.loader import train_loader
@@ -49,7 +49,7 @@ def main() -> None:
     config = replace(config, data=with_statistics(config.data, init, config.model.channels))
     data, optim, objective = config.data, config.optim, make_objective(config)
     statistics = data.statistics(config.model.channels)
-    split, probed = open_split(data), probe_splits(config)
+    split, probe = open_split(data), probe_splits(config)
     if (ranks := dry_run()) is not None:
         model = objective.build()
         groups = parameter_groups(model, optim)
@@ -73,7 +73,7 @@ def main() -> None:
         f"{config.model.name}, {parameters / 1e6:.1f}M encoder parameters, {config.model.backend} backend on "
         f"{world.device.type} x {world.ranks}; {len(split):,} images; {objective.describe()}"
     )
-    online = OnlineEval(config, probed, statistics, world) if probed else None
+    online = OnlineEval(config, probe, statistics, world) if probe else None
     stage = Pretraining(config, objective, engine, world, intro, statistics, online)
     trainer = Trainer(config, engine, loader, stage, world, identity)
     seconds = trainer.run()
@@ -82,9 +82,9 @@ def main() -> None:
         if world.first:
             path = trainer.folder / f"{config.objective.name}.pt"
             preprocessing = Preprocessing(data.height_width, config.model.channels, *statistics)
-            content = Weights(model.encoder.arch, preprocessing, cpu_state(model.encoder), *objective.decoder(model))
-            content.classes = split.classes
-            save(path, content)
+            weights = Weights(model.encoder.arch, preprocessing, cpu_state(model.encoder), *objective.decoder(model))
+            weights.classes = split.classes
+            save(path, weights)
             summary = summarize(trainer.folder / "log.jsonl", config, trainer.steps_per_epoch)
             write_summary(trainer.folder, config, world, seconds, summary)
             print(f"wrote {path}: fine-tune it with `python finetune/main.py --init {path} ...`")

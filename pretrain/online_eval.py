@@ -17,10 +17,10 @@ from launch.training.world import World
 
 
 def probe_splits(config: Pretrain) -> tuple[Split, Split] | None:
-    """The split of the neighbours and the one that is classified; None without a probe.
+    """(training split, evaluation split) of the probe; None if `probe.every` is 0.
 
     Raises:
-        UserError: a split is missing, without labels or too small; names the keys
+        UserError: a split is missing, unlabelled or too small; names the keys to set
     """
     probe = config.probe
     if not probe.every:
@@ -33,8 +33,8 @@ def probe_splits(config: Pretrain) -> tuple[Split, Split] | None:
         images = min(probe.images, len(splits[0]))
         if images < KS[0]:
             raise UserError(
-                f"{images} images of {data.path}, split {probe.train_split} (probe.images {probe.images}) are fewer "
-                f"than {KS[0]} neighbours"
+                f"{data.path}, split {probe.train_split} has {images} images (probe.images {probe.images}), fewer than "
+                f"{KS[0]} neighbours"
             )
     except UserError as error:
         keys = "probe.path, probe.train_split and probe.eval_split"
@@ -46,8 +46,8 @@ class OnlineEval:
     """kNN and linear accuracy of the encoder's features on labelled images.
 
     Args:
-        splits: the neighbours', and the one that is classified
-        statistics: mean and standard deviation of each channel
+        splits: training and evaluation split, from `probe_splits`
+        statistics: mean and standard deviation per channel
     Raises:
         UserError: the first image of a split cannot be read
     """
@@ -66,7 +66,7 @@ class OnlineEval:
             loader.samples[0, 0, 0]  # fail now rather than after an epoch
 
     def describe(self) -> str:
-        """What is evaluated, and when."""
+        """One line: what is evaluated, and when."""
         bank, queries = (f"{min(len(split), self.probe.images):,} of {split.name}" for split in self.splits)
         return (
             f"kNN evaluation before the first step, every {self.probe.every} epochs and after the last: images "
@@ -74,9 +74,9 @@ class OnlineEval:
         )
 
     def evaluate(self, engine: Engine, epoch: int, progress: Progress) -> Report:
-        """Accuracies for each number of neighbours, and of the linear classifier. The model's mode is not changed."""
+        """kNN accuracy for each k and accuracy of the linear classifier. The model's mode is unchanged."""
         classes, world = len(self.splits[0].classes), self.world
-        with engine.whole_weights(), torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
+        with engine.whole_weights(), torch.random.fork_rng(devices=[]):  # DataLoader draws a random seed
             bank, queries = (
                 features(engine.model.encoder, loader, world, self.mean, self.std, engine.precision, progress)
                 for loader in self.loaders

@@ -1,4 +1,4 @@
-"""Reconstruction pictures, and the measure of feature collapse."""
+"""Reconstruction pictures and a measure of feature collapse."""
 
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,18 @@ from models.fcmae import FCMAE, patch_statistics
 from models.sparse.layouts import Dense, patchify, unpatchify
 
 COLUMNS = ("input", "visible patches", "prediction", "prediction pasted")
-CELL, GAP, CAPTION = 128, 4, 18  # pixels: least side of one image, gap between two, height of a line of text
-GREY = 0.5  # where there is nothing
+CELL, GAP, CAPTION = 128, 4, 18  # pixels: minimum side of an image, gap between images, height of a line of text
+GREY = 0.5  # of missing pixels
 
 
 def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(masked, predicted, pasted) of normalised images [B, C, H, W]: what the encoder saw, what the decoder says of the
-    rest, and both together. NaN where there is nothing.
+    """Reconstruct normalised images [B, C, H, W].
 
-    Visible patches are pasted from the input: the model was never trained on them. Where it predicts normalised
-    pixels (norm_pix), the true patch's mean and variance bring them back, so brightness and contrast of a hidden
-    patch are given, not predicted.
+    With norm_pix, predictions are rescaled by mean and variance of the true patch, so brightness and contrast of a
+    hidden patch are not predicted.
+
+    Returns:
+        visible patches of the input, predicted hidden patches, and both combined; missing pixels are NaN
     """
     output = model.predict(image, visible)
     grid = tuple(visible.shape[1:])
@@ -43,7 +44,7 @@ def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, T
 
 
 def reconstruction_grid(model: FCMAE, image: Tensor, visible: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """A captioned picture [3, height, width], uint8: for each image the four of `COLUMNS`, two images in a row."""
+    """Captioned picture [3, height, width], uint8: the four `COLUMNS` for each image, two images per row."""
     columns = [_to_rgb(x, mean, std) for x in (image, *reconstruct(model, image, visible))]
     zoom = max(1, -(-CELL // max(image.shape[2:])))
     cells = [x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for x in columns]
@@ -64,7 +65,7 @@ def reconstruction_grid(model: FCMAE, image: Tensor, visible: Tensor, mean: Tens
 
 
 def _to_rgb(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalised images of any number of channels as uint8 RGB, on the CPU: the first three channels, or grey."""
+    """Normalised images as uint8 RGB on the CPU: the first three channels; the first as grey if there are fewer."""
     pixels = (image.float() * std[:, None, None] + mean[:, None, None]).nan_to_num(GREY).clamp(0, 1)
     pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
     return (pixels * 255).round().to(torch.uint8).cpu()
@@ -77,25 +78,24 @@ def write_png(path: Path, picture: Tensor) -> None:
 
 
 def feature_distance(encoder: ConvNeXt, image: Tensor) -> dict[str, float]:
-    """Feature collapse (2301.00808, section 3.2): mean cosine distance of two channels' maps, for each stage.
+    """Mean cosine distance between channels per stage (feature collapse, 2301.00808, section 3.2).
 
-    0 = all channels are alike, .5 = they are unrelated. Taken in each block where the paper found the collapse, in the
-    expanded layer of the MLP (after GRN, where there is one). Tokens between blocks have channels of both signs, whose
-    cosines cancel: there the measure stays at .5 whatever happens.
+    0 = all channels are equal, 0.5 = they are uncorrelated. As in the paper, measured in the expanded layer of each
+    block's MLP, after GRN. Between blocks the measure would stay at 0.5: channels have both signs, so cosines cancel.
     """
-    found = {f"stage_{i}": [] for i in range(1, 1 + len(encoder.stages))}
+    distances = {f"stage_{i}": [] for i in range(1, 1 + len(encoder.stages))}
 
     def measure(stage: str, _, inputs: tuple[Tensor]) -> None:
         maps = torch.nn.functional.normalize(inputs[0].flatten(1, 2).float(), dim=1)  # [B, T, C]: length 1 over T
-        cosine = maps.sum(2).square().sum(1) / maps.shape[2] ** 2  # the mean of all pairs is the mean map's square
-        found[stage].append(float((1 - cosine).mean() / 2))
+        cosine = maps.sum(2).square().sum(1) / maps.shape[2] ** 2  # mean over pairs = squared norm of the mean map
+        distances[stage].append(float((1 - cosine).mean() / 2))
 
     hooks = [
         block.mlp.fc2.register_forward_pre_hook(partial(measure, name))
-        for name, stage in zip(found, encoder.stages, strict=True)
+        for name, stage in zip(distances, encoder.stages, strict=True)
         for block in stage.blocks
     ]
     encoder.forward_features(image, Dense())
     for hook in hooks:
         hook.remove()
-    return {stage: mean(distances) for stage, distances in found.items()}
+    return {stage: mean(values) for stage, values in distances.items()}

@@ -1,4 +1,4 @@
-"""The pretraining stage: an objective's loss on batches of images; pictures and evaluations after an epoch."""
+"""The pretraining stage: the loss of an objective; pictures and evaluations after an epoch."""
 
 from pathlib import Path
 from typing import Protocol
@@ -20,45 +20,45 @@ from models.weights import Tensors
 from pretrain.online_eval import OnlineEval
 from pretrain.pictures import feature_distance, write_png
 
-PICTURES = 8  # images in a picture
+PICTURES = 8  # images per picture
 
 
 class Objective(Protocol):
-    """What is learnt from images without labels: one module in pretrain/objectives."""
+    """A self-supervised objective: one module in pretrain/objectives."""
 
     def describe(self) -> str:
         """Part of the run's first line."""
 
     def transform(self) -> Transform:
-        """Makes a sample of a decoded image: `image`, and whatever else the objective needs of a batch."""
+        """Transform of a decoded image to a sample: `image`, and what else the objective needs."""
 
     def build(self) -> nn.Module:
-        """The model with initial weights: `encoder` is its ConvNeXt, its forward maps `inputs` to the loss []."""
+        """The model with initial weights; `encoder` is its ConvNeXt, and its forward maps `inputs` to the loss []."""
 
     def load(self, model: nn.Module, init: Opened) -> None:
-        """Start from the weights of --init."""
+        """Load the weights of --init. Raises `UserError` if they are of another model."""
 
     def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """What the model's forward takes, from normalised images [B, C, H, W] on the device and the batch."""
+        """Arguments of the model's forward, from normalised images [B, C, H, W] on the device and the batch."""
 
     def example(self, count: int) -> dict[str, Tensor]:
-        """What `transform` adds to a batch of `count` images, to measure memory with."""
+        """Everything but `image` of a batch of `count` images, for the memory estimate of --dry-run."""
 
     def picture(self, model: nn.Module, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Tensor]:
-        """Title and picture uint8 [3, H, W] of a few images; the model is in evaluation mode."""
+        """(title, picture uint8 [3, H, W]) of a few inputs; the model is in evaluation mode."""
 
     def decoder(self, model: nn.Module) -> tuple[Tensors, dict]:
-        """Tensors besides the encoder's for the weight file, and the settings to build them with; may be empty."""
+        """(tensors besides the encoder's, settings to rebuild them) for the weight file; may be empty."""
 
 
 class Pretraining:
-    """The stage that the trainer runs for an objective (`launch.training.trainer.Stage`).
+    """Trains an objective; a `launch.training.trainer.Stage`.
 
     Args:
         engine: around the objective's model
         intro: first line of the console
-        statistics: mean and standard deviation of each channel
-        online: kNN and linear evaluation during the run; None = none
+        statistics: mean and standard deviation per channel
+        online: evaluation during the run; None = none
     """
 
     def __init__(
@@ -70,71 +70,66 @@ class Pretraining:
         self.mean, self.std = (torch.tensor(values, device=world.device) for values in statistics)
 
     def describe(self) -> list[str]:
-        """The run, and the evaluation along the way."""
         return [self.intro, *([self.online.describe()] if self.online else [])]
 
     def start(self, step: int, progress: Progress) -> Report:
-        """Evaluate the initial weights: what training adds is the difference from them."""
+        """Evaluate the initial weights, as a baseline."""
         return self.online.evaluate(self.engine, 0, progress) if self.online and step == 0 else Report()
 
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
-        """The objective's loss."""
         image = normalize(batch["image"].to(self.world.device, non_blocking=True), self.mean, self.std)
         inputs = self.objective.inputs(image, batch)
         self.last = tuple(tensor[:PICTURES] for tensor in inputs)
         return self.engine(*inputs)
 
     def after_update(self) -> None:
-        """No-op: pretraining keeps no average of the weights."""
+        """No-op: pretraining keeps no EMA."""
 
     def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
-        """A picture every `run.picture_every` epochs, an evaluation every `probe.every`; both after the last."""
+        """Draw every `run.picture_every` epochs, evaluate every `probe.every`; both after the last."""
         report = Report()
         if last or epoch % self.config.run.picture_every == 0:
-            title, picture, distance = self.draw()
-            report.pictures[title] = picture
-            report.scores["feature_distance"] = distance
+            self.draw(report)
         if self.online and (last or epoch % self.config.probe.every == 0):
-            found = self.online.evaluate(self.engine, epoch, progress)
-            report.scores.update(found.scores)
-            report.lines.extend(found.lines)
+            evaluation = self.online.evaluate(self.engine, epoch, progress)
+            report.scores.update(evaluation.scores)
+            report.lines.extend(evaluation.lines)
         return report
 
     @torch.no_grad()
-    def draw(self) -> tuple[str, Tensor, dict[str, float]]:
-        """Title and picture of the last batch, also written to reconstruction.png, and its feature distances.
+    def draw(self, report: Report) -> None:
+        """Add picture and feature distances of the last batch to a report; write reconstruction.png.
 
-        Every rank computes them, because with ZeRO 3 each has a part of the weights; the first one writes.
+        All ranks compute them, because ZeRO 3 shards the weights; the first one writes.
         """
         model = self.engine.model
         with self.engine.whole_weights(), self.engine.autocast():
             model.eval()
             title, picture = self.objective.picture(model, self.last, self.mean, self.std)
-            distance = feature_distance(model.encoder, self.last[0])
+            report.pictures[title] = picture
+            report.scores["feature_distance"] = feature_distance(model.encoder, self.last[0])
             model.train()
         if self.world.first:
             write_png(Path(self.config.run.folder) / self.config.run.name / "reconstruction.png", picture)
-        return title, picture, distance
 
     def should_stop(self) -> bool:
-        """Pretraining runs to its last step."""
         return False
 
     def state(self) -> dict:
-        """Nothing besides the engine's: everything random is a function of seed, epoch and sample."""
+        """Empty: everything random is a function of seed, epoch and sample."""
         return {}
 
     def load_state(self, state: dict) -> None:
-        """Nothing to restore."""
+        """No-op."""
 
 
 def summarize(log: Path, config: Pretrain, steps_per_epoch: int) -> dict:
-    """Results of a finished run from its log.jsonl, as plain values by epoch (0 = before the first).
+    """Results of a finished run from its log.jsonl, as plain values by epoch (0 = initial weights).
 
-    Losses and images/s are means over an epoch.
+    Loss and images/s are means over an epoch.
     """
-    found: dict = {"stage": "pretraining", "steps": 0, "epochs": config.optim.epochs}
-    found |= {"loss": {}, "images_per_s": {}, "knn": {}, "linear": {}, "feature_distance": {}}
+    results: dict = {"stage": "pretraining", "steps": 0, "epochs": config.optim.epochs}
+    results |= {"loss": {}, "images_per_s": {}, "knn": {}, "linear": {}, "feature_distance": {}}
     lines = list(read_log(log))
     total = max((line["step"] for line in lines), default=0)
     before, parts = 0, []
@@ -142,13 +137,13 @@ def summarize(log: Path, config: Pretrain, steps_per_epoch: int) -> dict:
         epoch = -(-line["step"] // steps_per_epoch)
         for name in ("knn", "linear", "feature_distance"):
             if name in line:
-                found[name][epoch] = line[name]
+                results[name][epoch] = line[name]
         if "loss" in line:
             parts.append((line["step"] - before, line["loss"], line["images_per_s"]))
             before = line["step"]
             if before % steps_per_epoch == 0 or before == total:
                 weights, losses, rates = zip(*parts, strict=True)
-                found["loss"][epoch] = float(np.average(losses, weights=weights))
-                found["images_per_s"][epoch] = float(np.average(rates, weights=weights))
+                results["loss"][epoch] = float(np.average(losses, weights=weights))
+                results["images_per_s"][epoch] = float(np.average(rates, weights=weights))
                 parts = []
-    return found | {"steps": total}
+    return results | {"steps": total}

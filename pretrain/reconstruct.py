@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     check_paths(options)
 
-    import numpy as np  # torch and all that needs it: seconds, which --help and mistakes need not wait for
+    import numpy as np  # slow imports, after the checks
     import torch
 
     from data.decode import decode
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     write_png(options.out, sheet)
     print(f"wrote {options.out}: {len(images)} images, {n} of {patches} patches visible")
     if model.settings.norm_pix:
-        print("the model predicts normalised pixels: each predicted patch is shown with the true mean and variance")
+        print("the model predicts normalised pixels: predicted patches are shown with the true mean and variance")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,3 @@
-"""Export of trained models: the exported graph, the file formats, and the comparison with the source."""
+"""Export of trained models: the exported graph, file formats, and comparison with the source."""
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt", "safetensors": ".safetensors"}

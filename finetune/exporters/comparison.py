@@ -1,9 +1,10 @@
-"""Comparing an exported model with its source on real images, and checking that a model can run in fp16."""
+"""Compare an exported model with its source on real images, and check that a model runs in fp16."""
 
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,16 +13,15 @@ from configs.errors import UserError, reason
 from finetune.exporters.graph import Deployed
 
 TOLERANCE = 1e-4  # of the largest output: runtimes sum in different orders
-# fp16 rounds every result by up to 2^-11, in a base model about 400 times from image to logits: errors of random sign
-# add up to sqrt(400) * 2^-11 = 1 % of the largest output.
+# fp16 rounds by up to 2^-11; about 400 roundings of random sign in a base model give sqrt(400) * 2^-11 = 1 %
 FP16_TOLERANCE = 1e-2
 FP16_MAX = torch.finfo(torch.float16).max  # 65504
 
-Predict = Callable[[Tensor], list[Tensor]]  # images [B, C, H, W] from 0 to 1 to [logits], or to the four feature maps
+Predict = Callable[[Tensor], list[Tensor]]  # images [B, C, H, W] from 0 to 1 to [logits] or to four feature maps
 
 
 def predict_with(module: Callable) -> Predict:
-    """A torch module as a function that returns a list of outputs."""
+    """Wrap a torch module in a function that returns a list of outputs."""
 
     @torch.no_grad()
     def predict(images: Tensor) -> list[Tensor]:
@@ -32,45 +32,45 @@ def predict_with(module: Callable) -> Predict:
 
 
 def comparison_batches(images: Tensor, free: tuple[bool, bool]) -> list[Tensor]:
-    """Batches of 1, of 3 and of all images; and one image of double height and width, where they are free."""
+    """Batches of 1, 3 and all images, and an image with those of its sides doubled that are free."""
     larger = [images[:1].repeat(1, 1, 1 + free[0], 1 + free[1])] if any(free) else []
     return [images[:1], images[torch.arange(3) % len(images)], images, *larger]
 
 
 def compare(
-    expected: list[list[Tensor]], predict: Predict, batches: list[Tensor], tolerance: float, what: str
+    expected: list[list[Tensor]], predict: Predict, batches: list[Tensor], tolerance: float, subject: str
 ) -> float:
     """The maximum difference from the expected outputs, relative to the largest output.
 
     Args:
         expected: outputs for each batch
         batches: images [B, C, H, W] from 0 to 1
-        what: beginning of the error message
+        subject: beginning of the error message
     Raises:
         UserError: the difference exceeds the tolerance or is not finite, or an image is assigned to another class
     """
     largest = 0.0
-    for images, wanted in zip(batches, expected, strict=True):
-        for output, want in zip(predict(images), wanted, strict=True):
-            if output.shape != want.shape:
-                raise UserError(f"{what} outputs {list(output.shape)} instead of {list(want.shape)}")
-            share = float((output - want).abs().max() / want.abs().max())
+    for images, references in zip(batches, expected, strict=True):
+        for output, reference in zip(predict(images), references, strict=True):
+            if output.shape != reference.shape:
+                raise UserError(f"{subject} outputs {list(output.shape)} instead of {list(reference.shape)}")
+            share = float((output - reference).abs().max() / reference.abs().max())
             if not share <= tolerance:
                 raise UserError(
-                    f"{what} differs from the source by {share:.1e} of the largest output in a batch of {len(images)}, "
-                    f"more than {tolerance:.0e}"
+                    f"{subject} differs from the source by {share:.1e} of the largest output in a batch of "
+                    f"{len(images)}, more than {tolerance:.0e}"
                 )
-            others = int((output.argmax(1) != want.argmax(1)).sum()) if output.ndim == 2 else 0
+            others = int((output.argmax(1) != reference.argmax(1)).sum()) if output.ndim == 2 else 0
             if others:
-                raise UserError(f"{what} assigns {others} of {len(images)} images to another class than the source")
+                raise UserError(f"{subject} assigns {others} of {len(images)} images to another class than the source")
             largest = max(largest, share)
     return largest
 
 
 def check_fp16(source: Deployed, low: Deployed, expected: list[list[Tensor]], batches: list[Tensor]) -> None:
-    """Raise `UserError` if a model does not run in fp16: in torch, because other runtimes may use fp32 on a CPU.
+    """Raise `UserError` if a model does not run in fp16, in torch: other runtimes may use fp32 on a CPU.
 
-    The message names the first layer that overflows, if one does.
+    The message names the first layer that overflows, if any.
     """
     predict = explain_errors(predict_with(low), "torch")
     try:
@@ -85,33 +85,32 @@ def check_fp16(source: Deployed, low: Deployed, expected: list[list[Tensor]], ba
 
 
 def first_overflow(source: Deployed, batches: list[Tensor]) -> tuple[str, float]:
-    """(first activation beyond fp16's range, its largest absolute value); ("", 0) if there is none."""
-    found: list[tuple[str, float]] = []
+    """(first activation beyond fp16's range, its maximum absolute value); ("", 0) if there is none."""
+    overflows: list[tuple[str, float]] = []
 
-    def watch(name: str):
-        def hook(_, inputs: tuple, output: Tensor) -> None:
-            for what, x in ((f"the input of {name}", inputs[0]), (name, output)):
-                if (value := float(x.abs().max())) > FP16_MAX:
-                    found.append((what, value))
+    def check(name: str, _, inputs: tuple, output: Tensor) -> None:
+        for label, x in ((f"the input of {name}", inputs[0]), (name, output)):
+            if (value := float(x.abs().max())) > FP16_MAX:
+                overflows.append((label, value))
 
-        return hook
-
-    handles = [module.register_forward_hook(watch(name)) for name, module in source.model.named_modules() if name]
+    handles = [
+        module.register_forward_hook(partial(check, name)) for name, module in source.model.named_modules() if name
+    ]
     for images in batches:
         predict_with(source)(images)
     for handle in handles:
         handle.remove()
-    return found[0] if found else ("", 0.0)
+    return overflows[0] if overflows else ("", 0.0)
 
 
 def explain_errors(function: Callable, runtime: str) -> Callable:
-    """The function with any exception of a runtime turned into a `UserError`, and without its log output."""
+    """Wrap a function of a runtime: exceptions become `UserError`, log output is suppressed."""
 
     def wrapped(*inputs):
         try:
             with quiet_libraries():
                 return function(*inputs)
-        except Exception as error:  # each runtime has its own classes
+        except Exception as error:  # runtimes have their own exception classes
             raise UserError(
                 f"the runtime of {runtime} cannot run this model here ({reason(error)}): choose another format or "
                 "precision"
@@ -122,7 +121,7 @@ def explain_errors(function: Callable, runtime: str) -> Callable:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Suppress warnings and logs of libraries: deprecations of torch.jit, timm's list of unused tensors."""
+    """Suppress warnings and logs of libraries, such as torch.jit's deprecation."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():

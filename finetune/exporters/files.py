@@ -1,6 +1,6 @@
-"""The file formats of finetune/export.py: writing each, and reading it back in its own runtime.
+"""The file formats of finetune/export.py: write them, and read them back in their own runtimes.
 
-safetensors contains weights under timm's names but no graph: timm's model is its runtime.
+safetensors contains weights with timm's names but no graph; its runtime is timm's model.
 """
 
 import json
@@ -9,25 +9,24 @@ from pathlib import Path
 import timm
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from configs.schema import Encoder
 from data.transforms import normalize
 from finetune.exporters.comparison import Predict, explain_errors, predict_with, quiet_libraries
 from finetune.exporters.graph import Deployed, free_sides, min_free_side, trace
 from models.formats.write import how_to_load, how_to_load_backbone, timm_backbone, timm_options, write_weights
-from models.weights import Tensors, Weights
+from models.weights import Weights
 
-METADATA = "convnext-fcmae.json"  # key in ONNX's metadata_props; file name among a torch archive's extra files
+METADATA = "convnext-fcmae.json"  # key in ONNX's metadata_props; extra file of torch archives
 IMAGE = "image"  # name of the input
 SIDES = ("height", "width")
 
 
 def export(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict[str, str]) -> None:
-    """Write a model in one of the formats of `SUFFIXES`; ONNX stores weights of more than 2 GB in a second file.
+    """Write a model in a format of `SUFFIXES`; ONNX stores weights of more than 2 GB in a second file.
 
     Args:
-        weights: source of the metadata; for safetensors, which has timm's metadata, of the tensors too
+        weights: source of the metadata and, for safetensors, of the tensors
         outputs: name and description of each output
     Raises:
         UserError: timm cannot build this model
@@ -40,7 +39,7 @@ def export(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: d
     free = {0: "batch"} | {axis + 2: SIDES[axis] for axis in (0, 1) if free_sides(weights)[axis]}
     with torch.no_grad(), quiet_libraries():
         if to == "torchscript":
-            traced = torch.jit.trace(deployed, (example,), check_trace=False)  # compared on real images later
+            traced = torch.jit.trace(deployed, (example,), check_trace=False)  # `compare` checks it
             torch.jit.save(traced, path, _extra_files={METADATA: text})
             return
         program = trace(deployed, example, free, min_free_side(weights.arch))
@@ -54,7 +53,7 @@ def export(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: d
 
 
 def metadata(weights: Weights, outputs: dict[str, str], precision: str) -> dict:
-    """Metadata of an exported file: model, input, output, class names, preprocessing."""
+    """Metadata of an exported file: model, precision, input, outputs, class names, preprocessing."""
     arch = weights.arch
     sides = zip(SIDES, weights.preprocessing.size, free_sides(weights), strict=True)
     height, width = (f"{name} >= {min_free_side(arch)}" if free else str(side) for name, side, free in sides)
@@ -64,7 +63,7 @@ def metadata(weights: Weights, outputs: dict[str, str], precision: str) -> dict:
 
 
 def stage_outputs(arch: Encoder) -> dict[str, str]:
-    """Name and description of the feature maps of an encoder without a head."""
+    """Names and descriptions of an encoder's feature maps."""
     strides = [arch.stem_stride * 2**i for i in range(4)]
     return {
         f"stage{i}": f"float32 [batch, {channels}, height / {stride}, width / {stride}]"
@@ -76,9 +75,9 @@ def load_exported(path: Path, to: str, weights: Weights) -> Predict:
     """Read an exported file in its own runtime, on the CPU.
 
     Args:
-        weights: for safetensors: the model, and whether it has a head
+        weights: architecture and number of classes, for safetensors
     Raises:
-        UserError: the runtime cannot read the file or, later, run it
+        UserError: the runtime cannot read the file; the returned function: cannot run it
     """
     return explain_errors(explain_errors(_load, to)(path, to, weights), to)
 
@@ -103,7 +102,7 @@ def _load(path: Path, to: str, weights: Weights) -> Predict:
 
 
 def how_to_use(path: Path, to: str, weights: Weights) -> str:
-    """The Python expression that computes outputs for `images`; for safetensors the one that builds timm's model."""
+    """Python expression for the outputs of `images`; for safetensors one that creates timm's model."""
     if to == "safetensors":
         return (how_to_load if weights.outputs else how_to_load_backbone)(path, weights, "timm")
     return {
@@ -111,8 +110,3 @@ def how_to_use(path: Path, to: str, weights: Weights) -> str:
         "torch-export": f'torch.export.load("{path}").module()(images)',
         "torchscript": f'torch.jit.load("{path}")(images)',
     }[to]
-
-
-def fp16_tensors(tensors: Tensors) -> dict[str, Tensor]:
-    """The tensors in fp16."""
-    return {name: tensor.half() for name, tensor in tensors.items()}

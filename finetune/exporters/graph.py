@@ -1,6 +1,6 @@
 """The exported graph: images [B, C, H, W], float32 from 0 to 1, to logits or feature maps, in fp32 or fp16.
 
-The graph normalises the images itself. B is free; for a backbone H and W are free too.
+The graph normalises the images. B is dynamic; H and W are too for backbones.
 """
 
 import copy
@@ -16,13 +16,10 @@ from models.weights import Weights
 
 
 class Deployed(nn.Module):
-    """A model as it is exported: images [B, C, H, W], float32 from 0 to 1, to logits [B, classes]; without a head, to
-    the feature maps [B, Ci, Hi, Wi] of the four stages. All outputs are float32.
+    """The exported model: images [B, C, H, W], float32 from 0 to 1, to logits [B, classes] or, without a head, the
+    feature maps [B, Ci, Hi, Wi] of the four stages; outputs are float32.
 
-    Args:
-        model: in evaluation mode
-        mean: [C]
-        std: [C]
+    `model` is in evaluation mode; `mean` and `std` are [C].
     """
 
     def __init__(self, model: ConvNeXt, mean: Tensor, std: Tensor):
@@ -44,9 +41,9 @@ class Deployed(nn.Module):
 
 
 def to_fp16(deployed: Deployed) -> Deployed:
-    """A copy whose convolutions and linear layers have fp16 weights and activations.
+    """Copy with fp16 weights and activations in convolutions and linear layers.
 
-    The head, LayerNorm and GRN's norm stay fp32: GRN's sum of squares overflows fp16 from activations of 256 on.
+    Head, LayerNorm and GRN's norm stay fp32: in fp16, GRN's sum of squares overflows from activations of 256 on.
     """
     low = copy.deepcopy(deployed)
     for module in [*low.model.stem.modules(), *low.model.stages.modules()]:
@@ -61,24 +58,24 @@ def to_fp16(deployed: Deployed) -> Deployed:
 
 
 def min_free_side(arch: Encoder) -> int:
-    """Minimum height and width, pixels, for them to be free: torch.export fixes a side of a single patch."""
+    """Minimum dynamic height and width in pixels: torch.export fixes a side of a single patch."""
     return 2 * PATCH_PER_STEM_STRIDE * arch.stem_stride
 
 
 def free_sides(weights: Weights) -> tuple[bool, bool]:
-    """Whether the exported model accepts other heights, and other widths, than its preprocessing has."""
+    """Whether (height, width) of the exported model are dynamic."""
     sides = weights.preprocessing.size
     height, width = (not weights.outputs and side >= min_free_side(weights.arch) for side in sides)
     return height, width
 
 
 def trace(deployed: Deployed, example: Tensor, free: dict[int, str], min_side: int) -> torch.export.ExportedProgram:
-    """The graph of a model, for any device.
+    """Export the graph of a model, for any device.
 
     Args:
         example: [2, C, H, W]
-        free: names of the free axes of the input
-        min_side: minimum height and width, where they are free
+        free: names of the dynamic axes of the input
+        min_side: minimum dynamic height and width
     """
     shape = {axis: torch.export.Dim(name, min=min_side if axis else None) for axis, name in free.items()}
     program = torch.export.export(deployed, (example,), dynamic_shapes=(shape,))

@@ -1,4 +1,4 @@
-"""Opening a weight file or model folder of any format without executing code: tensors and metadata, unchecked."""
+"""Read tensors and metadata, unchecked, from a weight file or model folder of any format. No code is executed."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from configs.errors import UserError, reason
 from configs.files import sha256
 from models.weights import Tensors, load_file
 
-TENSOR_KEYS = ("model", "state_dict", "module")  # where a checkpoint keeps its tensors
-EMA_KEYS = ("model_ema", "state_dict_ema")  # and their moving average
+TENSOR_KEYS = ("model", "state_dict", "module")  # keys of a checkpoint's tensors
+EMA_KEYS = ("model_ema", "state_dict_ema")  # and of their moving average
 CONFIG, PROCESSOR, INDEX = "config.json", "preprocessor_config.json", "model.safetensors.index.json"
 
 
@@ -24,16 +24,16 @@ class Container(NamedTuple):
 
 
 def read_container(path: Path) -> Container:
-    """Read what `torch.save` or safetensors wrote, or a folder with config.json.
+    """Read a file of `torch.save` or safetensors, or a folder with config.json.
 
     Raises:
-        UserError: it does not exist, is truncated, contains code, or is of another kind
+        UserError: the path is missing, truncated, contains code, or is neither a weight file nor a model folder
     """
     if path.is_dir():
         return _read_folder(path)
     if path.suffix == ".safetensors":
         tensors, header = _read_safetensors(path)
-        config = header.get("config")  # written here; other tools store other things under this key
+        config = header.get("config")  # ours is JSON; other tools use this key for other values
         try:
             return Container(tensors, None, _parse_json(config, path) if config else {})
         except UserError:
@@ -45,7 +45,7 @@ def read_container(path: Path) -> Container:
 
 
 def digest(path: str | Path) -> str:
-    """Short hash of a weight file, or of the files of a model folder that are read."""
+    """Short hash of a weight file, or of the files of a model folder that `read_container` reads."""
     path = Path(path)
     files = [path]
     if path.is_dir():
@@ -66,12 +66,12 @@ def _read_folder(path: Path) -> Container:
 
 
 def _tensor_files(path: Path) -> list[Path]:
-    """Files of a folder that contain tensors: several parts, one safetensors file, or the older pytorch_model.bin."""
+    """Tensor files of a model folder: the parts listed in an index, model.safetensors, or else pytorch_model.bin."""
     if (path / INDEX).is_file():
         parts = _read_json(path / INDEX).get("weight_map")
         names = set(parts.values()) if isinstance(parts, dict) else ()
         if not names or not all(isinstance(name, str) and name.endswith(".safetensors") for name in names):
-            raise UserError(f"{path / INDEX} names no files: copy it again")
+            raise UserError(f"{path / INDEX} lists no files: copy it again")
         return [path / Path(name).name for name in sorted(names)]
     files = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
     if not files:
@@ -96,7 +96,7 @@ def _read_json(path: Path) -> dict:
 def _parse_json(text: str | bytes, path: Path) -> dict:
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError includes invalid UTF-8 and numbers that are too long
+    except (ValueError, RecursionError) as error:  # ValueError: also invalid UTF-8 and overlong numbers
         raise UserError(f"{path} is not JSON ({reason(error)}): copy it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object: copy it again")

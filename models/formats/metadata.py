@@ -1,6 +1,6 @@
-"""Metadata in the weight files of other projects: class names, preprocessing, pretraining settings.
+"""Metadata of other projects' weight files: class names, preprocessing, pretraining settings.
 
-Files are untrusted: invalid values are ignored, with a remark.
+Files are untrusted: invalid values are ignored with a remark.
 """
 
 import math
@@ -12,9 +12,9 @@ from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Encoder, FCMAESettings, 
 from models.fcmae import flat_config
 from models.weights import Tensors, decoder_shape
 
-SQUASH_FROM = 384  # pixels: below, transformers' ConvNextImageProcessor crops; from here on it squashes
-RESAMPLE = {"bicubic": 3, "bilinear": 2, "nearest": 0}  # interpolations, as PIL and transformers number them
-WHOLE_CENTRE = 0.9999  # crop that keeps all of the shorter side: 1 would squash the whole image
+SQUASH_FROM = 384  # pixels: from this size on, transformers' ConvNextImageProcessor squashes; below it crops
+RESAMPLE = {"bicubic": 3, "bilinear": 2, "nearest": 0}  # PIL's and transformers' numbers
+WHOLE_CENTRE = 0.9999  # centre crop of the whole shorter side; 1 squashes the image
 
 
 def _dict(value: object) -> dict:
@@ -23,11 +23,11 @@ def _dict(value: object) -> dict:
 
 
 def _numbers(value: object, count: int) -> list[float] | None:
-    """`count` finite numbers, or None."""
+    """The value if it is a list of `count` finite numbers, else None."""
     if not isinstance(value, list | tuple) or len(value) != count:
         return None
-    fine = all(type(number) in (int, float) and math.isfinite(number) for number in value)  # a bool is no number
-    return [float(number) for number in value] if fine else None
+    valid = all(type(number) in (int, float) and math.isfinite(number) for number in value)  # excludes bool
+    return [float(number) for number in value] if valid else None
 
 
 def _size(value: object) -> list[int] | None:
@@ -44,31 +44,31 @@ def _arguments(metadata: dict) -> dict:
 
 
 def class_names(metadata: dict, form: str, outputs: int, remarks: list[str]) -> list[str] | None:
-    """Class names, from where each format stores them; None if there are none, or not as many as outputs."""
+    """Class names from the format's metadata; None if there are none or their number differs from `outputs`."""
     if form == "transformers":
-        found = metadata.get("id2label")
+        names = metadata.get("id2label")
     elif form == "mmpretrain":
         meta = _dict(metadata.get("meta"))
-        found = _dict(meta.get("dataset_meta")).get("classes", meta.get("CLASSES"))  # the second in older files
+        names = _dict(meta.get("dataset_meta")).get("classes", meta.get("CLASSES"))  # CLASSES: older files
     else:
-        found = metadata.get("label_names" if form == "timm" else "classes")
-    if isinstance(found, dict) and all(re.fullmatch(r"\d{1,6}", str(key)) for key in found):
-        found = [found[key] for key in sorted(found, key=int)]
-    if found is None:
+        names = metadata.get("label_names" if form == "timm" else "classes")
+    if isinstance(names, dict) and all(re.fullmatch(r"\d{1,6}", str(key)) for key in names):
+        names = [names[key] for key in sorted(names, key=int)]
+    if names is None:
         return None
-    if not isinstance(found, list | tuple) or not found or not all(isinstance(name, str | int) for name in found):
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str | int) for name in names):
         remarks.append("its class names are not a list of names: ignored")
         return None
-    if outputs and len(found) != outputs:
-        remarks.append(f"it names {len(found)} classes for {outputs} outputs: names ignored")
+    if outputs and len(names) != outputs:
+        remarks.append(f"it has {len(names)} class names for {outputs} outputs: ignored")
         return None
-    names = [str(name) for name in found]
+    names = [str(name) for name in names]
     unnamed = form == "transformers" and names == [f"LABEL_{i}" for i in range(len(names))]
     return None if unnamed else names
 
 
 def preprocessing(metadata: dict, form: str, arch: Encoder, remarks: list[str]) -> Preprocessing:
-    """Preprocessing, from where each format stores it.
+    """Preprocessing from the format's metadata.
 
     Defaults: 224 x 224 pixels, ImageNet's mean and std for 3 channels, bicubic, the crop of `Preprocessing`.
     """
@@ -79,24 +79,24 @@ def preprocessing(metadata: dict, form: str, arch: Encoder, remarks: list[str]) 
     else:
         stored = _dict((_dict(metadata.get("meta")) if form == "mmpretrain" else metadata).get("image"))
         stored = {"size": _arguments(metadata).get("input_size")} | stored
-    found: dict = {"size": _size(stored.get("size")) or [224, 224]}
+    image: dict = {"size": _size(stored.get("size")) or [224, 224]}
     statistics = [_numbers(stored.get(key), arch.channels) for key in ("mean", "std")]
     if None in statistics or min(statistics[1]) <= 0:
         rgb = arch.channels == 3
         statistics = [IMAGENET_MEAN, IMAGENET_STD] if rgb else [None, None]
         assumed = "ImageNet's mean and std assumed" if rgb else f"those of its {arch.channels} channels are unknown"
         remarks.append(f"it does not record mean and std: {assumed}")
-    found["mean"], found["std"] = statistics
+    image["mean"], image["std"] = statistics
     crop = _numbers([stored.get("eval_crop")], 1)
-    found |= {"eval_crop": crop[0]} if crop and 0 < crop[0] <= 1 else {}
+    image |= {"eval_crop": crop[0]} if crop and 0 < crop[0] <= 1 else {}
     interpolation = stored.get("interpolation")
     if interpolation in [*RESAMPLE]:
-        found["interpolation"] = interpolation
+        image["interpolation"] = interpolation
     elif interpolation is not None:
         remarks.append("its interpolation is not bicubic, bilinear or nearest: bicubic assumed")
     depth = stored.get("bit_depth")
-    found |= {"bit_depth": depth} if type(depth) is int and 0 < depth <= 64 else {}
-    return Preprocessing.from_dict(found, arch.channels)
+    image |= {"bit_depth": depth} if type(depth) is int and 0 < depth <= 64 else {}
+    return Preprocessing.from_dict(image, arch.channels)
 
 
 def _of_timm(config: dict) -> dict:
@@ -111,14 +111,14 @@ def _of_timm(config: dict) -> dict:
 def _of_processor(config: dict, side: object) -> dict:
     """Preprocessing of a transformers image processor; `side` is the image size in the model's config."""
     size, crop = config.get("size"), _dict(config.get("crop_size"))
-    size = {"shortest_edge": size} if type(size) is int else _dict(size)  # a number in older files
+    size = {"shortest_edge": size} if type(size) is int else _dict(size)  # older files have a number
     edge, share = size.get("shortest_edge"), config.get("crop_pct")
     resample = config.get("resample")
     name = next((name for name, number in RESAMPLE.items() if number == resample), resample)
     image = {"size": side, "mean": config.get("image_mean"), "std": config.get("image_std"), "interpolation": name}
     if _size(edge) and crop.get("height"):
         share = _numbers([crop["height"]], 1)
-        share = round(share[0] / edge, 3) if share else None  # the edge was rounded to whole pixels
+        share = round(share[0] / edge, 3) if share else None  # the edge is rounded to whole pixels
         return image | {"size": [crop.get("height"), crop.get("width")], "eval_crop": share}
     if "height" in size:
         whole = _size([size["height"], size.get("width")])
@@ -132,8 +132,8 @@ def _of_processor(config: dict, side: object) -> dict:
 def pretraining(metadata: dict, arch: Encoder, decoder: Tensors) -> dict:
     """Settings of the masked autoencoder in an official sparse checkpoint.
 
-    Files written by this project store them; for others they come from the stored command line. The official code's GRN
-    normalises over the batch.
+    Read from this project's metadata, or else from the official code's command line. The official code's GRN normalises
+    over the batch.
     """
     width, depth = decoder_shape(decoder)
     args, stored = _arguments(metadata), _dict(metadata.get("pretraining"))

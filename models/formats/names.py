@@ -1,7 +1,7 @@
-"""Names and shapes of a ConvNeXt's tensors in each project; docs/weights.md has the same as a table.
+"""Names and shapes of a ConvNeXt's tensors in each project; see the table in docs/weights.md.
 
-This project uses timm's names. A table maps them to another project's: {i} is a stage, {j} a block, {k} 1 or 2,
-{n} 0 or 1, {p} `weight` or `bias`. One table serves both directions.
+This project uses timm's names. A dict per format maps them to another project's, in both directions: {i} is a stage,
+{j} a block, {k} 1 or 2, {n} 0 or 1, {p} `weight` or `bias`.
 """
 
 import re
@@ -12,17 +12,6 @@ from torch import Tensor
 from models.sparse.taps import from_taps, to_taps
 
 FIELDS = {"i": r"[0-3]", "j": r"\d{1,3}", "k": r"[12]", "n": r"[01]", "p": r"weight|bias"}
-
-OURS_ENCODER = (
-    "stem.{n}.{p}",
-    "stages.{i}.downsample.{n}.{p}",
-    "stages.{i}.blocks.{j}.conv_dw.{p}",
-    "stages.{i}.blocks.{j}.norm.{p}",
-    "stages.{i}.blocks.{j}.mlp.fc{k}.{p}",
-    "stages.{i}.blocks.{j}.mlp.grn.{p}",
-    "stages.{i}.blocks.{j}.gamma",
-)
-OURS_HEAD = ("head.norm.{p}", "head.fc.{p}")
 
 OFFICIAL = {
     "stem.{n}.{p}": "downsample_layers.0.{n}.{p}",
@@ -56,8 +45,8 @@ OFFICIAL_SPARSE = {
     "decoder.{j}.mlp.grn.bias": "decoder.{j}.grn.beta",
     "pred.{p}": "pred.{p}",
 }
-TIMM = {name: name for name in OURS_ENCODER + OURS_HEAD}
-TRANSFORMERS = {  # all but the classifier have the prefix convnext. or convnextv2.
+TIMM = {ours: ours for ours in OFFICIAL}
+TRANSFORMERS = {  # prefix convnext. or convnextv2., except for the classifier
     "stem.0.{p}": "embeddings.patch_embeddings.{p}",
     "stem.1.{p}": "embeddings.layernorm.{p}",
     "stages.{i}.downsample.{n}.{p}": "encoder.stages.{i}.downsampling_layer.{n}.{p}",
@@ -108,17 +97,17 @@ def _rename(name: str, rows: list[tuple[re.Pattern, str]]) -> str | None:
 
 
 def to_name(ours: str, form: str) -> str | None:
-    """This project's name in another format, without transformers' prefix; None if the format has no such tensor."""
+    """A tensor's name in another format, without transformers' prefix; None if the format has no such tensor."""
     return _rename(ours, _TO[form])
 
 
 def from_name(theirs: str, form: str) -> str | None:
-    """This project's name of another format's tensor; None if the name does not belong to the format."""
+    """This project's name for a tensor of another format; None if the format has no such name."""
     return _rename(theirs, _FROM[form])
 
 
 def detect(names: Iterable[str]) -> str | None:
-    """Format of a state dict, by names that only one format has; None if there is no such name."""
+    """Format of a state dict, by names unique to a format; None if there are none."""
     marks = {
         "official-sparse": r"encoder\.(stages|downsample_layers)\..*\.(kernel|ln\.\w+|linear\.\w+)",
         "mmpretrain": r"backbone\..*|.*\.(depth|point)wise_conv\d?\..*",
@@ -134,11 +123,11 @@ def detect(names: Iterable[str]) -> str | None:
 
 
 def to_shape(ours: str, tensor: Tensor, form: str, conv_mlp: bool = False) -> Tensor:
-    """A tensor in the shape, and with the order of kernel taps, of another format.
+    """Convert a tensor to another format's shape and order of kernel taps.
 
     Args:
         ours: its name in this project
-        conv_mlp: timm: fc1 and fc2 are 1x1 convolutions
+        conv_mlp: for timm: fc1 and fc2 are 1x1 convolutions
     """
     if form == "timm" and conv_mlp and ".mlp.fc" in ours and tensor.ndim == 2:
         return tensor[:, :, None, None]

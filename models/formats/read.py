@@ -1,6 +1,6 @@
-"""Reading weights of this project, the official code (dense and sparse), timm, transformers and mmpretrain.
+"""Read weights of this project, the official code (dense and sparse), timm, transformers and mmpretrain.
 
-The format is detected by tensor names, the model inferred from tensor shapes. No code of a file is executed.
+The format is detected by tensor names, the architecture by shapes. No code of a file is executed.
 """
 
 import re
@@ -20,7 +20,7 @@ from models.weights import (
     Weights,
     check_shapes,
     check_tensors,
-    count,
+    count_modules,
     expected_tensors,
     from_content,
     split_by_prefix,
@@ -31,13 +31,15 @@ MAX_WIDTH = 1 << 16  # channels
 
 
 def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
-    """(weights, format, remarks on values that the file does not specify).
+    """Read a weight file.
 
     Args:
-        path: a file of `torch.save` or safetensors; or a folder with config.json, as transformers and timm write it
+        path: a file of `torch.save` or safetensors, or a folder of transformers or timm with config.json
+    Returns:
+        weights; format, one of `models.formats.FORMATS`; remarks on defaults for values that the file does not specify
     Raises:
-        UserError: no such file, truncated, containing code, of unknown format, or with missing, unexpected or misshapen
-            tensors, which are listed
+        UserError: the file is missing, truncated, contains code, has an unknown format, or has missing, unexpected or
+            misshapen tensors, which are listed
     """
     path = Path(path)
     container = read_container(path)
@@ -58,7 +60,7 @@ def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
         if other != arch or {n: t.shape for n, t in ema.items()} != {n: t.shape for n, t in raw.items()}:
             raise UserError(f"{path}: its averaged weights belong to another model than its raw ones")
     if form in ("timm", "transformers") and _identity_norm(head):
-        head = {}  # these formats always store this norm; for an encoder without a head it is the identity
+        head = {}  # these formats store an identity for encoders without a head
     remarks: list[str] = []
     settings = pretraining(container.metadata, arch, decoder) if decoder else {}
     image = preprocessing(container.metadata, form, arch, remarks)
@@ -81,60 +83,51 @@ def translate(
     """(architecture, encoder, decoder, head) of another format's tensors, under this project's names and in its shapes.
 
     Args:
-        architecture: model name that the file claims, used where the shapes match no named model
+        architecture: model name in the file, used if the shapes match no named model
     Raises:
-        UserError: lists what is missing, unexpected or misshapen, under the file's own names
+        UserError: lists missing, unexpected and misshapen tensors by the file's names
     """
     source = f"{path} (read as {form})"
-    theirs = {ours: name for name in tensors if (ours := from_name(_strip_prefixes(name), form))}
-    found = {ours: tensors[name] for ours, name in theirs.items() if isinstance(tensors[name], Tensor)}
-    arch = _architecture(found, form, source, architecture)
+    names = {ours: name for name in tensors if (ours := from_name(_strip_prefixes(name), form))}  # ours to the file's
+    known = {ours: tensors[name] for ours, name in names.items() if isinstance(tensors[name], Tensor)}
+    arch = _architecture(known, form, source, architecture)
     if form == "official":  # GRN of the released pretraining files is shaped as in the sparse code, [1, 4 C]
-        found |= {ours: t[None, None] for ours, t in found.items() if ".grn." in ours and t.ndim == 2}
-    needed = expected_tensors(arch, found)
-    conv_mlp = any(".mlp.fc" in ours and tensor.ndim == 4 for ours, tensor in found.items())
-    prefix = _prefix(theirs, form)
-    shapes = {theirs[ours]: tuple(tensor.shape) for ours, tensor in found.items()}
-    check_shapes(
-        source,
-        {
-            theirs.get(ours, prefix + to_name(ours, form)): tuple(to_shape(ours, tensor, form, conv_mlp).shape)
-            for ours, tensor in needed.items()
-        },
-        {name: shapes.get(name, ()) for name in tensors},
-    )
-    check_tensors(source, found)
-    mine = {ours: from_shape(ours, tensor, form, tuple(needed[ours].shape)) for ours, tensor in found.items()}
-    head, rest = split_by_prefix(mine, "head.")
-    encoder = {name: tensor for name, tensor in rest.items() if name.startswith(("stem.", "stages."))}
-    return arch, encoder, {name: tensor for name, tensor in rest.items() if name not in encoder}, head
-
-
-def _prefix(theirs: dict[str, str], form: str) -> str:
-    """The prefix of this file's tensor names, for error messages that name missing tensors as the file would."""
-    stems = (name.removesuffix(to_name(ours, form)) for ours, name in theirs.items() if ours.startswith("stem."))
-    return next(stems, "")
+        known |= {ours: t[None, None] for ours, t in known.items() if ".grn." in ours and t.ndim == 2}
+    expected = expected_tensors(arch, known)
+    conv_mlp = any(".mlp.fc" in ours and tensor.ndim == 4 for ours, tensor in known.items())
+    prefix = names["stem.0.weight"].removesuffix(to_name("stem.0.weight", form))  # of missing tensors' names
+    expected_shapes = {
+        names.get(ours, prefix + to_name(ours, form)): tuple(to_shape(ours, tensor, form, conv_mlp).shape)
+        for ours, tensor in expected.items()
+    }
+    shapes = {names[ours]: tuple(tensor.shape) for ours, tensor in known.items()}
+    check_shapes(source, expected_shapes, {name: shapes.get(name, ()) for name in tensors})
+    check_tensors(source, known)
+    own = {ours: from_shape(ours, tensor, form, tuple(expected[ours].shape)) for ours, tensor in known.items()}
+    head, rest = split_by_prefix(own, "head.")
+    encoder, decoder = split_by_prefix(rest, ("stem.", "stages."))
+    return arch, encoder, decoder, head
 
 
 def _architecture(tensors: Tensors, form: str, source: str, claimed: object) -> Encoder:
-    """The ConvNeXt that has these tensors, under this project's names but in the file's shapes."""
+    """Infer the architecture from tensors with this project's names and the file's shapes."""
     marks = ["stem.0.weight", *(f"stages.{i}.downsample.1.bias" for i in (1, 2, 3))]
     missing = [to_name(name, form) for name in marks if name not in tensors]
     if missing:
-        raise UserError(f"{source} is of another model: missing {', '.join(missing)}")
+        raise UserError(f"{source} contains another model: missing {', '.join(missing)}")
     stem = tensors["stem.0.weight"]
     dims = (len(stem) if stem.ndim else 0, *(tensors[name].numel() for name in marks[1:]))
     if stem.ndim != 4 or stem.shape[2] != stem.shape[3] or stem.shape[2] not in (1, 2, 4) or 0 in stem.shape:
-        raise UserError(f"{source}: {to_name(marks[0], form)} is {list(stem.shape)}, needed [width, channels, 4, 4]")
+        raise UserError(f"{source}: {to_name(marks[0], form)} is {list(stem.shape)}, expected [width, channels, 4, 4]")
     if not all(0 < width < MAX_WIDTH for width in (*dims, stem.shape[1])):
         raise UserError(f"{source}: widths {list(dims)} do not belong to a ConvNeXt")
-    depths = tuple(max(1, count(tensors, rf"stages\.{i}\.blocks\.(\d+)\.")) for i in range(4))
+    depths = tuple(max(1, count_modules(tensors, rf"stages\.{i}\.blocks\.(\d+)\.")) for i in range(4))
     version = "convnextv2_" if any(".grn." in name for name in tensors) else "convnext_"
     sizes = {name: resolve(Encoder(name)) for name in SIZES if name.startswith(version)}
     named = [name for name, size in sizes.items() if (size.depths, size.dims) == (depths, dims)]
     if not named and claimed in sizes:
         named = [claimed]
-    name = named[0] if named else min(sizes, key=lambda name: sizes[name].dims)  # else the smallest's
+    name = named[0] if named else min(sizes, key=lambda name: sizes[name].dims)  # no match: the smallest's name
     return Encoder(name, stem.shape[1], stem.shape[2], depths, dims)
 
 

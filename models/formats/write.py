@@ -1,4 +1,4 @@
-"""Writing weights for this project, the official code (dense and sparse), timm, transformers and mmpretrain."""
+"""Write weights for this project, the official code (dense and sparse), timm, transformers and mmpretrain."""
 
 import json
 import shutil
@@ -25,10 +25,10 @@ def write_weights(path: Path, weights: Weights, form: str) -> list[str]:
     Returns:
         remarks on parts that the format cannot store
     Raises:
-        UserError: a model that the other library cannot build: V1 in the official sparse code, stem stride 2 in timm
+        UserError: the other library cannot build the model: V1 in the official sparse code, stem stride 2 in timm
     """
     if path.suffix == ".safetensors" and form != "timm":
-        raise UserError(f"{path}: only timm's format is written as .safetensors: choose another file name for {form}")
+        raise UserError(f"{path}: only timm's format can be .safetensors: choose another file name for {form}")
     if form == "ours":
         save(path, weights)
         return []
@@ -97,7 +97,7 @@ def _base_class(weights: Weights) -> str:
 
 
 def _metadata(weights: Weights, form: str) -> dict:
-    """What a file of this format stores besides tensors, as plain values."""
+    """Content of a file besides its tensors, as plain values."""
     if form == "timm":
         image = weights.preprocessing
         settings = {
@@ -119,7 +119,7 @@ def _metadata(weights: Weights, form: str) -> dict:
 
 
 def _write_folder(path: Path, weights: Weights, tensors: Tensors) -> list[str]:
-    """Write a folder as transformers' `save_pretrained` does."""
+    """Write a folder for transformers' `from_pretrained`; returns remarks."""
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -157,7 +157,7 @@ def _config(weights: Weights) -> dict:
         "hidden_sizes": list(arch.dims),
         "depths": list(arch.depths),
         "hidden_act": "gelu",
-        "layer_norm_eps": EPS,  # the library's default is 1e-12; the model was trained with this one
+        "layer_norm_eps": EPS,  # as trained; the library's default is 1e-12
         "image_size": height if height == width else [height, width],
     }
     if not _is_v2(weights):
@@ -170,9 +170,9 @@ def _config(weights: Weights) -> dict:
 
 
 def _image_processor(image: Preprocessing) -> dict | None:
-    """preprocessor_config.json that reproduces this project's evaluation; None if no processor can.
+    """Content of preprocessor_config.json with the same preprocessing; None if no processor of transformers has it.
 
-    A crop of 1 squashes the whole image; a smaller one resizes it so that the centre crop is this share of the side.
+    A crop of 1 squashes the image; with a smaller one, the centre crop is this share of the resized image's side.
     """
     (height, width), crop = image.size, image.crop
     if image.mean is None:
@@ -194,7 +194,7 @@ def _image_processor(image: Preprocessing) -> dict | None:
 
 
 def how_to_load(path: Path, weights: Weights, form: str) -> str:
-    """The command or the Python call that loads a converted file."""
+    """The command or Python expression that loads a converted file."""
     arch, outputs = weights.arch, weights.outputs
     if form == "ours" and not outputs and weights.decoder:
         return f"python pretrain/main.py --init {path} ...  or  python finetune/main.py --init {path} ..."
@@ -213,7 +213,7 @@ def how_to_load(path: Path, weights: Weights, form: str) -> str:
 
 
 def how_to_load_backbone(path: Path, weights: Weights, form: str) -> str | None:
-    """The Python call that loads a converted file as a backbone, which returns the feature maps of the four stages.
+    """The Python expression that loads a converted file as a backbone: feature maps of the four stages.
 
     None if the format's library has no backbones. transformers adds an untrained LayerNorm after each map.
     """
@@ -226,7 +226,7 @@ def how_to_load_backbone(path: Path, weights: Weights, form: str) -> str | None:
 
 
 def timm_options(arch: Encoder) -> dict:
-    """Options of `timm.create_model` for a model, besides its name."""
+    """Options of `timm.create_model` besides the name."""
     options = {"in_chans": arch.channels} if arch.channels != 3 else {}
     options |= {"patch_size": arch.stem_stride} if arch.stem_stride != 4 else {}
     named = resolve(Encoder(arch.name))
@@ -238,12 +238,12 @@ def timm_options(arch: Encoder) -> dict:
 def timm_backbone(path: Path, weights: Weights) -> dict:
     """Options of `timm.create_model` that load a converted file as a backbone.
 
-    `checkpoint_path` does not work for backbones, whose tensors have other names; `pretrained` renames them.
+    timm renames a backbone's tensors, which only `pretrained` handles, not `checkpoint_path`.
     """
     file = {"file": str(path), "input_size": (weights.arch.channels, *weights.preprocessing.size)}
     return {"features_only": True} | timm_options(weights.arch) | {"pretrained": True, "pretrained_cfg_overlay": file}
 
 
 def _timm_call(arch: Encoder, options: dict) -> str:
-    """The Python call that makes timm's model."""
+    """The Python expression that creates timm's model."""
     return f"timm.create_model({arch.name!r}{''.join(f', {key}={value!r}' for key, value in options.items())})"

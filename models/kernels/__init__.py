@@ -1,6 +1,6 @@
-"""GPU kernels in Triton, each with a plain twin in PyTorch. On by default on CUDA.
+"""Triton kernels, each with a plain twin in PyTorch. On by default on GPUs.
 
-Nothing here is needed on a CPU: Triton is imported when the first kernel runs.
+Triton is imported when the first kernel runs, so CPUs do not need it.
 """
 
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ _enabled = True
 
 
 def fused(x: Tensor) -> bool:
-    """Whether operations on x take the kernels: on a GPU, unless inside `plain()`."""
+    """Whether operations on x use the kernels: on a GPU, unless switched off."""
     return _enabled and x.is_cuda
 
 
 def use(on: bool) -> None:
-    """Take the kernels on a GPU from now on, or the plain twins."""
+    """Switch the kernels on, or off (plain twins)."""
     global _enabled
     _enabled = on
 
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Use the plain twins inside; for comparisons."""
+    """Use the plain twins inside of this context."""
     before = _enabled
     use(False)
     try:

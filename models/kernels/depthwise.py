@@ -1,13 +1,12 @@
 """Depthwise 7x7 convolution, bias and LayerNorm in one kernel, on packed visible tokens or on a dense grid.
 
-Tokens are rows x [T, C]. A *strip* is S tokens side by side in a row of the image: of one patch (packed, S = s), or 8
-of a grid's row (dense). For each of the 7 rows around it, a strip of S outputs reads S + 6 inputs once and uses each
-for up to 7 taps (a sliding window), with fp32 sums. Where a neighbouring patch is not visible, or the image ends, loads
-are masked off: it counts as zero. Neighbours are looked up in `slot` [B, gy, gx], the number of a patch among its
-image's visible ones, or -1.
+Tokens are rows x [T, C]. A *strip* is S adjacent tokens in a row of the image: of one patch (packed, S = s), or up to 8
+of a grid's row (dense). For each of the 7 rows around it, a strip of S outputs loads S + 6 inputs once and uses each
+for up to 7 taps (a sliding window), with fp32 sums. Loads from hidden patches and beyond the image are masked, so they
+count as zero. `slot` [B, gy, gx] locates neighbours: the index of a patch among its image's visible ones; -1 = hidden.
 
-Sums over tokens (gradients of weights) go through partial sums of fixed programs, never through atomics: results are
-bitwise repeatable. The plain twin is `Layout.depthwise_norm` of models/sparse/layouts.py.
+Gradients of weights are summed in partial sums of fixed programs, without atomics: results are bitwise repeatable. The
+plain twin is in `Layout.depthwise_norm`, models/sparse/layouts.py.
 """
 
 from typing import NamedTuple
@@ -17,23 +16,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DENSE_STRIP = 8  # tokens of a strip on a dense grid
-PROGRAMS = 4096  # of the gradient of the taps: enough to fill a GPU
+DENSE_STRIP = 8  # maximum tokens of a strip on a dense grid
+PROGRAMS = 4096  # of the weight gradient: enough to fill a GPU
 
 
 class Geometry(NamedTuple):
-    """Where tokens lie. Dense: `slot` and `patch` are None."""
+    """Where the tokens of rows x [T, C] are in the images. Dense: `slot` and `patch` are None."""
 
     batch: int
     height: int  # of the image, in tokens
     width: int
     s: int  # tokens along a patch's side; 0 = dense
-    n: int  # visible patches of an image
+    n: int  # visible patches per image
     slot: Tensor | None  # [B, gy, gx] int32
-    patch: Tensor | None  # [B, n] int32: position of each visible patch in its image's grid
+    patch: Tensor | None  # [B, n] int32: grid index of each visible patch
 
     def strips(self, channels: int) -> tuple[int, int]:
-        """(tokens of a strip, strips in the batch); shorter ones on a dense grid of many channels, to fit registers."""
+        """(tokens per strip, strips in the batch); dense strips of many channels are shorter, to fit into registers."""
         if self.s:
             return self.s, self.batch * self.n * self.s
         strip = max(1, min(DENSE_STRIP, 8192 // triton.next_power_of_2(channels)))
@@ -42,14 +41,14 @@ class Geometry(NamedTuple):
 
 @triton.jit
 def _strip_place(q, patch, n, H, W, GX, S: tl.constexpr, DENSE: tl.constexpr):
-    """(image, row and column of the first token in the image, its row in x, tokens of the strip inside the image)."""
+    """(image, row and column of the first token in it, its row in x, tokens of the strip inside the image)."""
     if DENSE:
         across = tl.cdiv(W, S)
         column = (q % across) * S
         line = q // across
         return line // H, line % H, column, line * W + column, tl.minimum(W - column, S)
     else:
-        k = q // S  # number of the patch among all visible ones of the batch
+        k = q // S  # index of the patch among all visible ones of the batch
         position = tl.load(patch + k)
         return k // n, (position // GX) * S + q % S, (position % GX) * S, q * S, S
 
@@ -70,7 +69,7 @@ def _window(x, image, y, column, slot, n, C, H, W, GX, c, S: tl.constexpr, DENSE
     """The S + 6 inputs [C] of a strip's row y, from 3 left of `column` to 3 right of its last token."""
     values = ()
     for j in tl.static_range(S + 6):
-        # tokens left, inside and right of the strip lie in other patches; (j - 3) // S, rounded down, says in which
+        # offset of the token's patch from the strip's: (j - 3) // S, rounded down
         offset = (j - 3 + 4 * S) // S - 4
         first, there = _row_start(image, y, column + offset * S, slot, n, H, W, GX, S, DENSE)
         within = j - 3 - offset * S
@@ -86,9 +85,9 @@ def _forward(
     x, weight, bias, norm_weight, norm_bias, slot, patch, out, normed, rstd, strips, n, C, H, W, GX, eps,
     S: tl.constexpr, DENSE: tl.constexpr, NORM: tl.constexpr, PER: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
-    """PER strips of all channels: out = LayerNorm(conv + bias), and what its backward needs. NORM off: out = conv.
+    """PER strips, all channels: out = LayerNorm(conv + bias), and `normed`, `rstd` for backward. NORM off: out = conv.
 
-    Each tap is loaded once for the PER strips.
+    A tap is loaded once for PER strips.
     """
     c = tl.arange(0, CB)
     in_c = c < C
@@ -101,7 +100,7 @@ def _forward(
             taps = taps + (tl.load(weight + (dy * 7 + t) * C + c, mask=in_c, other=0.0).to(tl.float32),)
         new = ()
         for u in tl.static_range(PER):
-            q = tl.minimum(tl.program_id(0) * PER + u, strips - 1)  # the last program may do its last strip twice
+            q = tl.minimum(tl.program_id(0) * PER + u, strips - 1)  # the last program may repeat its last strip
             image, y, column, row, inside = _strip_place(q, patch, n, H, W, GX, S, DENSE)
             values = _window(x, image, y + dy - 3, column, slot, n, C, H, W, GX, c, S, DENSE)
             for o in tl.static_range(S):
@@ -137,7 +136,7 @@ def _norm_backward(
     grad, normed, rstd, norm_weight, grad_conv, partial, rows, C,
     CHUNK: tl.constexpr, R: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
-    """CHUNK rows, R at a time: gradient of the convolution's output; partial sums for bias, norm weight, norm bias."""
+    """CHUNK rows, R at a time: gradient of the convolution's output; partial sums of bias, norm weight, norm bias."""
     c = tl.arange(0, CB)
     in_c = c < C
     nw = tl.load(norm_weight + c, mask=in_c, other=0.0).to(tl.float32)
@@ -169,7 +168,7 @@ def _weight_backward(
     x, grad_conv, slot, patch, partial, strips, chunk, n, C, H, W, GX,
     S: tl.constexpr, DENSE: tl.constexpr, CB: tl.constexpr,
 ):  # fmt: skip
-    """Seven taps (one row of the kernel) of CB channels, summed over the strips of one chunk."""
+    """Gradient of one row of the kernel (7 taps) for CB channels, summed over the strips of a chunk."""
     dy = tl.program_id(0)
     c = tl.program_id(1) * CB + tl.arange(0, CB)
     in_c = c < C
@@ -193,23 +192,23 @@ def _weight_backward(
 
 
 def _block(channels: int) -> tuple[int, int]:
-    """Channels of a program that does all of them, and its warps: 4 channels a thread; 8 for more than 2048."""
+    """(channels of a program, rounded up to a power of 2; warps): 4 channels a thread, 8 above 2048 channels."""
     width = triton.next_power_of_2(channels)
     return width, min(16, max(1, width // 128))
 
 
 def _place(g: Geometry, x: Tensor) -> tuple[dict, dict]:
-    """The kernels' arguments that say where tokens lie; tables that a dense grid has not are never read."""
+    """Kernel arguments that describe the geometry. Dense kernels never read `slot` and `patch`."""
     grid = {"slot": g.slot, "patch": g.patch, "GX": g.width // g.s} if g.s else {"slot": x, "patch": x, "GX": 0}
     strip, strips = g.strips(x.shape[1])
     return grid | {"n": g.n, "H": g.height, "W": g.width, "strips": strips}, {"S": strip, "DENSE": not g.s}
 
 
 def _convolve(x: Tensor, taps: Tensor, geometry: Geometry, out: Tensor, norm: dict | None = None) -> None:
-    """Rows x convolved with taps [49, C] into `out`; with `norm`: bias and LayerNorm too, and what backward needs."""
+    """Convolve rows x with taps [49, C] into `out`; with `norm` also bias, LayerNorm and the values for backward."""
     width, warps = _block(x.shape[1])
     strip, strips = geometry.strips(x.shape[1])
-    per = max(1, min(DENSE_STRIP // strip, 2048 // width))  # more would not fit into registers
+    per = max(1, min(DENSE_STRIP // strip, 2048 // width))  # more do not fit into registers
     place, constants = _place(geometry, x)
     unused = {"bias": x, "norm_weight": x, "norm_bias": x, "normed": x, "rstd": x, "eps": 0.0}
     _forward[(triton.cdiv(strips, per),)](
@@ -219,7 +218,7 @@ def _convolve(x: Tensor, taps: Tensor, geometry: Geometry, out: Tensor, norm: di
 
 
 def _grad_norm(grad: Tensor, normed: Tensor, rstd: Tensor, norm_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """LayerNorm's backward: gradient of the convolution's output; of bias, norm weight and norm bias [3, C]."""
+    """LayerNorm's backward: gradients of the convolution's output, and of bias, norm weight and norm bias [3, C]."""
     rows, channels = normed.shape
     width, warps = _block(channels)
     tile = max(1, 1024 // width)  # rows at a time
@@ -258,8 +257,8 @@ class DepthwiseNorm(torch.autograd.Function):
         taps = weight.flatten(1).t().contiguous()
         out, normed = (torch.empty_like(x, dtype=dtype) for _ in range(2))
         rstd = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        kept = {"normed": normed, "rstd": rstd, "eps": eps}
-        _convolve(x, taps, geometry, out, {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias} | kept)
+        saved = {"normed": normed, "rstd": rstd, "eps": eps}
+        _convolve(x, taps, geometry, out, {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias} | saved)
         ctx.save_for_backward(x, taps, norm_weight, normed, rstd)
         ctx.geometry = geometry
         return out
@@ -269,12 +268,12 @@ class DepthwiseNorm(torch.autograd.Function):
         x, taps, norm_weight, normed, rstd = ctx.saved_tensors
         grad_conv, grads = _grad_norm(grad.contiguous(), normed, rstd, norm_weight)
         grad_x = torch.empty_like(x)
-        _convolve(grad_conv, taps.flip(0), ctx.geometry, grad_x)  # the taps the other way round
+        _convolve(grad_conv, taps.flip(0), ctx.geometry, grad_x)  # flipped taps
         grad_weight = _grad_taps(x, grad_conv, ctx.geometry).t().reshape(-1, 1, 7, 7)
-        return grad_x, *(each.to(taps.dtype) for each in (grad_weight, *grads)), None, None, None
+        return grad_x, *(gradient.to(taps.dtype) for gradient in (grad_weight, *grads)), None, None, None
 
 
 def depthwise_norm(x: Tensor, conv: torch.nn.Conv2d, norm: torch.nn.LayerNorm, geometry: Geometry) -> Tensor:
-    """`norm(conv(x))` on rows x [T, C] whose tokens lie as `geometry` says; gives autocast's type, or x's."""
+    """`norm(conv(x))` of rows x [T, C] that `geometry` places in images; in autocast's type, or x's."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     return DepthwiseNorm.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, geometry, dtype)

@@ -1,15 +1,15 @@
-"""GELU and global response normalisation in one: two passes forward, two backward, without storing GELU's output.
+"""GELU and GRN fused: two passes forward, two backward, without storing GELU's output.
 
 With a = gelu(h), G the norm of each channel over an image's tokens, M = mean(G) + eps, N = G / M (2301.00808, 3.3):
 
     forward     y = a s + beta,  s = 1 + gamma N
-    backward    P = sum over tokens of dy a,  Q = sum of dy           (one reduction an image)
+    backward    P = sum over tokens of dy a,  Q = sum of dy           (one reduction per image)
                 dN = gamma P,  dG = dN / M - mean(dN G) / M^2,  da = dy s + a dG / G
                 dgamma = sum over images of N P,  dbeta = sum of Q
 
-Passes over the tokens are kernels; what is per image and channel is a few lines of PyTorch. Sums go through partial
-sums of fixed programs, never through atomics: results are bitwise repeatable. GELU is the exact one. The plain twin is
-`Layout.gelu_grn` of models/sparse/layouts.py.
+Passes over tokens are kernels; values per image and channel are computed in PyTorch. Sums are partial sums of fixed
+programs, without atomics: results are bitwise repeatable. GELU is exact (erf). The plain twin is in `Layout.gelu_grn`,
+models/sparse/layouts.py.
 """
 
 import torch
@@ -31,7 +31,7 @@ def _gelu(h):
 
 @triton.jit
 def _tile(tokens, D, first, R: tl.constexpr, CB: tl.constexpr):
-    """(offsets of R tokens of one image, their mask, channels): tokens from `first`, channels of this program."""
+    """(offsets of R tokens of an image from `first` on, their mask, this program's channels)."""
     c = tl.program_id(2) * CB + tl.arange(0, CB)
     t = first + tl.arange(0, R)
     row = (tl.program_id(0) * tokens + t).to(tl.int64)
@@ -130,7 +130,7 @@ class GeluGRN(torch.autograd.Function):
         _sum_products[_reduce_grid(h)](h, grad, partial, tokens, width, CHUNK=CHUNK, R=ROWS, CB=COLUMNS)
         products, plain = partial.sum(1).unbind(1)
         grad_gamma, grad_beta = (norm / mean * products).sum(0), plain.sum(0)
-        if ctx.over_batch:  # one norm, in which all images have a share
+        if ctx.over_batch:  # all images share one norm
             products = products.sum(0, keepdim=True)
         d_normed = gamma.float() * products
         d_norm = d_normed / mean - (d_normed * norm).mean(1, keepdim=True) / mean.square()
@@ -141,5 +141,5 @@ class GeluGRN(torch.autograd.Function):
 
 
 def gelu_grn(h: Tensor, gamma: Tensor, beta: Tensor, eps: float, over_batch: bool = False) -> Tensor:
-    """GRN(gelu(h)) for h [images, ..., D]; the norm is over each image's tokens, or over those of the whole batch."""
+    """GRN(gelu(h)) of h [images, ..., D]; the norm is over each image's tokens or, with `over_batch`, the batch's."""
     return GeluGRN.apply(h.flatten(1, -2), gamma, beta, eps, over_batch).view_as(h)

@@ -1,1 +1,1 @@
-"""Where a batch's tokens lie (layouts), and the operations that depend on it."""
+"""Dense and sparse layouts of tokens, and the operations that depend on the layout."""

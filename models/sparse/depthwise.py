@@ -1,9 +1,9 @@
-"""The block's 7x7 depthwise convolution on tokens with channels last, in PyTorch's own operations.
+"""The block's 7x7 depthwise convolution, channels last, in PyTorch operations.
 
-`plain` is what torch computes, derivatives too. `dense` and `windows` compute the same with derivatives of their own:
-the input's gradient is the same convolution with the kernel turned round, and the weight's, on a CPU, a convolution of
-each image with its output's gradient as kernel. On two CPU cores (100 images of 16x16 to 4x4 tokens, fp32 and bf16)
-torch's backward of this convolution takes 14 to 44 times as long as its forward; that of these 3 to 9 times.
+`plain` is torch's convolution. `dense` and `windows` compute the same with their own backward: the input's gradient is
+the convolution with the flipped kernel; the weight's is, on a CPU, a convolution of each image with its output's
+gradient. On two CPU cores (100 images of 16x16 to 4x4 tokens, fp32 and bf16) torch's backward takes 14 to 44 times as
+long as its forward, this one 3 to 9 times.
 """
 
 import torch
@@ -11,27 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-MARGIN = 3  # tokens that a 7x7 kernel sees to each side
+MARGIN = 3  # tokens to each side that a 7x7 kernel covers
 
 
 def plain(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """On a dense grid [B, H, W, C]; outside counts as zero."""
+    """On a dense grid [B, H, W, C] with zero padding."""
     y = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, padding=MARGIN, groups=x.shape[-1])
     return y.permute(0, 2, 3, 1)
 
 
 def dense(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The same as `plain`, and faster to train on a CPU."""
-    if x.device.type != "cpu" or not torch.is_grad_enabled():  # export: a graph of torch's operations
+    """The same as `plain`, with a faster backward on a CPU."""
+    if x.device.type != "cpu" or not torch.is_grad_enabled():  # export: torch operations only
         return plain(x, conv)
     return Depthwise.apply(*_cast(x, conv), None)
 
 
 def windows(x: Tensor, conv: nn.Conv2d, index: Tensor) -> Tensor:
-    """On patches [P, s, s, C], each in a window with a margin of 3 tokens.
+    """On patches [P, s, s, C], each gathered into a window with a margin of 3 tokens.
 
-    `index` [P, s + 6, s + 6] has the row of every token of a window in x [P * s * s, C], or P * s * s where there is
-    none. Only outputs that exist are computed, and no gradient is added up in place.
+    `index` [P, s + 6, s + 6] is the row in x [P * s * s, C] of each token of a window; P * s * s where there is none.
     """
     return Depthwise.apply(*_cast(x, conv), index)
 
@@ -48,24 +47,23 @@ class Depthwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, index = ctx.saved_tensors
-        wanted_x, wanted_weight, wanted_bias, _ = ctx.needs_input_grad  # frozen weights want none
-        taps = weight_gradient if grad.is_cuda else weight_gradient_cpu
+        wanted_x, wanted_weight, wanted_bias, _ = ctx.needs_input_grad  # frozen weights need none
+        gradient = weight_gradient if grad.is_cuda else weight_gradient_cpu
         grad_x = _convolve(grad, weight.flip(2, 3), None, index) if wanted_x else None
-        grad_weight = taps(x, grad, index) if wanted_weight else None
+        grad_weight = gradient(x, grad, index) if wanted_weight else None
         return grad_x, grad_weight, grad.sum((0, 1, 2)) if wanted_bias else None, None
 
 
 def weight_gradient(x: Tensor, grad: Tensor, index: Tensor) -> Tensor:
-    """Gradient of the weight [C, 1, 7, 7] of `windows`, for the output's gradient `grad`, shaped like x."""
+    """Gradient of the weight [C, 1, 7, 7] of `windows`, from the output's gradient, shaped like x."""
     seen, channels = _rows(x, index).permute(0, 3, 1, 2), x.shape[-1]
     return torch.nn.grad.conv2d_weight(seen, (channels, 1, 7, 7), grad.permute(0, 3, 1, 2), groups=channels)
 
 
 def weight_gradient_cpu(x: Tensor, grad: Tensor, index: Tensor | None) -> Tensor:
-    """The same, and that of `dense` (index None), several times faster on a CPU.
+    """The same, several times faster on a CPU; index None: of `dense`.
 
-    Each image, or window, is convolved with its gradient as kernel; images and channels together are the
-    channels of one image, [1, B * C, H, W] by [B * C, 1, H, W].
+    One convolution with B * C channels: images, or windows, [1, B * C, H, W] by gradients [B * C, 1, H, W].
     """
     images, _, _, channels = x.shape
     if index is None:
@@ -79,7 +77,7 @@ def weight_gradient_cpu(x: Tensor, grad: Tensor, index: Tensor | None) -> Tensor
 
 
 def _cast(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor]:
-    """What autocast would make of the arguments of a convolution: it does not look into a Function."""
+    """The arguments in autocast's type: autocast does not apply inside of a Function."""
     dtype, device = x.dtype, x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -93,6 +91,6 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | No
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x [P, s, s, C] that `index` names: [*index.shape, C]; zeros where it names none."""
+    """Rows of x [P, s, s, C] at `index`: [*index.shape, C]; zeros at index P * s * s."""
     rows = F.pad(x.flatten(0, 2), (0, 0, 0, 1))
     return rows.index_select(0, index.flatten()).view(*index.shape, -1)

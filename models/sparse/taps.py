@@ -1,7 +1,7 @@
-"""The order in which MinkowskiEngine keeps a convolution's taps; docs/weights.md has a picture of it.
+"""The order of kernel taps in MinkowskiEngine (0.5.4); see the figure in docs/weights.md.
 
-A dense kernel is [out, in, ky, kx]. MinkowskiEngine's is [ky * kx, in, out], and the first spatial axis, y, runs
-fastest: tap number = kx * (rows of the kernel) + ky. (Checked against MinkowskiEngine 0.5.4.)
+A dense kernel is [out, in, ky, kx], MinkowskiEngine's [ky * kx, in, out], with y running fastest:
+tap = kx * (rows of the kernel) + ky.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""The objectives of pretraining, by their name in the configuration (`objective.name`).
+"""Pretraining objectives by name (`objective.name`).
 
-An objective is a module with `Settings`, the dataclass of its configuration section, and `Objective`, a class with the
-methods of `pretrain.pretraining.Objective`. The modules import torch inside of functions, so that `--help` is quick.
+An objective is a module with `Settings`, a dataclass of its configuration section, and `Objective`, a class with the
+methods of `pretrain.pretraining.Objective`. Modules import torch inside of functions, so that `--help` is quick.
 """
 
 from pretrain.objectives import fcmae

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from configs.schema import FCMAESettings as Settings  # in configs, because weight files hold them
+from configs.schema import FCMAESettings as Settings  # stored in weight files, therefore in configs
 from configs.schema import Pretrain, visible_patches
 from models.sizes import check_size
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class Objective:
-    """Masked autoencoding: the encoder sees some patches of an image, a decoder predicts the pixels of the others.
+    """The encoder sees a random subset of patches; a decoder predicts the pixels of the others.
 
-    Args:
-        config: of the run
+    Implements `pretrain.pretraining.Objective`.
+
     Raises:
-        UserError: the image size is not a multiple of the patch, or the mask ratio hides no patch of it
+        UserError: the image size is not a multiple of the patch, or the mask ratio hides no patch
     """
 
     def __init__(self, config: Pretrain):
@@ -36,47 +36,40 @@ class Objective:
         check_size(config.model, config.objective, self.grid)
 
     def describe(self) -> str:
-        """Part of the run's first line."""
         share = 1 - self.visible / self.patches
         return f"{self.visible} of {self.patches} patches visible ({share:.1%} hidden)"
 
     def transform(self) -> PretrainTransform:
-        """Makes a sample: a random crop, and a mask `visible` [gy, gx] of bool."""
+        """Adds the mask `visible` [gy, gx], bool, to a random crop."""
         from data.transforms import PretrainTransform
 
         return PretrainTransform(self.config.data, self.grid, self.visible)
 
     def build(self) -> FCMAE:
-        """The model with initial weights; its forward takes `inputs` and returns the loss."""
         from models.fcmae import FCMAE
 
         return FCMAE(self.config.model, self.config.objective)
 
     def load(self, model: FCMAE, init: Opened) -> None:
-        """Start from the weights of --init, with the decoder if the file has one."""
         from models.start import start_autoencoder
 
         start_autoencoder(model, init)
 
     def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """What the model's forward takes: normalised images [B, C, H, W] and masks [B, gy, gx]."""
         return image, batch["visible"].to(image.device, non_blocking=True)
 
     def example(self, count: int) -> dict[str, Tensor]:
-        """What `transform` adds to a batch of `count` images, to measure memory with."""
         import torch
 
         visible = torch.arange(self.patches).view(self.grid) < self.visible
         return {"visible": visible.expand(count, -1, -1)}
 
     def picture(self, model: FCMAE, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Tensor]:
-        """Title and picture uint8 [3, H, W] of a few images: what the encoder saw, and what the decoder predicts."""
         from pretrain.pictures import reconstruction_grid
 
         return "input, visible patches, reconstruction", reconstruction_grid(model, *inputs, mean, std)
 
     def decoder(self, model: FCMAE) -> tuple[Tensors, dict]:
-        """Tensors besides the encoder's for the weight file, and the settings to build them with."""
         from models.fcmae import flat_config
         from models.weights import cpu_state, split_by_prefix
 

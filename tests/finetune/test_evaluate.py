@@ -28,8 +28,9 @@ from finetune.tasks.classification.scores import Predictions
 from launch.training.world import destroy_world
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
+from models.opening import open_weights
 from models.sparse.layouts import Dense
-from models.weights import Weights, cpu_state, load, save, split_by_prefix
+from models.weights import Weights, cpu_state, save, split_by_prefix
 from tests.conftest import has, names, run, run_ranks
 from tests.data.helpers import as_folder
 from tests.data.test_loader import damage
@@ -39,7 +40,7 @@ FILES = {"evaluation.json", "predictions.csv", "confusion.png", "calibration.png
 
 
 def call(main, *words) -> None:
-    """An entry point in this process, as one rank on one core."""
+    """Call an entry point in this process, as one rank on one core."""
     with mock.patch.dict(os.environ), mock.patch("os.sched_getaffinity", return_value={0}):
         try:
             main([*map(str, words), "--device", "cpu"])
@@ -61,7 +62,7 @@ def content(out: Path) -> tuple[dict, list[dict]]:
 
 @torch.no_grad()
 def classifier(shards: Path, path: Path) -> Path:
-    """Write a tiny classifier of the digits, mostly right: random features, the last layer by ridge regression."""
+    """Write a tiny classifier of the digits: random features, last layer by ridge regression."""
     split = open_split(Data(str(shards)))
     batch = next(iter(eval_loader(split, EvalTransform((8, 8), 1), 1, Data(workers=0), len(split))))
     model = ConvNeXt(Encoder("convnextv2_atto", 1, 1, (1, 1, 1, 1), (8, 16, 16, 32)), 10)
@@ -136,7 +137,7 @@ def test_against_scikit_learn(one_rank, digits):
     assert scores["calibration_error"] == pytest.approx(error, rel=1e-5)
 
 
-def test_what_is_written_and_shown(best, digits, tmp_path, capsys):
+def test_files_and_console(best, digits, tmp_path, capsys):
     weights = shutil.copy(best, tmp_path / "best.pt")
     call(main, weights, digits, "--workers", "0")
     assert names(tmp_path / "evaluation-val-best") == FILES
@@ -169,14 +170,14 @@ def test_a_folder_scores_like_its_shards(best, one_rank, tmp_path):
 
 
 def with_classes(best, path, classes):
-    weights = load(best)
+    weights = open_weights(best).weights
     weights.classes = classes
     save(path, weights)
     return path
 
 
 def test_classes_in_another_order_are_matched_by_name(best, digits, one_rank, tmp_path, capsys):
-    weights = load(best)
+    weights = open_weights(best).weights
     order = torch.randperm(10)
     weights.head |= {f"head.fc.{kind}": weights.head[f"head.fc.{kind}"][order] for kind in ("weight", "bias")}
     weights.classes = [weights.classes[i] for i in order]
@@ -211,7 +212,7 @@ def test_neither_has_class_names(best, digits, one_rank, tmp_path):
 
 
 def test_averaged_weights(best, digits, one_rank, tmp_path):
-    weights = load(best)
+    weights = open_weights(best).weights
     weights.ema = weights.encoder | weights.head
     weights.head = {name: torch.zeros_like(tensor) for name, tensor in weights.head.items()}
     save(tmp_path / "last.pt", weights)
@@ -239,15 +240,15 @@ def test_many_classes_take_no_square_of_memory():
     label, first = rng.integers(22_000, size=(2, 5000))
     found = Predictions(np.arange(5000), label, first[:, None], *np.full((2, 5000), 0.5, np.float32))
     tracemalloc.start()
-    held = evaluation(found, [str(i) for i in range(22_000)])
+    stored = evaluation(found, [str(i) for i in range(22_000)])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100e6
-    assert sum(row["images"] for row in held["confusions"]) == (label != first).sum()
+    assert sum(row["images"] for row in stored["confusions"]) == (label != first).sum()
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (["{best}", "{digits}", "--size", "33"], "data.size 33x33 patch"),
         (["{best}", "{digits}", "--size", "big"], "--size big"),
@@ -263,7 +264,7 @@ def test_many_classes_take_no_square_of_memory():
         (["{unnamed}", "{pair}"], "2 {unnamed} 10 names"),
     ],
 )
-def test_bad_input(more, says, best, digits, tmp_path):
+def test_bad_input(more, message, best, digits, tmp_path):
     place = {"best": best, "digits": digits} | {
         name: tmp_path / name for name in ("fcmae", "others", "unnamed", "plain", "pair", "short")
     }
@@ -277,12 +278,12 @@ def test_bad_input(more, says, best, digits, tmp_path):
     write_index(place["short"], Index(read_index(digits).splits, ["a", "b"]))
     with pytest.raises(UserError) as error:
         call(main, *(word.format(**place) for word in more), "--out", tmp_path / "out")
-    assert has(error.value, says.format(**place)) and "\n" not in str(error.value)
+    assert has(error.value, message.format(**place)) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_overflow(best, digits, tmp_path):
-    weights = load(best)
+    weights = open_weights(best).weights
     weights.head["head.fc.bias"][0] = float("nan")
     save(tmp_path / "x.pt", weights)
     with pytest.raises(UserError, match=r"finite.*fp32"):

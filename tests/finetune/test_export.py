@@ -42,7 +42,7 @@ MODELS = {
 
 
 def lively(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A random state whose logits differ from image to image."""
+    """A random state whose logits differ between images."""
     return {
         name: torch.randn(t.shape) * (2 / t[0].numel() ** 0.5 if t.ndim > 1 else 0.1 if name.endswith("bias") else 1)
         for name, t in model.state_dict().items()
@@ -61,7 +61,7 @@ def call(*words: object) -> None:
 
 
 def exported(weights: Weights, folder: Path, digits: Path, to: str, *options: str) -> Path:
-    """The file that the command writes of weights."""
+    """Export weights with the command; returns the file."""
     save(folder / "best.pt", weights)
     out = folder / f"out{SUFFIXES[to]}"
     call(folder / "best.pt", out, "--to", to, "--images", digits, *options)
@@ -69,7 +69,7 @@ def exported(weights: Weights, folder: Path, digits: Path, to: str, *options: st
 
 
 def outputs(line: str, images: torch.Tensor) -> list[torch.Tensor]:
-    """What the line that the command prints gives for images; timm's models want them normalised."""
+    """Outputs of the expression that the command prints; timm's models expect normalised images."""
     found = eval(line, {"images": images, "torch": torch, "timm": timm, "onnxruntime": onnxruntime})
     if isinstance(found, torch.nn.Module):
         with torch.no_grad():
@@ -79,7 +79,7 @@ def outputs(line: str, images: torch.Tensor) -> list[torch.Tensor]:
 
 
 def reference(weights: Weights, folder: Path, images: torch.Tensor, features: bool) -> list[torch.Tensor]:
-    """What timm's model of the same weights gives."""
+    """Outputs of timm's model with the same weights."""
     write_weights(folder / "reference.pth", replace(weights, ema=None), "timm")
     line = (how_to_load_backbone if features else how_to_load)(folder / "reference.pth", weights, "timm")
     return outputs(line, normalized(weights, images))
@@ -91,7 +91,7 @@ def normalized(weights: Weights, images: torch.Tensor) -> torch.Tensor:
 
 
 def some_digits(weights: Weights, digits: Path, count: int = 5) -> torch.Tensor:
-    """Digits as the model takes them, from 0 to 1."""
+    """Digits as input of the model, from 0 to 1."""
     split, transform = (
         open_split(Data(str(digits)), "val"),
         EvalTransform.of(weights.preprocessing),
@@ -104,12 +104,12 @@ def about(path: Path, to: str) -> dict:
     """The metadata of a file."""
     if to == "onnx":
         return json.loads({entry.key: entry.value for entry in onnx.load(path).metadata_props}[METADATA])
-    held = {METADATA: ""}
+    metadata = {METADATA: ""}
     if to == "torch-export":
-        torch.export.load(path, extra_files=held)
+        torch.export.load(path, extra_files=metadata)
     else:
-        torch.jit.load(path, _extra_files=held)
-    return json.loads(held[METADATA])
+        torch.jit.load(path, _extra_files=metadata)
+    return json.loads(metadata[METADATA])
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -128,18 +128,18 @@ def test_a_classifier_gives_the_logits_of_timm(to, kind, digits, tmp_path, capsy
         assert_close(found[: len(images)], expected[: len(batch)])
     assert printed.err == "" and names(tmp_path) == {"best.pt", "reference.pth", out.name}
     if to != "safetensors":
-        held = about(out, to)
-        assert held["classes"] == weights.classes and held["model"] == weights.arch.name
+        metadata = about(out, to)
+        assert metadata["classes"] == weights.classes and metadata["model"] == weights.arch.name
         stored = weights.preprocessing.to_dict()
-        assert {key: held[key] for key in stored} == stored
+        assert {key: metadata[key] for key in stored} == stored
         size = ", ".join(map(str, [weights.arch.channels, *weights.preprocessing.size]))
-        assert held["input"]["image"].startswith(f"float32 [batch, {size}]")
-        assert held["output"] == {"logits": "float32 [batch, 5]"} and held["precision"] == "float32"
+        assert metadata["input"]["image"].startswith(f"float32 [batch, {size}]")
+        assert metadata["output"] == {"logits": "float32 [batch, 5]"} and metadata["precision"] == "float32"
         return
     with safe_open(out, "pt") as file:
-        held = json.loads(file.metadata()["config"])
-    settings = held["pretrained_cfg"]
-    assert held["label_names"] == weights.classes and settings["crop_pct"] == 0.9
+        metadata = json.loads(file.metadata()["config"])
+    settings = metadata["pretrained_cfg"]
+    assert metadata["label_names"] == weights.classes and settings["crop_pct"] == 0.9
     assert settings["interpolation"] == "bilinear" and settings["mean"] == list(weights.preprocessing.mean)
 
 
@@ -148,7 +148,7 @@ def test_a_classifier_gives_the_logits_of_timm(to, kind, digits, tmp_path, capsy
     [("onnx", "v2"), ("torch-export", "v1"), ("torchscript", "v2"), ("safetensors", "v1"), ("safetensors", "v2")],
 )
 def test_a_backbone_gives_the_maps_of_timm(to, kind, digits, tmp_path, capsys):
-    """Of images of any size: of another height and width, and of sides that are no multiple of a patch."""
+    """For other heights and widths, including sides that are not a multiple of the patch."""
     weights = trained(kind)
     out = exported(weights, tmp_path, digits, to, "--features")
     line, stride = capsys.readouterr().out.splitlines()[-1], weights.arch.stem_stride
@@ -161,9 +161,9 @@ def test_a_backbone_gives_the_maps_of_timm(to, kind, digits, tmp_path, capsys):
         for ours, theirs in zip(found, expected, strict=True):
             assert_close(ours, theirs)
     if to != "safetensors":
-        held = about(out, to)
-        assert f"height >= {16 * stride}, width >= {16 * stride}]" in held["input"]["image"]
-        assert held["output"]["stage4"] == f"float32 [batch, 32, height / {8 * stride}, width / {8 * stride}]"
+        metadata = about(out, to)
+        assert f"height >= {16 * stride}, width >= {16 * stride}]" in metadata["input"]["image"]
+        assert metadata["output"]["stage4"] == f"float32 [batch, 32, height / {8 * stride}, width / {8 * stride}]"
 
 
 def test_a_backbone_of_pretraining(digits, tmp_path, capsys):
@@ -193,7 +193,7 @@ def test_averaged_weights_and_another_size(digits, tmp_path, capsys):
 
 
 def test_files_are_for_any_device(digits, tmp_path):
-    """No operation in them names the CPU, on which they were made."""
+    """No operation is pinned to the CPU."""
     program = torch.export.load(exported(trained(), tmp_path, digits, "torch-export"))
     assert not [node for node in program.graph.nodes if "device" in node.kwargs]
     assert program.module().to("meta")(torch.rand(2, 3, 64, 96, device="meta")).shape == (2, 5)
@@ -213,8 +213,8 @@ def test_images_of_a_folder_and_one_alone(digits, tmp_path):
         call(tmp_path / "best.pt", tmp_path / "two.pt", "--to", "torchscript", "--images", tmp_path / "in")
 
 
-def test_a_large_model_keeps_its_weights_beside_it(digits, tmp_path, monkeypatch, capsys):
-    """As ONNX of more than 2 GB must; also when the two are brought elsewhere."""
+def test_a_large_model_has_a_second_file(digits, tmp_path, monkeypatch, capsys):
+    """As ONNX of more than 2 GB; both files can be moved."""
     monkeypatch.setattr(ONNXProgram, "save", partialmethod(ONNXProgram.save, external_data=True))
     weights = trained("v1")
     out = exported(weights, tmp_path, digits, "onnx")
@@ -244,7 +244,7 @@ def with_large_tokens(value: float, tensor: str = "stages.0.blocks.0.mlp.fc1.bia
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_fp16_where_the_sum_of_squares_would_overflow(to, digits, tmp_path, capsys):
-    """300 squared is more than fp16 holds, 300 is not."""
+    """300 squared exceeds the range of fp16, 300 does not."""
     weights = with_large_tokens(300)
     out = exported(weights, tmp_path, digits, to, "--fp16")
     images = some_digits(weights, digits)
@@ -261,7 +261,7 @@ def test_fp16_where_the_sum_of_squares_would_overflow(to, digits, tmp_path, caps
 
 
 def test_naive_fp16_overflows_there(digits, monkeypatch):
-    """The test above can fail."""
+    """Control of the test above."""
     weights = with_large_tokens(300)
     model = ConvNeXt(weights.arch, weights.outputs).eval()
     model.load_state_dict(weights.encoder | weights.head)
@@ -282,7 +282,7 @@ def test_naive_fp16_overflows_there(digits, monkeypatch):
     ],
 )
 def test_fp16_is_refused_where_tokens_overflow(tensor, layer, digits, tmp_path):
-    """Though onnxruntime may take fp32 for lack of fp16 on this machine."""
+    """Even if onnxruntime computes in fp32 on this machine."""
     with pytest.raises(UserError) as error:
         exported(with_large_tokens(1e5, tensor), tmp_path, digits, "onnx", "--fp16")
     assert has(error.value, f"--fp16 {layer} 1e+05 65504")
@@ -290,7 +290,7 @@ def test_fp16_is_refused_where_tokens_overflow(tensor, layer, digits, tmp_path):
 
 
 def test_fp16_is_refused_where_it_is_too_coarse(digits, tmp_path):
-    """No number is too large, but beside what all channels share, 20000, fp16 cannot tell 1 from 2."""
+    """No overflow, but with an offset of 20000 in all channels fp16 cannot distinguish 1 from 2."""
     with pytest.raises(UserError, match=r"--fp16.* differs "):
         exported(with_large_tokens(20000, "stages.3.blocks.0.mlp.fc2.bias"), tmp_path, digits, "onnx", "--fp16")
 
@@ -299,7 +299,7 @@ def test_fp16_is_refused_where_it_is_too_coarse(digits, tmp_path):
 
 
 def tampered(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict) -> None:
-    """Writes another model: one number of a bias is a thousandth of the largest logit off."""
+    """Write another model: one bias differs by a thousandth of the largest logit."""
     deployed, weights = deepcopy(deployed), deepcopy(weights)
     deployed.model.head.fc.bias.data[0] += 3e-3
     weights.head["head.fc.bias"][0] += 3e-3
@@ -329,7 +329,7 @@ def test_a_file_that_its_runtime_refuses_is_not_written(to, digits, tmp_path, mo
 
 
 def test_another_class_is_noticed(digits, tmp_path, monkeypatch):
-    """Where the difference alone would pass."""
+    """The difference alone is within the tolerance."""
     weights = trained("v1")
     weights.head["head.fc.weight"][1], weights.head["head.fc.bias"][:2] = weights.head["head.fc.weight"][0], 10
     weights.head["head.fc.bias"][1] += 2e-4  # class 1 always, by a hair
@@ -347,7 +347,7 @@ def test_another_class_is_noticed(digits, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["{tmp}/best.pt", "{tmp}/x.onnx", "--to", "onxx"], "--to onxx"),
         (["{tmp}/best.pt", "{tmp}/x.onnx"], "required --to"),
@@ -364,7 +364,7 @@ def test_another_class_is_noticed(digits, tmp_path, monkeypatch):
         (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--split", "tst"], "tst train val"),
     ],
 )
-def test_bad_input(words, says, digits, tmp_path):
+def test_bad_input(words, message, digits, tmp_path):
     weights = classifier(channels=1, stem_stride=2, **SMALL)
     save(tmp_path / "best.pt", weights)
     weights = autoencoder(channels=5, **SMALL)
@@ -373,12 +373,12 @@ def test_bad_input(words, says, digits, tmp_path):
     before = names(tmp_path)
     with pytest.raises(UserError) as error:
         call(*(word.format(tmp=tmp_path) for word in words), "--images", digits)
-    assert has(error.value, says)
+    assert has(error.value, message)
     assert names(tmp_path) == before
 
 
 def test_the_command_prints_three_lines(digits, tmp_path):
-    """No warning of an exporter is seen."""
+    """Warnings of exporters are suppressed."""
     save(tmp_path / "best.pt", trained("v1"))
     words = ["python", "finetune/export.py", tmp_path / "best.pt", tmp_path / "x.onnx", "--to", "onnx"]
     done = run_command(*words, "--images", digits)

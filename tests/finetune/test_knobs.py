@@ -1,4 +1,4 @@
-"""Every setting of fine-tuning has the effect that its help text says."""
+"""The effect of every fine-tuning setting."""
 
 import json
 from dataclasses import replace
@@ -12,8 +12,8 @@ from configs.schema import Augment, Data, Encoder, Finetune, FinetuneModel, Opti
 from finetune.finetuning import Finetuning
 from finetune.tasks.classification import Settings, Task
 from launch.training.world import World
+from models.opening import open_weights
 from models.sizes import resolve
-from models.weights import load
 from tests.conftest import has, run
 from tests.finetune.test_main import summary, words
 
@@ -22,13 +22,13 @@ CLASSES = [str(i) for i in range(10)]
 
 
 def task_of(config: Finetune) -> Task:
-    """The task with ten classes, whose splits are not read."""
+    """The task with ten classes; splits are not read."""
     split = SimpleNamespace(classes=CLASSES, labels=lambda: np.arange(10), name="train")
     return Task(config, split, split)
 
 
 def seen(augment: Augment, task: Settings | None = None, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [8, 1, 8, 8] and targets [8, 10] as the model and the criterion get them; before, image i is all i + 1."""
+    """Images [8, 1, 8, 8] and targets [8, 10] that model and criterion receive; the input image i is constant i + 1."""
     world, got = World(0, 1, torch.device("cpu")), []
     engine = lambda image: got.append(image) or torch.zeros(len(image), 10)  # noqa: E731
     config = Finetune(data=Data(size=8), augment=augment, task=task or Settings())
@@ -76,7 +76,7 @@ def test_several_areas_are_erased():
 
 
 def mixed(**settings) -> list[str]:
-    """What happened to each of 30 batches: nothing, mixup (whole images are blended) or cutmix (parts replaced)."""
+    """Kind of mixing of each of 30 batches: none, mixup (images blended) or cutmix (parts replaced)."""
     found = []
     for step in range(30):
         image, target = seen(Augment(), Settings(mixup=1.0, cutmix=1.0, **settings), step)
@@ -86,15 +86,15 @@ def mixed(**settings) -> list[str]:
     return found
 
 
-def test_mixing_is_switched_and_as_probable_as_asked():
+def test_mixing_probabilities():
     both = mixed()
     assert 5 < both.count("mixup") < 25 and 5 < both.count("cutmix") < 25
     assert mixed(mix_switch=0.0).count("cutmix") == 0 and mixed(mix_switch=1.0).count("mixup") == 0
     assert mixed(mix_prob=0.0) == ["nothing"] * 30 and 5 < mixed(mix_prob=0.5).count("nothing") < 25
 
 
-def test_what_shares_a_draw():
-    """How much of its own class each image of a batch keeps."""
+def test_granularity_of_mixing():
+    """Weight of its own class for each image of a batch."""
     for mode, different in (("batch", 1), ("pair", 4), ("elem", 8)):
         settings = {"mixup": 1.0, "mix_mode": mode, "smoothing": 0.0}
         own = [seen(Augment(), Settings(**settings), step)[1][torch.arange(8), torch.arange(8)] for step in range(5)]
@@ -125,7 +125,7 @@ def test_the_learning_rate_schedule():
     assert optim.lr_at(200, 100) == pytest.approx(2e-3) and optim.lr_at(1000, 100) == pytest.approx(2e-5)
 
 
-def test_frozen_and_tried_out(digits, pretrained, tmp_path):
+def test_frozen_encoder_for_three_steps(digits, pretrained, tmp_path):
     """--model.freeze_encoder, --run.max_steps, --task.label_share, .balance, --data.repeats, fp16: three steps."""
     more = ["--init", pretrained / "fcmae.pt", "--model.freeze_encoder", "true", "--run.max_steps", "3"]
     more += ["--data.size", "32", "--task.head_init", "0"]  # a larger image than in pretraining
@@ -143,7 +143,7 @@ def test_frozen_and_tried_out(digits, pretrained, tmp_path):
     ]
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", *more, epochs=5))
     assert has(done.stdout, "721 355")  # half of 1,442
-    init, best = load(pretrained / "fcmae.pt"), load(tmp_path / "x/best.pt")
+    init, best = open_weights(pretrained / "fcmae.pt").weights, open_weights(tmp_path / "x/best.pt").weights
     assert all(torch.equal(best.encoder[name], tensor) for name, tensor in init.encoder.items())
     assert best.preprocessing.size == (32, 32) and init.preprocessing.size == (24, 24)
     assert 0 < best.head["head.fc.weight"].abs().max() < 0.02  # three steps from zero; a step is 4e-3 at most
@@ -153,7 +153,7 @@ def test_frozen_and_tried_out(digits, pretrained, tmp_path):
 
 
 def test_early_stop_and_evaluation_interval(digits, tmp_path):
-    """With nothing learnt, accuracy never rises above that of the first evaluation."""
+    """Without learning, accuracy never exceeds that of the first evaluation."""
     more = ["--init", "none", "--model.name", "convnextv2_atto", "--model.channels", "1", "--model.stem_stride", "1"]
     more += ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]", "--optim.lr", "1e-30"]
     more += ["--run.eval_every", "2", "--run.patience", "2"]

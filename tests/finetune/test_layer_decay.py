@@ -1,4 +1,4 @@
-"""Layer decay as published, on the published sizes, written out."""
+"""Layer decay on the published sizes, layers written out."""
 
 import pytest
 

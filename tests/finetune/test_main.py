@@ -11,7 +11,8 @@ from configs.schema import Encoder
 from finetune.main import main
 from models.convnext import ConvNeXt
 from models.formats.write import write_weights
-from models.weights import load, load_strict
+from models.opening import open_weights
+from models.weights import load_strict
 from tests.conftest import QUICK, has, losses, names, run, run_ranks, started
 
 SHAPE = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]"]
@@ -47,36 +48,36 @@ def test_from_pretrained_weights(digits, pretrained, tmp_path):
     found = summary(tmp_path / "x")
     assert found["last"]["raw"]["images"] == found["last"]["ema"]["images"] == 355
     assert found["best"]["top1"] >= max(found["last"]["raw"]["top1"], found["last"]["ema"]["top1"])
-    last = load(tmp_path / "x/last.pt")
+    last = open_weights(tmp_path / "x/last.pt").weights
     model = ConvNeXt(last.arch, classes=10)
     load_strict(model, last.encoder | last.head, "last.pt")
     load_strict(model, last.ema, "last.pt")
     assert last.classes == [str(i) for i in range(10)]
-    assert load(tmp_path / "x/best.pt").ema is None
+    assert open_weights(tmp_path / "x/best.pt").weights.ema is None
 
 
 def test_starts_from_the_pretrained_encoder(digits, pretrained, tmp_path):
-    """With a learning rate of nearly zero, the weights stay those of the file."""
+    """With a learning rate near zero, the weights are those of the file."""
     run(
         "python",
         "finetune/main.py",
         *words(digits, tmp_path, "x", "--init", pretrained / "fcmae.pt", "--optim.lr", "1e-12", epochs=1),
     )
-    init, last = load(pretrained / "fcmae.pt"), load(tmp_path / "x/last.pt")
+    init, last = open_weights(pretrained / "fcmae.pt").weights, open_weights(tmp_path / "x/last.pt").weights
     assert all(torch.allclose(last.encoder[name], tensor, atol=1e-9) for name, tensor in init.encoder.items())
     assert last.head["head.fc.weight"].std() == pytest.approx(0.02 * 0.001, rel=0.2)
 
 
 def test_from_an_official_sparse_file(digits, pretrained, tmp_path):
-    """Sparse weights in, a dense classifier out; with other channels and a head of its own the second time."""
+    """From sparse weights to a dense classifier; the second time with other channels and a new head."""
     sparse = tmp_path / "checkpoint-799.pth"
-    write_weights(sparse, load(pretrained / "fcmae.pt"), "official-sparse")
+    write_weights(sparse, open_weights(pretrained / "fcmae.pt").weights, "official-sparse")
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", "--init", sparse, epochs=1))
     assert has(done.stdout, f"{sparse} official-sparse")
-    assert load(tmp_path / "x/last.pt").arch.dims == (8, 16, 16, 16)
+    assert open_weights(tmp_path / "x/last.pt").weights.arch.dims == (8, 16, 16, 16)
 
     hub = tmp_path / "hub"
-    write_weights(hub, load(tmp_path / "x/best.pt"), "transformers")
+    write_weights(hub, open_weights(tmp_path / "x/best.pt").weights, "transformers")
     more = ["--init", hub, "--optim.lr", "1e-12", "--model.channels", "3"]
     done = run("python", "finetune/main.py", *words(digits, tmp_path, "y", *more, epochs=1))
     assert has(done.stdout, "classifier 10 kept stem adapted")
@@ -87,7 +88,7 @@ def test_from_an_official_sparse_file(digits, pretrained, tmp_path):
 def test_from_scratch_takes_the_recipes_model(digits, tmp_path):
     done = run_ranks(2, "finetune/main.py", *words(digits, tmp_path, "x", "--init", "none", epochs=1))
     assert "scratch" in done.stdout
-    arch = load(tmp_path / "x/last.pt").arch
+    arch = open_weights(tmp_path / "x/last.pt").weights.arch
     assert arch == Encoder("convnextv2_atto", 1, 1, (1, 1, 2, 1), (24, 48, 96, 192))
     assert summary(tmp_path / "x")["last"]["raw"]["images"] == 355  # exact on two ranks
 
@@ -105,14 +106,14 @@ def test_killed_and_resumed_equals_uninterrupted(digits, pretrained, tmp_path):
     assert summary(tmp_path / "killed")["epoch"] < 4
     run("python", *command, "--resume")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    whole, killed = (load(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    whole, killed = (open_weights(tmp_path / name / "last.pt").weights for name in ("whole", "killed"))
     assert all(torch.equal(tensor, killed.ema[name]) for name, tensor in whole.ema.items())
     killed, whole = summary(tmp_path / "killed"), summary(tmp_path / "whole")
     assert all(killed[key] == whole[key] for key in ("epoch", "init", "best", "last"))
 
 
 def test_another_init_is_not_resumed(digits, pretrained, tmp_path):
-    """The same run name with other weights: an error, not the old result under a new name."""
+    """The same run name with other initial weights is an error."""
     more = [
         "--model.depths",
         "[1,1,1,1]",
@@ -132,7 +133,7 @@ def test_another_init_is_not_resumed(digits, pretrained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (["--init", "nowhere.pt"], "nowhere.pt exist"),
         (
@@ -148,9 +149,9 @@ def test_another_init_is_not_resumed(digits, pretrained, tmp_path):
         (["--task.mixp", "1"], "task.mixp task.mixup"),
     ],
 )
-def test_bad_input(more, says, digits, pretrained, tmp_path, refused):
+def test_bad_input(more, message, digits, pretrained, tmp_path, refused):
     more = [word.format(pretrained=pretrained) for word in more]
-    assert has(refused(main, *words(digits, tmp_path, "bad", *more)), says)
+    assert has(refused(main, *words(digits, tmp_path, "bad", *more)), message)
     assert not (tmp_path / "bad").exists()
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 from configs.errors import UserError
 from data.sources import digits as digit_images
 from finetune.predict import main
-from models.weights import load, save
+from models.opening import open_weights
+from models.weights import save
 from tests.conftest import ROOT, has, names
 from tests.data.helpers import as_folder
 from tests.finetune.test_evaluate import autoencoder, call, classifier, evaluated, with_classes
@@ -29,7 +30,7 @@ def best(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Some digits as files; class 3."""
+    """Digits of class 3 as files."""
     images = {name: data for name, (data, split, label) in digit_images().items() if (split, label) == ("val", "3")}
     return as_folder(images, tmp_path_factory.mktemp("images"))
 
@@ -51,8 +52,8 @@ def test_the_numbers_of_an_evaluation(best, digits, tmp_path):
         assert classes[0]["probability"] == pytest.approx(float(row["confidence"]), abs=1e-6)
 
 
-def test_lines_and_files_say_the_same(best, folder, tmp_path, capsys):
-    """Also for pictures of other types and channels; probabilities of all classes add up to 1."""
+def test_console_and_files_agree(best, folder, tmp_path, capsys):
+    """Also for other types and channels; probabilities sum to 1."""
     gray = Image.open(next(folder.rglob("*.png")))
     gray.save(tmp_path / "b.bmp")
     gray.convert("RGBA").save(tmp_path / "c.tif")
@@ -73,7 +74,7 @@ def test_lines_and_files_say_the_same(best, folder, tmp_path, capsys):
 
 
 def test_paths_from_standard_input_batch_by_batch(best, folder):
-    """The answer to two lines comes while the third is not yet written. Names may be any bytes."""
+    """Two lines are answered before the third is written. File names may contain any bytes."""
     first, second = sorted(folder.rglob("*.png"))[:2]
     odd = Path(shutil.copy(first, folder / os.fsdecode(b"caf\xe9.png")))
     one, two, other = (os.fsencode(path) for path in (first, second, odd))
@@ -106,7 +107,7 @@ def test_the_averaged_weights(best, folder, tmp_path, capsys):
     image = next(folder.rglob("*.png"))
     call(main, best, image)
     expected = capsys.readouterr().out
-    weights = load(best)
+    weights = open_weights(best).weights
     weights.ema = weights.encoder | weights.head
     weights.head = {name: tensor * 0 for name, tensor in weights.head.items()}
     save(tmp_path / "last.pt", weights)
@@ -114,7 +115,7 @@ def test_the_averaged_weights(best, folder, tmp_path, capsys):
     assert capsys.readouterr().out == expected
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_done(best, folder, tmp_path, capsys):
+def test_unreadable_pictures_are_reported_and_skipped(best, folder, tmp_path, capsys):
     (tmp_path / "cut.png").write_bytes(next(folder.rglob("*.png")).read_bytes()[:50])
     np.save(tmp_path / "five.npy", np.zeros((8, 8, 5), np.uint8))
     with pytest.raises(UserError, match=rf"^2 of {len([*folder.rglob('*.png')]) + 2} images"):
@@ -136,7 +137,7 @@ def test_a_damaged_picture_alone_is_one_line(best, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (["{unnamed}", "{image}"], "unnamed names --classes"),
         (["{unnamed}", "{image}", "--classes", "{text}"], "text.txt 2 {unnamed} 10"),
@@ -151,7 +152,7 @@ def test_a_damaged_picture_alone_is_one_line(best, tmp_path, capsys):
         (["{best}"], "required IMAGE"),
     ],
 )
-def test_bad_input(more, says, best, folder, tmp_path):
+def test_bad_input(more, message, best, folder, tmp_path):
     place = {"best": best, "image": next(folder.rglob("*.png")), "text": tmp_path / "text.txt"}
     place |= {name: tmp_path / name for name in ("unnamed", "empty", "fcmae")}
     place["text"].write_text("a\nb\n")
@@ -160,4 +161,4 @@ def test_bad_input(more, says, best, folder, tmp_path):
     with_classes(best, place["unnamed"], None)
     with pytest.raises(UserError) as error:
         call(main, *(word.format(**place) for word in more))
-    assert has(error.value, says.format(**place)) and "\n" not in str(error.value)
+    assert has(error.value, message.format(**place)) and "\n" not in str(error.value)

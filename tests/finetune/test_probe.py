@@ -17,8 +17,9 @@ from data.transforms import center_crop
 from finetune import probe
 from models.convnext import ConvNeXt
 from models.formats.write import write_weights
+from models.opening import open_weights
 from models.sparse.layouts import Dense
-from models.weights import load, save
+from models.weights import save
 from tests.conftest import has, run
 
 FAST = ["--workers", "0", "--device", "cpu", "--batch", "240"]
@@ -26,7 +27,7 @@ SETTINGS = ["--epochs", "20", "--crop", "1"]
 
 
 def scores(weights, digits, out, *more, program=("python",)) -> tuple[dict, str]:
-    """What the command writes, and what it prints."""
+    """(written scores, printed output) of the command."""
     done = run(*program, "finetune/probe.py", weights, digits, *FAST, "--out", out, *more)
     assert str(out) in done.stdout
     return json.loads(out.read_text()), done.stdout
@@ -41,8 +42,8 @@ def probed(pretrained, digits, tmp_path_factory) -> tuple[dict, str]:
 
 
 def test_scores(probed, pretrained, digits):
-    """The nearest neighbours are those of scikit-learn, on features made one image at a time."""
-    weights = load(pretrained / "fcmae.pt")
+    """kNN equals scikit-learn's on features computed image by image."""
+    weights = open_weights(pretrained / "fcmae.pt").weights
     encoder = ConvNeXt(weights.arch)
     encoder.load_state_dict(weights.encoder)
     parts = []
@@ -68,7 +69,7 @@ def test_the_best_learning_rate_is_that_of_the_held_out_images(probed):
     assert {key: linear[key] for key in linear["grid"][0]} in linear["grid"]
 
 
-def test_fresh_weights_are_scored_as_well(probed):
+def test_random_weights(probed):
     found, text = probed
     assert found["random"]["knn"]["20"] != found["knn"]["20"] and found["random"]["eval_images"] == 355
     assert found["random"]["linear"]["top1"] < found["linear"]["top1"]
@@ -89,7 +90,7 @@ def test_two_ranks(pretrained, digits, probed, tmp_path):
 
 
 def test_another_format(pretrained, digits, probed, tmp_path):
-    write_weights(tmp_path / "timm.safetensors", load(pretrained / "fcmae.pt"), "timm")
+    write_weights(tmp_path / "timm.safetensors", open_weights(pretrained / "fcmae.pt").weights, "timm")
     found, text = scores(tmp_path / "timm.safetensors", digits, tmp_path / "timm.json", *SETTINGS, "--k", "10", "20")
     assert found["linear"] == probed[0]["linear"]
     assert found["knn"]["20"] == probed[0]["knn"]["20"] and found["knn"].keys() == {"10", "20"}
@@ -97,7 +98,7 @@ def test_another_format(pretrained, digits, probed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (["--k", "0"], "--k 0"),
         (["--lrs", "0.1", "-1"], "--lrs 0.1 -1"),
@@ -113,14 +114,14 @@ def test_another_format(pretrained, digits, probed, tmp_path):
         (["--kk", "1"], "--kk"),
     ],
 )
-def test_bad_input(more, says, pretrained, digits):
+def test_bad_input(more, message, pretrained, digits):
     with pytest.raises(UserError) as error:
         probe.main([str(pretrained / "fcmae.pt"), str(digits), *more])
-    assert has(error.value, says)
+    assert has(error.value, message)
 
 
 def test_weights_without_statistics(pretrained, digits, tmp_path):
-    weights = load(pretrained / "fcmae.pt")
+    weights = open_weights(pretrained / "fcmae.pt").weights
     weights.preprocessing = replace(weights.preprocessing, mean=None, std=None)
     save(tmp_path / "bare.pt", weights)
     with pytest.raises(UserError, match=r"bare\.pt.* 1 channels"):

@@ -7,13 +7,13 @@ from models.fcmae import FCMAE, from_flat
 
 
 def tiny(name: str = "convnextv2_atto", **settings) -> tuple[PretrainModel, FCMAESettings]:
-    """What `FCMAE` takes, for a small one."""
+    """Settings of a small `FCMAE`."""
     small = {"channels": 3, "stem_stride": 1, "depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64), "decoder_dim": 32}
     return from_flat({"name": name, **small, **settings})
 
 
 def random_weights(model: torch.nn.Module) -> None:
-    """Move every parameter away from its initial value: zeros and ones hide errors."""
+    """Set random parameters: initial zeros and ones would hide errors."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -1,4 +1,4 @@
-"""The converter as a command."""
+"""models/convert.py as a command."""
 
 import pytest
 import timm
@@ -17,7 +17,7 @@ def convert(source, destination, form, *more, code=0):
     return run("python", "models/convert.py", source, destination, "--to", form, *more, code=code)
 
 
-def test_official_sparse_to_ours_and_on(tmp_path):
+def test_official_sparse_to_ours_to_official(tmp_path):
     weights = autoencoder(**SMALL)
     write_weights(tmp_path / "sparse.pth", weights, "official-sparse")
     done = convert(tmp_path / "sparse.pth", tmp_path / "fcmae.pt", "ours")
@@ -32,8 +32,8 @@ def test_official_sparse_to_ours_and_on(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMATS[1:])
-def test_a_trained_model_leaves_in_every_format(form, pretrained, tmp_path):
-    """The lines that say how to load the file are true."""
+def test_convert_to_every_format(form, pretrained, tmp_path):
+    """The printed lines load the file."""
     done = convert(pretrained / "fcmae.pt", tmp_path / FILES[form], form)
     assert_same(read_weights(tmp_path / FILES[form])[0].encoder, read_weights(pretrained / "fcmae.pt")[0].encoder)
     calls = [line.strip() for line in done.stdout.split("load it with\n")[1].splitlines()[::2]]
@@ -63,7 +63,7 @@ def test_averaged_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["nowhere.pt", "{tmp}/y.pt", "--to", "ours"], "nowhere.pt exist"),
         (["{tmp}/x.pt", "{tmp}/x.pt", "--to", "timm"], "x.pt exists"),
@@ -73,7 +73,7 @@ def test_averaged_weights(tmp_path):
         (["{tmp}", "{tmp}/y.pt", "--to", "timm"], "config.json"),
     ],
 )
-def test_bad_input(words, says, tmp_path, refused):
+def test_bad_input(words, message, tmp_path, refused):
     write_weights(tmp_path / "x.pt", classifier(**SMALL), "ours")
-    assert has(refused(main, *(word.format(tmp=tmp_path) for word in words)), says)
+    assert has(refused(main, *(word.format(tmp=tmp_path) for word in words)), message)
     assert names(tmp_path) == {"x.pt"}

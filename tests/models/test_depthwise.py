@@ -1,4 +1,4 @@
-"""The depthwise convolution's own derivatives against those of torch, on a grid and in windows."""
+"""The depthwise convolution's backward against torch's, on a grid and in windows."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.models.helpers import assert_close, masks
 
 
 def trained(convolve, size, dtype=torch.float32, autocast=False):
-    """Output, and gradients of x, weight and bias, of a convolution with random numbers that are always the same."""
+    """Output and gradients (x, weight, bias) of a convolution with fixed random numbers."""
     torch.manual_seed(0)
     conv = nn.Conv2d(size[-1], size[-1], 7, padding=3, groups=size[-1]).to(dtype)
     x, grad = (torch.randn(size, dtype=dtype) for _ in range(2))
@@ -29,7 +29,7 @@ def test_dense_equals_torch(size):
 
 
 def test_under_autocast_it_convolves_in_bf16():
-    """As near to the exact gradients as torch's own, in the same types."""
+    """As accurate as torch's gradients, and of the same types."""
     size = (16, 8, 8, 6)
     ours, torchs = (trained(convolve, size, autocast=True) for convolve in (depthwise.dense, depthwise.plain))
     for found, theirs, exact in zip(ours, torchs, trained(depthwise.plain, size), strict=True):
@@ -45,7 +45,7 @@ def test_frozen_weights_get_no_gradient():
     assert_close(found, expected)
 
 
-def test_what_is_traced_is_an_ordinary_convolution():
+def test_traced_graph_has_an_ordinary_convolution():
     conv = nn.Conv2d(4, 4, 7, padding=3, groups=4).requires_grad_(False)
     with torch.no_grad():
         traced = torch.jit.trace(lambda x: depthwise.dense(x, conv), torch.randn(2, 6, 6, 4))
@@ -54,7 +54,7 @@ def test_what_is_traced_is_an_ordinary_convolution():
 
 @pytest.mark.parametrize("s", [1, 2, 4, 8])
 def test_the_two_weight_gradients_are_equal(s):
-    """The one for a GPU without kernels, and the one for a CPU; and that of an ordinary convolution on the grid."""
+    """GPU version, CPU version, and an ordinary convolution on the grid."""
     visible = masks(2, (3, 4), 0.5)
     x, grad = torch.randn(12, s, s, 5), torch.randn(12, s, s, 5)
     index = Packed(visible, 6).windows(s)

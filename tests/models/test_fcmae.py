@@ -34,7 +34,7 @@ def test_loss_by_hand(norm_pix):
 
 
 def test_predictions_belong_to_the_patches_they_name():
-    """Prediction k is that of grid position hidden[k]: the prediction layer on the whole decoded grid agrees there."""
+    """Prediction k belongs to grid position hidden[k]: it equals the prediction layer on the whole decoded grid."""
     model = FCMAE(*tiny())
     random_weights(model)
     visible, image = masks(3, (3, 4), 0.6), torch.randn(3, 3, 24, 32)
@@ -51,7 +51,7 @@ def test_predictions_belong_to_the_patches_they_name():
 
 
 def test_visible_pixels_are_no_target():
-    """The loss reads hidden pixels only; the visible ones act through the encoder alone."""
+    """The target has hidden pixels only; visible pixels enter through the encoder."""
     model = FCMAE(*tiny())
     random_weights(model)
     visible, image = masks(2, (4, 4), 0.6), torch.randn(2, 3, 32, 32)
@@ -61,7 +61,7 @@ def test_visible_pixels_are_no_target():
 
 
 def test_zeroed_is_plain_dense_code():
-    """Ordinary convolutions of the image with zeros at hidden patches, in the encoder; the decoder is the same."""
+    """The encoder convolves the image with zeros at hidden patches; the decoder is the same."""
     model = FCMAE(*tiny(backend="zeroed"))
     random_weights(model)
     visible, image = masks(3, (3, 4), 0.6), torch.randn(3, 3, 24, 32)

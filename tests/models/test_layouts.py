@@ -1,4 +1,4 @@
-"""The packed layout against the masked reference: outputs, all gradients, and what must not matter."""
+"""The packed layout against the masked reference: outputs, all gradients, independence of hidden pixels and batch."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_packed_equals_masked(grid, channels, stem_stride, ratio):
 
 
 def test_grn_over_the_batch():
-    """As the official sparse code: packed equals masked, and an image's tokens depend on the others of its batch."""
+    """As in the official sparse code: packed equals masked, and images of a batch depend on each other."""
     packed, masked = pair(grn_scope="batch")
     visible, image = masks(3, (4, 4), 0.6), torch.randn(3, 3, 32, 32)
     assert_same_training(packed, masked, image, visible)

@@ -1,4 +1,4 @@
-"""MinkowskiEngine against the packed layout: outputs and all parameter gradients, where sparse tensors go wrong."""
+"""MinkowskiEngine against the packed layout: outputs and all parameter gradients."""
 
 import os
 import subprocess
@@ -107,7 +107,7 @@ def test_pretraining_gives_the_same_losses(grn_scope, digits, tmp_path):
 
 
 def test_not_installed_is_an_error_that_names_the_script(digits, tmp_path):
-    """Asked for and not there: never another backend instead."""
+    """There is no silent fallback to another backend."""
     (tmp_path / "MinkowskiEngine.py").write_text("raise ImportError('not here')")
     command = [sys.executable, "pretrain/main.py", "--data.path", str(digits), "--run.folder", str(tmp_path)]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Opening a model: each kind from one file, with its preprocessing, or an error that names the file and the way out."""
+"""Opening classifiers, encoders and autoencoders from files, with their preprocessing; errors."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.models.formats.helpers import SMALL, assert_same, autoencoder, change
 
 @pytest.fixture
 def files(tmp_path):
-    """Paths of a classifier's file, with averaged weights, and of an autoencoder's."""
+    """Paths of a classifier with averaged weights, and of an autoencoder."""
     tuned = classifier(**SMALL)
     tuned.ema = {name: tensor + 1 for name, tensor in (tuned.encoder | tuned.head).items()}
     save(tmp_path / "best.pt", tuned)
@@ -46,11 +46,11 @@ def test_the_digest_is_of_the_content(files):
     assert open_weights(files[0]).digest == open_weights(files[0]).digest != open_weights(files[1]).digest
 
 
-def test_what_is_refused(files, tmp_path):
+def test_bad_input(files, tmp_path):
     unknown = classifier(channels=2, **SMALL)
     change(unknown, mean=None, std=None)
     save(tmp_path / "unknown.pt", unknown)
-    for call, says in [
+    for call, message in [
         (lambda: open_classifier(files[1]), "no classifier"),
         (lambda: open_autoencoder(files[0]), "no decoder"),
         (lambda: open_encoder(files[1], ema=True), "--ema"),
@@ -58,5 +58,5 @@ def test_what_is_refused(files, tmp_path):
         (lambda: open_classifier(str(tmp_path / "unknown.pt")), "mean and std"),
         (lambda: open_weights("nowhere.pt"), r"nowhere\.pt"),
     ]:
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             call()

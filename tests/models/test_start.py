@@ -55,25 +55,25 @@ def test_a_classifier_starts_from_any_format(form, start, capsys):
 
 
 @pytest.mark.parametrize(
-    ("classes", "says"),
+    ("classes", "message"),
     [
         (CLASSES[:3], "classifier 5 replaced 3"),
         ([*CLASSES[:4], "other"], "classifier replaced 5 names"),
     ],
 )
-def test_another_head_is_replaced_and_logged(classes, says, start, capsys):
+def test_another_head_is_replaced_and_logged(classes, message, start, capsys):
     weights = classifier(**SMALL)
     model = ConvNeXt(weights.arch, len(classes))
     fresh = model.head.fc.weight.clone()
     assert not start_classifier(model, start(weights), classes)
-    assert has(capsys.readouterr().out, says)
+    assert has(capsys.readouterr().out, message)
     assert torch.equal(model.head.fc.weight, fresh)
     assert torch.equal(model.head.norm.weight, weights.head["head.norm.weight"])
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
 def test_other_channels(channels, start, capsys):
-    """The same picture in every channel gives the same logits, if the old number divides the new or is added up."""
+    """Equal channels give the same logits if the old number of channels divides the new one, or for one channel."""
     weights = classifier(**SMALL)
     model = ConvNeXt(replace(weights.arch, channels=channels), 5).eval()
     assert start_classifier(model, start(weights), CLASSES)
@@ -97,7 +97,7 @@ def test_other_channels_of_the_prediction_layer():
 
 @pytest.mark.parametrize("form", ["ours", "official-sparse"])
 @pytest.mark.parametrize("channels", [3, 4])
-def test_pretraining_goes_on_with_the_decoder(channels, form, start, capsys):
+def test_pretraining_continues_with_the_decoder(channels, form, start, capsys):
     weights = autoencoder(decoder_dim=24, **SMALL)
     given = from_flat({"decoder_dim": 24, "channels": channels, **SMALL})
     model = FCMAE(*given)
@@ -132,7 +132,7 @@ def test_settings_that_differ_are_logged(start, capsys):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({}, "set --model.name convnextv2_atto --model.depths [1,2,1,1] --model.dims [8,16,24,32]$"),
         ({**SMALL, "stem_stride": 2}, "set .*--model.stem_stride 4$"),
@@ -141,8 +141,8 @@ def test_settings_that_differ_are_logged(start, capsys):
         ({**SMALL, "decoder_depth": 3}, "set --objective.decoder_dim 512 --objective.decoder_depth 1"),
     ],
 )
-def test_another_model_names_the_keys_to_set(settings, says, start):
-    with pytest.raises(UserError, match=says.replace("[", r"\[")):
+def test_another_model_names_the_keys_to_set(settings, message, start):
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
         start_autoencoder(FCMAE(*from_flat(settings)), start(autoencoder(**SMALL)))
 
 

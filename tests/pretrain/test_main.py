@@ -1,4 +1,4 @@
-"""Pretraining as a command: what it writes, ranks, resuming, bad input."""
+"""Pretraining as a command: files, ranks, resuming, bad input."""
 
 import json
 import signal
@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.formats.write import write_weights
-from models.weights import load
+from models.opening import open_weights
 from pretrain.main import main
 from tests.conftest import QUICK, ROOT, TINY, has, losses, names, run, run_ranks, started
 
@@ -33,7 +33,7 @@ def words(digits, runs, name, *more, epochs=2):
     ]
 
 
-def test_what_a_run_writes(pretrained):
+def test_files_of_a_run(pretrained):
     assert names(pretrained) == {
         "config.yaml",
         "log.jsonl",
@@ -48,7 +48,7 @@ def test_what_a_run_writes(pretrained):
     assert all(np.isfinite(loss) and 0.1 < loss < 3 for _, loss in losses(pretrained))
     assert yaml.safe_load((pretrained / "config.yaml").read_text())["model"]["dims"] == [8, 16, 16, 16]
     assert np.asarray(Image.open(pretrained / "reconstruction.png")).std() > 20
-    weights = load(pretrained / "fcmae.pt")
+    weights = open_weights(pretrained / "fcmae.pt").weights
     assert weights.arch.dims == (8, 16, 16, 16) and weights.arch.name == "convnextv2_atto"
     assert weights.decoder_config["mask_ratio"] == 0.6 and {"mask_token", "pred.weight"} < weights.decoder.keys()
 
@@ -115,7 +115,7 @@ def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path):
     done = run("python", *command, "--resume", "must")
     assert "resuming" in done.stdout
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    whole, killed = (load(tmp_path / name / "fcmae.pt") for name in ("whole", "killed"))
+    whole, killed = (open_weights(tmp_path / name / "fcmae.pt").weights for name in ("whole", "killed"))
     assert all(torch.equal(tensor, killed.encoder[name]) for name, tensor in whole.encoder.items())
     assert len(list(checkpoints.glob("step-*"))) == 2  # run.keep
 
@@ -126,10 +126,10 @@ def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path):
     assert "step-00000018" in done.stdout and losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
-def test_goes_on_from_other_weights(digits, pretrained, tmp_path):
-    """With the official sparse file of a finished run, the first loss is where that run ended, not where it began."""
+def test_continues_from_official_weights(digits, pretrained, tmp_path):
+    """From the official sparse file of a finished run, the first loss is close to that run's last one."""
     sparse = tmp_path / "sparse.pth"
-    write_weights(sparse, load(pretrained / "fcmae.pt"), "official-sparse")
+    write_weights(sparse, open_weights(pretrained / "fcmae.pt").weights, "official-sparse")
     done = run("python", "pretrain/main.py", *words(digits, tmp_path, "on", "--init", sparse, epochs=1))
     assert has(done.stdout, f"{sparse} official-sparse")
     before, after = losses(pretrained), losses(tmp_path / "on")
@@ -140,7 +140,7 @@ def test_goes_on_from_other_weights(digits, pretrained, tmp_path):
 
 def test_bf16_autocast_trains(digits, tmp_path):
     run("python", "pretrain/main.py", *words(digits, tmp_path, "bf16", "--optim.precision", "bf16", epochs=1))
-    assert load(tmp_path / "bf16/fcmae.pt").encoder["stem.0.weight"].dtype == torch.float32
+    assert open_weights(tmp_path / "bf16/fcmae.pt").weights.encoder["stem.0.weight"].dtype == torch.float32
 
 
 def test_rectangular_images_of_four_channels(tmp_path):
@@ -153,11 +153,11 @@ def test_rectangular_images_of_four_channels(tmp_path):
         tmp_path / "out", tmp_path, "npy", "--data.size", "[32,48]", "--model.channels", "4", "--model.stem_stride", "2"
     )
     run("python", "pretrain/main.py", *command, "--optim.batch_size", "8", "--objective.mask_ratio", "0.5")
-    assert load(tmp_path / "npy/fcmae.pt").arch.channels == 4
+    assert open_weights(tmp_path / "npy/fcmae.pt").weights.arch.channels == 4
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (["--data.path", "nowhere"], "nowhere data/prepare.py"),
         (["--data.size", "30"], "data.size 30x30 patch 8"),
@@ -167,13 +167,13 @@ def test_rectangular_images_of_four_channels(tmp_path):
         (["--init", "nowhere.pt"], "nowhere.pt exist"),
     ],
 )
-def test_bad_input(more, says, digits, tmp_path, refused):
-    assert has(refused(main, *words(digits, tmp_path, "bad"), *more), says)
+def test_bad_input(more, message, digits, tmp_path, refused):
+    assert has(refused(main, *words(digits, tmp_path, "bad"), *more), message)
     assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (["--model.name", "convnextv2_atom"], "model.name convnextv2_atom convnextv2_atto"),
         (["--optim.batch_size", "7", "--optim.micro_batch", "2"], "optim.batch_size 7"),
@@ -181,11 +181,11 @@ def test_bad_input(more, says, digits, tmp_path, refused):
         (["--resume"], "complete checkpoint"),
     ],
 )
-def test_bad_input_that_a_rank_finds(more, says, digits, tmp_path):
+def test_bad_input_in_a_rank(more, message, digits, tmp_path):
     if "cuda" in more and torch.cuda.is_available():
         return
     done = run("python", "pretrain/main.py", *words(digits, tmp_path, "bad"), *more, code=2)
-    assert done.stderr.splitlines()[-1].startswith("error: ") and has(done.stderr.splitlines()[-1], says)
+    assert done.stderr.splitlines()[-1].startswith("error: ") and has(done.stderr.splitlines()[-1], message)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "bad").exists()
 

@@ -1,4 +1,4 @@
-"""kNN and linear evaluation during pretraining: what is recorded, training is unchanged, bad input."""
+"""kNN and linear evaluation during pretraining: scores, unchanged training, bad input."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from configs.errors import UserError
 from configs.schema import Data, FCMAESettings, Optim, Pretrain, PretrainModel, Probe
 from launch.training.world import World
 from models.fcmae import FCMAE
-from models.weights import load
+from models.opening import open_weights
 from pretrain.online_eval import OnlineEval, probe_splits
 from tests.conftest import has, losses, run, run_ranks
 from tests.pretrain import test_main
@@ -24,17 +24,17 @@ def words(digits, runs, name, *more):
 
 
 def recorded(folder) -> dict[int, dict]:
-    """The probes of a run's log, by step."""
+    """Scores in a run's log, by step."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return {entry["step"]: entry["knn"] for entry in entries if "knn" in entry}
 
 
 def after(weights, digits, out, *more) -> dict:
-    """What finetune/probe.py finds of the weights a run ended with, as the run would record it."""
+    """Scores of finetune/probe.py for a run's final weights, as the run records them."""
     more = ["--no-linear", "--workers", "0", "--device", "cpu", "--batch", "240", "--out", out, *more]
     run("python", "finetune/probe.py", weights, digits, *more)
     found = json.loads(out.read_text())["knn"]
-    return {f"{top}_k{k}": score for k, held in found.items() for top, score in held.items()}
+    return {f"{top}_k{k}": score for k, stored in found.items() for top, score in stored.items()}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def probed(digits, tmp_path_factory):
     return runs / "with", run("python", "pretrain/main.py", *words(digits, runs, "with", "--probe.every", "2")).stdout
 
 
-def test_what_is_recorded(probed, digits, tmp_path):
+def test_scores_are_recorded(probed, digits, tmp_path):
     folder, text = probed
     found = recorded(folder)
     assert found.keys() == {0, 12, 18}  # the weights at first, epoch 2, and the last
@@ -58,7 +58,7 @@ def test_what_is_recorded(probed, digits, tmp_path):
 
 
 def test_linear_classifier(digits, tmp_path):
-    """It is finetune/probe.py's, of the weights that the run ended with; the summary has all of them."""
+    """Equal to finetune/probe.py's for the final weights; the summary lists all evaluations."""
     more = ["--probe.every", "3", "--probe.linear_epochs", "4", "--run.log_every", "100"]
     text = run("python", "pretrain/main.py", *words(digits, tmp_path, "x", *more)).stdout
     found = json.loads((tmp_path / "x/summary.json").read_text())
@@ -72,17 +72,17 @@ def test_linear_classifier(digits, tmp_path):
     assert found["loss"].keys() == {"1", "2", "3"}  # one line an epoch
 
 
-def test_training_does_not_feel_it(probed, digits, tmp_path):
+def test_training_is_unchanged(probed, digits, tmp_path):
     run("python", "pretrain/main.py", *words(digits, tmp_path, "without"))
     assert losses(tmp_path / "without") == losses(probed[0]) and recorded(tmp_path / "without") == {}
-    one, other = (load(folder / "fcmae.pt") for folder in (tmp_path / "without", probed[0]))
+    one, other = (open_weights(folder / "fcmae.pt").weights for folder in (tmp_path / "without", probed[0]))
     for part in ("encoder", "decoder"):
         assert all(torch.equal(tensor, getattr(other, part)[name]) for name, tensor in getattr(one, part).items())
 
 
 @pytest.mark.slow
 def test_on_two_ranks_with_divided_weights(digits, tmp_path):
-    """The shards of the probe are others than those of the training; part of each split."""
+    """The probe's shards are not those of the training; a part of each split."""
     run("python", "data/prepare.py", "digits", tmp_path / "bare", "--no-labels")
     more = ["--probe.every", "1", "--probe.path", digits, "--probe.images", "300", "--optim.zero_stage", "3"]
     command = words(tmp_path / "bare", tmp_path, "two", *more, "--probe.crop", "1")
@@ -122,18 +122,18 @@ def test_steps_are_watched_and_the_model_stays_in_training(digits):
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "message"),
     [
         ({"eval_split": "test"}, "index.json test train val"),
         ({"path": "nowhere"}, "nowhere"),
         ({"images": 9}, "train probe.images 9 10"),
     ],
 )
-def test_bad_input(keys, says, digits):
+def test_bad_input(keys, message, digits):
     config = Pretrain(data=Data(path=str(digits)), probe=Probe(every=5, **keys))
     with pytest.raises(UserError) as error:
         probe_splits(config)
-    assert has(error.value, f"{says} probe.path probe.every")
+    assert has(error.value, f"{message} probe.path probe.every")
     assert probe_splits(Pretrain(data=Data(path="nowhere"))) is None
 
 

@@ -36,7 +36,7 @@ def test_the_grid_shows_any_number_of_channels(channels):
 @pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_atto"])
 @torch.no_grad()
 def test_feature_distance(name):
-    """The mean over all pairs of channels, images and blocks of a stage, of what fc2 takes in."""
+    """Mean over all pairs of channels, images and blocks of a stage, of the inputs of fc2."""
     encoder, image = FCMAE(*tiny(name)).encoder, torch.randn(2, 3, 32, 32)
     random_weights(encoder)
     found = feature_distance(encoder, image)

@@ -1,4 +1,4 @@
-"""`pretrain/reconstruct.py`: the picture, its options, and what it refuses."""
+"""`pretrain/reconstruct.py`: picture, options, bad input."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,8 @@ from configs.errors import UserError
 from configs.preprocessing import Preprocessing
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE, flat_config, from_flat
-from models.weights import Weights, cpu_state, load, save, split_by_prefix
+from models.opening import open_weights
+from models.weights import Weights, cpu_state, save, split_by_prefix
 from pretrain.pictures import CAPTION, COLUMNS
 from pretrain.reconstruct import main
 from tests.conftest import has, run
@@ -39,7 +40,7 @@ def photos(tmp_path):
 
 @pytest.fixture
 def grid(monkeypatch, capsys):
-    """The command, in this process; returns what it prints."""
+    """Calls the command in this process; returns its output."""
 
     def call(*words) -> str:
         monkeypatch.setattr("sys.argv", ["reconstruct.py", *map(str, words)])
@@ -66,19 +67,19 @@ def test_options(grid, weights, photos, tmp_path):
     assert bytes_of["file"] == bytes_of["folder"] != bytes_of["seed"]
 
 
-def test_a_model_that_predicts_pixels_says_nothing_of_statistics(grid, weights, photos, tmp_path):
-    content = load(weights)
+def test_models_of_pixels_have_no_remark_on_statistics(grid, weights, photos, tmp_path):
+    content = open_weights(weights).weights
     content.decoder_config["norm_pix"] = False
     save(weights, content)
     assert "variance" not in grid(photos, "--weights", weights, "--out", tmp_path / "x.png")
 
 
-def test_what_is_refused(grid, weights, photos, tmp_path):
-    model = ConvNeXt(load(weights).arch)
+def test_bad_input(grid, weights, photos, tmp_path):
+    model = ConvNeXt(open_weights(weights).weights.arch)
     save(tmp_path / "encoder.pt", Weights(model.arch, IMAGE, cpu_state(model)))
     (photos / "broken.png").write_bytes(b"nonsense")
     out = ["--out", tmp_path / "x.png"]
-    for words, says in [
+    for words, message in [
         ([photos, "--weights", weights, *out], "broken.png"),
         ([tmp_path / "none.png", "--weights", weights, *out], "none.png exist"),
         ([photos / "0.png", "--weights", tmp_path / "encoder.pt", *out], "encoder.pt decoder"),
@@ -88,7 +89,7 @@ def test_what_is_refused(grid, weights, photos, tmp_path):
     ]:
         with pytest.raises(UserError) as error:
             grid(*words)
-        assert has(error.value, says)
+        assert has(error.value, message)
         assert not (tmp_path / "x.png").exists()
 
 

@@ -1,4 +1,4 @@
-"""Classification, the default task: one class for each image."""
+"""Classification, the default task: one class per image."""
 
 from __future__ import annotations
 
@@ -54,52 +54,50 @@ class Settings:
 
 
 class Task:
-    """Classifies images: a linear head on the mean token, cross entropy, accuracy.
+    """A linear head on the mean token, cross entropy, accuracy. Implements `finetune.finetuning.Task`.
 
     Args:
         config: of the run
-        train: split that is trained on
-        evaluation: split that is scored
+        train: training split
+        evaluation: evaluation split
     Raises:
         UserError: an image of either split has no label
     """
 
-    metric = "top1"  # score that selects the best weights
+    metric = "top1"
 
     def __init__(self, config: Finetune, train: Split, evaluation: Split):
+        from finetune.tasks.classification.scores import collect, join
+
         self.config, self.train = config, train
+        self.collect, self.join = collect, join
         for split in (train, evaluation):
             if not train.classes or (split.labels() < 0).any():
                 raise UserError(
-                    f"{config.data.path}, split {split.name} has images without labels: fine-tuning needs one for each"
+                    f"{config.data.path}, split {split.name} has images without labels, which classification needs"
                 )
         self.classes = train.classes
         self.mixup, self.criterion = self._build_loss()
 
     def describe(self) -> str:
-        """Part of the run's first line."""
         return f"{len(self.classes)} classes"
 
     def check_batch(self, micro: int) -> None:
-        """Raise `UserError` for mixup or cutmix with an odd micro batch."""
         if micro % 2 and (self.config.task.mixup or self.config.task.cutmix):
             raise UserError(f"task.mixup and cutmix pair images: optim.micro_batch {micro} must be even")
 
     def train_transform(self, mean: tuple[float, ...]) -> Transform:
-        """Random crop and augmentation; `mean` [C] of the channels."""
         from data.transforms import train_transform
 
         return train_transform(self.config.data, self.config.augment, mean)
 
     def eval_transform(self) -> Transform:
-        """Centre crop."""
         from data.transforms import EvalTransform
 
         data = self.config.data
         return EvalTransform(data.height_width, self.config.augment.eval_crop, data.eval_interpolation)
 
     def sample_weights(self) -> np.ndarray | None:
-        """How often each training image is drawn, as `EpochOrder` takes it; None = once an epoch."""
         from data.sampler import class_weights, labelled_share
 
         settings = self.config.task
@@ -110,7 +108,7 @@ class Task:
         return np.where(used, class_weights(labels, settings.balance), 0)
 
     def build(self, arch: Encoder) -> ConvNeXt:
-        """The classifier with initial weights. A frozen encoder has no drop path and nothing to recompute."""
+        """The classifier. A frozen encoder has neither drop path nor activation checkpointing."""
         from models.convnext import ConvNeXt
 
         settings = self.config.model
@@ -122,7 +120,7 @@ class Task:
         return model
 
     def load(self, model: ConvNeXt, init: Opened | None) -> None:
-        """Start from the weights of --init; a head for other classes is replaced, and scaled by `head_init`."""
+        """Load --init; a new head is scaled by `head_init`."""
         from models.start import start_classifier
 
         if init is None or not start_classifier(model, init, self.classes):
@@ -131,40 +129,26 @@ class Task:
                 parameter.data.mul_((1.0 if init is None else 0.001) if scale is None else scale)
 
     def loss(self, model: Callable[[Tensor], Tensor], image: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Cross entropy [] of images [B, C, H, W] after mixup or cutmix; `model` gives logits [B, classes]."""
+        """Cross entropy after mixup or cutmix."""
         label = batch["label"].to(image.device, non_blocking=True)
         if self.mixup:
             image, label = self.mixup(image, label)
         return self.criterion(model(image).float(), label)
 
-    def collect(self, output: Tensor, batch: dict[str, Tensor]) -> Predictions:
-        """Predictions for a batch, from logits [B, classes]."""
-        from finetune.tasks.classification.scores import collect
-
-        return collect(output, batch)
-
-    def join(self, parts: list[Predictions]) -> Predictions:
-        """Predictions for a split, from those of its batches or of all ranks."""
-        from finetune.tasks.classification.scores import join
-
-        return join(parts)
-
     def restore(self, state: dict) -> Predictions:
-        """Predictions from their attributes, as a checkpoint has them."""
         from finetune.tasks.classification.scores import Predictions
 
         return Predictions(**state)
 
     def format(self, scores: dict[str, float]) -> str:
-        """Scores as printed after an epoch."""
         return f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%}"
 
-    def draw(self, folder: Path, found: Predictions) -> None:
-        """Write confusion.png and calibration.png of the best weights."""
+    def draw(self, folder: Path, predictions: Predictions) -> None:
+        """Write confusion.png and calibration.png."""
         from finetune.tasks.classification.pictures import calibration_picture, confusion_picture
 
-        confusion_picture(folder / "confusion.png", found, self.classes)
-        calibration_picture(folder / "calibration.png", found.calibration())
+        confusion_picture(folder / "confusion.png", predictions, self.classes)
+        calibration_picture(folder / "calibration.png", predictions.calibration())
 
     def _build_loss(self) -> tuple[Callable | None, Callable]:
         from timm.data import Mixup
@@ -181,7 +165,7 @@ class Task:
 
 
 def make_inference(trained: Trained) -> ClassifierInference:
-    """What evaluate.py, predict.py and export.py need of this task, for a trained classifier."""
+    """The task's `finetune.inference.Inference` for a trained classifier."""
     from finetune.tasks.classification.inference import ClassifierInference
 
     return ClassifierInference(trained)

@@ -1,4 +1,4 @@
-"""A trained classifier in use: class names, scores, predictions, and the files that the commands write."""
+"""Inference with a trained classifier: class names, scores, predictions, and output files."""
 
 import csv
 import io
@@ -28,21 +28,23 @@ MAX_NAMES = 5  # in an error message
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most likely classes of a picture, (name, probability), in descending order of probability."""
+    """The likeliest classes of a picture, (name, probability), in descending order."""
 
     path: Path
     classes: list[tuple[str, float]]
 
     @property
     def lines(self) -> list[str]:
-        """The classes as they are printed."""
+        """Text for console and annotated copies."""
         return [f"{name} {100 * share:.1f} %" for name, share in self.classes]
 
 
 class ClassifierInference:
-    """Implements `finetune.inference.Inference` for a trained classifier."""
+    """A trained classifier; implements `finetune.inference.Inference`."""
 
     files = "evaluation.json, predictions.csv, confusion.png, calibration.png"
+    join = staticmethod(scores.join)
+    show_evaluation = staticmethod(show_evaluation)
 
     def __init__(self, trained: Trained):
         self.trained = trained
@@ -50,33 +52,22 @@ class ClassifierInference:
         self.class_of: Tensor | None = None  # the model's class for each label of the data
 
     def match(self, images: Split | Folder) -> None:
-        """Match the classes of a data set with the model's: by name, or by number where either has no names.
-
-        Raises:
-            UserError: an image has no label, or one that the model does not have
-        """
         self.names, classes = match_classes(self.trained, images)
         self.class_of = torch.from_numpy(classes)
 
     def collect(self, output: Tensor, batch: dict[str, Tensor]) -> Predictions:
-        """Predictions for a batch, from logits [B, classes]."""
         label = batch["label"]
         return scores.collect(output, batch | {"label": torch.where(label < 0, label, self.class_of[label])})
 
-    def join(self, parts: list[Predictions]) -> Predictions:
-        """Predictions for a split from those of its batches, or of all ranks."""
-        return scores.join(parts)
-
     def evaluation(self, predictions: Predictions) -> dict:
-        """Scores, accuracy of each class that has images, confusions (most frequent first) and calibration."""
         if not np.isfinite(predictions.loss).all():
             raise UserError(
-                f"{self.trained.path} gives numbers that are not finite: try other weights or --precision fp32"
+                f"{self.trained.path} gives outputs that are not finite: try other weights or --precision fp32"
             )
         return evaluation(predictions, self.names)
 
     def write_evaluation(self, out: Path, result: dict, predictions: Predictions, names: list[str]) -> None:
-        """Write predictions.csv, two pictures, and evaluation.json last; `names` are those of the samples."""
+        """Write predictions.csv, two pictures and, last, evaluation.json."""
         from finetune.tasks.classification.pictures import calibration_picture, confusion_picture  # matplotlib, sklearn
 
         top = (f"top{i + 1}" for i in range(predictions.best.shape[1]))
@@ -90,16 +81,7 @@ class ClassifierInference:
         calibration_picture(out / "calibration.png", predictions.calibration())
         write_whole(out / "evaluation.json", json.dumps(result, indent=1).encode())
 
-    def show_evaluation(self, result: dict) -> None:
-        """Print the scores, all classes or the worst, and the most frequent confusions."""
-        show_evaluation(result)
-
     def name_outputs(self, file: str | None) -> None:
-        """Take class names from a text file, one a line, or else from the weights.
-
-        Raises:
-            UserError: there is not one name for each class
-        """
         path, outputs = self.trained.path, self.trained.weights.outputs
         if file is None and self.names is None:
             raise UserError(f"{path} has no class names: give them with --classes names.txt, one a line")
@@ -111,13 +93,9 @@ class ClassifierInference:
             raise UserError(f"{file or path} has {len(self.names)} names, {path} {outputs} classes")
 
     def predict(self, output: Tensor, paths: list[Path], top: int) -> list[Prediction]:
-        """The `top` most likely classes of pictures, from logits [B, classes].
-
-        Raises:
-            UserError: a logit is not finite
-        """
+        """The `top` likeliest classes of pictures, from logits [B, classes]. Raises `UserError` for NaN or infinity."""
         if not bool(torch.isfinite(output).all()):
-            raise UserError("the weights give numbers that are not finite: try --precision fp32")
+            raise UserError("the weights give outputs that are not finite: try --precision fp32")
         output = output.float()
         classes = output.topk(min(top, output.shape[1])).indices
         shares = output.softmax(1).gather(1, classes).tolist()
@@ -127,7 +105,6 @@ class ClassifierInference:
         ]
 
     def annotate(self, folder: Path, number: int, prediction: Prediction) -> None:
-        """Write a copy of a picture with its classes below it, as JPEG or PNG; `number` keeps file names unique."""
         from finetune.tasks.classification.pictures import annotate  # matplotlib, sklearn
 
         path = prediction.path
@@ -137,13 +114,11 @@ class ClassifierInference:
             copy.save(file, kind, quality=95)
 
     def write_csv(self, file: Path, predictions: list[Prediction]) -> None:
-        """Write a table with a row for each picture."""
         top = max((len(prediction.classes) for prediction in predictions), default=0)
         head = ["path", *(f"{column}{i + 1}" for i in range(top) for column in ("class", "probability"))]
         write_rows(file, [head, *([p.path, *chain.from_iterable(p.classes)] for p in predictions)])
 
     def write_json(self, file: Path, predictions: list[Prediction]) -> None:
-        """Write a list of objects, one a line."""
         objects = (
             {
                 "path": str(prediction.path),
@@ -154,7 +129,6 @@ class ClassifierInference:
         write_whole(file, f"[{','.join(chr(10) + json.dumps(item) for item in objects)}\n]\n".encode())
 
     def outputs(self) -> dict[str, str]:
-        """The logits of the exported model."""
         return {"logits": f"float32 [batch, {self.trained.weights.outputs}]"}
 
 
@@ -166,10 +140,12 @@ def write_rows(path: Path, rows: list[list]) -> None:
 
 
 def match_classes(trained: Trained, images: Split | Folder) -> tuple[list[str], np.ndarray]:
-    """(names of the model's classes, the model's class for each label of the data).
+    """Match a data set's classes with the model's: by name, or by number if either has no names.
 
+    Returns:
+        names of the model's classes; index of the model's class for each label of the data
     Raises:
-        UserError: an image has no label, or one that the model does not have
+        UserError: an image has no label, or a class that the model does not have
     """
     where, labels, outputs = f"{images.folder}, split {images.name}", images.labels(), trained.weights.outputs
     if not len(labels):
@@ -201,15 +177,15 @@ def match_classes(trained: Trained, images: Split | Folder) -> tuple[list[str], 
 
 
 def evaluation(predictions: Predictions, names: list[str]) -> dict:
-    """Scores, accuracy of each class that has images, confusions (most frequent first) and calibration."""
-    from sklearn.metrics import f1_score, recall_score  # takes over a second
+    """Scores, accuracy of each class with images, confusions (most frequent first), and calibration."""
+    from sklearn.metrics import f1_score, recall_score  # slow to import
 
     label, first = predictions.label, predictions.best[:, 0]
     present, counts = np.unique(label, return_counts=True)
     recall = recall_score(label, first, labels=present, average=None)
     images = dict(zip(present.tolist(), counts.tolist(), strict=True))
     bins = predictions.calibration()
-    scores = asdict(predictions.score()) | {
+    scores = predictions.scores() | {
         "mean_class_accuracy": float(recall.mean()),
         "macro_f1": float(f1_score(label, first, labels=present, average="macro")),
         "calibration_error": calibration_error(bins),

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation and of predictions: confusion matrix, reliability diagram, images with their classes."""
+"""Confusion matrix, reliability diagram, and annotated pictures."""
 
 import math
 import warnings
@@ -17,25 +17,26 @@ from configs.files import whole_file
 from data.transforms import to_float
 from finetune.tasks.classification.scores import Bin, Predictions, calibration_error
 
-MOST_CLASSES, MOST_CONFUSED = 100, 30  # classes that a confusion matrix shows; of more, so many
-MOST_NUMBERS = 30  # classes up to which the cells have numbers
-LEAST_SIDE = 256  # pixels: a smaller picture is enlarged before it is written on
-LEAST_LETTERS, LETTERS = 14, 1 / 24  # height of the letters: at least, in pixels; and as a share of the width
-FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # PIL's own has Latin letters only
+MAX_CLASSES, CONFUSED_CLASSES = 100, 30  # in a confusion matrix; with more classes the most confused are shown
+MAX_CLASSES_WITH_NUMBERS = 30  # in the cells
+MAX_NAME = 30  # characters of a class name
+MIN_SIDE = 256  # pixels: smaller pictures are enlarged before annotation
+MIN_LETTERS, LETTERS = 14, 1 / 24  # height of letters: minimum in pixels, and relative to the width
+FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # PIL's default has Latin letters only
 
 
-def confusion_picture(path: Path, found: Predictions, names: list[str]) -> None:
-    """Write a confusion matrix: a row a class, what share of its images is taken for which class.
+def confusion_picture(path: Path, predictions: Predictions, names: list[str]) -> None:
+    """Write a confusion matrix, normalised by row (class).
 
-    Of more than 100 classes it shows 30, those of the most frequent confusions.
+    With more than 100 classes, it shows the 30 of the most frequent confusions.
     """
-    label, first = found.label, found.best[:, 0]
+    label, first = predictions.label, predictions.best[:, 0]
     shown = np.union1d(label, first)
     title = f"{len(shown)} classes"
-    if len(shown) > MOST_CLASSES:
-        title = f"the {MOST_CONFUSED} most often confused of {len(shown)} classes"
-        by_confusion = dict.fromkeys([*found.confusions()[0].flat, *shown])
-        shown = np.sort([*by_confusion][:MOST_CONFUSED])
+    if len(shown) > MAX_CLASSES:
+        title = f"the {CONFUSED_CLASSES} most often confused of {len(shown)} classes"
+        by_confusion = dict.fromkeys([*predictions.confusions()[0].flat, *shown])
+        shown = np.sort([*by_confusion][:CONFUSED_CLASSES])
     images = np.bincount(label, minlength=len(names))[shown]
     share = confusion_matrix(label, first, labels=shown) / np.maximum(images, 1)[:, None]
 
@@ -43,11 +44,11 @@ def confusion_picture(path: Path, found: Predictions, names: list[str]) -> None:
     figure = Figure((side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    ticks = [shorten(names[i]) for i in shown]
+    ticks = [name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…" for name in (names[i] for i in shown)]
     axes.set_xticks(range(len(shown)), ticks, rotation=90, parse_math=False)
     axes.set_yticks(range(len(shown)), ticks, parse_math=False)
     axes.set(xlabel="predicted class", ylabel="class", title=f"% of each class's images; {title}")
-    for row, column in np.argwhere(share >= 0.005) if len(shown) <= MOST_NUMBERS else ():
+    for row, column in np.argwhere(share >= 0.005) if len(shown) <= MAX_CLASSES_WITH_NUMBERS else ():
         colour = "white" if share[row, column] > 0.5 else "black"
         text = f"{100 * share[row, column]:.0f}"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
@@ -55,7 +56,7 @@ def confusion_picture(path: Path, found: Predictions, names: list[str]) -> None:
 
 
 def calibration_picture(path: Path, bins: list[Bin]) -> None:
-    """Write a reliability diagram (1706.04599, figure 1): accuracy by confidence, and where the images are."""
+    """Write a reliability diagram (1706.04599, figure 1): accuracy by confidence, and the distribution of images."""
     full = [bin for bin in bins if bin.images]
     left, width = [bin.low for bin in full], bins[0].high - bins[0].low
     figure = Figure((5, 6), layout="constrained")
@@ -75,37 +76,32 @@ def calibration_picture(path: Path, bins: list[Bin]) -> None:
 
 def _write(path: Path, figure: Figure) -> None:
     with whole_file(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
         figure.savefig(file, format="png", dpi=120)
 
 
-def shorten(name: str, most: int = 30) -> str:
-    """A name of at most so many letters."""
-    return name if len(name) <= most else name[: most - 1] + "…"
-
-
 def annotate(image: Tensor, lines: list[str]) -> Image.Image:
-    """A picture of an image [C, H, W] as decoded, with lines of text in a band below it.
+    """A decoded image [C, H, W] as a picture with lines of text below it.
 
-    Small images are enlarged by a whole number. The letters grow with the picture; a line that is too long is cut.
+    Small images are enlarged by a whole factor. Letters scale with the picture; long lines are shortened in the middle.
     """
     picture = F.to_pil_image(_to_rgb(image))
-    zoom = max(1, math.ceil(LEAST_SIDE / max(picture.size)))
+    zoom = max(1, math.ceil(MIN_SIDE / max(picture.size)))
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-    width = max(picture.width, LEAST_SIDE)
-    height = max(LEAST_LETTERS, round(width * LETTERS))
+    width = max(picture.width, MIN_SIDE)
+    height = max(MIN_LETTERS, round(width * LETTERS))
     font, space = ImageFont.truetype(FONT, height), height // 2
     sheet = Image.new("RGB", (width, picture.height + space + len(lines) * (height + space)), "white")
     sheet.paste(picture, ((width - picture.width) // 2, 0))
     draw = ImageDraw.Draw(sheet)
     for i, line in enumerate(lines):
         top = picture.height + space + i * (height + space)
-        draw.text((space, top), _fitting(" ".join(line.split()), font, width - 2 * space), "black", font)
+        draw.text((space, top), _shorten(" ".join(line.split()), font, width - 2 * space), "black", font)
     return sheet
 
 
-def _fitting(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The line, with letters left out of its middle if it is wider than so many pixels."""
+def _shorten(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Remove letters from the middle of a line until it is at most `width` pixels wide."""
     cut = line
     while font.getlength(cut) > width and len(cut) > 2:
         keep = len(cut) // 2 - 1
@@ -114,6 +110,6 @@ def _fitting(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def _to_rgb(image: Tensor) -> Tensor:
-    """An image of any number of channels as uint8 [3, H, W]: the first three channels, or the first as grey."""
+    """An image as uint8 [3, H, W]: the first three channels; the first as grey if there are fewer."""
     image = image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
     return (to_float(image).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,28 +1,18 @@
 """Predictions of a classifier for a split, and their scores."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
 TOP = 5
-BINS = 15  # of confidence, as in 1706.04599
-
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracies in 0 to 1, mean cross entropy, and the number of images they are over."""
-
-    top1: float
-    top5: float
-    loss: float
-    images: int
+BINS = 15  # of confidence, as in arXiv 1706.04599
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Images whose confidence is above `low` and at most `high`; their means, None where there are no images."""
+    """Images with confidence above `low` and at most `high`; means are None if there are none."""
 
     low: float
     high: float
@@ -33,13 +23,13 @@ class Bin:
 
 @dataclass(frozen=True)
 class Predictions:
-    """N samples of a split, in its order.
+    """Predictions for N samples of a split, in its order.
 
     Args:
-        sample: [N] number of the sample
+        sample: [N] index in the split
         label: [N]
-        best: [N, 5] the likeliest classes, the first one first; fewer columns if there are fewer classes
-        confidence: [N] softmax probability of the likeliest
+        best: [N, min(5, classes)] likeliest classes in descending order
+        confidence: [N] softmax probability of the likeliest class
         loss: [N] cross entropy
     """
 
@@ -50,26 +40,22 @@ class Predictions:
     loss: np.ndarray
 
     def scores(self) -> dict[str, float]:
-        """The fields of `score` by name."""
-        return asdict(self.score())
-
-    def score(self) -> Score:
-        """Means over the samples."""
+        """Top-1 and top-5 accuracy from 0 to 1, mean cross entropy, and number of images."""
         hits = self.best == self.label[:, None]
-        loss = float(self.loss.mean(dtype=np.float64))
-        return Score(float(hits[:, 0].mean()), float(hits.any(1).mean()), loss, len(self.label))
+        top1, top5 = float(hits[:, 0].mean()), float(hits.any(1).mean())
+        return {"top1": top1, "top5": top5, "loss": float(self.loss.mean(dtype=np.float64)), "images": len(self.label)}
 
     def confusions(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs [P, 2] of a class and what it was taken for, the most frequent first; how often, [P]."""
+        """(pairs [P, 2] of class and wrong prediction, counts [P]), the most frequent first."""
         wrong = self.best[:, 0] != self.label
-        pairs, times = np.unique(np.stack([self.label, self.best[:, 0]], 1)[wrong], axis=0, return_counts=True)
-        order = np.argsort(-times, kind="stable")
-        return pairs[order], times[order]
+        pairs, counts = np.unique(np.stack([self.label, self.best[:, 0]], 1)[wrong], axis=0, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return pairs[order], counts[order]
 
     def calibration(self) -> list[Bin]:
-        """How often the likeliest class is right, by its confidence: bins of equal width (1706.04599, section 3)."""
+        """Accuracy by confidence, in bins of equal width (1706.04599, section 3)."""
         right = self.best[:, 0] == self.label
-        number = np.ceil(np.nan_to_num(self.confidence.astype(np.float64)) * BINS).astype(int) - 1  # NaN: in no bin
+        number = np.ceil(np.nan_to_num(self.confidence.astype(np.float64)) * BINS).astype(int) - 1  # NaN is in no bin
         bins = []
         for i in range(BINS):
             inside = number == i
@@ -81,15 +67,15 @@ class Predictions:
 
 
 def calibration_error(bins: list[Bin]) -> float:
-    """Expected calibration error (1706.04599, equation 3): |accuracy - confidence| of a bin, mean over the images."""
+    """Expected calibration error (1706.04599, equation 3): mean over images of their bin's |accuracy - confidence|."""
     gaps = (bin.images * abs(bin.accuracy - bin.confidence) for bin in bins if bin.images)
     return sum(gaps) / max(1, sum(bin.images for bin in bins))
 
 
 def collect(logits: Tensor, batch: dict[str, Tensor]) -> Predictions:
-    """A batch's predictions, from logits [B, classes].
+    """Predictions for a batch, from logits [B, classes].
 
-    Label -1 marks padding of a batch and images in place of damaged ones: they are left out.
+    Images with label -1 (padding, replacements of damaged images) are left out.
     """
     logits = logits.float()
     real = batch["label"] >= 0
@@ -101,7 +87,7 @@ def collect(logits: Tensor, batch: dict[str, Tensor]) -> Predictions:
 
 
 def join(parts: list[Predictions]) -> Predictions:
-    """The predictions of batches or ranks as one, in the order of the samples."""
+    """Concatenate predictions of batches or ranks, in the order of the samples."""
     order = np.argsort(np.concatenate([part.sample for part in parts]))
     return Predictions(
         *(np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(Predictions))

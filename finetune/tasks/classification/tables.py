@@ -1,14 +1,14 @@
-"""Tables of a classifier's evaluation, for the console."""
+"""Console tables of a classifier's evaluation."""
 
 from rich.console import Console
 from rich.table import Table
 
-MAX_CLASSES_SHOWN = 20  # the table lists all classes up to this number
-WORST = 10  # otherwise the worst; also the number of confusions and damaged images shown
+MAX_CLASSES_SHOWN = 20  # maximum number of classes for a complete list
+WORST = 10  # number of worst classes otherwise, and of confusions and damaged images
 
 
 def show_evaluation(result: dict) -> None:
-    """Print the scores, all classes or the worst, and the most frequent confusions."""
+    """Print damaged images, scores, all or the worst classes, and the most frequent confusions."""
     console = Console(markup=False, emoji=False, highlight=False)
     scores, classes, confusions, damaged = (result[key] for key in ("scores", "classes", "confusions", "damaged"))
     for line in damaged[:WORST]:
@@ -23,29 +23,31 @@ def show_evaluation(result: dict) -> None:
         "macro_f1": "macro F1",
         "calibration_error": "calibration error",
     }
-    for title in ("images", "loss", *titles.values()):
-        table.add_column(title, justify="right")
+    _add_columns(table, "images", "loss", *titles.values())
     table.add_row(f"{scores['images']:,}", f"{scores['loss']:.4f}", *(percent(scores[key]) for key in titles))
     console.print(table)
 
     shown = MAX_CLASSES_SHOWN if len(classes) <= MAX_CLASSES_SHOWN else WORST
     worst = sorted(classes, key=lambda row: row["accuracy"])[:shown]
     table = Table("class", title="classes" if len(worst) == len(classes) else f"worst of {len(classes)} classes")
-    for title in ("images", "accuracy"):
-        table.add_column(title, justify="right")
+    _add_columns(table, "images", "accuracy")
     for row in worst:
         table.add_row(row["name"], f"{row['images']:,}", percent(row["accuracy"]))
     console.print(table)
 
     if confusions:
         table = Table("class", "predicted as", title="most frequent confusions")
-        for title in ("images", "of the class"):
-            table.add_column(title, justify="right")
+        _add_columns(table, "images", "of the class")
         for row in confusions[:WORST]:
             table.add_row(row["label"], row["predicted"], f"{row['images']:,}", percent(row["share"]))
         console.print(table)
 
 
+def _add_columns(table: Table, *titles: str) -> None:
+    for title in titles:
+        table.add_column(title, justify="right")
+
+
 def percent(share: float) -> str:
-    """A share of 0 to 1 as a percentage."""
+    """Format a share from 0 to 1 as a percentage."""
     return f"{100 * share:.2f} %"

@@ -12,14 +12,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models.weights import load
+from models.opening import open_weights
 from tests.conftest import QUICK, ROOT, TINY, has, losses, run
 from tests.launch.training.helpers import Job, logged, saved, train
 
 
 def weights(folder):
-    file = load(folder / "fcmae.pt")
-    return {**file.encoder, **file.decoder}
+    held = open_weights(folder / "fcmae.pt").weights
+    return {**held.encoder, **held.decoder}
 
 
 def tensorboard_steps(folder):

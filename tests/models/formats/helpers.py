@@ -1,4 +1,4 @@
-"""Weights with a different number at every place, and what a real file of each format is named."""
+"""Test weights, and file names of each format."""
 
 from dataclasses import replace
 
@@ -20,12 +20,12 @@ FILES = {
 
 
 def numbered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A state of the model in which no two numbers of a tensor are equal: any mix-up of axes shows."""
+    """A state whose tensors have no two equal numbers, so that swapped axes are detected."""
     return {name: torch.arange(1.0, 1.0 + t.numel()).view(t.shape) for name, t in model.state_dict().items()}
 
 
 def natural(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A random state that neither explodes nor vanishes."""
+    """A random state with outputs of normal size."""
     return {
         name: torch.randn(t.shape) * 0.05 + (1 if name.endswith("norm.weight") else 0)
         for name, t in model.state_dict().items()
@@ -71,7 +71,7 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 def logits(weights: Weights, image: torch.Tensor) -> torch.Tensor:
-    """What the weights compute here."""
+    """Logits of the weights in this project's model."""
     model = ConvNeXt(weights.arch, len(weights.head["head.fc.bias"])).eval()
     model.load_state_dict(weights.encoder | weights.head)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def logits(weights: Weights, image: torch.Tensor) -> torch.Tensor:
 
 
 def maps(weights: Weights, image: torch.Tensor) -> list[torch.Tensor]:
-    """The maps [B, C, H, W] of the four stages that the weights compute here."""
+    """Feature maps [B, C, H, W] of the four stages in this project's model."""
     model, found = ConvNeXt(weights.arch).eval(), []
     model.load_state_dict(weights.encoder)
     for stage in model.stages:

@@ -105,7 +105,7 @@ def test_layer_scale_of_v1(form, name):
 
 
 @pytest.mark.parametrize("form", TABLES)
-def test_every_name_goes_there_and_back(form):
+def test_names_round_trip(form):
     weights = autoencoder(**SMALL) if form == "official-sparse" else classifier(**SMALL)
     v1 = {} if form == "official-sparse" else classifier("convnext_tiny", **SMALL).encoder
     ours = weights.encoder | weights.decoder | weights.head | v1
@@ -115,7 +115,7 @@ def test_every_name_goes_there_and_back(form):
 
 
 def test_depthwise_taps():
-    """Tap (row y, column x) of channel c stands in row 7 x + y of MinkowskiEngine's kernel."""
+    """Tap (row y, column x) of channel c is row 7 x + y of MinkowskiEngine's kernel."""
     dense = torch.tensor([[[[100 * c + 10 * y + x for x in range(7)] for y in range(7)]] for c in range(3)])
     kernel = to_taps(dense)
     for y in range(7):
@@ -126,7 +126,7 @@ def test_depthwise_taps():
 
 
 def test_convolution_taps():
-    """Tap (row y, column x) from channel i to o stands at [2 x + y, i, o]."""
+    """Tap (row y, column x) from channel i to o is at [2 x + y, i, o]."""
     dense = torch.arange(2.0 * 3 * 4).view(3, 2, 2, 2)
     kernel = to_taps(dense)
     for o in range(3):
@@ -138,7 +138,7 @@ def test_convolution_taps():
 
 
 def test_the_table_in_the_docs():
-    """docs/weights.md has every name, each in its format's column; a dash where the format has no such tensor."""
+    """docs/weights.md lists every name by format; a dash means that the format has no such tensor."""
     lines = (ROOT / "docs/weights.md").read_text().splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("| ours, timm |"))
     cells = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines[head:]]

@@ -40,7 +40,7 @@ class Payload:
 
 
 class Command(argparse.Namespace):
-    """Not the class that is allowed, though derived from it."""
+    """A subclass of the permitted class."""
 
 
 def test_an_official_sparse_checkpoint(tmp_path):
@@ -86,7 +86,7 @@ def test_containers_and_wrappers(form, container, wrapper, tmp_path):
 
 
 def test_released_files_after_pretraining(tmp_path):
-    """Dense names and kernels, no prefix, but GRN as the sparse code has it."""
+    """Dense names and kernels without prefix, but GRN in the sparse code's shape."""
     weights = classifier(classes=0, **SMALL)
     tensors, _ = to_form(weights, "official")
     tensors = {name: tensor[0, 0] if "grn" in name else tensor for name, tensor in tensors.items()}
@@ -111,7 +111,7 @@ def test_averaged_weights_of_another_model(tmp_path):
         ("transformers", {"id2label": {"0": "a", "10": "e", "1": "b", "9": "d", "2": "c"}}),
     ],
 )
-def test_class_names_as_a_dict_come_in_order(form, beside):
+def test_class_names_of_a_dict_are_sorted(form, beside):
     assert class_names(beside, form, 5, []) == ["a", "b", "c", "d", "e"]
 
 
@@ -120,8 +120,8 @@ GARBAGE = [None, 0, -1, 2**80, "x", b"x", [], {}, [None] * 3, "abc", {"a": 1}, [
 
 @pytest.mark.parametrize("form", FOREIGN)
 @pytest.mark.parametrize("key", ["image", "classes", "label_names", "pretrained_cfg", "meta", "pretraining", "args"])
-def test_garbage_beside_the_tensors_is_left_out(form, key, tmp_path):
-    """Whatever stands where a format keeps its facts: weights are read, facts are as if they were not there."""
+def test_invalid_metadata_is_ignored(form, key, tmp_path):
+    """Weights are read, with defaults for the metadata."""
     weights = weights_for(form)
     tensors, _ = to_form(weights, form)
     for value in GARBAGE:
@@ -136,7 +136,7 @@ def test_garbage_beside_the_tensors_is_left_out(form, key, tmp_path):
 @pytest.mark.parametrize(
     "key", ["id2label", "image_size", "preprocessor", "size", "crop_size", "image_mean", "crop_pct"]
 )
-def test_garbage_in_a_folder_is_left_out(key, tmp_path):
+def test_invalid_metadata_of_a_folder_is_ignored(key, tmp_path):
     write_weights(tmp_path / "x", classifier(**SMALL), "transformers")
     config, processor = tmp_path / "x/config.json", tmp_path / "x/preprocessor_config.json"
     inside = json.loads(config.read_text()), json.loads(processor.read_text())
@@ -189,7 +189,7 @@ def test_absurd_numbers_in_names_and_widths(tmp_path):
 
 
 def test_bytes_flipped_anywhere_end_in_one_line(tmp_path):
-    """A damaged file is read, if the damage is in a number, or refused; the reader never fails in another way."""
+    """A damaged file is read, if only values changed, or refused with a `UserError`."""
     weights = classifier(**SMALL)
     write_weights(tmp_path / "x.pth", weights, "official")
     whole, rng = (tmp_path / "x.pth").read_bytes(), np.random.default_rng(0)
@@ -205,7 +205,7 @@ def test_mmpretrains_older_key_for_class_names(tmp_path):
     assert read_weights(tmp_path / "x.pth")[0].classes == ["a", "b", "c", "d", "e"]
 
 
-def test_class_names_that_do_not_fit_are_left_out_and_said(tmp_path):
+def test_wrong_number_of_class_names_is_ignored(tmp_path):
     tensors, _ = to_form(classifier(**SMALL), "timm")
     torch.save({"state_dict": tensors, "label_names": ["a", "b"]}, tmp_path / "x.pth")
     found, _, remarks = read_weights(tmp_path / "x.pth")
@@ -231,7 +231,7 @@ def test_truncated(form, keep, tmp_path):
 
 
 @pytest.mark.parametrize("form", FOREIGN)
-def test_missing_unexpected_and_misshapen_are_listed_under_the_files_own_names(form, tmp_path):
+def test_wrong_tensors_are_listed_by_the_files_names(form, tmp_path):
     tensors, _ = to_form(weights_for(form), form)
     names = sorted(name for name in tensors if "norm" in name and "stages" in name)
     gone, bent = names[0], names[-1]
@@ -247,7 +247,7 @@ def test_missing_unexpected_and_misshapen_are_listed_under_the_files_own_names(f
 
 @pytest.mark.parametrize("form", FOREIGN)
 def test_a_transposed_tensor_is_misshapen(form, tmp_path):
-    """The same numbers in another shape are not reshaped until they fit."""
+    """Tensors of another shape are not reshaped to fit."""
     tensors, _ = to_form(weights_for(form), form)
     name = next(name for name in tensors if "fc1.weight" in name or "wconv1" in name or "pointwise_conv1" in name)
     tensors[name] = tensors[name].transpose(0, 1).contiguous()
@@ -324,7 +324,7 @@ def test_the_allowed_class_stays_allowed_only_here(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "says"),
+    ("files", "message"),
     [
         ({}, r"config\.json"),
         ({"config.json": "{"}, "JSON"),
@@ -336,8 +336,8 @@ def test_the_allowed_class_stays_allowed_only_here(tmp_path):
         ),
     ],
 )
-def test_folders_that_are_none(files, says, tmp_path):
+def test_folders_that_are_not_models(files, message, tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         read_weights(tmp_path)

@@ -1,4 +1,4 @@
-"""Every format there and back, and against the real models of timm and transformers."""
+"""Round trips of every format, and comparison with the models of timm and transformers."""
 
 import json
 
@@ -40,7 +40,7 @@ SIZES_AND_FORMATS = [
 
 @pytest.mark.xdist_group("large")  # gigabytes each: never two at once
 @pytest.mark.parametrize(("name", "form"), SIZES_AND_FORMATS)
-def test_every_size_there_and_back(name, form, tmp_path):
+def test_every_size_round_trips(name, form, tmp_path):
     sparse = form == "official-sparse"
     weights = autoencoder(name, fill=numbered, decoder_depth=2) if sparse else classifier(name, fill=numbered)
     tensors, remarks = to_form(weights, form)
@@ -51,7 +51,7 @@ def test_every_size_there_and_back(name, form, tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("shape", [{}, {"channels": 1, "stem_stride": 1, **SMALL}], ids=["atto", "small"])
-def test_files_there_and_back(form, shape, tmp_path):
+def test_files_round_trip(form, shape, tmp_path):
     """Tensors, architecture, class names, preprocessing, settings of the decoder, and averaged weights."""
     make = autoencoder if form in ("ours", "official-sparse") else classifier
     weights = make(**shape)
@@ -72,7 +72,7 @@ def test_files_there_and_back(form, shape, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["timm", "transformers"])
-def test_a_trained_final_norm_without_a_classifier_stays(form, tmp_path):
+def test_a_trained_final_norm_without_a_classifier_is_kept(form, tmp_path):
     weights = classifier(**SMALL)
     del weights.head["head.fc.weight"], weights.head["head.fc.bias"]
     write_weights(tmp_path / FILES[form], weights, form)
@@ -80,7 +80,7 @@ def test_a_trained_final_norm_without_a_classifier_stays(form, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["official", "timm", "transformers", "mmpretrain"])
-def test_an_encoder_alone_there_and_back(form, tmp_path):
+def test_an_encoder_round_trips(form, tmp_path):
     weights = classifier(classes=0, **SMALL)
     path = tmp_path / FILES[form]
     write_weights(path, weights, form)
@@ -91,7 +91,7 @@ def test_an_encoder_alone_there_and_back(form, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMATS)
-def test_half_precision_stays(form, dtype, tmp_path):
+def test_half_precision_is_kept(form, dtype, tmp_path):
     weights = autoencoder(**SMALL) if form == "official-sparse" else classifier(**SMALL)
     for part in (weights.encoder, weights.decoder, weights.head):
         part.update({name: tensor.to(dtype) for name, tensor in part.items()})
@@ -176,7 +176,7 @@ def test_timm_backbone(name, classes, channels, stride, tmp_path):
 
 @pytest.mark.parametrize(("name", "classes", "channels", "stride"), BACKBONES)
 def test_transformers_backbone(name, classes, channels, stride, tmp_path):
-    """It gives the maps after a LayerNorm that begins as identity; `hidden_states` are the maps themselves."""
+    """Its maps have an additional LayerNorm with initial weights; `hidden_states` are the maps."""
     weights = classifier(name, classes, channels=channels, stem_stride=stride, **SMALL)
     image = torch.randn(2, channels, 16 * stride, 24 * stride)
     write_weights(tmp_path / "x", weights, "transformers")
@@ -191,14 +191,14 @@ def test_transformers_backbone(name, classes, channels, stride, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("form", "weights", "says"),
+    ("form", "weights", "message"),
     [
         ("timm", {"stem_stride": 2}, r"model\.stem_stride 2 .*timm"),
         ("official-sparse", {"name": "convnext_tiny"}, "sparse.* V2"),
     ],
 )
-def test_what_the_other_code_cannot_build_is_refused(form, weights, says, tmp_path):
-    with pytest.raises(UserError, match=says):
+def test_unsupported_models_are_refused(form, weights, message, tmp_path):
+    with pytest.raises(UserError, match=message):
         write_weights(tmp_path / "x", classifier(**weights, **SMALL), form)
     assert not list(tmp_path.iterdir())
 
@@ -218,7 +218,7 @@ def test_transformers_bare_model_and_older_files(tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
-def test_interpolation_there_and_back(interpolation, form, tmp_path):
+def test_interpolation_round_trips(interpolation, form, tmp_path):
     weights = (autoencoder if form in ("ours", "official-sparse") else classifier)(**SMALL)
     change(weights, interpolation=interpolation)
     write_weights(tmp_path / FILES[form], weights, form)
@@ -227,8 +227,8 @@ def test_interpolation_there_and_back(interpolation, form, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["timm", "transformers"])
-def test_bicubic_is_written_but_not_kept(form, tmp_path):
-    """timm's and transformers' own defaults are others; here what is not said is bicubic."""
+def test_bicubic_is_written_and_the_default(form, tmp_path):
+    """timm and transformers have other defaults; here it is bicubic."""
     write_weights(tmp_path / FILES[form], classifier(**SMALL), form)
     if form == "timm":
         assert torch.load(tmp_path / "x.pth")["pretrained_cfg"]["interpolation"] == "bicubic"
@@ -238,17 +238,17 @@ def test_bicubic_is_written_but_not_kept(form, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("form", "held"), [("timm", "lanczos"), ("timm", ["bilinear"]), ("transformers", 1), ("transformers", {})]
+    ("form", "stored"), [("timm", "lanczos"), ("timm", ["bilinear"]), ("transformers", 1), ("transformers", {})]
 )
-def test_other_interpolations_are_said(form, held, tmp_path):
+def test_unknown_interpolations_are_logged(form, stored, tmp_path):
     write_weights(tmp_path / FILES[form], classifier(**SMALL), form)
     if form == "timm":
         content = torch.load(tmp_path / "x.pth")
-        content["pretrained_cfg"]["interpolation"] = held
+        content["pretrained_cfg"]["interpolation"] = stored
         torch.save(content, tmp_path / "x.pth")
     else:
         path = tmp_path / "x/preprocessor_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": held}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": stored}))
     found, _, remarks = read_weights(tmp_path / FILES[form])
     assert found.preprocessing.interpolation == "bicubic" and ["bicubic" in remark for remark in remarks] == [True]
 
@@ -282,7 +282,7 @@ def test_transformers_preprocessing_is_ours(size, crop, kind, interpolation, tmp
 
 
 @pytest.mark.parametrize(
-    ("held", "size", "crop"),
+    ("stored", "size", "crop"),
     [
         ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, [384, 384], 1.0),  # squashes from 384 on
         ({"size": {"shortest_edge": 224}, "crop_pct": 1.0}, [224, 224], 0.9999),  # a crop: not squashed
@@ -291,9 +291,9 @@ def test_transformers_preprocessing_is_ours(size, crop, kind, interpolation, tmp
         ({"size": {"height": 48}}, [64, 64], 0.875),  # half of it missing: the model's own size
     ],
 )
-def test_other_preprocessors(held, size, crop, tmp_path):
+def test_other_preprocessors(stored, size, crop, tmp_path):
     write_weights(tmp_path / "x", classifier(**SMALL), "transformers")
-    (tmp_path / "x/preprocessor_config.json").write_text(json.dumps(held))
+    (tmp_path / "x/preprocessor_config.json").write_text(json.dumps(stored))
     image = read_weights(tmp_path / "x")[0].preprocessing
     assert image.size == tuple(size) and image.crop == crop
 
@@ -303,12 +303,12 @@ def test_timm_crop_mode(crop, mode, tmp_path):
     weights = classifier(**SMALL)
     change(weights, crop=crop)
     write_weights(tmp_path / "x.pth", weights, "timm")
-    held = torch.load(tmp_path / "x.pth")["pretrained_cfg"]
-    assert (held["crop_pct"], held["crop_mode"]) == (round(crop, 3), mode)
+    stored = torch.load(tmp_path / "x.pth")["pretrained_cfg"]
+    assert (stored["crop_pct"], stored["crop_mode"]) == (round(crop, 3), mode)
     assert read_weights(tmp_path / "x.pth")[0].preprocessing.crop == crop
 
 
-def test_what_no_processor_can_do_is_said(tmp_path):
+def test_preprocessing_that_no_processor_has_is_logged(tmp_path):
     weights = classifier(**SMALL)
     change(weights, size=(48, 80))
     assert "preprocessor_config.json" in write_weights(tmp_path / "x", weights, "transformers")[0]
@@ -327,7 +327,7 @@ def test_timm_hub_folder(tmp_path):
 
 
 def test_logits_do_not_hide_a_missing_tensor():
-    """The comparison above can fail: any one tensor changed changes the logits."""
+    """Logits detect a change of any tensor."""
     weights, image = classifier(**SMALL), torch.randn(2, 3, 64, 64)
     before = logits(weights, image)
     for part in (weights.encoder, weights.head):

@@ -1,4 +1,4 @@
-"""The kernels compile for real GPUs, which needs none: what the interpreter accepts the compiler may not."""
+"""The kernels compile for GPUs (without one): the compiler is stricter than the interpreter."""
 
 import os
 import subprocess

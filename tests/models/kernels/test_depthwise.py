@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Take the kernels on this machine's device, whatever it is."""
+    """Use the kernels on this machine's device."""
     switched_on = kernels.fused
     monkeypatch.setattr(kernels, "fused", lambda x: switched_on(SimpleNamespace(is_cuda=True)))
 
@@ -48,7 +48,7 @@ def compare(layout, x, conv, norm, tolerance: float) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("s", "channels"), [pytest.param(8, 12, marks=pytest.mark.slow), (4, 5), (2, 9), (1, 130)])
 def test_packed(s, channels, dtype, tolerance, fused, monkeypatch):
-    """Patches in all positions to each other, in every stage; one image hides its border."""
+    """Patches in all relative positions, in every stage; one image with a hidden border."""
     monkeypatch.setattr(depthwise, "PROGRAMS", 21)  # three partial sums
     visible = torch.zeros(1 if s == 8 else 2, 2, 3, dtype=torch.bool, device=DEVICE)
     visible[0, 0, 1:] = True
@@ -60,7 +60,7 @@ def test_packed(s, channels, dtype, tolerance, fused, monkeypatch):
 
 @pytest.mark.parametrize(("height", "width"), [(2, 11), (4, 3)])
 def test_dense(height, width, fused):
-    """Grids that no strip divides."""
+    """Grids that are not a multiple of a strip."""
     x = torch.randn(1, height, width, 6, device=DEVICE, requires_grad=True)
     compare(Dense(), x, *layers(6), 1e-5)
 
@@ -76,7 +76,7 @@ def test_under_autocast_the_output_is_bf16(fused):
 
 
 def test_hidden_rows_are_not_read(fused):
-    """Memory beyond the visible tokens may hold anything."""
+    """Memory beyond the visible tokens may contain anything."""
     conv, norm = layers(4)
     visible = torch.tensor([[[True, False], [False, True]]], device=DEVICE)
     memory = torch.full((3, 2, 2, 2, 4), float("nan"), device=DEVICE)

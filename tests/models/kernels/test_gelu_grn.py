@@ -42,7 +42,7 @@ def test_packed(shape, scope, dtype, tolerance, fused):  # noqa: F811
 
 
 def test_large_values_do_not_overflow(fused):  # noqa: F811
-    """In fp16 the sum of squares would: the norm is taken in fp32."""
+    """The norm is computed in fp32: in fp16 the sum of squares would overflow."""
     h = torch.full((1, 4, 4, 8), 200.0, dtype=torch.float16, device=DEVICE)
     assert torch.isfinite(Dense().gelu_grn(h, GRN(8).to(DEVICE))).all()
 

@@ -1,4 +1,4 @@
-"""When the kernels are taken."""
+"""When the kernels are used."""
 
 from types import SimpleNamespace
 

@@ -29,7 +29,7 @@ def labels(axis) -> list[str]:
 
 
 def test_cells_are_shares_of_the_row(figures, tmp_path):
-    """Names may hold anything: formulas, letters that the font lacks."""
+    """Names may contain formulas, and letters that the font lacks."""
     found = predictions([0, 0, 0, 0, 2, 2], [0, 0, 0, 2, 2, 2])
     pictures.confusion_picture(tmp_path / "x.png", found, ["$a_", "unused", "猫 $\\x$"])
     (axes,) = figures[0].axes
@@ -39,8 +39,8 @@ def test_cells_are_shares_of_the_row(figures, tmp_path):
     Image.open(tmp_path / "x.png").verify()
 
 
-def test_of_many_classes_the_most_confused(figures, tmp_path):
-    """200 classes; class i of the first 20 is taken for class 100 + i, class 7 most often."""
+def test_the_most_confused_of_many_classes(figures, tmp_path):
+    """200 classes; class i < 20 is predicted as class 100 + i, class 7 most often."""
     label = np.concatenate([np.arange(200), np.arange(20), [7, 7]])
     first = np.concatenate([np.arange(200), np.arange(20) + 100, [107, 107]])
     pictures.confusion_picture(tmp_path / "x.png", predictions(label, first), [str(i) for i in range(200)])
@@ -77,7 +77,7 @@ def test_the_picture_is_whole_and_the_text_below_it(shape, zoom):
     band = pixels[height:]
     letters = np.argwhere(band.min(2) < 128)
     assert len(letters) and (band[[0, -1]] == 255).all() and (band[:, [0, -1]] == 255).all()  # none touches an edge
-    assert np.ptp(letters[:, 0]) > 2 * pictures.LEAST_LETTERS
+    assert np.ptp(letters[:, 0]) > 2 * pictures.MIN_LETTERS
 
 
 def test_letters_grow_with_the_picture():

@@ -1,4 +1,4 @@
-"""Predictions and what is computed from them, by hand."""
+"""Predictions and scores, computed by hand."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ STATISTICS = torch.zeros(1), torch.ones(1)
 
 
 class Table(torch.nn.Module):
-    """Looks up the logits of an image, which holds its number."""
+    """Returns the logits of an image, whose pixel is its index."""
 
     def forward(self, image):
         return LOGITS[image.flatten().mul(255).round().long()]
@@ -48,13 +48,12 @@ def test_scores_by_hand(alone):
     expected = torch.softmax(LOGITS[:3], 1)
     assert found.confidence == pytest.approx(expected.amax(1).numpy(), rel=1e-6)
     assert found.loss == pytest.approx(-expected.log()[torch.arange(3), LABELS[:3]].numpy(), rel=1e-6)
-    score = found.score()
-    assert (score.top1, score.top5, score.images) == (pytest.approx(2 / 3), pytest.approx(2 / 3), 3)
-    assert score.loss == pytest.approx(found.loss.mean(), rel=1e-6)
+    loss = pytest.approx(found.loss.mean(), rel=1e-6)
+    assert found.scores() == {"top1": pytest.approx(2 / 3), "top5": pytest.approx(2 / 3), "loss": loss, "images": 3}
 
 
 def test_ranks_are_joined_in_the_order_of_the_samples(alone, monkeypatch):
-    """Each of two ranks has every other sample; what one gathers is all of them."""
+    """Two ranks with every other sample each; gathering gives all of them."""
     parts = []
     monkeypatch.setattr("finetune.inference.gather", lambda value: parts.append(value) or parts)
     for rank in (1, 0):
@@ -70,7 +69,7 @@ def test_confusions_the_most_frequent_first():
 
 
 def test_calibration_by_hand():
-    """A bin holds its upper edge, so confidence 1 is in the last one."""
+    """A bin includes its upper edge, so confidence 1 is in the last one."""
     found = predictions([0, 0, 0, 0, 0], [0, 1, 0, 0, 1], [0.1875, 0.125, 0.96875, 1.0, 1.0])
     bins = found.calibration()
     assert [bin.images for bin in bins] == [0, 1, 1] + [0] * 11 + [3]
@@ -87,6 +86,6 @@ def test_calibration_error_of_a_calibrated_classifier():
     assert calibration_error(predictions(np.where(right, 1, 0), np.ones(200_000, int), confidence).calibration()) < 0.01
 
 
-def test_weights_that_diverged_are_in_no_bin():
+def test_nan_confidence_is_in_no_bin():
     bins = predictions([0, 0], [0, 0], [float("nan")] * 2).calibration()
     assert sum(bin.images for bin in bins) == 0 and calibration_error(bins) == 0

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import warnings
 
@@ -20,7 +22,7 @@ from data.decode import decode
 from data.index import describe, index_folder, verify
 from data.reencode import reencode
 from data.shards import Split, index_file, read_index
-from tests.conftest import names, run
+from tests.conftest import ROOT, names, run
 from tests.data.helpers import as_folder, as_ilsvrc, as_tar, as_zip, collection, killed, picture
 from tests.data.test_transforms import bomb
 
@@ -354,7 +356,8 @@ def test_checks_and_help_do_not_import_torch():
     """It takes seconds."""
     modules = "data.prepare, data.folder, data.shards"
     check = f"import sys, {modules}; print({{'torch', 'webdataset', 'sklearn'}} & sys.modules.keys())"
-    assert run("python", "-c", check).stdout == "set()\n"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)  # no fork has torch
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize(

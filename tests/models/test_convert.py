@@ -27,7 +27,7 @@ def test_official_sparse_to_ours_and_on(tmp_path):
     assert form == "ours"
     assert_same(found.encoder | found.decoder, weights.encoder | weights.decoder)
     done = convert(tmp_path / "fcmae.pt", tmp_path / "encoder.pth", "official")
-    assert has(done.stdout, "left out decoder")
+    assert has(done.stdout, "omitted decoder")
     assert_same(read_weights(tmp_path / "encoder.pth")[0].encoder, weights.encoder)
 
 
@@ -54,8 +54,8 @@ def test_averaged_weights(tmp_path):
     weights = classifier(**SMALL)
     weights.ema = {name: tensor + 1 for name, tensor in (weights.encoder | weights.head).items()}
     write_weights(tmp_path / "last.pt", weights, "ours")
-    assert has(convert(tmp_path / "last.pt", tmp_path / "raw.pth", "timm").stdout, "left out averaged")
-    assert "left out" not in convert(tmp_path / "last.pt", tmp_path / "ema.pth", "timm", "--ema").stdout
+    assert has(convert(tmp_path / "last.pt", tmp_path / "raw.pth", "timm").stdout, "omitted averaged")
+    assert "omitted" not in convert(tmp_path / "last.pt", tmp_path / "ema.pth", "timm", "--ema").stdout
     raw, ema = (read_weights(tmp_path / name)[0] for name in ("raw.pth", "ema.pth"))
     assert_same(raw.encoder | raw.head, weights.encoder | weights.head)
     assert_same(ema.encoder | ema.head, weights.ema)

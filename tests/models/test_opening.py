@@ -38,7 +38,7 @@ def test_an_encoder_has_no_head(number, files):
 
 def test_an_autoencoder_with_another_mask_ratio(files):
     found, trained = open_autoencoder(files[1], 0.75, (64, 96)), open_weights(files[1]).weights
-    assert found.model.config.mask_ratio == 0.75 and found.preprocessing.size == (64, 96)
+    assert found.model.settings.mask_ratio == 0.75 and found.preprocessing.size == (64, 96)
     assert_same({name: found.model.state_dict()[name] for name in trained.decoder}, trained.decoder)
 
 

@@ -135,17 +135,6 @@ def test_preprocessing_that_is_damaged(key, value, tmp_path):
         load(stored(tmp_path / "x.pt", **{key: value}))
 
 
-def test_statistics_are_needed(tmp_path):
-    with pytest.raises(UserError, match=r"x\.pt.* mean, std"):
-        load(write(tmp_path / "x.pt", image={"size": [8, 8]}))
-
-
-def test_an_unknown_interpolation(tmp_path):
-    image = {"size": [8, 8], "mean": [0.5], "std": [0.5], "interpolation": "lanczos"}
-    with pytest.raises(UserError, match=r"x\.pt.* interpolation 'lanczos'"):
-        load(write(tmp_path / "x.pt", image=image))
-
-
 def test_an_exported_program_is_not_weights(tmp_path):
     program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
     torch.export.save(program, tmp_path / "x.pt2")

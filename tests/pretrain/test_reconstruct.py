@@ -83,7 +83,7 @@ def test_what_is_refused(grid, weights, photos, tmp_path):
         ([tmp_path / "none.png", "--weights", weights, *out], "none.png exist"),
         ([photos / "0.png", "--weights", tmp_path / "encoder.pt", *out], "encoder.pt decoder"),
         ([photos / "0.png", "--weights", weights, "--size", "33", *out], "33 patch"),
-        ([photos / "0.png", "--weights", weights, "--ratio", "1.5", *out], "mask_ratio 1.5"),
+        ([photos / "0.png", "--weights", weights, "--ratio", "1.5", *out], "--ratio 1.5"),
         ([photos / "0.png", "--weights", weights, "--out", tmp_path / "no/x.png"], "no folder"),
     ]:
         with pytest.raises(UserError) as error:

@@ -49,14 +49,13 @@ counts = {}
 for stage in json.loads(sys.argv[2]):
     before = held()
     model = FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)), FCMAESettings())
-    groups = parameter_groups(model, Optim())
+    groups, parameters = parameter_groups(model, Optim()), sum(p.numel() for p in model.parameters())
     optim = Optim(batch_size=2 * world.ranks, micro_batch=1, zero_stage=stage)
     engine = Engine(model, groups, optim, world)
     for _ in range(2):
         train(engine)
     step = held() - before
     train(engine)
-    parameters = sum(p.numel() for p in model.parameters())
     counts[stage] = {"step": step, "micro": held() - before, "bucket": bucket_size(parameters)}
     engine.close()
     del engine, model, groups
@@ -75,6 +74,13 @@ def pretraining(model: PretrainModel | None = None, size: int = 32, **optim) -> 
 
 def measured(model: FCMAE, micro: int, low: bool = False) -> int:
     return activations(model, [inputs(model, count) for count in PROBE], micro, low)
+
+
+def with_masks(image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Images with masks for the model of `pretraining`."""
+    config, _ = pretraining()
+    objective = Objective(config)
+    return objective.inputs(image, objective.example(len(image)))
 
 
 def inputs(model: FCMAE, count: int, size: int = 32) -> tuple[torch.Tensor, ...]:
@@ -125,14 +131,14 @@ def test_batches_that_cannot_be(optim, ranks, says):
 def test_frozen_parameters_are_shown_as_such():
     config, model = pretraining(batch_size=64)
     model.encoder.requires_grad_(False)
-    _, *each = table(plan(config, model, parameter_groups(model, config.optim), 100, 1), "parameters")
+    _, *each = table(plan(config, model, parameter_groups(model, config.optim), 100, 1, with_masks), "parameters")
     assert {"frozen" in row for row in each if row[-1].startswith("encoder.")} == {True}
     assert not any("frozen" in row for row in each if not row[-1].startswith("encoder."))
 
 
 def test_plan_of_a_pretraining():
     config, model = pretraining(batch_size=64, micro_batch=8, zero_stage=2, weight_decay=0.1)
-    text = plan(config, model, parameter_groups(model, Optim(weight_decay=0.1)), 100, 4)
+    text = plan(config, model, parameter_groups(model, Optim(weight_decay=0.1)), 100, 4, with_masks)
     parameters = sum(p.numel() for p in model.parameters())
     flat = sum(p.numel() for p in model.parameters() if p.ndim == 1)
     assert "x on 4 ranks; nothing is started, nothing written" in text

@@ -24,7 +24,7 @@ def losses(value: float) -> Mean:
 def write(folder, steps, first_step=0):
     log = RunLog(folder, {"a": 1}, 10, first_step, 32, active=True)
     for step in steps:
-        log.train(step, "epoch 1/1", losses(step), 0.1, torch.tensor(2.0))
+        log.train(step, "epoch 1/1", losses(step), 0.1, 2.0)
     log.close()
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -56,8 +56,8 @@ def test_values_that_are_not_finite_are_left_out(value, tmp_path):
     log = RunLog(tmp_path, {}, 10, 0, 32, active=True)
     mixed = losses(1.0)
     mixed.add(torch.tensor(value))
-    log.train(1, "", mixed, 0.1, torch.tensor(value))
-    log.train(2, "", losses(value), 0.1, torch.tensor(2.0))
+    log.train(1, "", mixed, 0.1, value)
+    log.train(2, "", losses(value), 0.1, 2.0)
     log.close()
     first, second = (json.loads(line, parse_constant=pytest.fail) for line in log.path.read_text().splitlines())
     assert first["loss"] == 1.5 and "grad_norm" not in first

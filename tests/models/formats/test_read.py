@@ -215,7 +215,7 @@ def test_class_names_that_do_not_fit_are_left_out_and_said(tmp_path):
 def test_unknown_statistics_of_four_channels(tmp_path):
     torch.save(to_form(classifier(channels=4, **SMALL), "official")[0], tmp_path / "x.pth")
     found, _, remarks = read_weights(tmp_path / "x.pth")
-    assert found.image["mean"] is None and has(remarks[0], "4 channels")
+    assert found.preprocessing.mean is None and has(remarks[0], "4 channels")
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])

@@ -250,7 +250,7 @@ def test_other_interpolations_are_said(form, held, tmp_path):
         path = tmp_path / "x/preprocessor_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": held}))
     found, _, remarks = read_weights(tmp_path / FILES[form])
-    assert "interpolation" not in found.image and ["bicubic" in remark for remark in remarks] == [True]
+    assert found.preprocessing.interpolation == "bicubic" and ["bicubic" in remark for remark in remarks] == [True]
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,17 @@ result is not timed.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from bench.options import PATCH, Options, add_model_options, add_options, report
-from configs.errors import Parser, UserError, run_main
+from bench.options import PATCH, ModelOptions, report
+from configs.command import parse_options
+from configs.errors import UserError, run_main
+from configs.keys import BelowOne, option
 from configs.schema import Encoder, visible_patches
 
 SWEEP = {
@@ -29,31 +32,18 @@ AXES = {"mask_ratio": "mask ratio", "size": "image side, pixels (same pixels per
 
 
 @dataclass(frozen=True)
-class EncoderOptions(Options):
-    """Options of this benchmark; see `--help`."""
+class EncoderOptions(ModelOptions):
+    """The command line."""
 
-    model: str
-    batch: int
-    size: int
-    precision: str
-    mask_ratio: float
-    peers: list[str]
-    sweep: bool
-    picture: Path | None
+    mask_ratio: BelowOne = option(0.6, "share of hidden patches")
+    peers: tuple[Literal["masked", "compiled", "minkowski"], ...] = option(("masked",), "what to compare with")
+    sweep: bool = option(False, "time several mask ratios, sizes and batches")
+    picture: Path | None = option(None, "draw the sweep, as SVG")
 
 
 def parse() -> EncoderOptions:
     """The command line."""
-    parser = Parser(description=__doc__)
-    add_model_options(parser)
-    parser.add_argument("--mask-ratio", type=float, default=0.6, help="share of hidden patches (default %(default)s)")
-    parser.add_argument("--peers", nargs="*", default=["masked"], choices=["masked", "compiled", "minkowski"])
-    parser.add_argument("--sweep", action="store_true", help="time several mask ratios, sizes and batches")
-    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the sweep")
-    add_options(parser)
-    options = EncoderOptions(**vars(parser.parse_args()))
-    if not 0 <= options.mask_ratio < 1:
-        raise UserError(f"--mask-ratio {options.mask_ratio} must be at least 0 and below 1")
+    options = parse_options(EncoderOptions, __doc__)
     if options.picture and not options.sweep:
         raise UserError("--picture draws a sweep: add --sweep")
     return options
@@ -94,7 +84,7 @@ def inputs(batch: int, size: int, mask_ratio: float, device: str) -> tuple[Tenso
 
 
 def peers(
-    encoder: ConvNeXt, image: Tensor, visible: Tensor, n: int, names: list[str], precision: str = "fp32"
+    encoder: ConvNeXt, image: Tensor, visible: Tensor, n: int, names: Sequence[str], precision: str = "fp32"
 ) -> dict[str, Run]:
     """Ways to compute the mean square of the visible outputs, by name: packed, then those in `names`."""
 

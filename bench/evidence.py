@@ -13,7 +13,6 @@ CIFAR10 is a tar or folder with train/CLASS/*.jpg (50,000) and test/CLASS/*.jpg 
 interrupted. Learning rates are selected on 5,000 validation images; test images are scored once, at the end.
 """
 
-import argparse
 import json
 import shlex
 import shutil
@@ -21,13 +20,17 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the project, not this folder
 
 from bench.options import RESULTS
-from configs.errors import Parser, UserError, run_main
+from configs.checks import check_exists
+from configs.command import parse_options
+from configs.errors import run_main
 from configs.files import write_whole
+from configs.keys import argument, option
 
 SHARDS = Path("shards/cifar10")
 FEW = 0.1  # share of the labels for comparing ablations
@@ -219,28 +222,23 @@ class Evidence:
 PARTS = {"labels": Evidence.labels, "backends": Evidence.backends, "ablations": Evidence.ablations}
 
 
-def parse() -> argparse.Namespace:
+@dataclass(frozen=True)
+class Options:
     """The command line."""
-    parser = Parser(prog="bash launch/evidence.sh", description=__doc__)
-    parser.add_argument("scale", choices=SCALES, help="kind of machine")
-    parser.add_argument("cifar10", type=Path, metavar="CIFAR10", help="tar or folder of the images")
-    known = [*PARTS, *ABLATIONS]
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(known)}; default: the first three")
-    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
-    parser.add_argument("--save", action="store_true", help="also copy the summaries to bench/results")
-    args = parser.parse_args()
-    if unknown := set(args.parts).difference(known):
-        raise UserError(f"{', '.join(sorted(unknown))}: no such part (one of: {', '.join(known)})")
-    if not args.cifar10.exists():
-        raise UserError(
-            f"{args.cifar10}: no such file or folder; it should hold CIFAR-10 as train/CLASS/*.jpg and test/"
-        )
-    return args
+
+    scale: Literal[tuple(SCALES)] = argument("cpu or gpu: kind of machine")
+    cifar10: Path = argument("tar or folder of the images, with train/CLASS/*.jpg and test/CLASS/*.jpg")
+    parts: tuple[Literal[(*PARTS, *ABLATIONS)], ...] = argument(
+        f"any of {', '.join((*PARTS, *ABLATIONS))}; default: the first three", default=()
+    )
+    dry_run: bool = option(False, "only print the commands")
+    save: bool = option(False, "also copy the summaries to bench/results")
 
 
 def main() -> None:
     """Entry point."""
-    args = parse()
+    args = parse_options(Options, __doc__, prog="bash launch/evidence.sh")
+    check_exists(args.cifar10, "CIFAR-10 as a tar or folder with train/CLASS/*.jpg and test/")
     evidence = Evidence(args.scale, args.dry_run, args.save)
     if not (SHARDS / "index.json").exists():
         evidence.call("data/prepare.py", args.cifar10, SHARDS, "--val-fraction", "0.1")

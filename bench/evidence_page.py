@@ -12,7 +12,8 @@ from statistics import mean
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.errors import Parser, run_main
+from configs.command import Parser
+from configs.errors import run_main
 
 
 def parse() -> None:

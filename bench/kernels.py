@@ -13,8 +13,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from bench.options import Options, add_options, positive, report
-from configs.errors import Parser, UserError, run_main
+from pydantic import PositiveInt
+
+from bench.options import Device, Options, Precision, report
+from configs.command import parse_options
+from configs.errors import UserError, run_main
+from configs.keys import option
 
 GRID, VISIBLE = (7, 7), 19
 PASSES = {"depthwise": (3, 5), "gelu_grn": (3, 5)}  # fewest tensors read or written, forward and backward
@@ -22,21 +26,17 @@ PASSES = {"depthwise": (3, 5), "gelu_grn": (3, 5)}  # fewest tensors read or wri
 
 @dataclass(frozen=True)
 class KernelOptions(Options):
-    """Options of this benchmark; see `--help`."""
+    """The command line."""
 
-    models: list[str]
-    batch: int
-    precision: str
+    models: tuple[str, ...] = option(("convnextv2_tiny", "convnextv2_base"), "whose widths")
+    batch: PositiveInt = option(256, "images")
+    precision: Precision = option("bf16", "of the tokens")
+    device: Device = option("cuda", "where to run")
 
 
 def parse() -> KernelOptions:
     """The command line."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["convnextv2_tiny", "convnextv2_base"], help="whose widths")
-    parser.add_argument("--batch", type=positive, default=256, help="images (default %(default)s)")
-    parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"], help="of the tokens")
-    add_options(parser, device="cuda")
-    options = KernelOptions(**vars(parser.parse_args()))
+    options = parse_options(KernelOptions, __doc__)
     if options.device == "cpu":
         raise UserError("the kernels are for GPUs: `bash launch/test.sh tests/models/kernels` checks them on a CPU")
     return options

@@ -15,8 +15,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from bench.options import PATCH, Options, add_options, image_size, positive, report
-from configs.errors import Parser, UserError, run_main
+from pydantic import PositiveInt
+
+from bench.options import PATCH, Options, Side, report
+from configs.command import parse_options
+from configs.errors import UserError, run_main
+from configs.keys import argument, option
 from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Data
 
 SCALE = (0.2, 1.0)
@@ -25,23 +29,18 @@ TOLERANCE = 1.0  # mean over an image, of 255 grey levels
 
 @dataclass(frozen=True)
 class LoaderOptions(Options):
-    """Options of this benchmark; see `--help`."""
+    """The command line."""
 
-    shards: Path
-    split: str
-    size: int
-    images: int
+    shards: Path = argument("folder that data/prepare.py wrote")
+    split: str = option("train", "split to read")
+    size: Side = option(224, "side of the crop in pixels")
+    images: PositiveInt = option(256, "images per round")
+    rounds: PositiveInt = option(5, "timed rounds")
 
 
 def parse() -> LoaderOptions:
     """The command line."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("shards", type=Path, help="folder that data/prepare.py wrote")
-    parser.add_argument("--split", default="train", help="(default %(default)s)")
-    parser.add_argument("--size", type=image_size, default=224, help="side of the crop in pixels (default %(default)s)")
-    parser.add_argument("--images", type=positive, default=256, help="images per round (default %(default)s)")
-    add_options(parser, rounds=5)
-    options = LoaderOptions(**vars(parser.parse_args()))
+    options = parse_options(LoaderOptions, __doc__)
     if not (options.shards / "index.json").exists():
         raise UserError(f"{options.shards} has no index.json: write shards with data/prepare.py")
     return options

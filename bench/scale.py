@@ -17,40 +17,39 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from bench.options import Options, add_options, positive, report
-from configs.errors import Parser, UserError, run_main
+from pydantic import PositiveInt
+
+from bench.options import Options, report
+from configs.command import parse_options
+from configs.errors import UserError, run_main
+from configs.keys import option
 
 PARTS = ("index", "sampler", "reading", "checkpoints")
 PER_SHARD, BATCH, EPOCHS, EPOCH = 10_000, 4096, 800, 700  # EPOCH: where the sampler resumes
 DATASETS = {"ImageNet-1K": 128, "ImageNet-22K": 1_420, "a billion": 100_000}  # shards of PER_SHARD images
 IMAGE_BYTES = 110_000
-MODELS = [f"convnextv2_{size}" for size in ("atto", "tiny", "base", "large")]
+MODELS = tuple(f"convnextv2_{size}" for size in ("atto", "tiny", "base", "large"))
 
 
 @dataclass(frozen=True)
 class ScaleOptions(Options):
-    """Options of this benchmark; see `--help`."""
+    """The command line."""
 
-    parts: list[str]
-    shards: int
-    images: int
-    models: list[str]
-    folder: Path | None
+    parts: tuple[Literal[PARTS], ...] = option(PARTS, "what to measure")
+    shards: PositiveInt = option(100_000, "shards in the index")
+    images: PositiveInt = option(128, "images read per shard")
+    models: tuple[str, ...] = option(MODELS, "models to save")
+    folder: Path | None = option(None, "folder for temporary files (default: the system's)")
+    rounds: PositiveInt = option(3, "timed rounds")
 
 
 def parse() -> ScaleOptions:
     """The command line."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="(default: all)")
-    parser.add_argument("--shards", type=positive, default=100_000, help="shards in the index (default %(default)s)")
-    parser.add_argument("--images", type=positive, default=128, help="images read per shard (default %(default)s)")
-    parser.add_argument("--models", nargs="+", default=MODELS, help="models to save (default: atto to large)")
-    parser.add_argument("--folder", type=Path, help="folder for temporary files (default: the system's)")
-    add_options(parser, rounds=3)
-    options = ScaleOptions(**vars(parser.parse_args()))
+    options = parse_options(ScaleOptions, __doc__)
     if options.folder and not options.folder.is_dir():
         raise UserError(f"--folder {options.folder}: no such folder")
     return options

@@ -12,11 +12,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from bench.options import PATCH, Options, add_model_options, add_options, report
-from configs.errors import Parser, run_main
+from bench.options import PATCH, ModelOptions, report
+from configs.command import parse_options
+from configs.errors import run_main
+from configs.keys import argument, option
 from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, FCMAESettings, PretrainModel, visible_patches
 
@@ -25,29 +28,17 @@ PARTS = ("forward", "forward+backward", "step")
 
 
 @dataclass(frozen=True)
-class StepOptions(Options):
-    """Options of this benchmark; see `--help`."""
+class StepOptions(ModelOptions):
+    """The command line."""
 
-    stage: str
-    model: str
-    batch: int
-    size: int
-    precision: str
-    recompute: str
-    no_compiled: bool
+    stage: Literal["pretrain", "finetune"] = argument("pretrain or finetune")
+    recompute: Literal["none", "mlp", "block"] = option("none", "checkpointing of our model")
+    no_compiled: bool = option(False, "skip the peers under torch.compile")
 
 
 def parse() -> StepOptions:
     """The command line."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("stage", choices=["pretrain", "finetune"])
-    add_model_options(parser)
-    parser.add_argument(
-        "--recompute", default="none", choices=["none", "mlp", "block"], help="checkpointing of our model"
-    )
-    parser.add_argument("--no-compiled", action="store_true", help="skip the peers under torch.compile")
-    add_options(parser)
-    return StepOptions(**vars(parser.parse_args()))
+    return parse_options(StepOptions, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,53 @@
-"""The command line of both stages: recipe, dotted overrides, `--help`, `--print_config`, `--dry-run`."""
+"""Command lines from dataclasses: the keys of both stages over their recipes, and the options of the other commands."""
 
+import argparse
 import json
 import os
-import re
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import Field, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import Field, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, get_args
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from configs.compare import to_dict
 from configs.errors import UserError, nearest
-from configs.help import help_text, in_words, takes_bool, takes_text
-from configs.keys import choose, keys
+from configs.keys import REQUIRED, fields_of, keys
 from configs.log import say
+from configs.values import Config, Loader, build, checked, from_text, is_list, notation
 
 RECIPES = Path(__file__).parent
-ALONE = {"help": "", "print_config": "", "resume": "must", "dry-run": ""}  # flags without a value, and what they mean
-Config = TypeVar("Config")
 
 
-class Loader(yaml.SafeLoader):
-    """YAML 1.1, but 1e-3 is a number, as in YAML 1.2."""
+class Parser(argparse.ArgumentParser):
+    """Like its base, but keeps the lines of the description, and a mistake is a `UserError`: one line."""
 
+    def __init__(self, **options: Any):
+        more = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **more, **options)
+        self.add_argument("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher; RANK is read instead
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see --help)")
+
+    def exit(self, status: int = 0, message: str | None = None) -> None:
+        sys.stdout.flush()  # raises here, in `run_main`, if nobody reads the help to its end
+        super().exit(status, message)
+
+    def read(self, schema: Any, argv: list[str] | None) -> dict[str, Any]:
+        """Values by key, not yet checked. Raises `UserError` for unknown flags, with the nearest known one."""
+        given, extra = self.parse_known_args(argv)
+        if extra:
+            word = next((word for word in extra if word.startswith("--")), extra[0]).partition("=")[0]
+            hint = nearest(word, self._option_string_actions) if word.startswith("--") else "(see --help)"
+            raise UserError(f"unknown {'key' if word.startswith('--') else 'argument'} {word} {hint}")
+        values = vars(given)
+        for key, field in keys(schema):
+            if isinstance(text := values.get(key), str):
+                values[key] = from_text(field.type, text)
+        return values
 
 
 def parse(
@@ -46,43 +63,62 @@ def parse(
         schema: Pretrain or Finetune
         recipe: built-in recipe that is used without `--config`, like `pretrain/digits.yaml`
         about: description for `--help`
-        choices: modules by name for each section chosen by name, like `{"objective": OBJECTIVES}`; the section has the
-            keys of the chosen module's dataclass `Settings`
-        argv: arguments; default the process's. `--resume` alone means `must`; `--dry-run` and DeepSpeed's
-            `--local_rank` are ignored
-    Returns:
-        an instance of (a subclass of) `schema`
+        choices: modules by name for each section chosen by name, like `{"objective": OBJECTIVES}`; the section is the
+            chosen module's `Settings`
+        argv: arguments; default the process's. `--dry-run` and DeepSpeed's `--local_rank` are ignored
     Raises:
         UserError: an unknown key (with the nearest valid one), a wrong value, a recipe that cannot be read
     """
-    flags = list(_flags(sys.argv[1:] if argv is None else argv))
-    given = dict(flags)
-    asks = given.keys() & {"help", "print_config"}
     built_in = os.path.relpath(RECIPES / recipe)
-    if "config" not in given and not asks:
-        say(f"no --config: using the built-in recipe {built_in}")
+    first = Parser(add_help=False)  # what decides which keys there are
+    for name in ("config", *(f"{key}.name" for key in choices)):
+        first.add_argument(f"--{name}")
+    given = vars(first.parse_known_args(argv)[0])
     path = Path(given.get("config", built_in))
-    content = load_recipe(path)
+    content, config = load_recipe(path), schema()
     for key, modules in choices.items():
         part = content.get(key)
         named = part.get("name") if isinstance(part, dict) else None
-        default = next(field for field in fields(schema) if field.name == key).default_factory().name
-        schema = choose(schema, key, given.get(f"{key}.name") or named or default, modules)
-    valid = dict(keys(schema))
-    values = dict(_recipe_values(path, content, schema))
-    for key, text in flags:
-        if key in valid:
-            values[key] = _value(valid[key], text)
-        elif key not in {*ALONE, "config", "local_rank"}:
-            raise UserError(f"unknown key --{key} {nearest(key, {*valid, 'config', *ALONE})}")
-    if "help" in asks:
-        print(help_text(schema, built_in, about, choices))
-        sys.exit(0)
-    config = _build(schema, values)
-    if asks:
+        name = str(given.get(f"{key}.name") or named or getattr(config, key).name)
+        if name not in modules:
+            raise UserError(f"{key}.name is {name}: there is no such {key} {nearest(name, modules)}")
+        config = replace(config, **{key: modules[name].Settings(name=name)})
+
+    parser = Parser(
+        usage="%(prog)s [--config RECIPE.yaml] [--KEY VALUE ...] [--dry-run [RANKS]]",
+        description=f"{about}\nKeys marked * may change when a run is resumed.",
+    )
+    add = parser.add_argument
+    add("--config", metavar="RECIPE.yaml", help=f"YAML file of the keys below, which these override; else {built_in}")
+    ranks = "only print the plan for so many ranks (default: this machine's): steps, parameter groups, memory"
+    add("--dry-run", nargs="?", metavar="RANKS", help=ranks)
+    add("--print_config", action="store_true", help="print the resulting configuration, itself a recipe")
+    _add_keys(parser, config, choices)
+    flags = parser.read(config, argv)
+    config = build(config, _recipe_values(path, content, config) | flags)
+    if "print_config" in flags:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
-        sys.exit(0)
+        parser.exit()
+    if "config" not in flags:
+        say(f"no --config: using the built-in recipe {built_in}")
     return config
+
+
+def parse_options(kind: type[Config], about: str, argv: list[str] | None = None, prog: str | None = None) -> Config:
+    """The options of a command: a dataclass of `argument` and `option` fields. Raises `UserError` for a mistake."""
+    parser = Parser(description=about, prog=prog)
+    _add_keys(parser, kind)
+    values = parser.read(kind, argv)
+    options = {}
+    for field in fields_of(kind):
+        if field.name in values:
+            flag, value = _flag(field.name, field), values[field.name]
+            if is_list(field.type):
+                element = get_args(field.type)[0]
+                options[field.name] = tuple(checked(flag, element, from_text(element, text)) for text in value)
+            else:
+                options[field.name] = checked(flag, field.type, value)
+    return kind(**options)
 
 
 def dry_run(argv: list[str] | None = None) -> int | None:
@@ -91,30 +127,50 @@ def dry_run(argv: list[str] | None = None) -> int | None:
     Raises:
         UserError: not a number of ranks
     """
-    ranks = dict(_flags(sys.argv[1:] if argv is None else argv)).get("dry-run")
-    if not ranks:
-        return None if ranks is None else 0
-    if not (ranks.isdecimal() and int(ranks) > 0):
+    parser = Parser(add_help=False)
+    parser.add_argument("--dry-run", nargs="?", const=0, default=None)
+    ranks = parser.parse_known_args(argv)[0].dry_run
+    if isinstance(ranks, str) and not (ranks.isdecimal() and int(ranks) > 0):
         raise UserError(f"--dry-run is {ranks}: it must be a number of ranks, like 64, or alone for this machine's")
-    return int(ranks)
+    return ranks if ranks is None else int(ranks)
 
 
-def _flags(argv: list[str]) -> Iterator[tuple[str, str]]:
-    """(key, text) of `--key value` and `--key=value`. Raises `UserError` for anything else."""
-    words = ["--help" if word == "-h" else word for word in argv]
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise UserError(f"{word} belongs to no key: write --KEY VALUE (see --help)")
-        key, equals, text = word.removeprefix("--").partition("=")
-        if not equals and words and not words[0].startswith("--") and key not in ("help", "print_config"):
-            text = words.pop(0)
-        elif not equals and key not in ALONE:
-            example = f", like {os.path.relpath(RECIPES / 'pretrain/cifar10.yaml')}" if key == "config" else ""
-            raise UserError(f"--{key} needs a {'file' if key == 'config' else 'value'}{example}")
-        elif not equals:
-            text = ALONE[key]
-        yield key, text
+def _add_keys(parser: Any, schema: Any, choices: Mapping[str, Iterable[str]] | None = None, prefix: str = "") -> None:
+    """Add every key of a dataclass, or of an instance with its defaults; those of a section as a group."""
+    for field in fields_of(schema):
+        default = getattr(schema, field.name, field.default)
+        key = f"{prefix}{field.name}"
+        if is_dataclass(default):
+            group = parser.add_argument_group(key, field.metadata["help"])
+            _add_keys(group, default, choices, f"{key}.")
+        else:
+            names = (choices or {}).get(prefix[:-1]) if field.name == "name" else None
+            _add_key(parser, key, field, default, f"{{{','.join(names)}}}" if names else notation(field.type))
+
+
+def _add_key(parser: Any, key: str, field: Field, default: Any, metavar: str) -> None:
+    about, of_stage, several = field.metadata, "resume" in field.metadata, is_list(field.type)
+    words = {"dest": key, "metavar": metavar, "required": default is REQUIRED}
+    shown = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"), default=str)
+    if not of_stage and several:
+        words |= {"metavar": notation(get_args(field.type)[0]), "nargs": "*" if default == () else "+"}
+        shown = "" if default in (REQUIRED, ()) else " ".join(map(str, default))
+    elif not of_stage and field.type is bool:
+        words, shown = {"dest": key, "action": "store_true"}, ""
+    elif not of_stage and default in (REQUIRED, None):
+        shown = ""
+    if about.get("positional"):
+        words = {"metavar": key.upper(), "nargs": words.get("nargs", None if default is REQUIRED else "?")}
+    elif alone := about.get("alone"):
+        words |= {"nargs": "?", "const": alone}
+    text = f"{'* ' if about.get('resume') == 'free' else ''}{about['help']}{f' (default {shown})' if shown else ''}"
+    parser.add_argument(_flag(key, field), help=text.replace("%", "%%"), **words)
+
+
+def _flag(key: str, field: Field) -> str:
+    if field.metadata.get("positional"):
+        return key
+    return f"--{key}" if "resume" in field.metadata else f"--{key.replace('_', '-')}"
 
 
 def load_recipe(path: Path) -> dict:
@@ -133,58 +189,25 @@ def load_recipe(path: Path) -> dict:
 
 def recipe_section(path: Path, section: str, kind: type[Config]) -> Config:
     """One section of a recipe. Raises `UserError` for a recipe that cannot be read, an unknown key or a wrong value."""
-    content = load_recipe(path).get(section, {})
-    prefix = f"{section}."
-    return _build(kind, dict(_recipe_values(path, content, kind, prefix)), prefix)
+    content, prefix = load_recipe(path), f"{section}."
+    return build(kind(), _recipe_values(path, content.get(section, {}), kind(), prefix), prefix)
 
 
-def _recipe_values(path: Path, content: dict, schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a recipe. Raises `UserError` for keys that the schema does not have."""
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: section {prefix[:-1]} holds no keys: give it some, or leave it out")
-    known = {field.name: field.type for field in fields(schema)}
+def _recipe_values(path: Path, content: dict, schema: Any, prefix: str = "") -> dict[str, Any]:
+    """Values of a recipe by dotted key. Raises `UserError` for keys that the schema does not have."""
+    valid = [f"{prefix}{key}" for key, _ in keys(schema)]
+    values = dict(_flat(content, valid, prefix))
+    for key in values.keys() - set(valid):
+        if any(name.startswith(f"{key}.") for name in valid):
+            raise UserError(f"{path}: section {key} holds no keys: give it some, or leave it out")
+        raise UserError(f"{path}: unknown key {key} {nearest(key, valid)}")
+    return values
+
+
+def _flat(content: dict, valid: list[str], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in content.items():
         key = f"{prefix}{name}"
-        if name not in known:
-            inner = f".{next(iter(value))}" if isinstance(value, dict) and value else ""
-            valid = [f"{prefix}{key}" for key, _ in keys(schema)]
-            raise UserError(f"{path}: unknown key {key}{inner} {nearest(f'{key}{inner}', valid)}")
-        if is_dataclass(known[name]):
-            yield from _recipe_values(path, value, known[name], f"{key}.")
+        if isinstance(value, dict) and value and key not in valid:
+            yield from _flat(value, valid, f"{key}.")
         else:
             yield key, value
-
-
-def _value(field: Field, text: str) -> Any:
-    """A value of the command line: YAML, but text where the key takes text."""
-    if text != "null" and takes_text(field.type):
-        return text
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError:
-        return text  # not a value of any other type either
-
-
-def _build(schema: type[Config], values: dict[str, Any], prefix: str = "") -> Config:
-    """The dataclass of values by dotted key. Raises `UserError` for a value of another type, or that it refuses."""
-    valid = {f"{prefix}{key}": field.type for key, field in keys(schema)}
-    nested: dict = {}
-    for key, value in values.items():
-        if isinstance(value, bool) and not takes_bool(valid[key]):  # pydantic takes true for Literal[1]
-            raise _wrong(key, value, valid)
-        *sections, name = key.removeprefix(prefix).split(".")
-        part = nested
-        for section in sections:
-            part = part.setdefault(section, {})
-        part[name] = value
-    try:  # as JSON, where a list may be a tuple, but strictly: true is no 1, 1.5 no whole number, 8 no text
-        return TypeAdapter(schema).validate_json(json.dumps(nested, default=str), strict=True)
-    except ValidationError as error:
-        place = [str(part) for part in error.errors()[0]["loc"]]
-        ends = (prefix + ".".join(place[:length]) for length in range(len(place), 0, -1))
-        key = next(end for end in ends if end in valid)
-        raise _wrong(key, values[key], valid) from None
-
-
-def _wrong(key: str, value: Any, kinds: dict[str, Any]) -> UserError:
-    return UserError(f"{key} is {value}: it must be {in_words(kinds[key])}")

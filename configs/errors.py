@@ -1,8 +1,8 @@
 """Errors that the user can mend, and how an entry point ends."""
 
-import argparse
 import errno
 import os
+import select
 import signal
 import sys
 import time
@@ -44,14 +44,11 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class Parser(argparse.ArgumentParser):
-    """Like its base, but keeps the lines of the description, and a mistake is a `UserError`: one line."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see --help)")
+def output_is_closed() -> bool:
+    """Whether the reader of standard output has ended, as `head` does."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -67,6 +64,9 @@ def run_main(main: Callable[[], None]) -> None:
         try:
             main()
         except OSError as error:  # no permission, disk full, a file where a folder should be
+            if isinstance(error, BrokenPipeError) and output_is_closed():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left to print
+                sys.exit(1)
             if error.filename is not None:
                 raise UserError(f"{error.filename}: {error.strerror.lower()}") from None
             if error.errno not in DISK_TROUBLE:

@@ -1,15 +1,22 @@
-"""How a key of a configuration is declared: its default, its help text, and whether it may change on resume.
+"""How a key of a configuration or an option of a command is declared, once: its type, default and help text.
 
-A section is a frozen dataclass whose fields are `fixed` or `free`; a stage is one whose fields may also be a `section`.
+A section is a frozen dataclass of `fixed` and `free` keys, a stage one that also has sections, and the options of a
+command one of `argument` and `option`. `configs/command.py` makes the command lines of them.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from functools import cache
-from types import ModuleType
-from typing import Any, get_type_hints
+from collections.abc import Iterator
+from typing import Annotated, Any, get_type_hints
 
-from configs.errors import UserError, nearest
+from pydantic import Field
+
+from configs.errors import UserError
+
+REQUIRED = dataclasses.MISSING  # default of an option that must be given
+Share = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 def fixed(default: Any, text: str) -> Any:
@@ -17,14 +24,24 @@ def fixed(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, "resume": "fixed"})
 
 
-def free(default: Any, text: str) -> Any:
-    """A key that may change when a run is resumed. `text` is its line in `--help`."""
-    return dataclasses.field(default=default, metadata={"help": text, "resume": "free"})
+def free(default: Any, text: str, alone: str | None = None) -> Any:
+    """A key that may change when a run is resumed. `alone` is what its flag means without a value."""
+    return dataclasses.field(default=default, metadata={"help": text, "resume": "free", "alone": alone})
 
 
-def section(kind: type, text: str) -> Any:
+def section(kind: Any, text: str) -> Any:
     """A group of keys. `text` is its heading in `--help`."""
     return dataclasses.field(default_factory=kind, metadata={"help": text})
+
+
+def argument(text: str, default: Any = REQUIRED) -> Any:
+    """A positional argument of a command; a tuple of any length takes several words."""
+    return dataclasses.field(default=default, kw_only=True, metadata={"help": text, "positional": True})
+
+
+def option(default: Any, text: str) -> Any:
+    """An option of a command, `--its-name`; a bool takes no value, a tuple of any length takes several words."""
+    return dataclasses.field(default=default, kw_only=True, metadata={"help": text})
 
 
 def require(ok: bool, key: str, value: object, rule: str) -> None:
@@ -35,53 +52,29 @@ def require(ok: bool, key: str, value: object, rule: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Base of a section chosen by name, such as `objective`; the other keys are the chosen module's settings."""
+    """Base of a section chosen by name, such as `objective`: the name of a module, whose keys are the others."""
 
-    name: str = fixed("", "which one")
-
-
-@cache
-def chosen(name: str, *settings: type) -> type:
-    """The section of a choice: `name`, by default this one, and the keys of a dataclass of settings, if given."""
-    key = ("name", str, fixed(name, "which one; its own keys follow"))
-    for kind in settings:
-        hints = get_type_hints(kind)
-        for field in dataclasses.fields(kind):
-            field.type = hints[field.name]  # text where its module has `from __future__ import annotations`
-    return dataclasses.make_dataclass(f"{name}_section", [key], bases=(*settings, Choice), frozen=True)
+    name: str = fixed("", "which one; its own keys follow")
 
 
-@cache
-def with_section(schema: type, key: str, kind: type) -> type:
-    """A subclass of a stage's schema whose section `key` is of another kind."""
-    replaced = (key, kind, section(kind, _field(schema, key).metadata["help"]))
-    return dataclasses.make_dataclass(schema.__name__, [replaced], bases=(schema,), frozen=True)
-
-
-def choose(schema: type, key: str, name: str, modules: Mapping[str, ModuleType]) -> type:
-    """The schema with section `key` as the module called `name` defines it (its `Settings`).
-
-    Raises:
-        UserError: no module has this name
-    """
-    if name not in modules:
-        raise UserError(f"{key}.name is {name}: there is no such {key} {nearest(str(name), modules)}")
-    return with_section(schema, key, chosen(name, modules[name].Settings))
-
-
-def keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
-    """Dotted name and field of every key of a schema, those of sections included."""
+def fields_of(schema: Any) -> list[dataclasses.Field]:
+    """Fields of a dataclass or of an instance; their types are types, also where a module postpones annotations."""
+    hints = get_type_hints(schema if isinstance(schema, type) else type(schema), include_extras=True)
     for field in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(field.type):
-            yield from keys(field.type, f"{prefix}{field.name}.")
+        field.type = hints[field.name]
+    return list(dataclasses.fields(schema))
+
+
+def keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Dotted name and field of every key of a configuration, those of its sections included."""
+    for field in fields_of(schema):
+        part = getattr(schema, field.name, None)
+        if dataclasses.is_dataclass(part):
+            yield from keys(part, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", field
 
 
-def free_keys(schema: type) -> frozenset[str]:
+def free_keys(config: Any) -> frozenset[str]:
     """Dotted names of the keys that may change when a run is resumed."""
-    return frozenset(name for name, field in keys(schema) if field.metadata["resume"] == "free")
-
-
-def _field(schema: type, name: str) -> dataclasses.Field:
-    return next(field for field in dataclasses.fields(schema) if field.name == name)
+    return frozenset(name for name, field in keys(config) if field.metadata["resume"] == "free")

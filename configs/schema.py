@@ -6,10 +6,13 @@ overrides single keys by their dotted names (`--optim.lr 1e-3`).
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from configs.errors import UserError
-from configs.keys import Choice, chosen, fixed, free, require, section
+from configs.keys import BelowOne, Choice, Share, fixed, free, require, section
 from configs.sections import (
     CHANNELS,
     IMAGENET_MEAN,
@@ -19,6 +22,7 @@ from configs.sections import (
     Augment,
     Data,
     Encoder,
+    FCMAEChoice,
     FCMAESettings,
     FinetuneModel,
     PretrainModel,
@@ -27,7 +31,7 @@ from configs.sections import (
 
 __all__ = [
     "CHANNELS", "IMAGENET_MEAN", "IMAGENET_STD", "PATCH_PER_STEM_STRIDE", "STEM_STRIDE", "Augment", "Data", "Encoder",
-    "FCMAESettings", "Finetune", "FinetuneModel", "Optim", "Pretrain", "PretrainModel", "Probe", "Run",
+    "FCMAEChoice", "FCMAESettings", "Finetune", "FinetuneModel", "Optim", "Pretrain", "PretrainModel", "Probe", "Run",
     "visible_patches",
 ]  # fmt: skip
 
@@ -39,23 +43,23 @@ RESUME = "auto = from the newest checkpoint, if any; must = fail without one; ne
 class Optim:
     """AdamW with linear warm-up and cosine decay; the learning rate changes every step."""
 
-    lr: float = fixed(1.5e-4, "base learning rate; the actual one is lr x batch_size / 256")
-    batch_size: int = fixed(4096, "images per optimizer step, over all ranks")
-    micro_batch: int | None = free(
+    lr: PositiveFloat = fixed(1.5e-4, "base learning rate; the actual one is lr x batch_size / 256")
+    batch_size: PositiveInt = fixed(4096, "images per optimizer step, over all ranks")
+    micro_batch: PositiveInt | None = free(
         None, "images per rank and forward pass; gradients are accumulated; null = batch_size / ranks"
     )
-    epochs: int = fixed(800, "passes over the data")
-    warmup_epochs: float = fixed(40, "epochs of linear warm-up")
-    warmup_lr: float = fixed(0.0, "base learning rate at the start of the warm-up")
-    min_lr: float = fixed(0.0, "base learning rate at the end")
-    weight_decay: float = fixed(0.05, "weight decay; not for biases, norms, GRN, layer scale and mask token")
-    decay_rules: dict[str, float] | None = fixed(
+    epochs: PositiveInt = fixed(800, "passes over the data")
+    warmup_epochs: NonNegativeFloat = fixed(40, "epochs of linear warm-up")
+    warmup_lr: NonNegativeFloat = fixed(0.0, "base learning rate at the start of the warm-up")
+    min_lr: NonNegativeFloat = fixed(0.0, "base learning rate at the end")
+    weight_decay: NonNegativeFloat = fixed(0.05, "weight decay; not for biases, norms, GRN, layer scale and mask token")
+    decay_rules: dict[str, NonNegativeFloat] | None = fixed(
         None,
         'other weight decays by parameter name, like {"stem.*": 0, "*.grn.*": 0.01}; the last match counts; --dry-run '
         "lists every parameter's",
     )
-    betas: tuple[float, float] = fixed((0.9, 0.95), "betas of AdamW")
-    clip_grad: float = fixed(0.0, "maximum norm of the gradient; 0 = off")
+    betas: tuple[BelowOne, BelowOne] = fixed((0.9, 0.95), "betas of AdamW")
+    clip_grad: NonNegativeFloat = fixed(0.0, "maximum norm of the gradient; 0 = off")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = fixed(
         "auto",
         "bf16 and fp16 = autocast with fp32 weights; fp16 with loss scaling, for GPUs without bf16; auto = bf16 on a "
@@ -66,22 +70,9 @@ class Optim:
         "DeepSpeed ZeRO: 0 = no sharding, 1 = optimizer state, 2 = also gradients, 3 = also weights; 3 resumes on the "
         "same number of ranks only",
     )
-    max_skipped: int = free(10, "stop after more than so many consecutive steps with a non-finite loss or gradient")
-
-    def __post_init__(self):
-        require(self.lr > 0, "optim.lr", self.lr, "positive")
-        require(self.batch_size > 0, "optim.batch_size", self.batch_size, "positive")
-        require(self.epochs > 0, "optim.epochs", self.epochs, "positive")
-        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
-        require(self.clip_grad >= 0, "optim.clip_grad", self.clip_grad, "0 or more")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        for key in ("warmup_lr", "min_lr"):
-            require(getattr(self, key) >= 0, f"optim.{key}", getattr(self, key), "0 or more")
-        for pattern, decay in (self.decay_rules or {}).items():
-            require(decay >= 0, f"optim.decay_rules {pattern}", decay, "0 or more")
-        require(self.max_skipped >= 0, "optim.max_skipped", self.max_skipped, "0 or more")
-        require(self.micro_batch is None or self.micro_batch > 0, "optim.micro_batch", self.micro_batch, "positive")
-        require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers from 0 to below 1")
+    max_skipped: NonNegativeInt = free(
+        10, "stop after more than so many consecutive steps with a non-finite loss or gradient"
+    )
 
     def scaled(self, lr: float) -> float:
         """The actual learning rate for a base rate: linear in the batch, which is 256 for the base."""
@@ -112,29 +103,22 @@ class Run:
 
     name: str = free("digits", "name of the run; it writes to FOLDER/NAME")
     folder: str = free("runs", "parent folder of runs")
-    seed: int = fixed(0, "seed of everything random")
-    log_every: int = free(10, "steps between log lines")
-    picture_every: int = free(10, "epochs between reconstruction pictures (pretraining)")
-    eval_every: int = free(1, "epochs between evaluations; the last epoch is always evaluated (fine-tuning)")
-    patience: int = free(0, "stop after so many epochs without a better score; 0 = never (fine-tuning)")
-    max_steps: int | None = free(None, "stop after so many steps as if the run were complete: to try a recipe")
-    save_every: int = free(1, "epochs between checkpoints")
-    save_minutes: float = free(30.0, "also save within an epoch if the last checkpoint is this old; 0 = off")
-    keep: int = free(2, "checkpoints to keep, besides the best (fine-tuning)")
-    hang_minutes: float = free(10.0, "end a run without progress for so long, and name the rank it waits for")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = fixed(0, "seed of everything random")
+    log_every: PositiveInt = free(10, "steps between log lines")
+    picture_every: PositiveInt = free(10, "epochs between reconstruction pictures (pretraining)")
+    eval_every: PositiveInt = free(1, "epochs between evaluations; the last epoch is always evaluated (fine-tuning)")
+    patience: NonNegativeInt = free(0, "stop after so many epochs without a better score; 0 = never (fine-tuning)")
+    max_steps: PositiveInt | None = free(None, "stop after so many steps as if the run were complete: to try a recipe")
+    save_every: PositiveInt = free(1, "epochs between checkpoints")
+    save_minutes: NonNegativeFloat = free(30.0, "also save within an epoch if the last checkpoint is this old; 0 = off")
+    keep: PositiveInt = free(2, "checkpoints to keep, besides the best (fine-tuning)")
+    hang_minutes: PositiveFloat = free(10.0, "end a run without progress for so long, and name the rank it waits for")
     device: Literal["auto", "cpu", "cuda"] = free("auto", "auto = a GPU if there is one")
     kernels: Literal["triton", "plain"] = free(
         "triton", "on a GPU: triton = this project's kernels; plain = PyTorch operations: slower, same result"
     )
 
     def __post_init__(self):
-        for key in ("log_every", "picture_every", "eval_every", "save_every", "keep"):
-            require(getattr(self, key) > 0, f"run.{key}", getattr(self, key), "positive")
-        require(self.patience >= 0, "run.patience", self.patience, "0 or more")
-        require(self.max_steps is None or self.max_steps > 0, "run.max_steps", self.max_steps, "positive")
-        require(self.save_minutes >= 0, "run.save_minutes", self.save_minutes, "0 or more")
-        require(self.hang_minutes > 0, "run.hang_minutes", self.hang_minutes, "positive")
-        require(0 <= self.seed < 2**32, "run.seed", self.seed, "from 0 to below 2**32")
         require(self.name not in ("", ".", ".."), "run.name", repr(self.name), "the name of a folder")
 
 
@@ -142,19 +126,15 @@ class Run:
 class Probe:
     """kNN and linear evaluation of the encoder's features during pretraining."""
 
-    every: int = free(0, "epochs between evaluations, and one after the last epoch; 0 = none; needs labels")
+    every: NonNegativeInt = free(0, "epochs between evaluations, and one after the last epoch; 0 = none; needs labels")
     path: str | None = free(None, "labelled shards; null = data.path")
     train_split: str = free("train", "split of the neighbours")
     eval_split: str = free("val", "split that is classified")
-    images: int = free(50_000, "maximum number of images per split, evenly spaced")
-    linear_epochs: int = free(0, "epochs of a linear classifier on the features; 0 = kNN only")
-    crop: float = free(0.875, "centre crop, as a share of the side; 1 = squash without a crop")
+    images: PositiveInt = free(50_000, "maximum number of images per split, evenly spaced")
+    linear_epochs: NonNegativeInt = free(0, "epochs of a linear classifier on the features; 0 = kNN only")
+    crop: Share = free(0.875, "centre crop, as a share of the side; 1 = squash without a crop")
 
     def __post_init__(self):
-        require(self.every >= 0, "probe.every", self.every, "0 or more")
-        require(self.images > 0, "probe.images", self.images, "positive")
-        require(self.linear_epochs >= 0, "probe.linear_epochs", self.linear_epochs, "0 or more")
-        require(0 < self.crop <= 1, "probe.crop", self.crop, "above 0 and at most 1")
         require(
             self.eval_split != self.train_split, "probe.eval_split", self.eval_split, "another than probe.train_split"
         )
@@ -175,8 +155,8 @@ class Pretrain:
     """Self-supervised pretraining."""
 
     init: str = free("none", f"{INIT}, with the decoder if there is one; none = from scratch")
-    resume: Literal["auto", "must", "never"] = free("auto", RESUME)
-    objective: Choice = section(chosen("fcmae", FCMAESettings), "what is learnt: name, and its own keys")
+    resume: Literal["auto", "must", "never"] = free("auto", RESUME, alone="must")
+    objective: Choice = section(partial(FCMAEChoice, "fcmae"), "what is learnt: name, and its own keys")
     data: Data = section(Data, "images")
     model: PretrainModel = section(PretrainModel, "encoder")
     optim: Optim = section(Optim, "optimisation: AdamW, linear warm-up, cosine decay")
@@ -192,13 +172,13 @@ class Finetune:
     """Supervised fine-tuning. The keys of `task` are those of the task's module (`finetune/tasks`)."""
 
     init: str = free("none", f"{INIT}; none = from scratch")
-    resume: Literal["auto", "must", "never"] = free("auto", RESUME)
+    resume: Literal["auto", "must", "never"] = free("auto", RESUME, alone="must")
     eval_split: str = fixed("val", "split that is evaluated after each epoch")
-    layer_decay: float = fixed(1.0, "factor of the learning rate from each layer to the one below; 1 = off")
+    layer_decay: Share = fixed(1.0, "factor of the learning rate from each layer to the one below; 1 = off")
     layer_decay_kind: Literal["single", "group"] = fixed(
         "single", "layers of layer_decay: single = each block; group = twelve groups of blocks"
     )
-    task: Choice = section(chosen("classification"), "what is predicted: name, and its own keys")
+    task: Choice = section(partial(Choice, "classification"), "what is predicted: name, and its own keys")
     data: Data = section(Data, "images")
     model: FinetuneModel = section(FinetuneModel, "encoder; keys left null are read from --init")
     optim: Optim = section(Optim, "optimisation: AdamW, linear warm-up, cosine decay")
@@ -206,7 +186,6 @@ class Finetune:
     run: Run = section(Run, "output, intervals, device")
 
     def __post_init__(self):
-        require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0 and at most 1")
         check_repeats(self.data, self.optim)
         if self.augment.ema and self.optim.zero_stage == 3:
             raise UserError(

@@ -7,8 +7,10 @@ their owners.
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
 from configs.errors import UserError
-from configs.keys import fixed, free, require
+from configs.keys import BelowOne, Choice, Probability, Share, fixed, free, require
 
 CHANNELS, STEM_STRIDE = 3, 4  # defaults of a model
 PATCH_PER_STEM_STRIDE = 8  # three 2x2 downsamplings follow the stem: one token of the last stage covers one patch
@@ -87,17 +89,18 @@ class FCMAESettings:
 
 
 @dataclass(frozen=True)
+class FCMAEChoice(FCMAESettings, Choice):
+    """The section `objective` of FCMAE. Weight files hold its settings alone."""
+
+
+@dataclass(frozen=True)
 class FinetuneModel(Encoder):
     """The encoder in fine-tuning. Keys left null are read from the file of --init."""
 
     like: str | None = fixed(None, "with --init none: pretraining recipe that supplies the keys left null")
-    drop_path: float = fixed(0.0, "stochastic depth of the last block; it grows linearly from 0 at the first")
+    drop_path: BelowOne = fixed(0.0, "stochastic depth of the last block; it grows linearly from 0 at the first")
     freeze_encoder: bool = fixed(False, "train the head only")
     recompute: Literal["none", "mlp", "block"] = fixed("none", RECOMPUTE)
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -108,41 +111,35 @@ class Data:
         "shards/digits", "folder with shards and index.json, or its URL: http(s)://, s3://, gs://, az:// or hf://"
     )
     split: str = fixed("train", "split to train on")
-    size: int | tuple[int, int] = fixed(224, "image side in pixels, or [height,width]")
+    size: PositiveInt | tuple[PositiveInt, PositiveInt] = fixed(224, "image side in pixels, or [height,width]")
     crop_scale: tuple[float, float] = fixed((0.2, 1.0), "range of a random crop's area, as a share of the image")
     crop_ratio: tuple[float, float] = fixed((3 / 4, 4 / 3), "range of a random crop's width / height")
     interpolation: Literal["bicubic", "bilinear", "nearest", "random"] = fixed(
         "bicubic", "how crops are resized; random = bilinear or bicubic in training, bicubic in evaluation"
     )
-    hflip: float = fixed(0.5, "probability of a horizontal flip")
-    vflip: float = fixed(0.0, "probability of a vertical flip, for aerial or microscopic images")
-    repeats: int = fixed(1, "random crops of each image in a global batch, which then has fewer images")
+    hflip: Probability = fixed(0.5, "probability of a horizontal flip")
+    vflip: Probability = fixed(0.0, "probability of a vertical flip, for aerial or microscopic images")
+    repeats: PositiveInt = fixed(1, "random crops of each image in a global batch, which then has fewer images")
     mean: tuple[float, ...] | None = fixed(
         None,
         "mean of each channel, of pixels from 0 to 1; null = that of --init, else ImageNet's for 3 channels, or .5",
     )
-    std: tuple[float, ...] | None = fixed(None, "standard deviation of each channel, likewise")
-    workers: int | None = free(
+    std: tuple[PositiveFloat, ...] | None = fixed(None, "standard deviation of each channel, likewise")
+    workers: NonNegativeInt | None = free(
         None,
         "loader processes per rank; 0 = load in the training process; null = the rank's share of the cores, max. 8",
     )
     cache: str = free("~/.cache/convnext-fcmae", "folder for downloaded shards, shared by ranks and runs of a machine")
-    cache_gb: float = free(100.0, "maximum size of the cache, 10^9 bytes; least recently used shards are deleted first")
-    max_damaged: float = free(0.01, "share of a split's images that may be unreadable; they are replaced and reported")
+    cache_gb: PositiveFloat = free(
+        100.0, "maximum size of the cache, 10^9 bytes; the least recently used shards go first"
+    )
+    max_damaged: Probability = free(0.01, "share of images that may be unreadable; they are replaced and reported")
 
     def __post_init__(self):
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares with 0 < min <= max <= 1")
         low, high = self.crop_ratio
         require(0 < low <= high, "data.crop_ratio", self.crop_ratio, "two ratios with 0 < min <= max")
-        for key in ("hflip", "vflip"):
-            require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "a probability")
-        require(self.repeats > 0, "data.repeats", self.repeats, "positive")
-        require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
-        require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "positive")
-        require(0 <= self.max_damaged <= 1, "data.max_damaged", self.max_damaged, "a share, 0 to 1")
-        require(min(self.height_width) > 0, "data.size", self.size, "positive")
-        require(self.std is None or min(self.std) > 0, "data.std", self.std, "positive")
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -184,20 +181,13 @@ class Augment:
         "timm policy: RandAugment (rand-m9-mstd0.5-inc1), AutoAugment (original, originalr, v0, v0r), three-augment "
         "(3a) or AugMix (augmix-m3-w3); null = off; 8-bit images with 3 channels only",
     )
-    color_jitter: float = fixed(
+    color_jitter: Probability = fixed(
         0.0, "maximum relative change of brightness, contrast and saturation; 0 = off; 3 channels only"
     )
-    erase: float = fixed(0.0, "probability of random erasing")
+    erase: Probability = fixed(0.0, "probability of random erasing")
     erase_mode: Literal["const", "rand", "pixel"] = fixed(
         "pixel", "fill of erased areas: const = the mean, rand = one random colour, pixel = noise"
     )
-    erase_count: int = fixed(1, "maximum number of erased areas per image")
-    ema: float = fixed(0.0, "decay of the exponential moving average of the weights; 0 = off")
-    eval_crop: float = fixed(0.875, "centre crop in evaluation, as a share of the side; 1 = squash without a crop")
-
-    def __post_init__(self):
-        require(0 <= self.erase <= 1, "augment.erase", self.erase, "a probability")
-        require(0 <= self.color_jitter <= 1, "augment.color_jitter", self.color_jitter, "from 0 to 1")
-        require(self.erase_count > 0, "augment.erase_count", self.erase_count, "positive")
-        require(0 <= self.ema < 1, "augment.ema", self.ema, "at least 0 and below 1")
-        require(0 < self.eval_crop <= 1, "augment.eval_crop", self.eval_crop, "above 0 and at most 1")
+    erase_count: PositiveInt = fixed(1, "maximum number of erased areas per image")
+    ema: BelowOne = fixed(0.0, "decay of the exponential moving average of the weights; 0 = off")
+    eval_crop: Share = fixed(0.875, "centre crop in evaluation, as a share of the side; 1 = squash without a crop")

@@ -5,44 +5,48 @@ A folder is marked in source.json with its source and options, so that a second 
 
 import hashlib
 import json
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from configs.errors import UserError
 from configs.files import write_whole
+from configs.keys import BelowOne, argument, option
 from data.sources import Item
 
+Pixels = Annotated[int, Field(ge=1, le=1 << 16)]
+Quality = Annotated[int, Field(ge=1, le=100)]
+ShardSize = Annotated[int, Field(ge=1, le=1 << 30)]
+Workers = Annotated[int, Field(ge=1, le=1 << 12)]
 ORDER_SEED = 0  # of the order of images in shards, and of the choice of held-out images
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to write, and how.
+    """The command line of data/prepare.py: what to write, and how."""
 
-    Args:
-        source: `digits`, or the path of a folder or an archive
-        out: folder for the shards
-        resize: shrink images whose shorter side is longer, pixels; None = keep their size
-        quality: re-encode as JPEG of this quality, 1 to 100; None = keep the encoding
-        shard_size: maximum number of images in a shard
-        val_fraction: share of each class that is held out as split `val`
-        no_labels: folders are not classes
-        repair: check every byte of finished shards, and rewrite damaged ones
-        workers: number of processes
-    """
-
-    source: str
-    out: Path
-    resize: int | None
-    quality: int | None
-    shard_size: int
-    val_fraction: float
-    no_labels: bool
-    repair: bool
-    workers: int
+    source: str = argument("`digits`, a folder, a zip, a tar (plain, gz, bz2, xz), or the ILSVRC2012 train tar")
+    out: Path | None = argument(
+        "folder for the shards; omitted with --index, --verify, and --repair without the source", default=None
+    )
+    resize: Pixels | None = option(None, "shrink images whose shorter side is longer than this, pixels")
+    quality: Quality | None = option(None, "re-encode as JPEG of this quality, 1 to 100")
+    shard_size: ShardSize = option(5000, "maximum images in a shard")
+    workers: Workers = option(os.cpu_count(), "processes")
+    val_fraction: BelowOne = option(0.0, "hold out this share of each class as split val")
+    no_labels: bool = option(False, "folders are not classes: write shards without labels")
+    index: bool = option(False, "index the .tar files of other tools in SOURCE")
+    verify: bool = option(False, "check every byte of the shards in SOURCE")
+    repair: bool = option(
+        False,
+        "with SOURCE OUT: check every byte of the shards in OUT and rewrite damaged ones; with a folder of shards "
+        "alone: rewrite damaged indexes, and keep the undamaged images of damaged tars",
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +21,7 @@ from data.folder import list_images, open_images, read_image
 from data.loader import Loader
 from data.sources import READABLE
 from data.transforms import EvalTransform, to_float
-from finetune.arguments import STDIN
+from finetune.options import STDIN
 
 PREFETCHED = 2  # batches decoded in advance
 UNKNOWN_TYPE = f"not of a known type ({', '.join(READABLE)})"
@@ -57,14 +57,14 @@ def padded_batches(loader: Loader, size: int, damaged: dict[int, str], first: bo
         yield batch
 
 
-def find_pictures(arguments: list[str]) -> Iterator[Path]:
+def find_pictures(arguments: Sequence[str]) -> Iterator[Path]:
     """Paths of pictures from arguments: files, folders, or `-` for standard input, whose paths are not checked.
 
     Raises:
         UserError: a file is not a picture, or a folder contains none
     """
     if STDIN in arguments:
-        if arguments != [STDIN]:
+        if len(arguments) > 1:
             raise UserError(f"{STDIN} reads paths from standard input: give no other paths")
         sys.stdin.reconfigure(errors="surrogateescape")
         return (Path(line.rstrip("\n")) for line in sys.stdin if line.strip())

@@ -16,50 +16,31 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.arguments import check_weights
-from configs.errors import Parser, run_main
+from pydantic import NonNegativeInt, PositiveInt
+
+from configs.checks import check_dataset, check_exists
+from configs.command import parse_options
+from configs.errors import run_main
+from configs.keys import argument, option
 from configs.schema import Data, Optim, Run
-from finetune.arguments import DeviceOptions, add_model_and_device, check_dataset, check_positive, parse_options
+from finetune.options import DeviceOptions
 
 
 @dataclass(frozen=True)
 class Options(DeviceOptions):
-    """The command line.
+    """The command line."""
 
-    Args:
-        data: folder of shards or its URL, or a folder of images
-        split: name of the split
-        batch: images per batch and rank
-        workers: loader processes of a rank; None = its cores, at most 8
-        out: folder to write to; None = next to the weights
-    """
-
-    data: str
-    split: str
-    batch: int
-    workers: int | None
-    out: str | None
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Parse the command line."""
-    parser = Parser(description=__doc__)
-    add_model_and_device(parser)
-    add = parser.add_argument
-    add("data", metavar="DATA", help="folder of shards or its URL, or a folder of images")
-    add("--split", default="val", help="split to evaluate (default %(default)s)")
-    add("--batch", type=int, default=64, metavar="N", help="images per batch and rank (default %(default)s)")
-    add("--workers", type=int, metavar="N", help="loader processes per rank (default: its cores, at most 8)")
-    add("--out", metavar="FOLDER", help="default: evaluation-SPLIT-NAME next to the weights")
-    options = parse_options(parser, Options, argv)
-    check_positive(parser, batch=options.batch)
-    return options
+    data: str = argument("folder of shards or its URL, or a folder of images")
+    split: str = option("val", "split to evaluate")
+    batch: PositiveInt = option(64, "images per batch and rank")
+    workers: NonNegativeInt | None = option(None, "loader processes per rank (default: its cores, at most 8)")
+    out: Path | None = option(None, "folder to write to (default: evaluation-SPLIT-NAME next to the weights)")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    options = parse(argv)
-    check_weights(options.weights)
+    options = parse_options(Options, __doc__, argv)
+    check_exists(options.weights)
     check_dataset(options.data)
     data = Data(workers=options.workers)
 
@@ -78,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     images = open_images(options.data, options.split)
     task = task_of(trained.path, trained.weights.task).make_inference(trained)
     task.match(images)
-    out = Path(options.out) if options.out else default_folder(options)
+    out = options.out or default_folder(options)
     world = init_world(Run(device=options.device))
     if world.first:
         out.mkdir(parents=True, exist_ok=True)  # before the work, so that it cannot fail after it

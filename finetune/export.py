@@ -15,58 +15,37 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.arguments import check_parent, check_weights
-from configs.errors import Parser, UserError, run_main
+from configs.checks import check_dataset, check_exists, check_new
+from configs.command import parse_options
+from configs.errors import UserError, run_main
 from configs.files import sync_folder
-from finetune.arguments import ModelOptions, add_model, check_dataset, parse_options
+from configs.keys import REQUIRED, argument, option
 from finetune.exporters import SUFFIXES
+from finetune.options import ModelOptions
 
 COMPARED = 16  # images
 
 
 @dataclass(frozen=True)
 class Options(ModelOptions):
-    """The command line.
+    """The command line."""
 
-    Args:
-        out: file to write
-        to: format, a key of `SUFFIXES`
-        images: an image, a folder of images, or shards, to compare outputs on
-        split: split of these images
-        features: export the encoder's feature maps
-        fp16: export weights and activations in fp16
-    """
-
-    out: Path
-    to: str
-    images: str
-    split: str
-    features: bool
-    fp16: bool
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Parse the command line."""
-    parser = Parser(description=__doc__)
-    add_model(parser)
-    add = parser.add_argument
-    add("out", type=Path, metavar="OUT", help=f"file to write, named *{', *'.join(SUFFIXES.values())}")
-    add("--to", required=True, choices=SUFFIXES, metavar="FORMAT", help=f"one of {', '.join(SUFFIXES)}")
-    images = f"images to compare outputs on: an image, a folder, or shards; {COMPARED} are used"
-    add("--images", required=True, metavar="PATH", help=images)
-    add("--split", default="val", help="split of --images (default %(default)s)")
-    add("--features", action="store_true", help="without the classifier: the feature maps of the four stages")
-    add("--fp16", action="store_true", help="weights and activations in fp16; norms and head stay fp32")
-    return parse_options(parser, Options, argv)
+    out: Path = argument(f"file to write, named *{', *'.join(SUFFIXES.values())}")
+    to: Literal[tuple(SUFFIXES)] = option(REQUIRED, "format")
+    images: str = option(REQUIRED, f"images to compare outputs on: an image, a folder, or shards; {COMPARED} are used")
+    split: str = option("val", "split of --images")
+    features: bool = option(False, "without the classifier: the feature maps of the four stages")
+    fp16: bool = option(False, "weights and activations in fp16; norms and head stay fp32")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    options = parse(argv)
-    check_weights(options.weights)
+    options = parse_options(Options, __doc__, argv)
+    check_exists(options.weights)
     check_out(options.out, options.to)
     if not Path(options.images).is_file():
         check_dataset(options.images)
@@ -130,9 +109,7 @@ def check_out(out: Path, to: str) -> None:
     if out.suffix != SUFFIXES[to]:
         raise UserError(f"{out}: the name of a file of {to} ends in {SUFFIXES[to]}")
     for path in (out, out.with_name(f"{out.name}.data")):  # the second: ONNX weights of more than 2 GB
-        if path.exists():
-            raise UserError(f"{path} exists: choose another name, or remove it")
-    check_parent(out)
+        check_new(path)
 
 
 def move_files(part: Path, out: Path) -> list[Path]:

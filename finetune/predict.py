@@ -10,79 +10,45 @@ names come from the weights. Unreadable pictures are reported on standard error;
 code is 2.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.arguments import check_parent, check_weights
-from configs.errors import Parser, UserError, run_main
+from pydantic import PositiveInt
+
+from configs.checks import check_exists, check_parent
+from configs.command import parse_options
+from configs.errors import UserError, run_main
+from configs.keys import argument, option
 from configs.schema import Optim, Run
-from finetune.arguments import STDIN, DeviceOptions, add_model_and_device, check_positive, parse_options
+from finetune.options import STDIN, DeviceOptions
 
 
 @dataclass(frozen=True)
 class Options(DeviceOptions):
-    """The command line.
+    """The command line."""
 
-    Args:
-        images: files, folders, or `-` alone
-        top: classes shown for each picture
-        annotate: folder for annotated copies
-        csv: table to write
-        json: list of objects to write
-        batch: pictures per batch
-        classes: file with class names, one a line
-    """
-
-    images: list[str]
-    top: int
-    annotate: str | None
-    csv: str | None
-    json: str | None
-    batch: int
-    classes: str | None
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Parse the command line."""
-    parser = Parser(description=__doc__)
-    add_model_and_device(parser)
-    add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="file, folder, or - for paths from standard input")
-    add("--top", type=int, default=5, metavar="N", help="classes per picture (default %(default)s)")
-    add("--annotate", metavar="FOLDER", help="write copies with names and probabilities below the picture")
-    add("--csv", metavar="FILE", help="write a table")
-    add("--json", metavar="FILE", help="write the same as a list of objects")
-    add("--batch", type=int, default=32, metavar="N", help="pictures per batch (default %(default)s)")
-    add("--classes", metavar="FILE", help="class names, one a line, for weights without class names")
-    options = parse_options(parser, Options, argv)
-    check_positive(parser, top=options.top, batch=options.batch)
-    return options
-
-
-def check_paths(options: Options) -> None:
-    """Raise `UserError` for a missing file or folder."""
-    check_weights(options.weights)
-    for path in options.images:
-        if path != STDIN and not Path(path).exists():
-            raise UserError(f"{path} does not exist: give pictures, or folders of them")
-    for file in filter(None, (options.csv, options.json)):
-        check_parent(file)
+    images: tuple[str, ...] = argument("file, folder, or - for paths from standard input")
+    top: PositiveInt = option(5, "classes per picture")
+    annotate: Path | None = option(None, "folder for copies with names and probabilities below the picture")
+    csv: Path | None = option(None, "write a table")
+    json: Path | None = option(None, "write the same as a list of objects")
+    batch: PositiveInt = option(32, "pictures per batch")
+    classes: str | None = option(None, "file of class names, one a line, for weights without class names")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    options = parse(argv)
-    check_paths(options)
+    options = parse_options(Options, __doc__, argv)
+    for path in (options.weights, *options.images):
+        if path != STDIN:
+            check_exists(path, "a weight file, and pictures or folders of them")
+    for file in filter(None, (options.csv, options.json)):
+        check_parent(file)
     sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
-    try:
-        failed, images = classify(options)
-    except BrokenPipeError:  # the reader of the output has ended, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    failed, images = classify(options)
     if failed and images > 1:
         raise UserError(f"{failed} of {images} images could not be read")
     if failed:
@@ -105,14 +71,14 @@ def classify(options: Options) -> tuple[int, int]:
     task.name_outputs(options.classes)
     paths = find_pictures(options.images)
     if options.annotate:
-        Path(options.annotate).mkdir(parents=True, exist_ok=True)
+        options.annotate.mkdir(parents=True, exist_ok=True)
     world = init_world(Run(device=options.device))
     if world.ranks > 1:
         raise UserError("finetune/predict.py runs in one process: start it with python, not with a launcher")
     kind = precision(Optim(precision=options.precision), world.device)
     model, mean, std = (x.to(world.device) for x in (trained.model, trained.mean, trained.std))
     channels, transform = trained.preprocessing.channels, EvalTransform.of(trained.preprocessing)
-    prefetched = 0 if options.images == [STDIN] else PREFETCHED  # answer whoever writes the paths at once
+    prefetched = 0 if options.images == (STDIN,) else PREFETCHED  # answer whoever writes the paths at once
     kept = []
     done = failed = 0
     for pictures in picture_batches(paths, transform, channels, options.batch, prefetched):
@@ -124,7 +90,7 @@ def classify(options: Options) -> tuple[int, int]:
             for number, prediction in enumerate(predictions, done + 1):
                 print(f"{prediction.path}: {', '.join(prediction.lines)}")
                 if options.annotate:
-                    task.annotate(Path(options.annotate), number, prediction)
+                    task.annotate(options.annotate, number, prediction)
             kept += predictions if options.csv or options.json else []
         sys.stdout.flush()
         for picture in pictures:
@@ -132,9 +98,9 @@ def classify(options: Options) -> tuple[int, int]:
                 print(f"error: {picture.path}: {picture.error}", file=sys.stderr)
         done, failed = done + len(readable), failed + len(pictures) - len(readable)
     if options.csv:
-        task.write_csv(Path(options.csv), kept)
+        task.write_csv(options.csv, kept)
     if options.json:
-        task.write_json(Path(options.json), kept)
+        task.write_json(options.json, kept)
     destroy_world()
     return failed, done + failed
 

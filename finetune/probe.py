@@ -12,103 +12,57 @@ for several learning rates; the best one on a held-out tenth of the training ima
 
 import json
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from configs.arguments import check_parent, check_weights
-from configs.errors import Parser, UserError, run_main
+from configs.checks import check_dataset, check_exists, check_parent
+from configs.command import parse_options
+from configs.errors import UserError, run_main
 from configs.feature_eval import KS, LRS, TEMPERATURE
 from configs.files import write_whole
+from configs.keys import Share, argument, option, require
 from configs.schema import Augment, Data, Optim, Run
-from finetune.arguments import DeviceOptions, add_model_and_device, check_dataset, check_positive, parse_options
+from finetune.options import DeviceOptions
 
 MIN_IMAGES = 10  # training images, so that a tenth can be held out
 
 
 @dataclass(frozen=True)
 class Options(DeviceOptions):
-    """The command line.
+    """The command line."""
 
-    Args:
-        data: folder of labelled shards, or its URL
-        train_split: the neighbours, and the training set of the linear classifier
-        eval_split: split that is classified
-        images: maximum number of images of either split; None = all
-        k: numbers of neighbours
-        temperature: of the neighbours' votes
-        no_linear: leave the linear classifier out
-        epochs: of the linear classifier
-        lrs: learning rates of the linear classifier
-        random: evaluate random weights too
-        seed: of the linear classifier and the random weights
-        crop: side of the centre crop relative to the resized image; None = from the file
-        batch: images per batch and rank
-        workers: loader processes of a rank; None = its cores, at most 8
-        out: JSON file to write
-    """
+    data: str = argument("folder of labelled shards, or its URL")
+    train_split: str = option("train", "neighbours, and training set of the linear classifier")
+    eval_split: str = option("val", "split that is classified")
+    images: PositiveInt | None = option(None, "maximum images of either split, evenly spread (default: all)")
+    k: tuple[PositiveInt, ...] = option(KS, "numbers of neighbours")
+    temperature: PositiveFloat = option(TEMPERATURE, "of the neighbours' votes")
+    no_linear: bool = option(False, "nearest neighbours only")
+    epochs: PositiveInt = option(100, "of the linear classifier")
+    lrs: tuple[PositiveFloat, ...] = option(LRS, "learning rates of the linear classifier")
+    random: bool = option(False, "evaluate the same model with random weights too")
+    seed: int = option(0, "of the linear classifier and random weights")
+    crop: Share | None = option(
+        None, f"relative side of the centre crop; 1 = squash, no crop (default: the file's, else {Augment.eval_crop})"
+    )
+    batch: PositiveInt = option(64, "images per batch and rank")
+    workers: NonNegativeInt | None = option(None, "loader processes per rank (default: its cores, at most 8)")
+    out: Path | None = option(None, "write scores and settings to this file, as JSON")
 
-    data: str
-    train_split: str
-    eval_split: str
-    images: int | None
-    k: list[int]
-    temperature: float
-    no_linear: bool
-    epochs: int
-    lrs: list[float]
-    random: bool
-    seed: int
-    crop: float | None
-    batch: int
-    workers: int | None
-    out: Path | None
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Parse the command line."""
-    parser = Parser(description=__doc__)
-    add_model_and_device(parser)
-    add = parser.add_argument
-    add("data", metavar="DATA", help="folder of labelled shards, or its URL")
-    add("--train-split", default="train", metavar="SPLIT", help="neighbours, and training set of the linear classifier")
-    add("--eval-split", default="val", metavar="SPLIT", help="split that is classified")
-    add("--images", type=int, metavar="N", help="maximum images of either split, evenly spread (default: all)")
-    add("--k", type=int, nargs="+", default=KS, metavar="K", help=f"numbers of neighbours (default: {_join(KS)})")
-    add("--temperature", type=float, default=TEMPERATURE, metavar="T", help="of the votes (default: %(default)s)")
-    add("--no-linear", action="store_true", help="nearest neighbours only")
-    add("--epochs", type=int, default=100, metavar="N", help="of the linear classifier (default: %(default)s)")
-    add("--lrs", type=float, nargs="+", default=LRS, metavar="LR", help=f"learning rates (default: {_join(LRS)})")
-    add("--random", action="store_true", help="evaluate the same model with random weights too")
-    add("--seed", type=int, default=0, metavar="N", help="of the linear classifier and random weights (default: 0)")
-    crop = f"relative side of the centre crop; 1 = squash, no crop (default: the file's, else {Augment.eval_crop})"
-    add("--crop", type=float, metavar="SHARE", help=crop)
-    add("--batch", type=int, default=64, metavar="N", help="images per batch and rank (default: %(default)s)")
-    add("--workers", type=int, metavar="N", help="loader processes per rank (default: its cores, at most 8)")
-    add("--out", type=Path, metavar="FILE", help="write scores and settings to this file, as JSON")
-    options = parse_options(parser, Options, argv)
-    positive = ("images", "k", "temperature", "epochs", "lrs", "batch")
-    check_positive(parser, **{name: getattr(options, name) for name in positive})
-    if options.eval_split == options.train_split:
-        parser.error(f"--eval-split {options.eval_split}: must differ from --train-split")
-    if options.crop is not None and not 0 < options.crop <= 1:
-        parser.error(f"--crop {options.crop}: must be above 0 and at most 1")
-    return options
-
-
-def _join(numbers: Iterable[float]) -> str:
-    return " ".join(f"{number:g}" for number in numbers)
+    def __post_init__(self):
+        require(self.eval_split != self.train_split, "--eval-split", self.eval_split, "another than --train-split")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    options = parse(argv)
-    check_weights(options.weights)
+    options = parse_options(Options, __doc__, argv)
+    check_exists(options.weights)
     check_dataset(options.data)
     if options.out:
         check_parent(options.out)

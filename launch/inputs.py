@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from configs.arguments import check_weights
+from configs.checks import check_exists
 from configs.schema import Finetune, Pretrain
 from data.remote import is_url
 from data.shards import read_index
@@ -14,6 +14,6 @@ def check_inputs(config: Pretrain | Finetune) -> None:
     if config.model.name is not None:
         resolve(config.model)
     if config.init != "none":
-        check_weights(config.init)
+        check_exists(config.init)
     if not is_url(config.data.path):
         read_index(Path(config.data.path))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.errors import Parser, run_main
+from configs.command import Parser
+from configs.errors import run_main
 
 
 def main() -> None:

@@ -8,48 +8,32 @@ python models/convert.py convnextv2_tiny.pth tiny.safetensors --to timm         
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.arguments import check_parent, check_weights
-from configs.errors import Parser, UserError, run_main
+from configs.checks import check_exists, check_new
+from configs.command import parse_options
+from configs.errors import run_main
+from configs.keys import REQUIRED, argument, option
 from models.formats import FORMATS
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line.
+    """The command line."""
 
-    Args:
-        source: file or folder to convert
-        destination: file, or for transformers folder, to write
-        to: one of `FORMATS`
-        ema: write the averaged weights
-    """
-
-    source: str
-    destination: Path
-    to: str
-    ema: bool
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Parse the command line."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("source", metavar="SRC", help="weight file of any format, or folder with config.json")
-    parser.add_argument("destination", type=Path, metavar="DST", help="file to write; for transformers a folder")
-    parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
-    parser.add_argument("--ema", action="store_true", help="write the averaged weights instead of the raw ones")
-    return Options(**vars(parser.parse_args(argv)))
+    source: str = argument("weight file of any format, or folder with config.json")
+    destination: Path = argument("file to write; for transformers a folder")
+    to: Literal[FORMATS] = option(REQUIRED, "format")
+    ema: bool = option(False, "write the averaged weights instead of the raw ones")
 
 
 def main() -> None:
     """Entry point."""
-    options = parse()
-    if options.destination.exists():
-        raise UserError(f"{options.destination} exists: choose another name, or remove it")
-    check_parent(options.destination)
-    check_weights(options.source)
+    options = parse_options(Options, __doc__)
+    check_new(options.destination)
+    check_exists(options.source)
 
     from models.formats.write import how_to_load, how_to_load_backbone, write_weights  # torch: takes seconds
     from models.opening import open_weights

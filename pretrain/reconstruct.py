@@ -10,68 +10,37 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.arguments import check_parent, check_weights, parse_size
-from configs.errors import Parser, UserError, run_main
+from pydantic import NonNegativeInt, PositiveInt
+
+from configs.checks import check_exists, check_parent
+from configs.command import parse_options
+from configs.errors import UserError, run_main
+from configs.keys import REQUIRED, Ratio, argument, option
 from configs.schema import Data, visible_patches
 from models.sizes import check_size
 
 
 @dataclass(frozen=True)
 class Options:
-    """The command line.
+    """The command line."""
 
-    Args:
-        images: picture files, .npy arrays, or folders of them
-        weights: file with encoder and decoder
-        out: PNG file to write
-        ratio: share of the patches to hide; None = as in pretraining
-        seed: of the masks
-        size: image side, or height and width, pixels; None = from the file
-        max_images: number of images to show
-    """
-
-    images: list[str]
-    weights: str
-    out: Path
-    ratio: float | None
-    seed: int
-    size: int | tuple[int, int] | None
-    max_images: int
-
-
-def parse(argv: list[str] | None = None) -> Options:
-    """Parse the command line."""
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="a picture or .npy array, or a folder of them")
-    add("--weights", required=True, metavar="FILE", help="fcmae.pt, or an official sparse checkpoint")
-    add("--out", required=True, type=Path, metavar="FILE.png", help="picture to write")
-    add("--ratio", type=float, help="share of the patches to hide (default: as in pretraining)")
-    add("--seed", type=int, default=0, help="of the masks (default 0)")
-    size = "image side, or [height,width] (default: from the file)"
-    add("--size", type=parse_size, metavar="PIXELS", help=size)
-    add("--max-images", type=int, default=16, metavar="N", help="maximum number of images to show (default 16)")
-    options = Options(**vars(parser.parse_args(argv)))
-    if options.ratio is not None and not 0 < options.ratio < 1:
-        parser.error(f"--ratio {options.ratio}: must be between 0 and 1")
-    if options.max_images < 1:
-        parser.error(f"--max-images {options.max_images}: must be 1 or more")
-    return options
-
-
-def check_paths(options: Options) -> None:
-    """Raise `UserError` for a missing file or folder."""
-    check_parent(options.out)
-    for path in options.images:
-        if not Path(path).exists():
-            raise UserError(f"{path} does not exist: give a picture or a folder of pictures")
-    check_weights(options.weights)
+    images: tuple[str, ...] = argument("a picture or .npy array, or a folder of them")
+    weights: str = option(REQUIRED, "fcmae.pt, or an official sparse checkpoint")
+    out: Path = option(REQUIRED, "PNG picture to write")
+    ratio: Ratio | None = option(None, "share of the patches to hide (default: as in pretraining)")
+    seed: NonNegativeInt = option(0, "of the masks")
+    size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = option(
+        None, "image side in pixels, or [height,width] (default: from the file)"
+    )
+    max_images: PositiveInt = option(16, "maximum number of images to show")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    options = parse(argv)
-    check_paths(options)
+    options = parse_options(Options, __doc__, argv)
+    check_parent(options.out)
+    for path in (options.weights, *options.images):
+        check_exists(path, "a weight file, and pictures or folders of them")
 
     import numpy as np  # slow imports, after the checks
     import torch

@@ -112,7 +112,7 @@ class Trainer:
     def _resume(self) -> None:
         config, world = self.config, self.world
         check_ranks_match(world, self.folder, self.identity)
-        may_change = free_keys(type(config))
+        may_change = free_keys(config)
         self.checkpoints = Checkpoints(self.folder, self.engine, self.identity, world, config.run.keep, may_change)
         self.step, state = self.checkpoints.resume(config.resume)
         self.log = RunLog(self.folder, to_dict(config), self.steps, self.step, config.optim.batch_size, world.first)

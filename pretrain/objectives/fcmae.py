@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from configs.schema import FCMAESettings as Settings  # stored in weight files, therefore in configs
+from configs.schema import FCMAEChoice as Settings  # in configs, because weight files store its settings
 from configs.schema import Pretrain, visible_patches
 from models.sizes import check_size
 

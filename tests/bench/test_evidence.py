@@ -10,9 +10,9 @@ import pytest
 
 from bench import evidence, evidence_page
 from bench.evidence import ABLATIONS, PARTS, SCALES, Evidence, main
-from configs.command import parse
+from configs.command import parse, parse_options
 from configs.schema import Finetune, Pretrain
-from finetune.evaluate import parse as parse_evaluate
+from finetune.evaluate import Options
 from finetune.tasks import TASKS
 from pretrain.objectives import OBJECTIVES
 from tests.conftest import ROOT
@@ -33,7 +33,7 @@ def stand_in(runs: list[str]):
     def run(words: list[str], check: bool) -> subprocess.CompletedProcess:
         _, command, *rest = words
         if command == "finetune/evaluate.py":
-            args = parse_evaluate(rest)
+            args = parse_options(Options, "", rest)
             folder, name = Path(args.out), f"{Path(args.weights).parent.name}-test"
             written = {"split": args.split, "scores": {"top1": 0.5}, "predictions": "many"}
             assert (args.split, Path(args.weights).name) == ("test", "best.pt")

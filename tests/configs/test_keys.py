@@ -7,17 +7,17 @@ import pytest
 
 from configs.command import parse
 from configs.errors import UserError
-from configs.keys import choose, fixed, free, free_keys, keys, section
+from configs.keys import Choice, fixed, free, free_keys, keys, section
 from configs.schema import FCMAESettings, Finetune, Pretrain
 from finetune.tasks import TASKS
 from pretrain.objectives import OBJECTIVES
 
 STAGES = [(Pretrain, "objective", OBJECTIVES), (Finetune, "task", TASKS)]
-SCHEMAS = [choose(schema, key, name, modules) for schema, key, modules in STAGES for name in modules]
+SCHEMAS = [schema(**{key: module.Settings()}) for schema, key, modules in STAGES for module in modules.values()]
 
 
 @dataclass(frozen=True)
-class Colours:
+class Colours(Choice):
     """Settings of an objective that does not exist."""
 
     bins: int = fixed(8, "bins of a histogram")
@@ -27,7 +27,7 @@ class Colours:
 MODULES = {**OBJECTIVES, "colours": SimpleNamespace(Settings=Colours)}
 
 
-def unclassified(schema: type) -> list[str]:
+def unclassified(schema: object) -> list[str]:
     return [
         key
         for key, field in keys(schema)
@@ -52,7 +52,7 @@ def test_an_unclassified_key_is_found():
         inner: Inner = section(Inner, "inner")
         top: str = field(default="", metadata={"help": "top"})
 
-    assert unclassified(Outer) == ["inner.bare", "inner.dumb", "top"]
+    assert unclassified(Outer()) == ["inner.bare", "inner.dumb", "top"]
 
 
 def test_what_may_change_on_resume():
@@ -75,7 +75,7 @@ def test_a_section_chosen_by_name_has_the_keys_of_its_module(tmp_path):
     recipe = ["--config", str(tmp_path / "r.yaml")]
     config = parsed(*recipe)
     assert isinstance(config, Pretrain) and vars(config.objective) == {"name": "colours", "bins": 4, "shown": 3}
-    assert free_keys(type(config)) - free_keys(Pretrain) == {"objective.shown"}
+    assert free_keys(config) - free_keys(Pretrain()) == {"objective.shown"}
     assert replace(config, init="x").objective == config.objective and parsed(*recipe) == config
     assert parsed(*recipe, "--objective.bins", "5").objective.bins == 5
     with pytest.raises(UserError, match=r"unknown key --objective\.mask_ratio"):
@@ -90,5 +90,5 @@ def test_help_shows_the_keys_of_the_chosen_module(capsys):
     with pytest.raises(SystemExit):
         parse(Pretrain, "pretrain/photos.yaml", "", {"objective": MODULES}, ["--objective.name", "colours", "--help"])
     text = capsys.readouterr().out
-    assert "--objective.name (fcmae or colours; default colours)" in text
-    assert "--objective.bins" in text and "* --objective.shown" in text and "mask_ratio" not in text
+    assert "--objective.name {fcmae,colours}" in text and "(default colours)" in text
+    assert "--objective.bins N" in text and "* pictures (default 3)" in text and "mask_ratio" not in text

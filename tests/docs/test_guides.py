@@ -10,9 +10,9 @@ from functools import partial
 import pytest
 import torch
 
-from configs.command import parse
+from configs.command import parse, parse_options
 from configs.errors import UserError
-from configs.keys import choose, keys
+from configs.keys import keys
 from configs.schema import Encoder, FCMAESettings, Finetune, Pretrain, PretrainModel
 from data import prepare
 from finetune import evaluate, export, predict, probe
@@ -44,12 +44,12 @@ PARSERS = {
     "pretrain/main.py": partial(parse, Pretrain, "pretrain/digits.yaml", "", {"objective": OBJECTIVES}),
     "finetune/main.py": partial(parse, Finetune, "finetune/digits.yaml", "", {"task": TASKS}),
     "data/prepare.py": prepare.parse,
-    "models/convert.py": convert.parse,
-    "finetune/evaluate.py": evaluate.parse,
-    "finetune/predict.py": predict.parse,
-    "finetune/export.py": export.parse,
-    "finetune/probe.py": probe.parse,
-    "pretrain/reconstruct.py": reconstruct.parse,
+    "models/convert.py": partial(parse_options, convert.Options, ""),
+    "finetune/evaluate.py": partial(parse_options, evaluate.Options, ""),
+    "finetune/predict.py": partial(parse_options, predict.Options, ""),
+    "finetune/export.py": partial(parse_options, export.Options, ""),
+    "finetune/probe.py": partial(parse_options, probe.Options, ""),
+    "pretrain/reconstruct.py": partial(parse_options, reconstruct.Options, ""),
 }
 
 
@@ -96,7 +96,7 @@ def test_arguments_are_ones_that_the_scripts_take(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_keys_files_and_links_that_a_page_names_exist(page):
     text = (GUIDE / f"{page}.md").read_text()
-    stages = choose(Pretrain, "objective", "fcmae", OBJECTIVES), choose(Finetune, "task", "classification", TASKS)
+    stages = Pretrain(), Finetune(task=TASKS["classification"].Settings())
     valid = {key for stage in stages for key, _ in keys(stage)}
     named = set(re.findall(r"--(\w+\.\w+)", text)) | set(
         re.findall(r"`((?:data|model|objective|task|optim|augment|probe|run)\.\w+)`", text)

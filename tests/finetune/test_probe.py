@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from configs.command import parse_options
 from configs.errors import UserError
 from configs.feature_eval import LRS
 from configs.schema import Data
@@ -78,7 +79,7 @@ def test_random_weights(probed):
 
 
 def test_deepspeeds_launcher_adds_a_rank():
-    assert probe.parse(["--local_rank=1", "x.pt", "shards"]).weights == "x.pt"
+    assert parse_options(probe.Options, "", ["--local_rank=1", "x.pt", "shards"]).weights == "x.pt"
 
 
 @pytest.mark.slow

@@ -1,0 +1,32 @@
+"""Cheap checks of paths, before torch is imported. All raise `UserError`."""
+
+from pathlib import Path
+
+from configs.errors import UserError
+
+
+def check_exists(path: str | Path, wanted: str = "a weight file") -> None:
+    """Check that a file or folder exists."""
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist: give {wanted}")
+
+
+def check_new(path: Path) -> None:
+    """Check that a file to be written does not exist, but its folder does."""
+    if path.exists():
+        raise UserError(f"{path} exists: choose another name, or remove it")
+    check_parent(path)
+
+
+def check_parent(path: str | Path) -> None:
+    """Check that the folder that a file is to be written to exists."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: create it first")
+
+
+def check_dataset(path: str) -> None:
+    """Check that a path is a folder, or looks like a URL, which `data.remote` checks later."""
+    if ":" not in path and not Path(path).is_dir():
+        problem = "is a file" if Path(path).exists() else "does not exist"
+        raise UserError(f"{path} {problem}: give a folder of shards or of images, or the URL of a folder of shards")

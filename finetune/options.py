@@ -1,0 +1,30 @@
+"""Options that the commands for trained models share; free of torch, so that parsing is quick."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from configs.keys import argument, option
+
+STDIN = "-"  # in place of paths: read them from standard input
+Size = PositiveInt | tuple[PositiveInt, PositiveInt]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model to use."""
+
+    weights: str = argument("best.pt, or a file or folder of any other format")
+    ema: bool = option(False, "use the averaged weights instead of the raw ones")
+    size: Size | None = option(None, "image side in pixels, or [height,width] (default: from the file)")
+
+
+@dataclass(frozen=True)
+class DeviceOptions(ModelOptions):
+    """Which model to use, and where it runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto = a GPU if available")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "auto = bf16 on a GPU that supports it, else fp32"
+    )

@@ -28,8 +28,8 @@ AVERAGE = {"raw": "", "ema": "moving average "}  # how the two kinds of weights 
 class Task(Collector, Protocol):
     """What is supervised: one module in finetune/tasks."""
 
-    metric: str  # score that selects the best weights; higher is better
-    classes: list[str] | None  # names for the weight file
+    metric: str  # name of the score that selects the best weights; higher is better, of any sign
+    classes: list[str] | None  # names for the weight file, if the task has classes
 
     def describe(self) -> str:
         """Part of the run's first line."""
@@ -47,7 +47,8 @@ class Task(Collector, Protocol):
         """How often each training sample is drawn, as `EpochOrder` takes it; None = once an epoch."""
 
     def build(self, arch: Encoder) -> nn.Module:
-        """The model with its head and initial weights; parameters of the head are named `head.*`."""
+        """The model with its head and initial weights: a `ConvNeXt` whose `head` maps its tokens [B, H, W, C] to the
+        output, so that the parameters of the head are named `head.*`."""
 
     def load(self, model: nn.Module, init: Opened | None) -> None:
         """Start from the weights of --init (None = from scratch)."""
@@ -56,13 +57,13 @@ class Task(Collector, Protocol):
         """Loss [] of normalised images [B, C, H, W] on the device; `model` is called like the one of `build`."""
 
     def restore(self, state: dict) -> Any:
-        """Predictions from their attributes, as a checkpoint has them."""
+        """Predictions from their attributes (`vars`), as a checkpoint has them."""
 
     def format(self, scores: dict[str, float]) -> str:
-        """Scores as printed after an epoch."""
+        """Scores as printed after an epoch, and in report.html."""
 
     def draw(self, folder: Path, found: Any) -> None:
-        """Write pictures of what the best weights predict."""
+        """Write pictures (*.png) of what the best weights predict; report.html shows them."""
 
 
 def moving_average(model: nn.Module, decay: float) -> ModelEmaV3 | None:
@@ -96,7 +97,7 @@ class Finetuning:
             how = {"mode": augment.erase_mode, "max_count": augment.erase_count}
             self.erase = RandomErasing(augment.erase, **how, device=world.device)
         self.evaluated = 0  # epoch of the last evaluation
-        self.best: dict = {task.metric: -1.0, "epoch": 0}
+        self.best: dict = {"epoch": 0}  # none yet
         self.best_predictions: Any = None
 
     def describe(self) -> list[str]:
@@ -136,7 +137,7 @@ class Finetuning:
         found = self.evaluate(watch)
         scores = {kind: predictions.scores() for kind, predictions in found.items()}
         winner = max(scores, key=lambda kind: scores[kind][metric])
-        improved = scores[winner][metric] > self.best[metric]
+        improved = not self.best["epoch"] or scores[winner][metric] > self.best[metric]
         if improved:
             self.best_predictions = found[winner]
             self.best = {"epoch": epoch, "weights": winner, **scores[winner]}
@@ -153,6 +154,7 @@ class Finetuning:
             lines.append(f"no improvement of {metric} since epoch {self.best['epoch']}: stopping early (run.patience)")
         summary = {"stage": "fine-tuning", "epoch": epoch, "epochs": self.config.optim.epochs}
         summary |= {"init": self.config.init, "best": self.best, "last": scores}
+        summary["shown"] = self.task.format(self.best)
         logged = {f"{split}_{kind}": values for kind, values in scores.items()}
         return Report(scores[winner][metric], logged, lines=lines, summary=summary)
 

@@ -14,18 +14,28 @@ from launch.training.precision import autocast
 from launch.training.world import World, gather
 
 
+class Predictions(Protocol):
+    """What a task predicts for samples of a split. Ranks exchange it by pickle; a checkpoint holds its attributes."""
+
+    def scores(self) -> dict[str, float]:
+        """Means over the samples, by name."""
+
+
 class Collector(Protocol):
     """The part of a task that turns a model's outputs into predictions."""
 
-    def collect(self, output: Any, batch: dict[str, Tensor]) -> Any:
-        """Predictions for a batch."""
+    def collect(self, output: Any, batch: dict[str, Tensor]) -> Predictions:
+        """Predictions for a batch; samples whose `label` is -1 are padding and left out."""
 
-    def join(self, parts: list) -> Any:
-        """Predictions for a split from those of its batches, or of all ranks."""
+    def join(self, parts: list) -> Predictions:
+        """Predictions for a split from those of its batches, or of all ranks, in the order of `sample`."""
 
 
 class Inference(Collector, Protocol):
-    """A trained model in use: what evaluate.py, predict.py and export.py need of its task."""
+    """A trained model in use: what evaluate.py, predict.py and export.py need of its task.
+
+    A task with a head of its own adds it, with the weights of the file, to the model that `make_inference` is given.
+    """
 
     files: str  # written by evaluate.py, for its last line
 
@@ -45,7 +55,10 @@ class Inference(Collector, Protocol):
         """Take names for the outputs from a text file, or else from the weights. Raises `UserError` without names."""
 
     def predict(self, output: Any, paths: list[Path], top: int) -> list[Any]:
-        """Predictions for pictures, each with `path` and `lines` (text to print), from the model's output."""
+        """Predictions for pictures, each with `path` and `lines` (text to print), from the model's output.
+
+        `top` is how many classes are shown; tasks without classes ignore it.
+        """
 
     def annotate(self, folder: Path, number: int, prediction: Any) -> None:
         """Write a copy of a picture that shows its prediction."""

@@ -19,12 +19,12 @@ from configs.files import write_whole
 from launch.training.runlog import read_log
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-PICTURES = {  # files of a run that the page shows, where they are
-    "reconstruction.png": "Masked images and what the decoder makes of them",
+PICTURES = {  # titles of files of a run; others are shown under their names
+    "reconstruction.png": "Images of the last batch, and what the model makes of them",
     "confusion.png": "Confusion matrix of the best weights",
     "calibration.png": "Calibration of the best weights",
 }
-CURVES = {  # title of a plot: the curves in it, by their names in log.jsonl
+CURVES = {  # title of a plot: the curves in it, by their names in log.jsonl; other scores are shown under theirs
     "loss": {"loss": "training"},
     "top-1 accuracy": {"raw/top1": "raw weights", "ema/top1": "moving average"},
     "loss of the evaluation": {"raw/loss": "raw weights", "ema/loss": "moving average"},
@@ -37,6 +37,8 @@ CURVES = {  # title of a plot: the curves in it, by their names in log.jsonl
 }
 MOST_POINTS = 2000  # of a curve: more are not seen
 LISTED = 10  # skipped steps and damaged images
+KINDS = {"raw": "raw weights", "ema": "moving average"}  # of evaluated weights
+NO_CURVES = ("top5", "images")  # scores that need none
 COLOURS = ("#3b6fd4", "#d9822b", "#3a9b6a", "#a854b5")
 
 
@@ -53,7 +55,8 @@ def write_report(run: Path) -> Path:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    pictures = {title: _data_url(run / name) for name, title in PICTURES.items() if (run / name).exists()}
+    names = [*PICTURES, *sorted(path.name for path in run.glob("*.png") if path.name not in PICTURES)]
+    pictures = {PICTURES.get(name, name): _data_url(run / name) for name in names if (run / name).exists()}
     page = environment.from_string(TEMPLATE.read_text()).render(
         name=config["run"]["name"],
         stage="fine-tuning" if "augment" in config else "pretraining",
@@ -87,8 +90,10 @@ def results(run: Path, lines: list[dict]) -> dict[str, str]:
             return found
         best = summary["best"]
         which = "averaged" if best["weights"] == "ema" else "raw"
-        found["best top-1"] = f"{best['top1']:.2%} in epoch {best['epoch']} of {summary['epochs']} ({which} weights)"
-        found["best top-5"] = f"{best['top5']:.2%}, over {best['images']:,} images"
+        over = f", over {best['images']:,} images" if "images" in best else ""
+        where = f"in epoch {best['epoch']} of {summary['epochs']} ({which} weights){over}"
+        if "shown" in summary:  # runs of earlier versions do not have it
+            found["best scores"] = f"{summary['shown']}, {where}"
         found["started from"] = "scratch" if summary["init"] == "none" else summary["init"]
     return found
 
@@ -96,19 +101,21 @@ def results(run: Path, lines: list[dict]) -> dict[str, str]:
 def go_on(run: Path, config: dict) -> dict[str, str]:
     """Commands for what can be done next, by purpose."""
     shards = shlex.quote(config["data"]["path"])
-    best, pretrained = (shlex.quote(str(run / name)) for name in ("best.pt", "fcmae.pt"))
+    objective = config.get("objective", {}).get("name")
+    best, pretrained = (shlex.quote(str(run / name)) for name in ("best.pt", f"{objective}.pt"))
     if (run / "best.pt").exists():
         return {
-            "score it, class by class": f"python finetune/evaluate.py {best} {shards} --split {config['eval_split']}",
-            "classify images": f"python finetune/predict.py {best} photos/",
+            "score it in detail": f"python finetune/evaluate.py {best} {shards} --split {config['eval_split']}",
+            "use it on images": f"python finetune/predict.py {best} photos/",
             "export it": f"python finetune/export.py {best} model.onnx --to onnx --images photos/",
             "use it in timm": f"python models/convert.py {best} model.safetensors --to timm",
         }
-    if (run / "fcmae.pt").exists():
+    if (run / f"{objective}.pt").exists():
+        grid = f"python pretrain/reconstruct.py photos/ --weights {pretrained} --out grid.png"
         return {
             "fine-tune it on labels": f"python finetune/main.py --init {pretrained} --data.path {shards} ...",
             "see how good its features are": f"python finetune/probe.py {pretrained} {shards}",
-            "see what it predicts": f"python pretrain/reconstruct.py photos/ --weights {pretrained} --out grid.png",
+            **({"see what it predicts": grid} if objective == "fcmae" else {}),
             "use it in timm": f"python models/convert.py {pretrained} encoder.safetensors --to timm",
         }
     return {"go on": "the command that started the run, again"}
@@ -125,9 +132,13 @@ def curves_of(lines: list[dict]) -> dict[str, dict[str, tuple[list[int], list[fl
                 if isinstance(x, int | float):
                     points[key][0].append(line["step"])
                     points[key][1].append(x)
+    curves = dict(CURVES)
+    known = {key for named in CURVES.values() for key in named}
+    for kind, score in (key.split("/", 1) for key in points if key.startswith(("raw/", "ema/")) and key not in known):
+        if score not in NO_CURVES:
+            curves[score] = curves.get(score, {}) | {f"{kind}/{score}": KINDS[kind]}
     plots = {
-        title: {label: points[key] for key, label in curves.items() if key in points}
-        for title, curves in CURVES.items()
+        title: {label: points[key] for key, label in named.items() if key in points} for title, named in curves.items()
     }
     return {title: curves for title, curves in plots.items() if curves}
 

@@ -7,12 +7,13 @@ A file is a dict of tensors and plain values that `torch.load(weights_only=True)
     image               preprocessing: size [H, W], mean and std of each channel (None = unknown), eval_crop,
                         interpolation, bit_depth; the last three may be missing (see configs/preprocessing.py)
     encoder             tensors under timm's names
-    decoder             pretraining: proj, mask_token, decoder, pred
-    decoder_config      pretraining: settings of the masked autoencoder
-    head                classifier: head.norm and head.fc
+    decoder             pretraining: proj, mask_token, decoder, pred; or what another objective has beside the encoder
+    decoder_config      pretraining: settings of the masked autoencoder, or of another objective
+    head                classifier: head.norm and head.fc; or the head of another task
     ema                 classifier: averaged encoder and head, or None
     classes             class names, or None
     task                fine-tuning: name of the task, as in finetune/tasks; missing or None in older files
+    objective           pretraining: name of the objective, as in pretrain/objectives; likewise
 
 models/formats reads and writes the files of other projects.
 """
@@ -57,11 +58,21 @@ class Weights:
     ema: Tensors | None = None
     classes: list[str] | None = None
     task: str | None = None
+    objective: str | None = None
 
     @property
     def outputs(self) -> int:
-        """Number of classes of the head; 0 without a head."""
-        return len(self.head["head.fc.bias"]) if "head.fc.bias" in self.head else 0
+        """Number of classes of the classifier; 0 without one."""
+        head = self.known().head
+        return len(head["head.fc.bias"]) if "head.fc.bias" in head else 0
+
+    def known(self) -> "Weights":
+        """Without the decoder of an objective other than FCMAE, and without the head of a task other than
+        classification: those check and load theirs themselves.
+        """
+        decoder = (self.decoder, self.decoder_config) if self.objective in (None, "fcmae") else ({}, {})
+        head = self.head if self.task in (None, "classification") else {}
+        return replace(self, decoder=decoder[0], decoder_config=decoder[1], head=head)
 
     def describe(self) -> str:
         """One line: model, size in parameters, and the parts present."""
@@ -179,14 +190,16 @@ def from_content(content: dict, path: str | Path) -> Weights:
     except UserError as error:
         raise UserError(f"{path} is a damaged weight file ({error}): write it again") from None
     check_tensors(path, parts)
-    decoder, others = split_by_prefix(_shapes(expected_tensors(weights.arch, parts)), DECODER)
+    known = weights.known()
+    needed = _shapes(expected_tensors(weights.arch, known.encoder | known.decoder | known.head))
+    decoder, others = split_by_prefix(needed, DECODER)
     head, encoder = split_by_prefix(others, "head.")
-    check_shapes(path, encoder, _shapes(weights.encoder))
-    check_shapes(path, decoder, _shapes(weights.decoder))
-    check_shapes(path, head, _shapes(weights.head))
+    check_shapes(path, encoder, _shapes(known.encoder))
+    check_shapes(path, decoder, _shapes(known.decoder))
+    check_shapes(path, head, _shapes(known.head))
     if weights.ema is not None:
         check_tensors(path, weights.ema)
-        check_shapes(path, encoder | head, _shapes(weights.ema))
+        check_shapes(path, encoder | _shapes(weights.head), _shapes(weights.ema))
     return weights
 
 

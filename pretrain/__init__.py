@@ -1,1 +1,1 @@
-"""FCMAE pretraining."""
+"""Self-supervised pretraining."""

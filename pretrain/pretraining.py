@@ -24,7 +24,11 @@ PICTURES = 8  # images in a picture
 
 
 class Objective(Protocol):
-    """What is learnt from images without labels: one module in pretrain/objectives."""
+    """What is learnt from images without labels: one module in pretrain/objectives.
+
+    It is made twice from the configuration: before torch is imported, when it refuses settings that do not fit, and
+    once the statistics of --init are known.
+    """
 
     def describe(self) -> str:
         """Part of the run's first line."""
@@ -36,7 +40,7 @@ class Objective(Protocol):
         """The model with initial weights: `encoder` is its ConvNeXt, its forward maps `inputs` to the loss []."""
 
     def load(self, model: nn.Module, init: Opened) -> None:
-        """Start from the weights of --init."""
+        """Start from the weights of --init, which another objective may have written."""
 
     def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """What the model's forward takes, from normalised images [B, C, H, W] on the device and the batch."""
@@ -45,10 +49,10 @@ class Objective(Protocol):
         """What `transform` adds to a batch of `count` images, to measure memory with."""
 
     def picture(self, model: nn.Module, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Tensor]:
-        """Title and picture uint8 [3, H, W] of a few images; the model is in evaluation mode."""
+        """Title and picture uint8 [3, H, W], on the CPU, of a few images; the model is in evaluation mode."""
 
     def decoder(self, model: nn.Module) -> tuple[Tensors, dict]:
-        """Tensors besides the encoder's for the weight file, and the settings to build them with; may be empty."""
+        """Tensors besides the encoder's for the weight file, and plain values to build them with; may be empty."""
 
 
 class Pretraining:

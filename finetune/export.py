@@ -71,6 +71,10 @@ def main(argv: list[str] | None = None) -> None:
     weights, transform = trained.weights, EvalTransform.of(trained.preprocessing)
     images = sample_images(options.images, options.split, COMPARED, transform, trained.preprocessing.channels)
     print(f"{options.weights}: {weights.describe()}; comparing on {len(images)} images", flush=True)
+    if to == "safetensors" and weights.head and not weights.outputs:
+        raise UserError(
+            f"timm's models have no head like that of {options.weights}: choose another --to, or --features"
+        )
     outputs = stage_outputs(weights.arch)
     if not options.features:
         outputs = task_of(trained.path, weights.task).make_inference(trained).outputs()

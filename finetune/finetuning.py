@@ -28,8 +28,8 @@ LABELS = {"raw": "", "ema": "moving average "}  # of the two kinds of weights in
 class Task(Collector, Protocol):
     """A supervised task: one module in finetune/tasks."""
 
-    metric: str  # score that selects the best weights; higher is better
-    classes: list[str] | None  # names for the weight file
+    metric: str  # name of the score that selects the best weights; higher is better, of any sign
+    classes: list[str] | None  # names for the weight file, if the task has classes
 
     def describe(self) -> str:
         """Part of the run's first line."""
@@ -47,7 +47,7 @@ class Task(Collector, Protocol):
         """Weights [N] of the training samples for `EpochOrder`; None = uniform."""
 
     def build(self, arch: Encoder) -> nn.Module:
-        """The model with initial weights; parameters of its head are named `head.*`."""
+        """The model with initial weights: a `ConvNeXt` whose `head` maps tokens [B, H, W, C] to the output."""
 
     def load(self, model: nn.Module, init: Opened | None) -> None:
         """Load the weights of --init; None = from scratch. Raises `UserError` if they are of another model."""
@@ -59,10 +59,10 @@ class Task(Collector, Protocol):
         """Predictions from a checkpoint: the inverse of `vars(predictions)`."""
 
     def format(self, scores: dict[str, float]) -> str:
-        """Scores as one line for the console."""
+        """Scores as one line for the console and report.html."""
 
     def draw(self, folder: Path, predictions: Any) -> None:
-        """Write pictures of the best weights' predictions."""
+        """Write pictures (*.png) of the best weights' predictions; report.html shows them."""
 
 
 class Finetuning:
@@ -92,7 +92,7 @@ class Finetuning:
                 augment.erase, mode=augment.erase_mode, max_count=augment.erase_count, device=world.device
             )
         self.evaluated = 0  # epoch of the last evaluation
-        self.best: dict = {task.metric: -1.0, "epoch": 0}
+        self.best: dict = {"epoch": 0}  # none yet
         self.best_predictions: Any = None
 
     def describe(self) -> list[str]:
@@ -130,7 +130,7 @@ class Finetuning:
         predictions = self.evaluate(progress)
         scores = {kind: part.scores() for kind, part in predictions.items()}
         winner = max(scores, key=lambda kind: scores[kind][metric])
-        improved = scores[winner][metric] > self.best[metric]
+        improved = not self.best["epoch"] or scores[winner][metric] > self.best[metric]
         if improved:
             self.best_predictions = predictions[winner]
             self.best = {"epoch": epoch, "weights": winner, **scores[winner]}
@@ -147,6 +147,7 @@ class Finetuning:
             lines.append(f"no improvement of {metric} since epoch {self.best['epoch']}: stopping early (run.patience)")
         summary = {"stage": "fine-tuning", "epoch": epoch, "epochs": self.config.optim.epochs}
         summary |= {"init": self.config.init, "best": self.best, "last": scores}
+        summary["shown"] = self.task.format(self.best)
         logged = {f"{split}_{kind}": values for kind, values in scores.items()}
         return Report(scores[winner][metric], logged, lines=lines, summary=summary)
 

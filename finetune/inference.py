@@ -14,18 +14,28 @@ from launch.training.precision import autocast
 from launch.training.world import World, gather
 
 
+class Predictions(Protocol):
+    """What a task predicts for samples of a split. Ranks exchange it by pickle; a checkpoint holds its attributes."""
+
+    def scores(self) -> dict[str, float]:
+        """Means over the samples, by name."""
+
+
 class Collector(Protocol):
     """Turns a model's outputs into predictions."""
 
-    def collect(self, output: Any, batch: dict[str, Tensor]) -> Any:
-        """Predictions for a batch."""
+    def collect(self, output: Any, batch: dict[str, Tensor]) -> Predictions:
+        """Predictions for a batch; samples whose `label` is -1 are padding and left out."""
 
-    def join(self, parts: list) -> Any:
-        """Concatenate predictions of batches or ranks."""
+    def join(self, parts: list) -> Predictions:
+        """Concatenate predictions of batches or ranks, in the order of `sample`."""
 
 
 class Inference(Collector, Protocol):
-    """A task's part of evaluate.py, predict.py and export.py, for a trained model."""
+    """A task's part of evaluate.py, predict.py and export.py, for a trained model.
+
+    A task with a head of its own adds it, with the weights of the file, to the model that `make_inference` is given.
+    """
 
     files: str  # names of the files of `write_evaluation`
 
@@ -45,7 +55,10 @@ class Inference(Collector, Protocol):
         """Set names of the outputs from a text file, or else from the weights. Raises `UserError` if there are none."""
 
     def predict(self, output: Any, paths: list[Path], top: int) -> list[Any]:
-        """Predictions for pictures from the model's output; a prediction has `path` and `lines` (text to print)."""
+        """Predictions for pictures from the model's output; a prediction has `path` and `lines` (text to print).
+
+        `top` is the number of classes to show; tasks without classes ignore it.
+        """
 
     def annotate(self, folder: Path, number: int, prediction: Any) -> None:
         """Write a copy of a picture with its prediction; `number` makes the file name unique."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from configs.compare import to_dict
 from configs.schema import PATCH_PER_STEM_STRIDE, FCMAESettings, PretrainModel, visible_patches
 from models.convnext import Block, ConvNeXt, init_weights
-from models.sparse.layouts import Dense, Layout, Masked, Packed, Zeroed, patchify, split_patches, take_patches
+from models.sparse.layouts import Dense, Layout, layout_of, patchify, split_patches, take_patches
 
 VARIANCE_EPS = 1e-6  # of the per-patch pixel normalisation
 
@@ -53,16 +53,7 @@ class FCMAE(nn.Module):
 
     def layout(self, visible: Tensor, n: int) -> Layout:
         """The backend's layout for masks [B, gy, gx] with n visible patches."""
-        scope = self.config.grn_scope
-        if self.config.backend == "packed":
-            return Packed(visible, n, scope)
-        if self.config.backend == "masked":
-            return Masked(visible, scope)
-        if self.config.backend == "zeroed":
-            return Zeroed(visible)
-        from models.sparse.minkowski import Minkowski  # an optional dependency
-
-        return Minkowski(visible, scope)
+        return layout_of(self.config.backend, visible, n, self.config.grn_scope)
 
     def predict(self, image: Tensor, visible: Tensor) -> Output:
         """Encode the visible patches of images [B, C, H, W] and predict the hidden ones' pixels."""

@@ -81,7 +81,7 @@ def open_weights(path: str | Path) -> Opened:
 
 
 def open_classifier(path: str, ema: bool = False, size: Size | None = None) -> Trained:
-    """Build the classifier of a file.
+    """Build the classifier of a file. The model of another task has no head yet: the task adds its own.
 
     Args:
         path: best.pt, or a file or folder of another format
@@ -92,7 +92,7 @@ def open_classifier(path: str, ema: bool = False, size: Size | None = None) -> T
             fit the model
     """
     weights = open_weights(path).weights
-    if not weights.outputs:
+    if not (weights.outputs if weights.known().head else weights.head):
         raise UserError(f"{path} has no classifier: fine-tune it first, with python finetune/main.py --init {path}")
     return _build_convnext(path, weights, ema, size)
 
@@ -108,7 +108,7 @@ def open_autoencoder(path: str, mask_ratio: float | None = None, size: Size | No
     Raises:
         UserError: the file is unreadable or lacks a decoder, or mean and std; or the size does not fit the model
     """
-    weights = open_weights(path).weights
+    weights = open_weights(path).weights.known()
     if not weights.decoder:
         raise UserError(f"{path} has no decoder: give the fcmae.pt of a pretraining run")
     weights = replace(weights, preprocessing=_preprocessing(path, weights, size), ema=None)
@@ -125,7 +125,7 @@ def _build_convnext(path: str, weights: Weights, ema: bool, size: Size | None, h
     if headless:
         weights = replace(weights, head={})
     model = ConvNeXt(weights.arch, weights.outputs)
-    load_strict(model, weights.encoder | weights.head, path)
+    load_strict(model, weights.encoder | weights.known().head, path)
     return Trained(path, model.eval(), weights)
 
 

@@ -44,12 +44,24 @@ def with_statistics(data: Data, init: Opened | None, channels: int) -> Data:
     return replace(data, **stored)
 
 
+def start_encoder(model: ConvNeXt, init: Opened) -> None:
+    """Load the encoder of `--init`; a head of the model keeps its values. For objectives and tasks with own parts.
+
+    Raises:
+        UserError: the file is of another model; names the keys to set
+    """
+    _check_shape(init, model.arch)
+    encoder, _ = _for_channels(_known(init), model.arch.channels)
+    load_strict(model, encoder, init.path, "head.")
+
+
 def start_classifier(model: ConvNeXt, init: Opened, classes: list[str]) -> bool:
     """Load `--init` into a classifier. Returns whether the file's head fits the classes and is kept.
 
     Raises:
         UserError: the file contains another model
     """
+    init = _known(init)
     path, head = init.path, init.weights.head
     encoder, _ = _for_channels(init, model.arch.channels)
     outputs = init.weights.outputs
@@ -71,6 +83,7 @@ def start_autoencoder(model: FCMAE, init: Opened) -> None:
     Raises:
         UserError: the file contains another encoder or a decoder of another shape; lists the keys to set
     """
+    init = _known(init)
     path, weights, config, settings = init.path, init.weights, model.config, model.settings
     _check_shape(init, model.encoder.arch)
     if weights.decoder and decoder_shape(weights.decoder) != (settings.decoder_dim, settings.decoder_depth):
@@ -87,6 +100,11 @@ def start_autoencoder(model: FCMAE, init: Opened) -> None:
     else:
         load_strict(model.encoder, encoder, path)
         say(f"{path} has no decoder: a new one is trained")
+
+
+def _known(init: Opened) -> Opened:
+    """The file without a decoder of another objective than FCMAE, and without a head of another task."""
+    return replace(init, weights=init.weights.known())
 
 
 def _for_channels(init: Opened, channels: int) -> tuple[Tensors, Tensors]:

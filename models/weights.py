@@ -7,12 +7,13 @@ A file is a dict of tensors and plain values, readable with `torch.load(weights_
     image               preprocessing: size [H, W], mean and std per channel (None = unknown), eval_crop, interpolation,
                         bit_depth; the last three are optional (see configs/preprocessing.py)
     encoder             tensors under timm's names
-    decoder             pretraining: proj, mask_token, decoder, pred
-    decoder_config      pretraining: settings of the masked autoencoder
-    head                classifier: head.norm and head.fc
-    ema                 classifier: moving average of encoder and head, or None
+    decoder             pretraining: proj, mask_token, decoder, pred; or the other parts of another objective's model
+    decoder_config      pretraining: settings of the masked autoencoder, or of another objective
+    head                classifier: head.norm and head.fc; or the head of another task
+    ema                 fine-tuning: moving average of encoder and head, or None
     classes             class names, or None
     task                fine-tuning: name of the task in finetune/tasks; missing or None in older files
+    objective           pretraining: name of the objective in pretrain/objectives; likewise
 
 For other projects' files see models/formats.
 """
@@ -57,11 +58,21 @@ class Weights:
     ema: Tensors | None = None
     classes: list[str] | None = None
     task: str | None = None
+    objective: str | None = None
 
     @property
     def outputs(self) -> int:
-        """Number of classes of the head; 0 without a head."""
-        return len(self.head["head.fc.bias"]) if "head.fc.bias" in self.head else 0
+        """Number of classes of the classifier; 0 without one."""
+        head = self.known().head
+        return len(head["head.fc.bias"]) if "head.fc.bias" in head else 0
+
+    def known(self) -> "Weights":
+        """Without the decoder of an objective other than FCMAE, and without the head of a task other than
+        classification: those check and load theirs themselves.
+        """
+        decoder = (self.decoder, self.decoder_config) if self.objective in (None, "fcmae") else ({}, {})
+        head = self.head if self.task in (None, "classification") else {}
+        return replace(self, decoder=decoder[0], decoder_config=decoder[1], head=head)
 
     def describe(self) -> str:
         """One line: model, number of parameters, and parts present."""
@@ -167,14 +178,16 @@ def from_content(content: dict, path: str | Path) -> Weights:
     except UserError as error:
         raise UserError(f"{path} is a damaged weight file ({error}): write it again") from None
     check_tensors(path, parts)
-    decoder, others = split_by_prefix(_shapes(expected_tensors(weights.arch, parts)), DECODER)
+    known = weights.known()
+    needed = _shapes(expected_tensors(weights.arch, known.encoder | known.decoder | known.head))
+    decoder, others = split_by_prefix(needed, DECODER)
     head, encoder = split_by_prefix(others, "head.")
-    check_shapes(path, encoder, _shapes(weights.encoder))
-    check_shapes(path, decoder, _shapes(weights.decoder))
-    check_shapes(path, head, _shapes(weights.head))
+    check_shapes(path, encoder, _shapes(known.encoder))
+    check_shapes(path, decoder, _shapes(known.decoder))
+    check_shapes(path, head, _shapes(known.head))
     if weights.ema is not None:
         check_tensors(path, weights.ema)
-        check_shapes(path, encoder | head, _shapes(weights.ema))
+        check_shapes(path, encoder | _shapes(weights.head), _shapes(weights.ema))
     return weights
 
 

@@ -1,4 +1,6 @@
-"""FCMAE pretraining of a ConvNeXt on shards of images; writes runs/NAME/fcmae.pt, summary.json and report.html.
+"""Self-supervised pretraining of a ConvNeXt (FCMAE, or another objective) on shards of images.
+
+Writes runs/NAME/fcmae.pt (named after the objective), summary.json and report.html.
 
 deepspeed pretrain/main.py                                              built-in digits
 deepspeed pretrain/main.py --config configs/pretrain/cifar10.yaml
@@ -83,7 +85,7 @@ def main() -> None:
             path = trainer.folder / f"{config.objective.name}.pt"
             preprocessing = Preprocessing(data.height_width, config.model.channels, *statistics)
             weights = Weights(model.encoder.arch, preprocessing, cpu_state(model.encoder), *objective.decoder(model))
-            weights.classes = split.classes
+            weights.classes, weights.objective = split.classes, config.objective.name
             save(path, weights)
             summary = summarize(trainer.folder / "log.jsonl", config, trainer.steps_per_epoch)
             write_summary(trainer.folder, config, world, seconds, summary)

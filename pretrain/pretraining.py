@@ -24,7 +24,11 @@ PICTURES = 8  # images per picture
 
 
 class Objective(Protocol):
-    """A self-supervised objective: one module in pretrain/objectives."""
+    """A self-supervised objective: one module in pretrain/objectives.
+
+    It is made twice from the configuration: before torch is imported, to refuse settings that do not fit, and again
+    once the statistics of --init are known.
+    """
 
     def describe(self) -> str:
         """Part of the run's first line."""
@@ -36,7 +40,7 @@ class Objective(Protocol):
         """The model with initial weights; `encoder` is its ConvNeXt, and its forward maps `inputs` to the loss []."""
 
     def load(self, model: nn.Module, init: Opened) -> None:
-        """Load the weights of --init. Raises `UserError` if they are of another model."""
+        """Load the weights of --init, perhaps of another objective. Raises `UserError` for another model."""
 
     def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Arguments of the model's forward, from normalised images [B, C, H, W] on the device and the batch."""
@@ -45,10 +49,10 @@ class Objective(Protocol):
         """Everything but `image` of a batch of `count` images, for the memory estimate of --dry-run."""
 
     def picture(self, model: nn.Module, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Tensor]:
-        """(title, picture uint8 [3, H, W]) of a few inputs; the model is in evaluation mode."""
+        """(title, picture uint8 [3, H, W] on the CPU) of a few inputs; the model is in evaluation mode."""
 
     def decoder(self, model: nn.Module) -> tuple[Tensors, dict]:
-        """(tensors besides the encoder's, settings to rebuild them) for the weight file; may be empty."""
+        """(tensors besides the encoder's, plain settings to rebuild them) for the weight file; may be empty."""
 
 
 class Pretraining:

@@ -65,7 +65,7 @@ def min_free_side(arch: Encoder) -> int:
 def free_sides(weights: Weights) -> tuple[bool, bool]:
     """Whether (height, width) of the exported model are dynamic."""
     sides = weights.preprocessing.size
-    height, width = (not weights.outputs and side >= min_free_side(weights.arch) for side in sides)
+    height, width = (not weights.head and side >= min_free_side(weights.arch) for side in sides)
     return height, width
 
 

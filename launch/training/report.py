@@ -19,12 +19,12 @@ from configs.files import write_whole
 from launch.training.runlog import read_log
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-PICTURES = {  # titles by file name
-    "reconstruction.png": "Masked images and their reconstruction",
+PICTURES = {  # titles by file name; other pictures are shown under their names
+    "reconstruction.png": "Images of the last batch and the model's output",
     "confusion.png": "Confusion matrix of the best weights",
     "calibration.png": "Calibration of the best weights",
 }
-CURVES = {  # by title of the plot: labels of curves by their names in log.jsonl
+CURVES = {  # by title of the plot: labels of curves by their names in log.jsonl; other scores are shown under theirs
     "loss": {"loss": "training"},
     "top-1 accuracy": {"raw/top1": "raw weights", "ema/top1": "moving average"},
     "evaluation loss": {"raw/loss": "raw weights", "ema/loss": "moving average"},
@@ -37,6 +37,8 @@ CURVES = {  # by title of the plot: labels of curves by their names in log.jsonl
 }
 MAX_POINTS = 2000  # of a curve
 MAX_FAULTS = 10  # skipped steps and damaged images on the page
+KINDS = {"raw": "raw weights", "ema": "moving average"}
+NO_CURVES = ("top5", "images")  # scores without a plot
 COLOURS = ("#3b6fd4", "#d9822b", "#3a9b6a", "#a854b5")
 
 
@@ -49,9 +51,10 @@ def write_report(run: Path) -> Path:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    names = [*PICTURES, *sorted(path.name for path in run.glob("*.png") if path.name not in PICTURES)]
     pictures = {
-        title: f"data:image/png;base64,{base64.b64encode((run / name).read_bytes()).decode()}"
-        for name, title in PICTURES.items() if (run / name).exists()
+        PICTURES.get(name, name): f"data:image/png;base64,{base64.b64encode((run / name).read_bytes()).decode()}"
+        for name in names if (run / name).exists()
     }  # fmt: skip
     page = environment.from_string(TEMPLATE.read_text()).render(
         name=config["run"]["name"],
@@ -86,8 +89,10 @@ def results(run: Path, lines: list[dict]) -> dict[str, str]:
             return found
         best = summary["best"]
         which = "averaged" if best["weights"] == "ema" else "raw"
-        found["best top-1"] = f"{best['top1']:.2%} in epoch {best['epoch']} of {summary['epochs']} ({which} weights)"
-        found["best top-5"] = f"{best['top5']:.2%}, over {best['images']:,} images"
+        over = f", over {best['images']:,} images" if "images" in best else ""
+        where = f"in epoch {best['epoch']} of {summary['epochs']} ({which} weights){over}"
+        if "shown" in summary:  # runs of earlier versions do not have it
+            found["best scores"] = f"{summary['shown']}, {where}"
         found["started from"] = "scratch" if summary["init"] == "none" else summary["init"]
     return found
 
@@ -95,19 +100,21 @@ def results(run: Path, lines: list[dict]) -> dict[str, str]:
 def next_commands(run: Path, config: dict) -> dict[str, str]:
     """Commands to continue with, by purpose."""
     shards = shlex.quote(config["data"]["path"])
-    best, pretrained = (shlex.quote(str(run / name)) for name in ("best.pt", "fcmae.pt"))
+    objective = config.get("objective", {}).get("name")
+    best, pretrained = (shlex.quote(str(run / name)) for name in ("best.pt", f"{objective}.pt"))
     if (run / "best.pt").exists():
         return {
-            "evaluate it by class": f"python finetune/evaluate.py {best} {shards} --split {config['eval_split']}",
-            "classify images": f"python finetune/predict.py {best} photos/",
+            "evaluate it in detail": f"python finetune/evaluate.py {best} {shards} --split {config['eval_split']}",
+            "use it on images": f"python finetune/predict.py {best} photos/",
             "export it": f"python finetune/export.py {best} model.onnx --to onnx --images photos/",
             "use it in timm": f"python models/convert.py {best} model.safetensors --to timm",
         }
-    if (run / "fcmae.pt").exists():
+    if (run / f"{objective}.pt").exists():
+        grid = f"python pretrain/reconstruct.py photos/ --weights {pretrained} --out grid.png"
         return {
             "fine-tune it on labels": f"python finetune/main.py --init {pretrained} --data.path {shards} ...",
             "evaluate its features": f"python finetune/probe.py {pretrained} {shards}",
-            "draw its reconstructions": f"python pretrain/reconstruct.py photos/ --weights {pretrained} --out grid.png",
+            **({"draw its reconstructions": grid} if objective == "fcmae" else {}),
             "use it in timm": f"python models/convert.py {pretrained} encoder.safetensors --to timm",
         }
     return {"resume it": "run the command that started it again"}
@@ -124,9 +131,13 @@ def curves_of(lines: list[dict]) -> dict[str, dict[str, tuple[list[int], list[fl
                 if isinstance(x, int | float):
                     points[key][0].append(line["step"])
                     points[key][1].append(x)
+    curves = dict(CURVES)
+    known = {key for named in CURVES.values() for key in named}
+    for kind, score in (key.split("/", 1) for key in points if key.startswith(("raw/", "ema/")) and key not in known):
+        if score not in NO_CURVES:
+            curves[score] = curves.get(score, {}) | {f"{kind}/{score}": KINDS[kind]}
     plots = {
-        title: {label: points[key] for key, label in curves.items() if key in points}
-        for title, curves in CURVES.items()
+        title: {label: points[key] for key, label in named.items() if key in points} for title, named in curves.items()
     }
     return {title: curves for title, curves in plots.items() if curves}
 

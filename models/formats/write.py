@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -16,7 +15,7 @@ from models.convnext import EPS, LAYER_SCALE
 from models.formats.metadata import RESAMPLE, SQUASH_FROM, WHOLE_CENTRE
 from models.formats.names import CONV_MLP, to_name, to_shape
 from models.sizes import resolve
-from models.weights import Tensors, Weights, save
+from models.weights import Tensors, Weights, save, use_ema
 
 
 def write_weights(path: Path, weights: Weights, form: str) -> list[str]:
@@ -39,7 +38,7 @@ def write_weights(path: Path, weights: Weights, form: str) -> list[str]:
     tensors, remarks = to_form(weights, form)
     ema = None
     if weights.ema is not None and form == "official":
-        ema, _ = to_form(replace(weights, encoder=weights.ema, head={}), form)
+        ema, _ = to_form(use_ema(weights, str(path)), form)
     elif weights.ema is not None:
         remarks.append("omitted: the averaged weights (--ema writes them instead of the raw ones)")
     if form == "transformers":
@@ -62,7 +61,7 @@ def to_form(weights: Weights, form: str) -> tuple[Tensors, list[str]]:
     kept = dict(weights.encoder)
     remarks = []
     for part, tensors in parts.items():
-        if tensors and all(to_name(name, form) is None for name in tensors):
+        if any(to_name(name, form) is None for name in tensors):
             remarks.append(f"omitted: the {part} (the format cannot store it)")
         else:
             kept |= tensors

@@ -217,3 +217,16 @@ class Packed(Layout):
         grid = fill.to(x.dtype).expand(len(x), self.grid[0] * self.grid[1], -1)
         index = self.patch[..., None].expand(-1, -1, x.shape[-1])
         return grid.scatter(1, index, x.flatten(1, 3)).unflatten(1, self.grid)
+
+
+def layout_of(backend: str, visible: Tensor, n: int, grn_scope: str = "image") -> Layout:
+    """The layout of `model.backend` for masks [B, gy, gx] with n visible patches, for any objective that masks."""
+    if backend == "packed":
+        return Packed(visible, n, grn_scope)
+    if backend == "masked":
+        return Masked(visible, grn_scope)
+    if backend == "zeroed":
+        return Zeroed(visible)
+    from models.sparse.minkowski import Minkowski  # optional: imported only where it was asked for
+
+    return Minkowski(visible, grn_scope)

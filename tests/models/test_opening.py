@@ -1,10 +1,16 @@
 """Opening classifiers, encoders and autoencoders from files, with their preprocessing; errors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from configs.errors import UserError
+from configs.schema import FCMAESettings, PretrainModel
+from models.convnext import ConvNeXt
+from models.fcmae import FCMAE
 from models.opening import open_autoencoder, open_classifier, open_encoder, open_weights
+from models.start import start_autoencoder, start_classifier, start_encoder
 from models.weights import save
 from tests.models.formats.helpers import SMALL, assert_same, autoencoder, change, classifier
 
@@ -40,6 +46,33 @@ def test_an_autoencoder_with_another_mask_ratio(files):
     found, trained = open_autoencoder(files[1], 0.75, (64, 96)), open_weights(files[1]).weights
     assert found.model.settings.mask_ratio == 0.75 and found.preprocessing.size == (64, 96)
     assert_same({name: found.model.state_dict()[name] for name in trained.decoder}, trained.decoder)
+
+
+def test_parts_of_another_objective_and_task(tmp_path):
+    """Written and read as they are; only the encoder is built from them."""
+    path, tuned = str(tmp_path / "other.pt"), classifier(**SMALL)
+    tuned.head = {"head.out.weight": torch.ones(1, 32)}
+    tuned.ema, tuned.task, tuned.classes = tuned.encoder | tuned.head, "depth", None
+    tuned.decoder, tuned.decoder_config, tuned.objective = {"pred.weight": torch.ones(3, 2)}, {"width": 2}, "blur"
+    save(tmp_path / "other.pt", tuned)
+    found, trained = open_weights(path), open_classifier(path)
+    assert_same(found.weights.decoder, tuned.decoder)
+    assert found.weights.decoder_config == {"width": 2} and found.weights.outputs == 0
+    assert_same(trained.model.state_dict(), tuned.encoder)
+    assert_same(trained.weights.head, tuned.head)
+    assert_same(open_classifier(path, ema=True).weights.head, tuned.head)
+    with pytest.raises(UserError, match="no decoder"):
+        open_autoencoder(path)
+    for channels in (3, 1):
+        model = ConvNeXt(replace(tuned.arch, channels=channels), 2)
+        assert not start_classifier(model, found, ["a", "b"])
+        start_encoder(model, found)
+        assert torch.equal(model.stem[1].weight, tuned.encoder["stem.1.weight"])
+    start_autoencoder(FCMAE(PretrainModel(**vars(tuned.arch)), FCMAESettings(decoder_dim=8)), found)
+    tuned.task = None
+    save(tmp_path / "other.pt", tuned)
+    with pytest.raises(UserError, match=r"unexpected head\.out"):
+        open_weights(path)
 
 
 def test_the_digest_is_of_the_content(files):

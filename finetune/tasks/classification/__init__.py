@@ -59,10 +59,7 @@ class Task:
     metric = "top1"
 
     def __init__(self, config: Finetune, train: Split, evaluation: Split):
-        from finetune.tasks.classification.scores import collect, join
-
         self.config, self.train = config, train
-        self.collect, self.join = collect, join
         for split in (train, evaluation):
             if not train.classes or (split.labels() < 0).any():
                 raise UserError(
@@ -126,6 +123,16 @@ class Task:
         if self.mixup:
             image, label = self.mixup(image, label)
         return self.criterion(model(image).float(), label)
+
+    def collect(self, output: Tensor, batch: dict[str, Tensor]) -> Predictions:
+        from finetune.tasks.classification.scores import collect
+
+        return collect(output, batch)
+
+    def join(self, parts: list[Predictions]) -> Predictions:
+        from finetune.tasks.classification.scores import join
+
+        return join(parts)
 
     def restore(self, state: dict) -> Predictions:
         from finetune.tasks.classification.scores import Predictions

@@ -34,7 +34,15 @@ def finished(tmp_path):
     best = {"epoch": 3, "weights": "ema", "top1": 0.9, "top5": 0.99, "loss": 0.33, "images": 40}
     (folder / "summary.json").write_text(
         json.dumps(
-            {"stage": "fine-tuning", "epoch": 3, "epochs": 3, "init": HOSTILE, "best": best, "last": {}}
+            {
+                "stage": "fine-tuning",
+                "epoch": 3,
+                "epochs": 3,
+                "init": HOSTILE,
+                "best": best,
+                "last": {},
+                "shown": "top-1 90.00%",
+            }
             | {"seconds": 3700, "hardware": "a processor, 2 cores"}
         )
     )
@@ -46,7 +54,7 @@ def finished(tmp_path):
 def test_what_is_on_the_page(finished):
     page = write_report(finished).read_text()
     assert "1:01:40 on a processor, 2 cores" in page
-    assert "90.00% in epoch 3 of 3 (averaged weights)" in page and has(page, "1.9800 1.0000")
+    assert "90.00%, in epoch 3 of 3 (averaged weights)" in page and has(page, "1.9800 1.0000")
     assert "12 skipped steps and damaged images" in page and page.count("&#34;not_finite&#34;") in (0, 10)
     assert page.count("<svg") == 6 and "predict.py" in page and HOSTILE not in page
     assert base64.b64encode((finished / "confusion.png").read_bytes()).decode() in page
@@ -69,6 +77,28 @@ def test_curves():
     assert plots["loss"] == {"training": ([1, 3], [2.0, 1])}
     assert plots["nearest neighbours, top-1"] == {"k = 20": ([2], [0.5])}
     assert plots["top-1 accuracy"] == {"raw weights": ([2], [0.25])} and set(plots) <= set(CURVES)
+
+
+def test_scores_and_pictures_of_any_task(finished):
+    with (finished / "log.jsonl").open("w") as file:
+        file.writelines(json.dumps({"step": i, "val_ema": {"error": -i, "images": 9}}) + "\n" for i in (1, 2))
+    summary = json.loads((finished / "summary.json").read_text())
+    summary |= {"shown": "error 2.0", "best": {"epoch": 2, "weights": "raw", "error": -2.0}}
+    (finished / "summary.json").write_text(json.dumps(summary))
+    (finished / "confusion.png").rename(finished / "errors.png")
+    page = write_report(finished).read_text()
+    assert "error 2.0, in epoch 2 of 3 (raw weights)" in page and ">errors.png</figcaption>" in page
+    assert curves_of([{"step": 1, "val_ema": {"error": -1, "images": 9}}]) == {"error": {"moving average": ([1], [-1])}}
+
+
+@pytest.mark.parametrize(("objective", "reconstructs"), [("fcmae", True), ("blur", False)])
+def test_the_commands_after_any_objective(objective, reconstructs, tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        f"run: {{name: x}}\ndata: {{path: shards/x}}\nobjective: {{name: {objective}}}\n"
+    )
+    (tmp_path / f"{objective}.pt").write_bytes(b"")
+    page = write_report(tmp_path).read_text()
+    assert f"--init {tmp_path}/{objective}.pt" in page and ("reconstruct.py" in page) == reconstructs
 
 
 def test_a_run_that_has_only_begun(tmp_path):

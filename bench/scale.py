@@ -104,8 +104,7 @@ def index(options: ScaleOptions, folder: Path) -> dict:
         "write_s": write,
         "read_s": fastest(lambda: read_index(folder), options.rounds),
         "open_s": fastest(lambda: Split(folder, "train"), options.rounds),
-        "shard_ms": 1e3
-        * fastest(lambda: split.fetch_shard(0), 10 * options.rounds),  # verifies the index
+        "shard_ms": 1e3 * fastest(lambda: split.fetch_shard(0), 10 * options.rounds),  # verifies the index
         "peak_mb": peak_mb(lambda: Split(folder, "train")),
     }
 

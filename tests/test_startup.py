@@ -59,6 +59,16 @@ def test_mistakes(command, words, names):
     assert names in done.stderr
 
 
+@pytest.mark.parametrize("words", [["pretrain/main.py", "--help"], ["data/prepare.py", "--help"]])
+def test_a_reader_that_ends_early_is_no_error(words):
+    """`--help | head` prints no traceback."""
+    end, pipe = os.pipe()
+    os.close(end)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, check=False)
+    os.close(pipe)
+    assert done.stderr == b""
+
+
 def test_a_heavy_import_is_seen(tmp_path):
     (tmp_path / "slow.py").write_text("import torch")
     with pytest.raises(AssertionError):

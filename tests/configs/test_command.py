@@ -1,14 +1,32 @@
 """The command line: recipes, overrides, and one clear line for every mistake."""
 
-import pytest
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from configs.command import dry_run, parse, recipe_section
+import pytest
+from pydantic import PositiveInt
+
+from configs.command import dry_run, parse, parse_options, recipe_section
 from configs.compare import differences, to_dict
 from configs.errors import UserError, nearest
-from configs.keys import keys
+from configs.keys import REQUIRED, argument, keys, option
 from configs.schema import Data, Encoder, Finetune, FinetuneModel, Optim, Pretrain
 from finetune.tasks import TASKS
 from pretrain.objectives import OBJECTIVES
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a command that does not exist."""
+
+    images: tuple[str, ...] = argument("pictures")
+    to: Literal["png", "jpg"] = option(REQUIRED, "format")
+    out_folder: Path | None = option(None, "folder to write to")
+    size: PositiveInt | tuple[PositiveInt, PositiveInt] = option(224, "side, at 100 % of the image")
+    counts: tuple[PositiveInt, ...] = option((10, 20), "how many")
+    fast: bool = option(False, "no checks")
+
 
 CHOICES = {"objective": OBJECTIVES}
 
@@ -90,6 +108,9 @@ def test_dry_run_of_no_number_of_ranks(value):
         (["--optim.decay_rules", "{a: b}"], r"optim\.decay_rules is .*a mapping"),
         (["--data.size", "[1"], r"data\.size is \[1: .*whole number"),
         (["--data.size", "big"], r"^data\.size is big: .* whole number above 0 or a list of 2 whole numbers above 0$"),
+        (["--data.cache_gb", "0"], r"^data\.cache_gb is 0: it must be a number above 0$"),
+        (["--optim.betas", "[0.9,1]"], r"^optim\.betas is \[0\.9, 1\]: .*2 numbers at least 0 and below 1$"),
+        (["--run.seed", "-1"], r"^run\.seed is -1: "),
         (["--confg", "x"], r"\(nearest: --config\)"),
         (["--config"], r"--config: .*one argument"),
         (["--data.std", "[0,0,0]"], r"data\.std"),
@@ -219,3 +240,44 @@ def test_accumulation():
     for optim, ranks in ((Optim(batch_size=64, micro_batch=7), 1), (Optim(batch_size=3), 2), (Optim(batch_size=1), 2)):
         with pytest.raises(UserError, match=r"optim\.batch_size"):
             optim.accumulation(ranks)
+
+
+def options(*argv):
+    return parse_options(Options, "about", list(argv))
+
+
+def test_options_of_a_command():
+    assert options("a", "b", "--to", "png") == Options(images=("a", "b"), to="png")
+    found = options(
+        "--to=jpg", "--fast", "--counts", "1", "2", "--out-folder", "1e5", "--size", "[2,4]", "--", "\udce9"
+    )
+    assert found == Options(images=("\udce9",), to="jpg", fast=True, counts=(1, 2), out_folder=Path("1e5"), size=(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["a"], "required: --to"),
+        (["--to", "png"], "required: IMAGES"),
+        (["a", "--to", "gif"], r"^--to is gif: it must be png or jpg$"),
+        (["a", "--to", "png", "--counts", "1", "0"], r"^--counts is 0: .*above 0"),
+        (["a", "--to", "png", "--size", "[1]"], r"^--size is \[1\]: .*a list of 2"),
+        (["a", "--to", "png", "--out_folder", "x"], r"--out_folder \(nearest: --out-folder\)"),
+        (["a", "--to", "png", "--fast=1"], "--fast"),
+    ],
+)
+def test_mistakes_in_options(argv, says):
+    with pytest.raises(UserError, match=says) as error:
+        options(*argv)
+    assert "\n" not in str(error.value)
+
+
+def test_help_explains_every_option(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        options("--help")
+    lines = " ".join(capsys.readouterr().out.split())
+    for shown in ("IMAGES pictures", "--to {png,jpg} format", "--out-folder PATH folder to write to --size",
+                  "--size N|[N,N] side, at 100 % of the image (default 224)",
+                  "--counts N [N ...] how many (default 10 20)", "--fast no checks"):  # fmt: skip
+        assert shown in lines

@@ -394,14 +394,16 @@ def test_a_folder_with_another_data_set_is_not_changed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args",
-    [["a"], ["a", "b", "--verify"], ["a", "--verify", "--repair"], ["a", "--index", "--repair"],
-     ["a", "b", "--repair", "--index"],
-     ["a", "b", "--resize", "0"], ["a", "b", "--val-fraction", "1"],
-     ["a", "b", "--quality", "101"]]
+    ("args", "names"),
+    [
+        (["a"], "--help"), (["a", "b", "--verify"], "--help"), (["a", "--verify", "--repair"], "--help"),
+        (["a", "--index", "--repair"], "--help"), (["a", "b", "--repair", "--index"], "--help"),
+        (["a", "b", "--resize", "0"], "--resize is 0"), (["a", "b", "--val-fraction", "1"], "--val-fraction is 1"),
+        (["a", "b", "--quality", "101"], "--quality is 101"),
+    ],
 )  # fmt: skip
-def test_bad_arguments(args):
-    with pytest.raises(UserError, match="--help"):
+def test_bad_arguments(args, names):
+    with pytest.raises(UserError, match=names):
         prepare.parse(args)
 
 

@@ -68,7 +68,7 @@ def test_averaged_weights(tmp_path):
         (["nowhere.pt", "{tmp}/y.pt", "--to", "ours"], "nowhere.pt exist"),
         (["{tmp}/x.pt", "{tmp}/x.pt", "--to", "timm"], "x.pt exists"),
         (["{tmp}/x.pt", "{tmp}/no/y.pt", "--to", "timm"], "no folder"),
-        (["{tmp}/x.pt", "{tmp}/y.pt", "--to", "tim"], "--to 'tim'"),
+        (["{tmp}/x.pt", "{tmp}/y.pt", "--to", "tim"], "--to tim timm"),
         (["{tmp}/x.pt", "{tmp}/y.pt"], "required --to"),
         (["{tmp}", "{tmp}/y.pt", "--to", "timm"], "config.json"),
     ],

@@ -258,7 +258,7 @@ def test_leftovers_of_a_killed_process_are_removed(split, server, shards):
     child = FORK.Process(target=split.fetch_shard, args=(1,))
     child.start()
     deadline = time.monotonic() + 10
-    while not any(path.stat().st_size for path in split.folder.cache.folder.glob("*.part")):
+    while server.faults[TAR] or not any(path.stat().st_size for path in split.folder.cache.folder.glob("*.part")):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGKILL)

@@ -145,7 +145,7 @@ def test_another_init_is_not_resumed(digits, pretrained, tmp_path):
         (["--augment.auto_augment", "v0"], "augment.auto_augment 3 channels 1"),
         (["--init", "{pretrained}/fcmae.pt", "--data.mean", "[0.1]"], "data.mean [0.5]"),
         (["--data.size", "30"], "data.size 30x30 patch"),
-        (["--layer_decay", "2"], "layer_decay 2.0"),
+        (["--layer_decay", "2"], "layer_decay 2"),
         (["--task.mixp", "1"], "task.mixp task.mixup"),
     ],
 )

@@ -9,11 +9,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from configs.command import parse
 from configs.errors import UserError
 from configs.schema import Data, FCMAESettings, Optim, Pretrain, PretrainModel, Probe
 from launch.training.world import World
 from models.fcmae import FCMAE
 from models.opening import open_weights
+from pretrain.objectives import OBJECTIVES
 from pretrain.online_eval import OnlineEval, probe_splits
 from tests.conftest import has, losses, run, run_ranks
 from tests.pretrain import test_main
@@ -156,4 +158,4 @@ def test_an_error_comes_before_anything_is_written(digits, tmp_path):
 @pytest.mark.parametrize(("key", "value"), [("every", -1), ("images", 0), ("crop", 0), ("eval_split", "train")])
 def test_keys(key, value):
     with pytest.raises(UserError, match=rf"probe\.{key} is {value}"):
-        Probe(**{key: value})
+        parse(Pretrain, "pretrain/digits.yaml", "", {"objective": OBJECTIVES}, [f"--probe.{key}={value}"])

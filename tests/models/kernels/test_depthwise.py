@@ -45,8 +45,19 @@ def compare(layout, x, conv, norm, tolerance: float) -> None:
         assert torch.equal(first, again), f"{name} differs from run to run"
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize(("s", "channels"), [pytest.param(8, 12, marks=pytest.mark.slow), (4, 5), (2, 9), (1, 130)])
+@pytest.mark.parametrize(
+    ("s", "channels", "dtype", "tolerance"),
+    [
+        pytest.param(8, 12, torch.float32, 1e-5, marks=pytest.mark.slow),
+        pytest.param(8, 12, torch.bfloat16, 2e-2, marks=pytest.mark.slow),
+        (4, 5, torch.float32, 1e-5),
+        pytest.param(4, 5, torch.bfloat16, 2e-2, marks=pytest.mark.slow),
+        (2, 9, torch.float32, 1e-5),
+        (2, 9, torch.bfloat16, 2e-2),
+        (1, 130, torch.float32, 1e-5),
+        (1, 130, torch.bfloat16, 2e-2),
+    ],
+)
 def test_packed(s, channels, dtype, tolerance, fused, monkeypatch):
     """Patches in all relative positions, in every stage; one image with a hidden border."""
     monkeypatch.setattr(depthwise, "PROGRAMS", 21)  # three partial sums

@@ -28,7 +28,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from bench.evidence import ABLATIONS, BACKENDS, FEW, SCALES
+from bench.experiments import ABLATIONS, BACKENDS, FEW, SCALES
 from bench.options import RESULTS, ROOT
 from configs.files import write_whole
 from configs.schema import visible_patches

@@ -24,7 +24,7 @@ IMPORTED = [
     "torch", "torch.distributed.elastic.multiprocessing", "torch.utils.tensorboard", "torchvision.transforms.v2",
     "deepspeed", "timm.data", "timm.loss", "timm.models.convnext",
     "webdataset", "sklearn.datasets", "matplotlib.pyplot", "networkx", "tensorboard", "safetensors.torch",
-    "rich.console", "rich.progress", "jsonargparse", "yaml", "jinja2", "psutil", "fsspec",
+    "rich.console", "rich.progress", "pydantic", "yaml", "jinja2", "psutil", "fsspec",
 ]  # fmt: skip
 
 

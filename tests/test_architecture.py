@@ -1,6 +1,8 @@
 """The rules of docs/architecture.md: which way imports go, and who may import what."""
 
 import ast
+import re
+import sys
 
 import pytest
 
@@ -45,6 +47,28 @@ def test_only_one_file_imports(library):
         p.relative_to(ROOT).as_posix() for f in MAY_IMPORT for p in (ROOT / f).rglob("*.py") if library in imports(p)
     ]
     assert set(users) <= {ONLY_IN[library]}
+
+
+def test_commands_are_not_libraries():
+    """No product code imports a command, and only commands change sys.path."""
+    files = [path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.py")]
+    texts = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path.read_text() for path in files}
+    commands = {name for name, text in texts.items() if '__name__ == "__main__"' in text}
+    assert {"pretrain.main", "data.prepare", "finetune.predict"} <= commands
+    for name, text in texts.items():
+        for command in commands - {name}:
+            assert not re.search(rf"^\s*(from|import) {re.escape(command)}\b", text, re.M), f"{name} imports {command}"
+        assert name in commands or "sys.path" not in text, name
+
+
+def test_every_library_is_a_dependency():
+    """pyproject.toml names what the code imports; MinkowskiEngine is optional, triton comes with torch."""
+    known = set(re.findall(r'"([\w-]+)(?:\[\w+\])?>=', (ROOT / "pyproject.toml").read_text()))
+    known |= {"PIL", "sklearn", "yaml", "MinkowskiEngine", "triton", "tests", *MAY_IMPORT, *sys.stdlib_module_names}
+    used = {
+        name for folder in (*MAY_IMPORT, "tests") for path in (ROOT / folder).rglob("*.py") for name in imports(path)
+    }
+    assert used <= known, used - known
 
 
 def test_the_rule_sees_a_wrong_import(tmp_path):

@@ -30,7 +30,7 @@ from bench.options import RESULTS
 from configs.checks import check_exists
 from configs.command import parse_options
 from configs.errors import run_main
-from configs.files import write_whole
+from configs.files import write_atomic
 from configs.keys import argument, option
 
 SHARDS = Path("shards/cifar10")
@@ -64,7 +64,7 @@ class Evidence:
             written = json.loads((self.runs / result).read_text())
             written = {"command": command} | {key: written[key] for key in keep or written}
             done.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(done, (json.dumps(written, indent=1) + "\n").encode())
+            write_atomic(done, (json.dumps(written, indent=1) + "\n").encode())
         if self.saved:
             self.saved.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(done, self.saved / done.name)

@@ -30,7 +30,7 @@ from matplotlib.ticker import PercentFormatter
 
 from bench.experiments import ABLATIONS, BACKENDS, FEW, SCALES
 from bench.options import RESULTS, ROOT
-from configs.files import write_whole
+from configs.files import write_atomic
 from configs.schema import visible_patches
 
 PAGE = ROOT / "docs/results.md"
@@ -274,7 +274,7 @@ def main() -> None:
     """Entry point."""
     parse()
     text, pictures = page()
-    write_whole(PAGE, text.encode())
+    write_atomic(PAGE, text.encode())
     for name, figure in pictures.items():
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # the same bytes every time
             figure.savefig(PAGE.with_name(name), metadata={"Date": None, "Creator": None})

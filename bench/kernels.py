@@ -28,7 +28,7 @@ PASSES = {"depthwise": (3, 5), "gelu_grn": (3, 5)}  # fewest tensors read or wri
 class KernelOptions(Options):
     """The command line."""
 
-    models: tuple[str, ...] = option(("convnextv2_tiny", "convnextv2_base"), "whose widths")
+    models: tuple[str, ...] = option(("convnextv2_tiny", "convnextv2_base"), "models that set the widths")
     batch: PositiveInt = option(256, "images")
     precision: Precision = option("bf16", "of the tokens")
     device: Device = option("cuda", "where to run")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from configs.files import write_whole
+from configs.files import write_atomic
 from configs.keys import option
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,4 +44,4 @@ def report(result: dict, lines: list[str], options: Options) -> None:
     print(text if options.json else "\n".join(lines))
     if options.save:
         RESULTS.mkdir(exist_ok=True)
-        write_whole(RESULTS / f"{options.save}.json", f"{text}\n".encode())
+        write_atomic(RESULTS / f"{options.save}.json", f"{text}\n".encode())

@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def exit(self, status: int = 0, message: str | None = None) -> None:
-        sys.stdout.flush()  # raises here, in `run_main`, if nobody reads the help to its end
+        sys.stdout.flush()  # raises BrokenPipeError here, inside `run_main`
         super().exit(status, message)
 
     def read(self, schema: Any, argv: list[str] | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Errors that the user can mend, and how an entry point ends."""
+"""Errors that the user can correct, and the exit codes of commands."""
 
 import errno
 import os
@@ -9,23 +9,21 @@ import time
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a full disk does not say whose file it was
-LAUNCHER_SECONDS = 4  # a launcher that polls each second has ended the other ranks by then
-
-
-SAVED, INTERRUPTED, HUNG = 75, 128 + signal.SIGINT, 70  # exit codes; 2 = the user can mend it, 0 = done
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # raised without a file name
+LAUNCHER_SECONDS = 4  # launchers poll once a second, so by then they have stopped the other ranks
+SAVED, INTERRUPTED, HUNG = 75, 128 + signal.SIGINT, 70  # exit codes, besides 0 = done and 2 = user error
 
 
 class UserError(Exception):
-    """Wrong input. The message is one line: it names the file, key or value, and the way out."""
+    """Invalid input. The message is one line that names the file, key or value and the remedy."""
 
 
 class LostPeer(UserError):  # noqa: N818  # as UserError
-    """Another rank ended. It has printed why, so this one waits a while before it adds to that."""
+    """Another rank has ended and printed the reason, so this rank waits before it prints its own error."""
 
 
 class Stopped(Exception):  # noqa: N818  # not an error
-    """Training ended early because it was asked to, its state saved. `code` is the exit code, the message one line."""
+    """Training was asked to stop and has saved its state. `code` is the exit code, the message one line."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -33,31 +31,32 @@ class Stopped(Exception):  # noqa: N818  # not an error
 
 
 def nearest(wrong: str, valid: Iterable[str]) -> str:
-    """A hint `(nearest: x)` for a misspelt name, or all the valid names if none is close."""
+    """A hint for a misspelt name: `(nearest: x)`, or all valid names if none is close."""
     names = sorted(valid)
     close = get_close_matches(wrong, names, n=1, cutoff=0.5)
     return f"(nearest: {close[0]})" if close else f"(one of: {', '.join(names)})"
 
 
 def reason(error: Exception) -> str:
-    """The first line of a library's error message, or the error's name if it has none."""
+    """The first line of an error message, or the error's class if there is none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def output_is_closed() -> bool:
-    """Whether the reader of standard output has ended, as `head` does."""
+    """Whether the reader of standard output has closed it, as `head` does."""
     poll = select.poll()
     poll.register(1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point. A `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    """Run an entry point.
 
-    A run that was asked to stop and has saved its state gets exit code 75 (sysexits' "try again later").
+    Exit codes: 2 for a `UserError`, which is printed as one line on stderr; 130 for Ctrl-C; 75 (sysexits' "try again
+    later") for a run that was asked to stop and has saved its state.
 
-    An error common to all ranks appears once: the others wait, and the launcher ends them when the first has failed. An
-    error of one rank alone appears with its number.
+    An error of all ranks is printed once: the other ranks wait, and the launcher stops them when the first has failed.
+    An error of a single rank is printed with its number.
     """
     rank = os.environ.get("RANK", "0")
     try:
@@ -65,17 +64,19 @@ def run_main(main: Callable[[], None]) -> None:
             main()
         except OSError as error:  # no permission, disk full, a file where a folder should be
             if isinstance(error, BrokenPipeError) and output_is_closed():
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left to print
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discards further output
                 sys.exit(1)
             if error.filename is not None:
                 raise UserError(f"{error.filename}: {error.strerror.lower()}") from None
-            if error.errno not in DISK_TROUBLE:
+            if error.errno not in DISK_ERRORS:
                 raise
-            raise UserError(f"{error.strerror.lower()}: mend that, then the same command goes on") from None
+            raise UserError(
+                f"{error.strerror.lower()}: free space or repair the disk, then run the same command to resume"
+            ) from None
     except UserError as error:
         if rank != "0" or isinstance(error, LostPeer):
             time.sleep(LAUNCHER_SECONDS)
-        line = " ".join(str(error).split("\n"))  # names from files may hold anything
+        line = " ".join(str(error).split("\n"))  # file names may contain line breaks
         print(f"error: {line}" if rank == "0" else f"error: [rank {rank}] {line}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Stopped as stopped:
@@ -83,7 +84,5 @@ def run_main(main: Callable[[], None]) -> None:
             print(f"stopped: {stopped}", file=sys.stderr, flush=True)
         sys.exit(stopped.code)
     except KeyboardInterrupt:
-        print(
-            "\nstopped by Ctrl-C; nothing is half-written: the same command goes on, or starts again", file=sys.stderr
-        )
+        print("\nstopped by Ctrl-C; no file is incomplete: run the same command to continue", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""Writing files so that they are there whole or not at all."""
+"""Atomic writing of files, and their digests."""
 
 import hashlib
 import os
@@ -9,8 +9,8 @@ from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to be written under a temporary name; on success it is synced and renamed to `path`."""
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file for writing; on success it is synced and renamed to `path`, else removed."""
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
@@ -20,14 +20,14 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         part.replace(path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say whose
+        if isinstance(error, OSError) and error.filename is None:  # of a full disk
             error.filename = str(path)
         raise
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
+    """Sync a folder, so that renames in it survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,14 +35,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file's content at once, or not at all."""
-    with whole_file(path) as file:
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
+    with atomic_file(path) as file:
         file.write(data)
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """SHA-256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -52,7 +52,7 @@ def require(ok: bool, key: str, value: object, rule: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Base of a section chosen by name, such as `objective`: the name of a module, whose keys are the others."""
+    """Base of a section that is chosen by name, such as `objective`. The module of this name adds its own keys."""
 
     name: str = fixed("", "which one; its own keys follow")
 

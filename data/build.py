@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from configs.errors import UserError
-from configs.files import write_whole
+from configs.files import write_atomic
 from data.index import describe
 from data.planning import PrepareOptions, ShardPlan, claim_folder, hold_out, plan_shards
 from data.pool import add_progress, run_tasks
@@ -114,7 +114,7 @@ def _finish(out: Path, records: dict[ShardPlan, dict], classes: list[str] | None
         (out / "source.json").unlink()
         raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
     if skipped:
-        write_whole(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
+        write_atomic(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
         print(f"{len(skipped):,} damaged images were left out, listed in {out / 'skipped.txt'}")
     write_index(out, Index(dict(splits), classes))
     (out / LOST).unlink(missing_ok=True)  # images lost to a repair without the source are complete again

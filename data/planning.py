@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from configs.errors import UserError
-from configs.files import write_whole
+from configs.files import write_atomic
 from configs.keys import BelowOne, argument, option
 from data.sources import Item
 
@@ -107,7 +107,7 @@ def claim_folder(options: PrepareOptions, items: list[Item]) -> None:
     new |= {key: getattr(options, key) for key in keys}
     path = options.out / "source.json"
     if not path.exists():
-        write_whole(path, json.dumps(new, indent=1).encode())
+        write_atomic(path, json.dumps(new, indent=1).encode())
         return
     try:
         old = dict(json.loads(path.read_bytes()))

@@ -23,7 +23,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from configs.errors import UserError
-from configs.files import sha256, sync_folder, write_whole
+from configs.files import sha256, sync_folder, write_atomic
 from data.index import describe
 from data.pool import add_progress, run_tasks
 from data.shards import Index, Shard, index_file, index_tar, read_index, write_index
@@ -111,7 +111,7 @@ def _repair_shard(shard: Shard, folder: Path) -> dict | None:
         ):
             return record
     record = _salvage(tar, shard, np.load(index_file(tar), allow_pickle=False) if indexed else None)
-    write_whole(done, json.dumps(record).encode())
+    write_atomic(done, json.dumps(record).encode())
     return record
 
 
@@ -252,7 +252,7 @@ def _install(folder: Path, new: Index, repaired: dict[str, dict]) -> None:
     lines = [line for record in repaired.values() for line in record["lost"]]
     if lines:
         lines = dict.fromkeys([*_lost_lines(folder), *lines])  # a killed run may have written them
-        write_whole(folder / LOST, "".join(f"{line}\n" for line in lines).encode())
+        write_atomic(folder / LOST, "".join(f"{line}\n" for line in lines).encode())
     write_index(folder, new)
 
 

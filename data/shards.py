@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError, nearest
-from configs.files import sha256, whole_file, write_whole
+from configs.files import atomic_file, sha256, write_atomic
 from configs.schema import Data
 from data.cache import Cache
 from data.remote import CONCURRENT_FETCHES, Remote, is_url
@@ -69,7 +69,7 @@ def index_tar(tar: Path) -> Shard:
         UserError: the tar is damaged, see `read_rows`
     """
     rows = read_rows(tar)
-    with whole_file(index_file(tar)) as file:
+    with atomic_file(index_file(tar)) as file:
         np.save(file, rows, allow_pickle=False)
     return Shard(tar.name, len(rows), tar.stat().st_size, sha256(tar), sha256(index_file(tar)))
 
@@ -105,7 +105,7 @@ def write_index(folder: Path, index: Index) -> None:
     """Write index.json, which marks a folder of shards as complete."""
     splits = {split: [asdict(shard) for shard in shards] for split, shards in index.splits.items()}
     content = {"format": FORMAT, "classes": index.classes, "splits": splits}
-    write_whole(folder / "index.json", json.dumps(content, indent=1).encode())
+    write_atomic(folder / "index.json", json.dumps(content, indent=1).encode())
 
 
 def read_index(folder: Path | Remote) -> Index:

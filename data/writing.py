@@ -10,7 +10,7 @@ from pathlib import Path
 import webdataset
 
 from configs.errors import UserError, reason
-from configs.files import whole_file, write_whole
+from configs.files import atomic_file, write_atomic
 from data.planning import ShardPlan
 from data.pool import add_progress
 from data.reencode import reencode
@@ -25,7 +25,7 @@ def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
         path: written under a temporary name, then renamed
         samples: {"__key__": name, "jpg": bytes, "cls": bytes, ...}
     """
-    with whole_file(path) as file, webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+    with atomic_file(path) as file, webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
         for sample in samples:
             tar.write(sample)
 
@@ -50,7 +50,7 @@ def write_shard(plan: ShardPlan, resize: int | None, quality: int | None) -> dic
 
     write_tar(plan.path, samples())
     record = {"shard": asdict(index_tar(plan.path)), "skipped": skipped}
-    write_whole(plan.record, json.dumps(record).encode())
+    write_atomic(plan.record, json.dumps(record).encode())
     return record
 
 

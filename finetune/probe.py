@@ -25,7 +25,7 @@ from configs.checks import check_dataset, check_exists, check_parent
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.feature_eval import KS, LRS, TEMPERATURE
-from configs.files import write_whole
+from configs.files import write_atomic
 from configs.keys import Share, argument, option, require
 from configs.schema import Augment, Data, Optim, Run
 from finetune.options import DeviceOptions
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             settings = {key: value for key, value in vars(options).items() if key not in ("out", "random")}
             settings |= preprocessing.to_dict() | {"crop": preprocessing.crop, "ranks": world.ranks}
             about = {"model": asdict(arch), "settings": settings}
-            write_whole(options.out, json.dumps(about | scores, indent=1).encode())
+            write_atomic(options.out, json.dumps(about | scores, indent=1).encode())
             print(f"wrote {options.out}")
     destroy_world()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.files import write_whole
+from configs.files import write_atomic
 
 RUNS = ("finetune", "scratch")
 
@@ -28,7 +28,7 @@ def main(folder: Path, seconds: int) -> None:
         "seconds": seconds,
     }
     shutil.copyfile(folder / "pretrain/reconstruction.png", folder / "reconstruction.png")
-    write_whole(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=1).encode())
     print(json.dumps(summary, indent=1))
     print(f"open in a browser: {folder}/pretrain/report.html, {folder}/finetune/report.html")
 

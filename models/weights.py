@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError, reason
-from configs.files import whole_file
+from configs.files import atomic_file
 from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, FCMAESettings, PretrainModel
 from models.convnext import ConvNeXt
@@ -100,7 +100,7 @@ def save(path: Path, weights: Weights) -> None:
     """Write a weight file atomically."""
     fields = {key: value for key, value in vars(weights).items() if key != "preprocessing"}
     content = fields | {"format": FORMAT, "arch": asdict(weights.arch), "image": weights.preprocessing.to_dict()}
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         torch.save(content, file)
 
 

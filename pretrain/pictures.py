@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from configs.files import whole_file
+from configs.files import atomic_file
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE, patch_statistics
 from models.sparse.layouts import Dense, patchify, unpatchify
@@ -73,7 +73,7 @@ def _to_rgb(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def write_png(path: Path, picture: Tensor) -> None:
     """Write a picture [3, H, W], uint8."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "png")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from configs.compare import differences
 from configs.errors import UserError, reason
-from configs.files import sha256, sync_folder, write_whole
+from configs.files import sha256, sync_folder, write_atomic
 from configs.log import say
 from launch.training.engine import Engine, to_universal
 from launch.training.world import World, barrier, broadcast, gather, process_errors
@@ -86,12 +86,12 @@ class Checkpoints:
                     with path.open("rb") as file:
                         os.fsync(file.fileno())
                     files[path.relative_to(temporary).as_posix()] = [path.stat().st_size, sha256(path)]
-            write_whole(temporary / "manifest.json", json.dumps({**about, "files": files}, indent=1).encode())
+            write_atomic(temporary / "manifest.json", json.dumps({**about, "files": files}, indent=1).encode())
             final = self.folder / f"step-{about['step']:08}"
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             sync_folder(self.folder)
-            write_whole(self.folder / "latest", f"{final.name}/engine\n".encode())
+            write_atomic(self.folder / "latest", f"{final.name}/engine\n".encode())
             self._prune()
         except BaseException as error:
             self.failure = error

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from configs.errors import UserError
-from configs.files import write_whole
+from configs.files import write_atomic
 from launch.training.runlog import read_log
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -67,7 +67,7 @@ def write_report(run: Path) -> Path:
         max_faults=MAX_FAULTS,
         config=(run / "config.yaml").read_text(),
     )
-    write_whole(run / "report.html", page.encode())
+    write_atomic(run / "report.html", page.encode())
     return run / "report.html"
 
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from configs.files import write_whole
+from configs.files import write_atomic
 from launch.training.world import sum_over_ranks
 
 
@@ -38,11 +38,11 @@ class RunLog:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+        write_atomic(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
         self.path = folder / "log.jsonl"
         entries = [entry for entry in read_log(self.path) if entry["step"] <= first_step] if first_step else []
         self.began -= max((entry.get("seconds", 0) for entry in entries), default=0)
-        write_whole(self.path, "".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
+        write_atomic(self.path, "".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
         self.file = self.path.open("a", buffering=1)
         self.board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
         self.console = Console()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from configs.compare import to_dict
-from configs.files import write_whole
+from configs.files import write_atomic
 from configs.schema import Finetune, Pretrain
 from launch.training.world import World
 
@@ -21,7 +21,7 @@ def write_summary(folder: Path, config: Pretrain | Finetune, world: World, secon
         cores = torch.get_num_threads() * int(os.environ["LOCAL_WORLD_SIZE"])  # of this machine
         hardware = f"{cpu_name()}, {cores} core{'s' * (cores > 1)}"
     about = {"seconds": round(seconds), "hardware": hardware, "config": to_dict(config)}
-    write_whole(folder / "summary.json", json.dumps(results | about, indent=1).encode())
+    write_atomic(folder / "summary.json", json.dumps(results | about, indent=1).encode())
 
 
 def cpu_name() -> str:

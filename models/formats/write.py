@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from configs.errors import UserError
-from configs.files import sync_folder, whole_file, write_whole
+from configs.files import atomic_file, sync_folder, write_atomic
 from configs.preprocessing import Preprocessing
 from configs.schema import Encoder
 from models.convnext import EPS, LAYER_SCALE
@@ -46,11 +46,11 @@ def write_weights(path: Path, weights: Weights, form: str) -> list[str]:
         return remarks
     metadata = _metadata(weights, form)
     if path.suffix == ".safetensors":
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             file.write(_safetensors(tensors, {"config": json.dumps(metadata)}))
         return remarks
     container = {"official": "model", "official-sparse": "model"}.get(form, "state_dict")
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         torch.save({container: tensors} | metadata | ({"model_ema": ema} if ema else {}), file)
     return remarks
 
@@ -123,11 +123,11 @@ def _write_folder(path: Path, weights: Weights, tensors: Tensors) -> list[str]:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        write_whole(part / "config.json", json.dumps(_config(weights), indent=2).encode())
+        write_atomic(part / "config.json", json.dumps(_config(weights), indent=2).encode())
         processor = _image_processor(weights.preprocessing)
         if processor:
-            write_whole(part / "preprocessor_config.json", json.dumps(processor, indent=2).encode())
-        with whole_file(part / "model.safetensors") as file:
+            write_atomic(part / "preprocessor_config.json", json.dumps(processor, indent=2).encode())
+        with atomic_file(part / "model.safetensors") as file:
             file.write(_safetensors(tensors, {}))
         part.rename(path)
     except BaseException:

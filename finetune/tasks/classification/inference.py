@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.files import whole_file, write_whole
+from configs.files import atomic_file, write_atomic
 from configs.log import say
 from data.decode import decode
 from data.folder import Folder, read_image
@@ -79,7 +79,7 @@ class ClassifierInference:
         write_rows(out / "predictions.csv", rows)
         confusion_picture(out / "confusion.png", predictions, self.names)
         calibration_picture(out / "calibration.png", predictions.calibration())
-        write_whole(out / "evaluation.json", json.dumps(result, indent=1).encode())
+        write_atomic(out / "evaluation.json", json.dumps(result, indent=1).encode())
 
     def name_outputs(self, file: str | None) -> None:
         path, outputs = self.trained.path, self.trained.weights.outputs
@@ -110,7 +110,7 @@ class ClassifierInference:
         path = prediction.path
         kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else "png"
         copy = annotate(decode(read_image(path), self.trained.preprocessing.channels), prediction.lines)
-        with whole_file(folder / f"{number:05}-{path.stem}.{kind}") as file:
+        with atomic_file(folder / f"{number:05}-{path.stem}.{kind}") as file:
             copy.save(file, kind, quality=95)
 
     def write_csv(self, file: Path, predictions: list[Prediction]) -> None:
@@ -126,7 +126,7 @@ class ClassifierInference:
             }
             for prediction in predictions
         )
-        write_whole(file, f"[{','.join(chr(10) + json.dumps(item) for item in objects)}\n]\n".encode())
+        write_atomic(file, f"[{','.join(chr(10) + json.dumps(item) for item in objects)}\n]\n".encode())
 
     def outputs(self) -> dict[str, str]:
         return {"logits": f"float32 [batch, {self.trained.weights.outputs}]"}
@@ -136,7 +136,7 @@ def write_rows(path: Path, rows: list[list]) -> None:
     """Write a CSV file."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
-    write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def match_classes(trained: Trained, images: Split | Folder) -> tuple[list[str], np.ndarray]:

@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from configs.files import whole_file
+from configs.files import atomic_file
 from data.transforms import to_float
 from finetune.tasks.classification.scores import Bin, Predictions, calibration_error
 
@@ -75,7 +75,7 @@ def calibration_picture(path: Path, bins: list[Bin]) -> None:
 
 
 def _write(path: Path, figure: Figure) -> None:
-    with whole_file(path) as file, warnings.catch_warnings():
+    with atomic_file(path) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
         figure.savefig(file, format="png", dpi=120)
 

@@ -1,5 +1,6 @@
 """The fine-tuning stage: the loss of a task, the moving average of the weights (EMA), and scores after an epoch."""
 
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,7 +131,8 @@ class Finetuning:
         predictions = self.evaluate(progress)
         scores = {kind: part.scores() for kind, part in predictions.items()}
         winner = max(scores, key=lambda kind: scores[kind][metric])
-        improved = not self.best["epoch"] or scores[winner][metric] > self.best[metric]
+        best = self.best.get(metric, math.nan)  # of no epoch yet, or of weights that diverged
+        improved = math.isnan(best) or scores[winner][metric] > best
         if improved:
             self.best_predictions = predictions[winner]
             self.best = {"epoch": epoch, "weights": winner, **scores[winner]}

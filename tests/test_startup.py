@@ -45,7 +45,7 @@ def answered(command: str, *words: str) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "data/prepare.py", "launch/report.py"])
 def test_help(command):
     done = answered(command, "--help")
     assert done.returncode == 0 and command.split("/")[1] in done.stdout and done.stderr == ""

@@ -63,8 +63,8 @@ class Inference(Collector, Protocol):
     def annotate(self, folder: Path, number: int, prediction: Any) -> None:
         """Write a copy of a picture with its prediction; `number` makes the file name unique."""
 
-    def write_csv(self, file: Path, predictions: list[Any]) -> None:
-        """Write predictions as a table."""
+    def write_csv(self, file: Path, predictions: list[Any], top: int) -> None:
+        """Write predictions as a table; `top` as in `predict`."""
 
     def write_json(self, file: Path, predictions: list[Any]) -> None:
         """Write predictions as a list of objects."""

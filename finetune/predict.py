@@ -98,7 +98,7 @@ def classify(options: Options) -> tuple[int, int]:
                 print(f"error: {picture.path}: {picture.error}", file=sys.stderr)
         done, failed = done + len(readable), failed + len(pictures) - len(readable)
     if options.csv:
-        task.write_csv(options.csv, kept)
+        task.write_csv(options.csv, kept, options.top)
     if options.json:
         task.write_json(options.json, kept)
     destroy_world()

@@ -127,6 +127,13 @@ def test_unreadable_pictures_are_reported_and_skipped(best, folder, tmp_path, ca
     assert five.startswith(f"error: {tmp_path / 'five.npy'}: ") and has(five, "5 model.channels 1")
 
 
+def test_a_table_without_rows_has_its_columns(best, tmp_path):
+    (tmp_path / "cut.png").write_bytes(b"cut")
+    with pytest.raises(SystemExit):
+        call(main, best, tmp_path / "cut.png", "--top", "2", "--csv", tmp_path / "x.csv")
+    assert (tmp_path / "x.csv").read_text() == "path,class1,probability1,class2,probability2\n"
+
+
 def test_a_damaged_picture_alone_is_one_line(best, tmp_path, capsys):
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(SystemExit) as end:

@@ -113,9 +113,9 @@ class ClassifierInference:
         with atomic_file(folder / f"{number:05}-{path.stem}.{kind}") as file:
             copy.save(file, kind, quality=95)
 
-    def write_csv(self, file: Path, predictions: list[Prediction]) -> None:
-        top = max((len(prediction.classes) for prediction in predictions), default=0)
-        head = ["path", *(f"{column}{i + 1}" for i in range(top) for column in ("class", "probability"))]
+    def write_csv(self, file: Path, predictions: list[Prediction], top: int) -> None:
+        columns = range(min(top, len(self.names)))  # also if no picture could be read
+        head = ["path", *(f"{column}{i + 1}" for i in columns for column in ("class", "probability"))]
         write_rows(file, [head, *([p.path, *chain.from_iterable(p.classes)] for p in predictions)])
 
     def write_json(self, file: Path, predictions: list[Prediction]) -> None:

@@ -1,6 +1,6 @@
-"""What a run is: the typed schema, the recipes, and the command line made of them."""
+"""Typed configuration of a run, its recipes and command line."""
 
 import os
 
-# read when torch is imported: a connection lost to another rank is said in one line, not with a stack of C++ as well
+# torch reads this on import; otherwise a lost connection to another rank also prints a C++ stack trace
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     check_dataset(options.data)
     data = Data(workers=options.workers)
 
-    # torch and all that needs it: seconds, which --help and mistakes need not wait for
+    # slow imports, after parsing, so that --help and user errors are quick
     from data.folder import open_images, sample_names
     from data.loader import eval_loader
     from data.transforms import EvalTransform

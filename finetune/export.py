@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     if not Path(options.images).is_file():
         check_dataset(options.images)
 
-    from data.transforms import EvalTransform  # torch and all that needs it: seconds, which --help need not wait for
+    from data.transforms import EvalTransform  # slow imports, after parsing
     from finetune.batches import sample_images
     from finetune.exporters.comparison import (
         FP16_TOLERANCE,

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def classify(options: Options) -> tuple[int, int]:
     """Classify and print batch by batch, then write the files. Returns (unreadable pictures, all pictures)."""
-    from data.loader import collate  # torch and all that needs it: seconds, which --help need not wait for
+    from data.loader import collate  # slow imports, after parsing
     from data.transforms import EvalTransform
     from finetune.batches import PREFETCHED, find_pictures, picture_batches
     from finetune.inference import output_of

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         check_parent(options.out)
     data = Data(path=options.data, workers=options.workers)
 
-    from configs.log import say  # torch and all that needs it: seconds, which --help and mistakes need not wait for
+    from configs.log import say  # slow imports, after parsing
     from data.shards import open_split
     from data.transforms import EvalTransform
     from finetune.feature_scores import Settings, feature_scores

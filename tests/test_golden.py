@@ -1,6 +1,6 @@
 """Both stages reproduce the losses in golden.json, and on the machine that made the file the final weights bit for bit.
 
-A change that is meant to alter training writes the file again, and says so in its commit:
+If a change is meant to alter training, write the file again and say so in the commit:
     python -m tests.test_golden
 """
 

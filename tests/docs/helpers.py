@@ -1,4 +1,4 @@
-"""The blocks of a guide, the folder that its reader is told to have, and bash that runs the blocks there."""
+"""Code blocks of a guide, the project folder that it assumes, and a bash that runs the blocks there."""
 
 import os
 import re

@@ -4,8 +4,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import Field, is_dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -14,9 +15,9 @@ import yaml
 
 from configs.compare import to_dict
 from configs.errors import UserError, nearest
-from configs.keys import REQUIRED, fields_of, keys
+from configs.keys import REQUIRED, fields_of, keys, require
 from configs.log import say
-from configs.values import Config, Loader, build, checked, from_text, is_list, notation
+from configs.values import Config, Loader, build, from_text, is_list, notation
 
 RECIPES = Path(__file__).parent
 
@@ -25,8 +26,7 @@ class Parser(argparse.ArgumentParser):
     """Like its base, but keeps the lines of the description, and a mistake is a `UserError`: one line."""
 
     def __init__(self, **options: Any):
-        more = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **more, **options)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
         self.add_argument("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher; RANK is read instead
 
     def error(self, message: str) -> None:
@@ -36,18 +36,13 @@ class Parser(argparse.ArgumentParser):
         sys.stdout.flush()  # raises BrokenPipeError here, inside `run_main`
         super().exit(status, message)
 
-    def read(self, schema: Any, argv: list[str] | None) -> dict[str, Any]:
-        """Values by key, not yet checked. Raises `UserError` for unknown flags, with the nearest known one."""
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         given, extra = self.parse_known_args(argv)
+        if flag := next((word.partition("=")[0] for word in extra if word.startswith("--")), None):
+            raise UserError(f"unknown key {flag} {nearest(flag, self._option_string_actions)}")
         if extra:
-            word = next((word for word in extra if word.startswith("--")), extra[0]).partition("=")[0]
-            hint = nearest(word, self._option_string_actions) if word.startswith("--") else "(see --help)"
-            raise UserError(f"unknown {'key' if word.startswith('--') else 'argument'} {word} {hint}")
-        values = vars(given)
-        for key, field in keys(schema):
-            if isinstance(text := values.get(key), str):
-                values[key] = from_text(field.type, text)
-        return values
+            self.error(f"unknown argument {extra[0]}")
+        return given
 
 
 def parse(
@@ -70,16 +65,14 @@ def parse(
         UserError: an unknown key (with the nearest valid one), a wrong value, a recipe that cannot be read
     """
     built_in = os.path.relpath(RECIPES / recipe)
-    first = Parser(add_help=False)  # what decides which keys there are
+    first = Parser(add_help=False, argument_default=argparse.SUPPRESS)  # reads what decides which keys there are
     for name in ("config", *(f"{key}.name" for key in choices)):
         first.add_argument(f"--{name}")
     given = vars(first.parse_known_args(argv)[0])
-    path = Path(given.get("config", built_in))
-    content, config = load_recipe(path), schema()
+    path, config = Path(given.get("config", built_in)), schema()
+    values = load_recipe(path)
     for key, modules in choices.items():
-        part = content.get(key)
-        named = part.get("name") if isinstance(part, dict) else None
-        name = str(given.get(f"{key}.name") or named or getattr(config, key).name)
+        name = str((values | given).get(f"{key}.name", getattr(config, key).name))
         if name not in modules:
             raise UserError(f"{key}.name is {name}: there is no such {key} {nearest(name, modules)}")
         config = replace(config, **{key: modules[name].Settings(name=name)})
@@ -87,15 +80,17 @@ def parse(
     parser = Parser(
         usage="%(prog)s [--config RECIPE.yaml] [--KEY VALUE ...] [--dry-run [RANKS]]",
         description=f"{about}\nKeys marked * may change when a run is resumed.",
+        argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
     add("--config", metavar="RECIPE.yaml", help=f"YAML file of the keys below, which these override; else {built_in}")
     ranks = "only print the plan for so many ranks (default: this machine's): steps, parameter groups, memory"
     add("--dry-run", nargs="?", metavar="RANKS", help=ranks)
     add("--print_config", action="store_true", help="print the resulting configuration, itself a recipe")
-    _add_keys(parser, config, choices)
-    flags = parser.read(config, argv)
-    config = build(config, _recipe_values(path, content, config) | flags)
+    _add_keys(parser, config, {f"{key}.name": f"{{{','.join(modules)}}}" for key, modules in choices.items()})
+    flags = vars(parser.parse_args(argv))
+    _check_keys(path, values, [key for key, _ in keys(config)])
+    config = build(config, values | flags)
     if "print_config" in flags:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         parser.exit()
@@ -104,21 +99,42 @@ def parse(
     return config
 
 
+def _add_keys(parser: Any, config: Any, metavars: Mapping[str, str], prefix: str = "") -> None:
+    """Add a flag for every key, with its default; those of a section as a group."""
+    for field in fields_of(config):
+        key, default, about = f"{prefix}{field.name}", getattr(config, field.name), field.metadata
+        if is_dataclass(default):
+            _add_keys(parser.add_argument_group(key, about["help"]), default, metavars, f"{key}.")
+            continue
+        shown = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
+        text = f"{'* ' if about['resume'] == 'free' else ''}{about['help']} (default {shown})".replace("%", "%%")
+        alone = {"nargs": "?", "const": about["alone"]} if about.get("alone") else {}
+        metavar = metavars.get(key) or notation(field.type)
+        parser.add_argument(f"--{key}", type=partial(from_text, key, field.type), metavar=metavar, help=text, **alone)
+
+
 def parse_options(kind: type[Config], about: str, argv: list[str] | None = None, prog: str | None = None) -> Config:
     """The options of a command: a dataclass of `argument` and `option` fields. Raises `UserError` for a mistake."""
-    parser = Parser(description=about, prog=prog)
-    _add_keys(parser, kind)
-    values = parser.read(kind, argv)
-    options = {}
-    for field in fields_of(kind):
-        if field.name in values:
-            flag, value = _flag(field.name, field), values[field.name]
-            if is_list(field.type):
-                element = get_args(field.type)[0]
-                options[field.name] = tuple(checked(flag, element, from_text(element, text)) for text in value)
-            else:
-                options[field.name] = checked(flag, field.type, value)
-    return kind(**options)
+    parser, fields = Parser(description=about, prog=prog), fields_of(kind)
+    for field in fields:
+        positional, required, several = "positional" in field.metadata, field.default is REQUIRED, is_list(field.type)
+        name = field.name if positional else f"--{field.name.replace('_', '-')}"
+        text = field.metadata["help"].replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(name, action="store_true", help=text)
+            continue
+        element = get_args(field.type)[0] if several else field.type
+        more = {"metavar": name.upper()} if positional else {"metavar": notation(element), "required": required}
+        if several:
+            more["nargs"] = "*" if field.default == () else "+"
+        elif positional and not required:
+            more["nargs"] = "?"
+        if field.default not in (REQUIRED, None, ()):
+            text += f" (default {' '.join(map(str, field.default)) if several else field.default})"
+        parser.add_argument(name, type=partial(from_text, name, element), default=field.default, help=text, **more)
+    given = vars(parser.parse_args(argv))
+    values = {field.name: given[field.name] for field in fields}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def dry_run(argv: list[str] | None = None) -> int | None:
@@ -128,53 +144,17 @@ def dry_run(argv: list[str] | None = None) -> int | None:
         UserError: not a number of ranks
     """
     parser = Parser(add_help=False)
-    parser.add_argument("--dry-run", nargs="?", const=0, default=None)
+    parser.add_argument("--dry-run", nargs="?", const=0)
     ranks = parser.parse_known_args(argv)[0].dry_run
-    if isinstance(ranks, str) and not (ranks.isdecimal() and int(ranks) > 0):
-        raise UserError(f"--dry-run is {ranks}: it must be a number of ranks, like 64, or alone for this machine's")
-    return ranks if ranks is None else int(ranks)
+    if not isinstance(ranks, str):
+        return ranks
+    valid = ranks.isdecimal() and int(ranks) > 0
+    require(valid, "--dry-run", ranks, "a number of ranks, like 64, or alone for this machine's")
+    return int(ranks)
 
 
-def _add_keys(parser: Any, schema: Any, choices: Mapping[str, Iterable[str]] | None = None, prefix: str = "") -> None:
-    """Add every key of a dataclass, or of an instance with its defaults; those of a section as a group."""
-    for field in fields_of(schema):
-        default = getattr(schema, field.name, field.default)
-        key = f"{prefix}{field.name}"
-        if is_dataclass(default):
-            group = parser.add_argument_group(key, field.metadata["help"])
-            _add_keys(group, default, choices, f"{key}.")
-        else:
-            names = (choices or {}).get(prefix[:-1]) if field.name == "name" else None
-            _add_key(parser, key, field, default, f"{{{','.join(names)}}}" if names else notation(field.type))
-
-
-def _add_key(parser: Any, key: str, field: Field, default: Any, metavar: str) -> None:
-    about, of_stage, several = field.metadata, "resume" in field.metadata, is_list(field.type)
-    words = {"dest": key, "metavar": metavar, "required": default is REQUIRED}
-    shown = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"), default=str)
-    if not of_stage and several:
-        words |= {"metavar": notation(get_args(field.type)[0]), "nargs": "*" if default == () else "+"}
-        shown = "" if default in (REQUIRED, ()) else " ".join(map(str, default))
-    elif not of_stage and field.type is bool:
-        words, shown = {"dest": key, "action": "store_true"}, ""
-    elif not of_stage and default in (REQUIRED, None):
-        shown = ""
-    if about.get("positional"):
-        words = {"metavar": key.upper(), "nargs": words.get("nargs", None if default is REQUIRED else "?")}
-    elif alone := about.get("alone"):
-        words |= {"nargs": "?", "const": alone}
-    text = f"{'* ' if about.get('resume') == 'free' else ''}{about['help']}{f' (default {shown})' if shown else ''}"
-    parser.add_argument(_flag(key, field), help=text.replace("%", "%%"), **words)
-
-
-def _flag(key: str, field: Field) -> str:
-    if field.metadata.get("positional"):
-        return key
-    return f"--{key}" if "resume" in field.metadata else f"--{key.replace('_', '-')}"
-
-
-def load_recipe(path: Path) -> dict:
-    """A recipe's YAML as nested dicts. Raises `UserError` if it cannot be read."""
+def load_recipe(path: Path) -> dict[str, Any]:
+    """A recipe's values by dotted key. Raises `UserError` if it cannot be read."""
     try:
         content = yaml.load(path.read_text(), Loader)
     except OSError as error:
@@ -184,30 +164,24 @@ def load_recipe(path: Path) -> dict:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} holds no keys: write lines like `optim:` and `  lr: 1e-3`")
-    return content
+    values = {}
+    for name, value in content.items():
+        section = value if isinstance(value, dict) else {}
+        values |= {f"{name}.{key}": item for key, item in section.items()} or {f"{name}": value}
+    return values
 
 
 def recipe_section(path: Path, section: str, kind: type[Config]) -> Config:
     """One section of a recipe. Raises `UserError` for a recipe that cannot be read, an unknown key or a wrong value."""
-    content, prefix = load_recipe(path), f"{section}."
-    return build(kind(), _recipe_values(path, content.get(section, {}), kind(), prefix), prefix)
+    prefix = f"{section}."
+    values = {key: value for key, value in load_recipe(path).items() if f"{key}.".startswith(prefix)}
+    _check_keys(path, values, [key for key, _ in keys(kind(), prefix)])
+    return build(kind(), values, prefix)
 
 
-def _recipe_values(path: Path, content: dict, schema: Any, prefix: str = "") -> dict[str, Any]:
-    """Values of a recipe by dotted key. Raises `UserError` for keys that the schema does not have."""
-    valid = [f"{prefix}{key}" for key, _ in keys(schema)]
-    values = dict(_flat(content, valid, prefix))
-    for key in values.keys() - set(valid):
+def _check_keys(path: Path, found: Iterable[str], valid: list[str]) -> None:
+    for key in found:
         if any(name.startswith(f"{key}.") for name in valid):
             raise UserError(f"{path}: section {key} holds no keys: give it some, or leave it out")
-        raise UserError(f"{path}: unknown key {key} {nearest(key, valid)}")
-    return values
-
-
-def _flat(content: dict, valid: list[str], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in content.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and value and key not in valid:
-            yield from _flat(value, valid, f"{key}.")
-        else:
-            yield key, value
+        if key not in valid:
+            raise UserError(f"{path}: unknown key {key} {nearest(key, valid)}")

@@ -3,6 +3,7 @@
 import json
 import re
 import types
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -69,17 +70,13 @@ def notation(kind: Any) -> str:
     return SYMBOLS[kind] if kind in SYMBOLS else "|".join(notation(arg) for arg in args if arg is not NULL)
 
 
-def from_text(kind: Any, text: str) -> Any:
-    """A value of the command line: YAML, but text where the type is text."""
-    parts = members(kind)
-    if text == "null" and NULL in parts:
-        return None
-    if all(part in (str, Path, NULL) or isinstance((*get_args(part), None)[0], str) for part in parts):
-        return text
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError:
-        return text  # not a value of any other type either
+def from_text(name: str, kind: Any, text: str) -> Any:
+    """A value of the command line: YAML, but text where the type is text. Raises `UserError` for another type's."""
+    value, parts = text, members(kind)
+    if not (str in parts or Path in parts) or (text == "null" and NULL in parts):
+        with suppress(yaml.YAMLError):  # then the text is no value of any other type either
+            value = yaml.load(text, Loader)
+    return checked(name, kind, value)
 
 
 def checked(name: str, kind: Any, value: Any) -> Any:

@@ -4,11 +4,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_args
 
 import yaml
@@ -46,11 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(
-    schema: type[Config],
-    recipe: str,
-    about: str,
-    choices: Mapping[str, Mapping[str, ModuleType]],
-    argv: list[str] | None = None,
+    schema: type[Config], recipe: str, about: str, choices: dict[str, dict[str, Any]], argv: list[str] | None = None
 ) -> Config:
     """Read a configuration: schema defaults, under a recipe (`--config`), under single keys (`--optim.lr 1e-3`).
 
@@ -58,9 +53,8 @@ def parse(
         schema: Pretrain or Finetune
         recipe: built-in recipe that is used without `--config`, like `pretrain/digits.yaml`
         about: description for `--help`
-        choices: modules by name for each section chosen by name, like `{"objective": OBJECTIVES}`; the section is the
-            chosen module's `Settings`
-        argv: arguments; default the process's. `--dry-run` and DeepSpeed's `--local_rank` are ignored
+        choices: modules by name, for each section that is the `Settings` of one, like `{"objective": OBJECTIVES}`
+        argv: default the process's; `--dry-run` and DeepSpeed's `--local_rank` are ignored
     Raises:
         UserError: an unknown key (with the nearest valid one), a wrong value, a recipe that cannot be read
     """
@@ -84,8 +78,8 @@ def parse(
     )
     add = parser.add_argument
     add("--config", metavar="RECIPE.yaml", help=f"YAML file of the keys below, which these override; else {built_in}")
-    ranks = "only print the plan for so many ranks (default: this machine's): steps, parameter groups, memory"
-    add("--dry-run", nargs="?", metavar="RANKS", help=ranks)
+    plan = "only print the plan for so many ranks (default: this machine's): steps, parameter groups, memory"
+    add("--dry-run", nargs="?", metavar="RANKS", help=plan)
     add("--print_config", action="store_true", help="print the resulting configuration, itself a recipe")
     _add_keys(parser, config, {f"{key}.name": f"{{{','.join(modules)}}}" for key, modules in choices.items()})
     flags = vars(parser.parse_args(argv))
@@ -99,7 +93,7 @@ def parse(
     return config
 
 
-def _add_keys(parser: Any, config: Any, metavars: Mapping[str, str], prefix: str = "") -> None:
+def _add_keys(parser: Any, config: Any, metavars: dict[str, str], prefix: str = "") -> None:
     """Add a flag for every key, with its default; those of a section as a group."""
     for field in fields_of(config):
         key, default, about = f"{prefix}{field.name}", getattr(config, field.name), field.metadata
@@ -138,11 +132,7 @@ def parse_options(kind: type[Config], about: str, argv: list[str] | None = None,
 
 
 def dry_run(argv: list[str] | None = None) -> int | None:
-    """Ranks to plan for with `--dry-run [RANKS]`: 0 = those of this machine; None = it was not given.
-
-    Raises:
-        UserError: not a number of ranks
-    """
+    """Ranks of `--dry-run [RANKS]`: 0 = this machine's; None = not given. Raises `UserError` for no number of ranks."""
     parser = Parser(add_help=False)
     parser.add_argument("--dry-run", nargs="?", const=0)
     ranks = parser.parse_known_args(argv)[0].dry_run

@@ -1,17 +1,12 @@
 """Configurations as plain values, and how two of them differ."""
 
-import dataclasses
+import json
+from dataclasses import asdict
 
 
 def to_dict(config: object) -> dict:
     """A configuration as nested dicts of plain values, for config.yaml and checkpoints."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return plain(dataclasses.asdict(config))
+    return json.loads(json.dumps(asdict(config)))  # a JSON list is no tuple, which YAML would tag
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

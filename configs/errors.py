@@ -11,7 +11,7 @@ from difflib import get_close_matches
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # raised without a file name
 LAUNCHER_SECONDS = 4  # launchers poll once a second, so by then they have stopped the other ranks
-SAVED, INTERRUPTED, HUNG = 75, 128 + signal.SIGINT, 70  # exit codes, besides 0 = done and 2 = user error
+SAVED, INTERRUPTED, HUNG = 75, 128 + signal.SIGINT, 70  # exit codes; 75 is "try again later" in sysexits.h
 
 
 class UserError(Exception):
@@ -50,10 +50,7 @@ def output_is_closed() -> bool:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run an entry point.
-
-    Exit codes: 2 for a `UserError`, which is printed as one line on stderr; 130 for Ctrl-C; 75 (sysexits' "try again
-    later") for a run that was asked to stop and has saved its state.
+    """Run an entry point. Exit codes: 2 for a `UserError`, 130 for Ctrl-C, that of `Stopped` for a stopped run.
 
     An error of all ranks is printed once: the other ranks wait, and the launcher stops them when the first has failed.
     An error of a single rank is printed with its number.
@@ -70,14 +67,13 @@ def run_main(main: Callable[[], None]) -> None:
                 raise UserError(f"{error.filename}: {error.strerror.lower()}") from None
             if error.errno not in DISK_ERRORS:
                 raise
-            raise UserError(
-                f"{error.strerror.lower()}: free space or repair the disk, then run the same command to resume"
-            ) from None
+            remedy = "free space or repair the disk, then run the same command to resume"
+            raise UserError(f"{error.strerror.lower()}: {remedy}") from None
     except UserError as error:
         if rank != "0" or isinstance(error, LostPeer):
             time.sleep(LAUNCHER_SECONDS)
         line = " ".join(str(error).split("\n"))  # file names may contain line breaks
-        print(f"error: {line}" if rank == "0" else f"error: [rank {rank}] {line}", file=sys.stderr, flush=True)
+        print("error:", line if rank == "0" else f"[rank {rank}] {line}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Stopped as stopped:
         if rank == "0":

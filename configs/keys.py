@@ -1,7 +1,7 @@
 """How a key of a configuration or an option of a command is declared, once: its type, default and help text.
 
-A section is a frozen dataclass of `fixed` and `free` keys, a stage one that also has sections, and the options of a
-command one of `argument` and `option`. `configs/command.py` makes the command lines of them.
+A section is a frozen dataclass of `fixed` and `free` keys, a stage also has sections; the options of a command are a
+dataclass of `argument` and `option`.
 """
 
 import dataclasses
@@ -57,12 +57,13 @@ class Choice:
     name: str = fixed("", "which one; its own keys follow")
 
 
-def fields_of(schema: Any) -> list[dataclasses.Field]:
+def fields_of(schema: Any) -> tuple[dataclasses.Field, ...]:
     """Fields of a dataclass or of an instance; their types are types, also where a module postpones annotations."""
-    hints = get_type_hints(schema if isinstance(schema, type) else type(schema), include_extras=True)
-    for field in dataclasses.fields(schema):
+    kind = schema if isinstance(schema, type) else type(schema)
+    hints, fields = get_type_hints(kind, include_extras=True), dataclasses.fields(kind)
+    for field in fields:
         field.type = hints[field.name]
-    return list(dataclasses.fields(schema))
+    return fields
 
 
 def keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:

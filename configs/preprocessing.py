@@ -14,25 +14,16 @@ MAX_SIDE = 1 << 16  # pixels
 class Preprocessing:
     """How an image is resized, cropped and normalised before it enters a model. This class alone validates the values.
 
-    Args:
-        size: height and width, pixels
-        channels: input channels
-        mean: mean of each channel, for pixels from 0 to 1; None = unknown
-        std: standard deviation of each channel; None = unknown
-        crop: side of the centre crop relative to the resized image; 1 = no crop, the whole image is resized to `size`
-        interpolation: bicubic, bilinear or nearest, antialiased
-        bit_depth: bits per channel of the training images; None = not recorded
-    Raises:
-        UserError: a value out of range, or mean and std that do not match `channels`
+    Raises `UserError` for a value out of range, or mean and std that do not match `channels`.
     """
 
-    size: tuple[int, int]
+    size: tuple[int, int]  # height and width, pixels
     channels: int
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    crop: float = Augment.eval_crop
-    interpolation: str = "bicubic"
-    bit_depth: int | None = None
+    mean: tuple[float, ...] | None = None  # of each channel, for pixels from 0 to 1; None = unknown
+    std: tuple[float, ...] | None = None  # likewise
+    crop: float = Augment.eval_crop  # side of the centre crop relative to the resized image; 1 = resize all to `size`
+    interpolation: str = "bicubic"  # bicubic, bilinear or nearest, antialiased
+    bit_depth: int | None = None  # bits per channel of the training images; None = not recorded
 
     def __post_init__(self):
         sides = len(self.size) == 2 and all(type(side) is int and 0 < side < MAX_SIDE for side in self.size)
@@ -63,11 +54,7 @@ class Preprocessing:
 
     def to_dict(self) -> dict:
         """Plain values under the keys of a weight file; the inverse of `from_dict`."""
-        stored = {
-            "size": list(self.size),
-            "mean": None if self.mean is None else list(self.mean),
-            "std": None if self.std is None else list(self.std),
-            "eval_crop": self.crop,
-            "interpolation": self.interpolation,
-        }
+        mean, std = (None if values is None else list(values) for values in (self.mean, self.std))
+        stored = {"size": list(self.size), "mean": mean, "std": std, "eval_crop": self.crop}
+        stored["interpolation"] = self.interpolation
         return stored if self.bit_depth is None else stored | {"bit_depth": self.bit_depth}

@@ -13,27 +13,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from configs.errors import UserError
 from configs.keys import BelowOne, Choice, Share, fixed, free, require, section
-from configs.sections import (
-    CHANNELS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    PATCH_PER_STEM_STRIDE,
-    STEM_STRIDE,
-    Augment,
-    Data,
-    Encoder,
-    FCMAEChoice,
-    FCMAESettings,
-    FinetuneModel,
-    PretrainModel,
-    visible_patches,
-)
-
-__all__ = [
-    "CHANNELS", "IMAGENET_MEAN", "IMAGENET_STD", "PATCH_PER_STEM_STRIDE", "STEM_STRIDE", "Augment", "Data", "Encoder",
-    "FCMAEChoice", "FCMAESettings", "Finetune", "FinetuneModel", "Optim", "Pretrain", "PretrainModel", "Probe", "Run",
-    "visible_patches",
-]  # fmt: skip
+from configs.sections import *  # noqa: F403  # importable from here
+from configs.sections import Augment, Data, FCMAEChoice, FinetuneModel, PretrainModel
 
 INIT = "weights to start from: fcmae.pt or another format (official, official-sparse, timm, transformers, mmpretrain)"
 RESUME = "auto = from the newest checkpoint, if any; must = fail without one; never = fail if there is one"
@@ -54,9 +35,7 @@ class Optim:
     min_lr: NonNegativeFloat = fixed(0.0, "base learning rate at the end")
     weight_decay: NonNegativeFloat = fixed(0.05, "weight decay; not for biases, norms, GRN, layer scale and mask token")
     decay_rules: dict[str, NonNegativeFloat] | None = fixed(
-        None,
-        'other weight decays by parameter name, like {"stem.*": 0, "*.grn.*": 0.01}; the last match counts; --dry-run '
-        "lists every parameter's",
+        None, 'other decays by parameter name, like {"stem.*": 0, "*.grn.*": 0.01}; last match counts; see --dry-run'
     )
     betas: tuple[BelowOne, BelowOne] = fixed((0.9, 0.95), "betas of AdamW")
     clip_grad: NonNegativeFloat = fixed(0.0, "maximum norm of the gradient; 0 = off")
@@ -70,9 +49,7 @@ class Optim:
         "DeepSpeed ZeRO: 0 = no sharding, 1 = optimizer state, 2 = also gradients, 3 = also weights; 3 resumes on the "
         "same number of ranks only",
     )
-    max_skipped: NonNegativeInt = free(
-        10, "stop after more than so many consecutive steps with a non-finite loss or gradient"
-    )
+    max_skipped: NonNegativeInt = free(10, "maximum number of consecutive steps with a non-finite loss or gradient")
 
     def scaled(self, lr: float) -> float:
         """The actual learning rate for a base rate: linear in the batch, which is 256 for the base."""
@@ -135,19 +112,14 @@ class Probe:
     crop: Share = free(0.875, "centre crop, as a share of the side; 1 = squash without a crop")
 
     def __post_init__(self):
-        require(
-            self.eval_split != self.train_split, "probe.eval_split", self.eval_split, "another than probe.train_split"
-        )
+        other = self.eval_split != self.train_split
+        require(other, "probe.eval_split", self.eval_split, "another than probe.train_split")
 
 
 def check_repeats(data: Data, optim: Optim) -> None:
     """Raise `UserError` unless the global batch has the same number of crops of each of its images."""
-    require(
-        optim.batch_size % data.repeats == 0,
-        "data.repeats",
-        data.repeats,
-        f"a divisor of optim.batch_size {optim.batch_size}",
-    )
+    divides = optim.batch_size % data.repeats == 0
+    require(divides, "data.repeats", data.repeats, f"a divisor of optim.batch_size {optim.batch_size}")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,4 @@
-"""The sections about the model and its images. Each default stands here once; what a key means is the text beside it.
-
-What one section alone can tell about its own validity is checked here; what needs the model or the data is checked by
-their owners.
-"""
+"""The sections about the model and its images. Checks that need the model or the data are with these."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +11,8 @@ from configs.keys import BelowOne, Choice, Probability, Share, fixed, free, requ
 CHANNELS, STEM_STRIDE = 3, 4  # defaults of a model
 PATCH_PER_STEM_STRIDE = 8  # three 2x2 downsamplings follow the stem: one token of the last stage covers one patch
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INPUT_CHANNELS = "input channels: 1 grey, 3 RGB, 4 RGBA; any number with .npy images"
+PATCH = "a masked patch is 8 x stem_stride pixels wide; use 1 or 2 for small images"
 RECOMPUTE = (
     "activation checkpointing: mlp = only the MLPs' hidden layers, most of the memory; block = whole blocks: least "
     "memory, about a third more time"
@@ -31,10 +29,8 @@ class Encoder:
     """A ConvNeXt."""
 
     name: str | None = fixed(None, "model, by its timm name: convnextv2_{atto,...,huge} or convnext_{tiny,...,xlarge}")
-    channels: int | None = fixed(None, "input channels: 1 grey, 3 RGB, 4 RGBA; any number with .npy images")
-    stem_stride: Literal[1, 2, 4] | None = fixed(
-        None, "a masked patch is 8 x stem_stride pixels wide; use 1 or 2 for small images"
-    )
+    channels: int | None = fixed(None, INPUT_CHANNELS)
+    stem_stride: Literal[1, 2, 4] | None = fixed(None, PATCH)
     depths: tuple[int, int, int, int] | None = fixed(None, "blocks of each stage; null = as the model's name implies")
     dims: tuple[int, int, int, int] | None = fixed(None, "width of each stage; null = as the model's name implies")
 
@@ -50,10 +46,8 @@ class PretrainModel(Encoder):
     """The encoder in pretraining, and how it is computed."""
 
     name: str = fixed("convnextv2_atto", "model, by its timm name: convnextv2_{atto,...,huge} or convnext_{...}")
-    channels: int = fixed(CHANNELS, "input channels: 1 grey, 3 RGB, 4 RGBA; any number with .npy images")
-    stem_stride: Literal[1, 2, 4] = fixed(
-        STEM_STRIDE, "a masked patch is 8 x stem_stride pixels wide; use 1 or 2 for small images"
-    )
+    channels: int = fixed(CHANNELS, INPUT_CHANNELS)
+    stem_stride: Literal[1, 2, 4] = fixed(STEM_STRIDE, PATCH)
     backend: Literal["packed", "masked", "minkowski", "zeroed"] = fixed(
         "packed",
         "packed = visible tokens only (fast); masked = dense convolutions with a mask (reference); minkowski = sparse "
@@ -107,9 +101,7 @@ class FinetuneModel(Encoder):
 class Data:
     """Shards written or indexed by `python data/prepare.py`."""
 
-    path: str = free(
-        "shards/digits", "folder with shards and index.json, or its URL: http(s)://, s3://, gs://, az:// or hf://"
-    )
+    path: str = free("shards/digits", "folder of shards, or its URL: http(s)://, s3://, gs://, az:// or hf://")
     split: str = fixed("train", "split to train on")
     size: PositiveInt | tuple[PositiveInt, PositiveInt] = fixed(224, "image side in pixels, or [height,width]")
     crop_scale: tuple[float, float] = fixed((0.2, 1.0), "range of a random crop's area, as a share of the image")
@@ -121,18 +113,14 @@ class Data:
     vflip: Probability = fixed(0.0, "probability of a vertical flip, for aerial or microscopic images")
     repeats: PositiveInt = fixed(1, "random crops of each image in a global batch, which then has fewer images")
     mean: tuple[float, ...] | None = fixed(
-        None,
-        "mean of each channel, of pixels from 0 to 1; null = that of --init, else ImageNet's for 3 channels, or .5",
+        None, "mean per channel, of pixels from 0 to 1; null = that of --init, else ImageNet's for 3 channels, or .5"
     )
-    std: tuple[PositiveFloat, ...] | None = fixed(None, "standard deviation of each channel, likewise")
+    std: tuple[PositiveFloat, ...] | None = fixed(None, "standard deviation per channel, likewise")
     workers: NonNegativeInt | None = free(
-        None,
-        "loader processes per rank; 0 = load in the training process; null = the rank's share of the cores, max. 8",
+        None, "loader processes per rank; 0 = load in the training process; null = its share of the cores, max. 8"
     )
     cache: str = free("~/.cache/convnext-fcmae", "folder for downloaded shards, shared by ranks and runs of a machine")
-    cache_gb: PositiveFloat = free(
-        100.0, "maximum size of the cache, 10^9 bytes; the least recently used shards go first"
-    )
+    cache_gb: PositiveFloat = free(100.0, "maximum size of the cache, 10^9 bytes; least recently used shards go first")
     max_damaged: Probability = free(0.01, "share of images that may be unreadable; they are replaced and reported")
 
     def __post_init__(self):
@@ -182,7 +170,7 @@ class Augment:
         "(3a) or AugMix (augmix-m3-w3); null = off; 8-bit images with 3 channels only",
     )
     color_jitter: Probability = fixed(
-        0.0, "maximum relative change of brightness, contrast and saturation; 0 = off; 3 channels only"
+        0.0, "max. relative change of brightness, contrast, saturation; 0 = off; 3 channels"
     )
     erase: Probability = fixed(0.0, "probability of random erasing")
     erase_mode: Literal["const", "rand", "pixel"] = fixed(

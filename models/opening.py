@@ -75,8 +75,7 @@ def open_classifier(path: str, ema: bool = False, size: Size | None = None) -> T
         ema: use the averaged weights instead of the raw ones
         size: image side, or height and width, pixels; None = as in the file
     Raises:
-        UserError: the file is unreadable or lacks a classifier, averaged weights, or mean and std; or the size does not
-            fit the model
+        UserError: the file lacks a classifier, averaged weights, or mean and std; or the size does not fit the model
     """
     weights = open_weights(path).weights
     if not (weights.outputs if weights.known().head else weights.head):
@@ -92,11 +91,7 @@ def open_encoder(path: str, ema: bool = False, size: Size | None = None) -> Trai
 
 
 def open_autoencoder(path: str, mask_ratio: float | None = None, size: Size | None = None) -> Trained:
-    """Build the masked autoencoder of a file; `mask_ratio` overrides the file's.
-
-    Raises:
-        UserError: the file is unreadable or lacks a decoder, or mean and std; or the size does not fit the model
-    """
+    """Build the masked autoencoder of a file; `mask_ratio` overrides the file's. Errors: see `open_classifier`."""
     weights = open_weights(path).weights.known()
     if not weights.decoder:
         raise UserError(f"{path} has no decoder: give the fcmae.pt of a pretraining run")

@@ -1,4 +1,7 @@
-"""Start a run from a weight file: `--init` of both stages. Adapted, replaced and missing layers are logged."""
+"""Start a run from a weight file: `--init` of both stages. Adapted, replaced and missing layers are logged.
+
+The `start_` functions raise `UserError` if the file contains another model; it names the keys to set.
+"""
 
 from dataclasses import replace
 
@@ -27,10 +30,9 @@ def open_init(path: str) -> Opened | None:
 
 
 def with_statistics(data: Data, init: Opened | None, channels: int) -> Data:
-    """The data section with the mean and std of `--init`.
+    """The data section with mean and std of `--init`, if the file records them and has as many channels.
 
-    Unchanged if the file does not record them or has another number of channels. Raises `UserError` if the section sets
-    other values.
+    Raises `UserError` if the section sets other values.
     """
     if init is None or init.weights.arch.channels != channels or init.weights.preprocessing.mean is None:
         return data
@@ -44,20 +46,12 @@ def with_statistics(data: Data, init: Opened | None, channels: int) -> Data:
 
 
 def start_encoder(model: ConvNeXt, init: Opened) -> None:
-    """Load the encoder of `--init`; a head of the model keeps its values. For objectives and tasks with own parts.
-
-    Raises:
-        UserError: the file is of another model; names the keys to set
-    """
+    """Load the encoder of `--init`; a head of the model keeps its values. For objectives and tasks with own parts."""
     load_strict(model, _adapted(init, model.arch).encoder, init.path, "head.")
 
 
 def start_classifier(model: ConvNeXt, init: Opened, classes: list[str]) -> bool:
-    """Load `--init` into a classifier. Returns whether the file's head fits the classes and is kept.
-
-    Raises:
-        UserError: the file contains another model; names the keys to set
-    """
+    """Load `--init` into a classifier. Returns whether the file's head fits the classes and is kept."""
     weights = _adapted(init, model.arch)
     head, outputs = weights.head, weights.outputs
     keep = outputs == len(classes) and weights.classes in (None, classes)
@@ -72,11 +66,7 @@ def start_classifier(model: ConvNeXt, init: Opened, classes: list[str]) -> bool:
 
 
 def start_autoencoder(model: FCMAE, init: Opened) -> None:
-    """Load `--init` into a masked autoencoder, including the decoder if the file has one.
-
-    Raises:
-        UserError: the file contains another encoder or a decoder of another shape; names the keys to set
-    """
+    """Load `--init` into a masked autoencoder, including the decoder if the file has one."""
     path, config, settings = init.path, model.config, model.settings
     weights = _adapted(init, model.encoder.arch)
     width, depth = decoder_shape(weights.decoder)
@@ -94,11 +84,7 @@ def start_autoencoder(model: FCMAE, init: Opened) -> None:
 
 
 def _adapted(init: Opened, arch: Encoder) -> Weights:
-    """The file's encoder, FCMAE decoder and classifier, adapted to the input channels of `arch`.
-
-    Raises:
-        UserError: the file's encoder differs from `arch` otherwise; names the keys to set
-    """
+    """The file's encoder, FCMAE decoder and classifier, adapted to the input channels of `arch`."""
     weights, stored = init.weights.known(), init.weights.arch
     wrong = [key for key in SHAPE_KEYS if getattr(stored, key) != getattr(arch, key)]
     if wrong or stored.name.partition("_")[0] != arch.name.partition("_")[0]:  # V1 or V2

@@ -49,9 +49,7 @@ class Weights:
         return len(head["head.fc.bias"]) if "head.fc.bias" in head else 0
 
     def known(self) -> "Weights":
-        """Without the decoder of an objective other than FCMAE, and without the head of a task other than
-        classification: those check and load theirs themselves.
-        """
+        """Without another objective's decoder and another task's head: those check and load theirs themselves."""
         decoder, settings = (self.decoder, self.decoder_config) if self.objective in (None, "fcmae") else ({}, {})
         head = self.head if self.task in (None, "classification") else {}
         return replace(self, decoder=decoder, decoder_config=settings, head=head)
@@ -94,11 +92,7 @@ def use_ema(weights: Weights, path: str) -> Weights:
 
 
 def from_content(content: dict, path: str | Path) -> Weights:
-    """Parse and check the content of a file in this project's format.
-
-    Raises:
-        UserError: a part is missing, or the tensors do not match the file's architecture
-    """
+    """Parse a file in this project's format. Raises `UserError` if a part is missing or not of its architecture."""
     fields = {key: value for key, value in content.items() if key not in ("format", "arch", "image")}
     try:
         arch = resolve(Encoder(**content["arch"]))
@@ -118,9 +112,9 @@ def from_content(content: dict, path: str | Path) -> Weights:
 
 
 def expected_tensors(arch: Encoder, present: Tensors) -> Tensors:
-    """All tensors, on the meta device, of the encoder and of those parts (decoder, head) that `present` has tensors of.
+    """All tensors, on the meta device, of the encoder and of the parts that `present` has tensors of.
 
-    The widths of head and decoder are inferred from `present`; names are this project's.
+    The widths of head and decoder are inferred from `present`.
     """
     with torch.device("meta"):
         tensors = ConvNeXt(arch, present["head.fc.bias"].numel() if "head.fc.bias" in present else 1).state_dict()
@@ -157,8 +151,7 @@ def check_tensors(path: str | Path, tensors: Tensors) -> None:
 def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: str | tuple[str, ...] = ()) -> None:
     """Load tensors into a module; parameters whose names start with `ignore` keep their values.
 
-    Raises:
-        UserError: lists missing, unexpected and misshapen tensors; the module is unchanged
+    Raises the `UserError` of `check_shapes`; the module is then unchanged.
     """
     check_shapes(path, split_by_prefix(module.state_dict(), ignore)[1], tensors)
     module.load_state_dict(tensors, strict=False)

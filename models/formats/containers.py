@@ -30,8 +30,7 @@ class Container(NamedTuple):
 def read_container(path: Path) -> Container:
     """Read a file of `torch.save` or safetensors, or a folder with config.json.
 
-    Raises:
-        UserError: the path is missing, truncated, contains code, or is neither a weight file nor a model folder
+    Raises `UserError` if it is missing, truncated, contains code, or is neither a weight file nor a model folder.
     """
     if path.is_dir():
         return _read_folder(path)

@@ -3,16 +3,13 @@
 The format is detected by tensor names, the architecture by shapes. No code of a file is executed.
 """
 
-import re
 from pathlib import Path
-
-from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Encoder
 from models.formats.containers import read_container
 from models.formats.metadata import class_names, preprocessing, pretraining
-from models.formats.names import PREFIXES, detect, from_name, from_shape, to_name, to_shape
+from models.formats.names import detect, from_name, from_shape, to_name, to_shape
 from models.sizes import SIZES, resolve
 from models.weights import (
     DECODER,
@@ -28,17 +25,12 @@ from models.weights import (
     split_by_prefix,
 )  # fmt: skip
 
-WRAPPERS = ("module.", "_orig_mod.")  # name prefixes of DistributedDataParallel and torch.compile
 MAX_WIDTH = 1 << 16  # channels
 
 
 def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
-    """Read a weight file.
+    """(weights, format, remarks on defaults assumed for values that the file does not specify) of a file or folder.
 
-    Args:
-        path: a file of `torch.save` or safetensors, or a folder of transformers or timm with config.json
-    Returns:
-        weights; format, one of `models.formats.FORMATS`; remarks on defaults for values that the file does not specify
     Raises:
         UserError: the file is missing, truncated, contains code, has an unknown format, or has missing, unexpected or
             misshapen tensors, which are listed
@@ -47,7 +39,7 @@ def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
     container = read_container(path)
     if container.metadata.get("format") == FORMAT:
         return from_content(container.metadata, path), "ours", []
-    form = detect(_strip_prefixes(name) for name in container.tensors)
+    form = detect(container.tensors)
     if form is None:
         first = ", ".join(map(str, [*container.tensors][:3]))
         raise UserError(f"{path} is in no known format (its first tensors: {first})")
@@ -70,26 +62,17 @@ def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
     return weights, form, remarks
 
 
-def _strip_prefixes(name: object) -> str:
-    """A tensor's name without the prefixes of wrappers and transformers."""
-    return re.sub(rf"^({'|'.join(map(re.escape, WRAPPERS + PREFIXES))})+", "", str(name))
-
-
-def translate(
-    tensors: dict, form: str, path: Path, architecture: object = None
-) -> tuple[Encoder, Tensors, Tensors, Tensors]:
+def translate(tensors: dict, form: str, path: Path, model: object = None) -> tuple[Encoder, Tensors, Tensors, Tensors]:
     """(architecture, encoder, decoder, head) of another format's tensors, under this project's names and in its shapes.
 
-    Args:
-        architecture: model name in the file, used if the shapes match no named model
-    Raises:
-        UserError: lists missing, unexpected and misshapen tensors by the file's names
+    `model` is the file's name of the model, used if the shapes match no named one. Raises a `UserError` that lists
+    missing, unexpected and misshapen tensors by the file's names.
     """
     source = f"{path} (read as {form})"
-    names = {ours: name for name in tensors if (ours := from_name(_strip_prefixes(name), form))}  # ours to the file's
+    names = {ours: name for name in tensors if (ours := from_name(name, form))}  # ours to the file's
+    check_tensors(source, {name: tensors[name] for name in names.values()})
     known = {ours: tensors[name] for ours, name in names.items()}
-    check_tensors(source, {names[ours]: tensor for ours, tensor in known.items()})
-    arch = _architecture(known, form, source, architecture)
+    arch = _architecture(known, form, source, model)
     if form == "official":  # GRN of the released pretraining files is shaped as in the sparse code, [1, 4 C]
         known |= {ours: t[None, None] for ours, t in known.items() if ".grn." in ours and t.ndim == 2}
     expected = expected_tensors(arch, known)

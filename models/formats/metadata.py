@@ -24,9 +24,8 @@ def _dict(value: object) -> dict:
 
 def _numbers(value: object, count: int) -> list[float] | None:
     """The value if it is a list of `count` finite numbers, else None."""
-    if not isinstance(value, list | tuple) or len(value) != count:
-        return None
-    valid = all(type(number) in (int, float) and math.isfinite(number) for number in value)  # excludes bool
+    right_length = isinstance(value, list | tuple) and len(value) == count
+    valid = right_length and all(type(number) in (int, float) and math.isfinite(number) for number in value)  # no bool
     return [float(number) for number in value] if valid else None
 
 

@@ -105,12 +105,7 @@ def detect(names: Iterable[object]) -> str | None:
 
 
 def to_shape(ours: str, tensor: Tensor, form: str, conv_mlp: bool = False) -> Tensor:
-    """Convert a tensor to another format's shape and order of kernel taps.
-
-    Args:
-        ours: its name in this project
-        conv_mlp: for timm: fc1 and fc2 are 1x1 convolutions
-    """
+    """The tensor `ours` in another format's shape and order of kernel taps; `conv_mlp` is for timm, see `CONV_MLP`."""
     sparse = form == "official-sparse"
     if sparse and re.fullmatch(r"stages\..*(conv_dw|downsample\.1)\.weight", ours):
         return to_taps(tensor).squeeze(1) if "conv_dw" in ours else to_taps(tensor)

@@ -28,7 +28,7 @@ def write_weights(path: Path, weights: Weights, form: str) -> list[str]:
     if form == "ours":
         save(path, weights)
         return []
-    if form == "official-sparse" and not _is_v2(weights):
+    if form == "official-sparse" and weights.arch.name.startswith("convnext_"):
         raise UserError(f"{weights.arch.name} has no official-sparse format: the official sparse code is V2 only")
     if form == "timm" and weights.arch.stem_stride == 2:
         raise UserError("model.stem_stride 2 has no timm format: timm's ConvNeXt of patch_size 2 has an extra layer")
@@ -77,13 +77,9 @@ def _safetensors(tensors: Tensors, metadata: dict[str, str]) -> bytes:
     return safetensors.torch.save(own, {"format": "pt"} | metadata)
 
 
-def _is_v2(weights: Weights) -> bool:
-    return weights.arch.name.startswith("convnextv2")
-
-
 def _base_class(weights: Weights) -> str:
     """First part of the names of transformers' classes for this model."""
-    return "ConvNextV2" if _is_v2(weights) else "ConvNext"
+    return "ConvNext" if weights.arch.name.startswith("convnext_") else "ConvNextV2"
 
 
 def _metadata(weights: Weights, form: str) -> dict:
@@ -142,7 +138,7 @@ def _config(weights: Weights) -> dict:
         "layer_norm_eps": EPS,  # as trained; the library's default is 1e-12
         "image_size": height if height == width else [height, width],
     }  # fmt: skip
-    if not _is_v2(weights):
+    if base == "ConvNext":
         config["layer_scale_init_value"] = LAYER_SCALE
     if outputs:
         names = weights.classes or [f"LABEL_{i}" for i in range(outputs)]

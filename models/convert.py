@@ -40,10 +40,8 @@ def main() -> None:
     from models.weights import use_ema
 
     destination, opened = options.destination, open_weights(options.source)
-    weights = opened.weights
-    print(f"{options.source} is {opened.format}: {weights.describe()}")
-    if options.ema:
-        weights = use_ema(weights, options.source)
+    print(f"{options.source} is {opened.format}: {opened.weights.describe()}")
+    weights = use_ema(opened.weights, options.source) if options.ema else opened.weights
     for remark in [*opened.remarks, *write_weights(destination, weights, options.to)]:
         print(f"  {remark}")
     print(f"wrote {destination}; load it with\n  {how_to_load(destination, weights, options.to)}")

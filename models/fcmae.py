@@ -15,6 +15,7 @@ from configs.schema import PATCH_PER_STEM_STRIDE, FCMAESettings, PretrainModel, 
 from models.convnext import Block, ConvNeXt, init_weights
 from models.sparse.layouts import Dense, Layout, layout_of, patchify, split_patches, take_patches
 
+SETTINGS = [field.name for field in fields(FCMAESettings)]
 VARIANCE_EPS = 1e-6  # of the per-patch pixel normalisation
 
 
@@ -28,11 +29,7 @@ class Output(NamedTuple):
 class FCMAE(nn.Module):
     """Encoder, projection, mask token, ConvNeXt V2 decoder, prediction.
 
-    Args:
-        config: encoder and backend
-        settings: mask ratio, decoder and target
-    Raises:
-        UserError: unknown model name; backend minkowski without MinkowskiEngine
+    Raises `UserError` for an unknown model name, or backend minkowski without MinkowskiEngine.
     """
 
     def __init__(self, config: PretrainModel, settings: FCMAESettings):
@@ -92,11 +89,10 @@ def patch_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 def flat_config(config: PretrainModel, settings: FCMAESettings) -> dict:
     """Both sections as one dict of plain values: the `decoder_config` of a weight file."""
-    return to_dict(config) | {field.name: getattr(settings, field.name) for field in fields(FCMAESettings)}
+    return to_dict(config) | {key: getattr(settings, key) for key in SETTINGS}
 
 
 def from_flat(flat: dict) -> tuple[PretrainModel, FCMAESettings]:
     """The inverse of `flat_config`; missing keys take their defaults."""
-    keys = {field.name for field in fields(FCMAESettings)}
-    settings = FCMAESettings(**{key: value for key, value in flat.items() if key in keys})
-    return PretrainModel(**{key: value for key, value in flat.items() if key not in keys}), settings
+    settings = FCMAESettings(**{key: flat[key] for key in SETTINGS if key in flat})
+    return PretrainModel(**{key: value for key, value in flat.items() if key not in SETTINGS}), settings

@@ -3,6 +3,7 @@
 Used by `--init` of both stages and by every command that takes trained weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,39 +25,26 @@ Size = int | tuple[int, int]
 
 @dataclass(frozen=True)
 class Opened:
-    """A weight file.
-
-    Args:
-        path: file or folder
-        weights: its content
-        format: one of `models.formats.FORMATS`
-        remarks: defaults assumed for values that the file does not specify
-    """
+    """A weight file or model folder, and its content."""
 
     path: str
     weights: Weights
-    format: str = "ours"
-    remarks: tuple[str, ...] = ()
+    format: str = "ours"  # one of `models.formats.FORMATS`
+    remarks: Sequence[str] = ()  # defaults assumed for values that the file does not specify
 
     @cached_property
     def digest(self) -> str:
-        """Short hash of the file."""
+        """Short hash of the content."""
         return digest(self.path)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with trained weights, in evaluation mode.
+    """A model with trained weights, in evaluation mode."""
 
-    Args:
-        path: file or folder that it was read from
-        model: a `ConvNeXt`, without a head if opened as an encoder, or an `FCMAE`
-        weights: of this model only; the preprocessing has mean, std and the requested size
-    """
-
-    path: str
-    model: nn.Module
-    weights: Weights
+    path: str  # file or folder that it was read from
+    model: nn.Module  # a `ConvNeXt`, without a head if opened as an encoder, or an `FCMAE`
+    weights: Weights  # of this model only; the preprocessing has mean, std and the requested size
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -76,8 +64,7 @@ class Trained:
 
 def open_weights(path: str | Path) -> Opened:
     """Read weights of any format. Raises `UserError` if the file is unreadable or not a ConvNeXt."""
-    weights, form, remarks = read_weights(path)
-    return Opened(str(path), weights, form, tuple(remarks))
+    return Opened(str(path), *read_weights(path))
 
 
 def open_classifier(path: str, ema: bool = False, size: Size | None = None) -> Trained:
@@ -88,26 +75,23 @@ def open_classifier(path: str, ema: bool = False, size: Size | None = None) -> T
         ema: use the averaged weights instead of the raw ones
         size: image side, or height and width, pixels; None = as in the file
     Raises:
-        UserError: the file is unreadable or lacks a classifier, averaged weights, or mean and std; or the size does not
-            fit the model
+        UserError: the file lacks a classifier, averaged weights, or mean and std; or the size does not fit the model
     """
     weights = open_weights(path).weights
     if not (weights.outputs if weights.known().head else weights.head):
         raise UserError(f"{path} has no classifier: fine-tune it first, with python finetune/main.py --init {path}")
-    return _build_convnext(path, weights, ema, size)
+    return _build_convnext(path, use_ema(weights, path) if ema else weights, size)
 
 
 def open_encoder(path: str, ema: bool = False, size: Size | None = None) -> Trained:
     """Build the encoder of a classifier or autoencoder, without a head. Arguments and errors: see `open_classifier`."""
-    return _build_convnext(path, replace(open_weights(path).weights, classes=None), ema, size, headless=True)
+    weights = open_weights(path).weights
+    weights = use_ema(weights, path) if ema else weights
+    return _build_convnext(path, replace(weights, head={}, classes=None), size)
 
 
 def open_autoencoder(path: str, mask_ratio: float | None = None, size: Size | None = None) -> Trained:
-    """Build the masked autoencoder of a file; `mask_ratio` overrides the file's.
-
-    Raises:
-        UserError: the file is unreadable or lacks a decoder, or mean and std; or the size does not fit the model
-    """
+    """Build the masked autoencoder of a file; `mask_ratio` overrides the file's. Errors: see `open_classifier`."""
     weights = open_weights(path).weights.known()
     if not weights.decoder:
         raise UserError(f"{path} has no decoder: give the fcmae.pt of a pretraining run")
@@ -119,11 +103,8 @@ def open_autoencoder(path: str, mask_ratio: float | None = None, size: Size | No
     return Trained(path, model.eval(), weights)
 
 
-def _build_convnext(path: str, weights: Weights, ema: bool, size: Size | None, headless: bool = False) -> Trained:
-    weights = use_ema(weights, path) if ema else weights
+def _build_convnext(path: str, weights: Weights, size: Size | None) -> Trained:
     weights = replace(weights, preprocessing=_preprocessing(path, weights, size), decoder={}, ema=None)
-    if headless:
-        weights = replace(weights, head={})
     model = ConvNeXt(weights.arch, weights.outputs)
     load_strict(model, weights.encoder | weights.known().head, path)
     return Trained(path, model.eval(), weights)
@@ -133,9 +114,8 @@ def _preprocessing(path: str, weights: Weights, size: Size | None) -> Preprocess
     """The file's preprocessing at the requested size. Raises `UserError` if it lacks mean and std."""
     stored = weights.preprocessing
     if stored.mean is None:
-        raise UserError(
-            f"{path} does not record mean and std of its {stored.channels} channels: use an fcmae.pt or best.pt"
-        )
+        problem = f"does not record mean and std of its {stored.channels} channels"
+        raise UserError(f"{path} {problem}: use an fcmae.pt or best.pt")
     data = Data(size=size or stored.size)
     data.grid(weights.arch.stem_stride)  # raises for a size that is not a multiple of the patch
     return replace(stored, size=data.height_width)

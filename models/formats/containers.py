@@ -1,14 +1,18 @@
 """Read tensors and metadata, unchecked, from a weight file or model folder of any format. No code is executed."""
 
+import argparse
 import json
+import pickle
+import zipfile
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from configs.errors import UserError, reason
 from configs.files import sha256
-from models.weights import Tensors, load_file
 
 TENSOR_KEYS = ("model", "state_dict", "module")  # keys of a checkpoint's tensors
 EMA_KEYS = ("model_ema", "state_dict_ema")  # and of their moving average
@@ -26,19 +30,15 @@ class Container(NamedTuple):
 def read_container(path: Path) -> Container:
     """Read a file of `torch.save` or safetensors, or a folder with config.json.
 
-    Raises:
-        UserError: the path is missing, truncated, contains code, or is neither a weight file nor a model folder
+    Raises `UserError` if it is missing, truncated, contains code, or is neither a weight file nor a model folder.
     """
     if path.is_dir():
         return _read_folder(path)
+    content, header = _read_file(path)
     if path.suffix == ".safetensors":
-        tensors, header = _read_safetensors(path)
-        config = header.get("config")  # ours is JSON; other tools use this key for other values
-        try:
-            return Container(tensors, None, _parse_json(config, path) if config else {})
-        except UserError:
-            return Container(tensors, None, {})
-    content = load_file(path)
+        with suppress(KeyError, UserError):  # ours is JSON; other tools use this key for other values
+            return Container(content, None, _read_json(path, header["config"]))
+        return Container(content, None, {})
     nested = (content[key] for key in TENSOR_KEYS if isinstance(content.get(key), dict) and content[key])
     ema = next((content[key] for key in EMA_KEYS if isinstance(content.get(key), dict)), None)
     return Container(next(nested, content), ema, content)
@@ -46,10 +46,9 @@ def read_container(path: Path) -> Container:
 
 def digest(path: str | Path) -> str:
     """Short hash of a weight file, or of the files of a model folder that `read_container` reads."""
-    path = Path(path)
-    files = [path]
+    path, files = Path(path), [Path(path)]
     if path.is_dir():
-        files = [path / CONFIG, *(file for file in (path / PROCESSOR,) if file.is_file()), *_tensor_files(path)]
+        files = [file for file in (path / CONFIG, path / PROCESSOR) if file.is_file()] + _tensor_files(path)
     return "-".join(sha256(file)[:16] for file in files)
 
 
@@ -59,9 +58,7 @@ def _read_folder(path: Path) -> Container:
     metadata = _read_json(path / CONFIG)
     if (path / PROCESSOR).is_file():
         metadata["preprocessor"] = _read_json(path / PROCESSOR)
-    tensors: Tensors = {}
-    for file in _tensor_files(path):
-        tensors |= _read_safetensors(file)[0] if file.suffix == ".safetensors" else load_file(file)
+    tensors = {name: tensor for file in _tensor_files(path) for name, tensor in _read_file(file)[0].items()}
     return Container(tensors, None, metadata)
 
 
@@ -79,9 +76,12 @@ def _tensor_files(path: Path) -> list[Path]:
     return files[:1]
 
 
-def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+def _read_file(path: Path) -> tuple[dict, dict[str, str]]:
+    """(content of a file of `torch.save`, empty) or (tensors, header) of a safetensors file."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give a weight file")
+        raise UserError(f"{path} {'is not a file' if path.exists() else 'does not exist'}: give a weight file")
+    if path.suffix != ".safetensors":
+        return _unpickle(path), {}
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -89,13 +89,44 @@ def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise UserError(f"{path} is truncated or not a safetensors file ({reason(error)}): copy it again") from None
 
 
-def _read_json(path: Path) -> dict:
-    return _parse_json(path.read_bytes(), path)
+def _unpickle(path: Path) -> dict:
+    """Load a file of `torch.save` without executing code: tensors, plain values and `argparse.Namespace` only.
+
+    Official checkpoints store their command line as a Namespace, which has no behaviour.
+    """
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):  # bare pickles of older torch versions are refused
+            problem = "is truncated or not a weight file (a zip, as torch.save writes since 1.6)"
+            raise UserError(f"{path} {problem}: copy it again")
+        if _is_exported_program(file):
+            raise UserError(f"{path} is an exported program, not weights: give the file that it was exported from")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            forbidden = ""
+            with suppress(Exception):  # the pickle may be damaged as well
+                forbidden = f" ({torch.serialization.get_unsafe_globals_in_checkpoint(path)[0]})"
+            problem = f"contains code or objects besides tensors and plain values{forbidden}"
+            raise UserError(f"{path} {problem}: refused, nothing was executed; save its state_dict alone") from None
+        except Exception as error:  # damaged bytes can raise anything in the reader
+            raise UserError(f"{path} is truncated or not a weight file ({reason(error)}): copy it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} contains a {type(content).__name__}, not a dict of tensors")
+    return content
 
 
-def _parse_json(text: str | bytes, path: Path) -> dict:
+def _is_exported_program(file: BinaryIO) -> bool:
+    """Whether a zip was written by torch.jit.save or torch.export.save."""
+    with suppress(zipfile.BadZipFile, ValueError, OSError):  # damaged: torch.load reports it
+        return any("/code/" in name or name.endswith("/archive_format") for name in zipfile.ZipFile(file).namelist())
+    return False
+
+
+def _read_json(path: Path, text: str | None = None) -> dict:
+    """A JSON object: `text`, or else the content of the file."""
     try:
-        content = json.loads(text)
+        content = json.loads(path.read_bytes() if text is None else text)
     except (ValueError, RecursionError) as error:  # ValueError: also invalid UTF-8 and overlong numbers
         raise UserError(f"{path} is not JSON ({reason(error)}): copy it again") from None
     if not isinstance(content, dict):

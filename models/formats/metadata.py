@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import asdict
 
-from configs.preprocessing import Preprocessing
+from configs.preprocessing import MAX_SIDE, Preprocessing
 from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Encoder, FCMAESettings, PretrainModel
 from models.fcmae import flat_config
 from models.weights import Tensors, decoder_shape
@@ -24,18 +24,16 @@ def _dict(value: object) -> dict:
 
 def _numbers(value: object, count: int) -> list[float] | None:
     """The value if it is a list of `count` finite numbers, else None."""
-    if not isinstance(value, list | tuple) or len(value) != count:
-        return None
-    valid = all(type(number) in (int, float) and math.isfinite(number) for number in value)  # excludes bool
+    right_length = isinstance(value, list | tuple) and len(value) == count
+    valid = right_length and all(type(number) in (int, float) and math.isfinite(number) for number in value)  # no bool
     return [float(number) for number in value] if valid else None
 
 
 def _size(value: object) -> list[int] | None:
     """[height, width] in pixels, from a number or a pair; else None."""
-    pair = [value, value] if type(value) is int else value
-    if not isinstance(pair, list | tuple) or len(pair) != 2:
-        return None
-    return list(pair) if all(type(side) is int and 0 < side < 1 << 16 for side in pair) else None
+    pair = list(value) if isinstance(value, list | tuple) else [value, value]
+    valid = len(pair) == 2 and all(type(side) is int and 0 < side < MAX_SIDE for side in pair)
+    return pair if valid else None
 
 
 def _arguments(metadata: dict) -> dict:
@@ -80,60 +78,55 @@ def preprocessing(metadata: dict, form: str, arch: Encoder, remarks: list[str]) 
         stored = _dict((_dict(metadata.get("meta")) if form == "mmpretrain" else metadata).get("image"))
         stored = {"size": _arguments(metadata).get("input_size")} | stored
     image: dict = {"size": _size(stored.get("size")) or [224, 224]}
-    statistics = [_numbers(stored.get(key), arch.channels) for key in ("mean", "std")]
-    if None in statistics or min(statistics[1]) <= 0:
-        rgb = arch.channels == 3
-        statistics = [IMAGENET_MEAN, IMAGENET_STD] if rgb else [None, None]
-        assumed = "ImageNet's mean and std assumed" if rgb else f"those of its {arch.channels} channels are unknown"
+    mean, std = (_numbers(stored.get(key), arch.channels) for key in ("mean", "std"))
+    if mean is None or std is None or min(std) <= 0:
+        mean, std, assumed = None, None, f"those of its {arch.channels} channels are unknown"
+        if arch.channels == 3:
+            mean, std, assumed = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's mean and std assumed"
         remarks.append(f"it does not record mean and std: {assumed}")
-    image["mean"], image["std"] = statistics
-    crop = _numbers([stored.get("eval_crop")], 1)
-    image |= {"eval_crop": crop[0]} if crop and 0 < crop[0] <= 1 else {}
-    interpolation = stored.get("interpolation")
+    crop, interpolation, depth = (stored.get(key) for key in ("eval_crop", "interpolation", "bit_depth"))
+    if _numbers([crop], 1) and 0 < crop <= 1:
+        image["eval_crop"] = float(crop)
     if interpolation in [*RESAMPLE]:
         image["interpolation"] = interpolation
     elif interpolation is not None:
         remarks.append("its interpolation is not bicubic, bilinear or nearest: bicubic assumed")
-    depth = stored.get("bit_depth")
-    image |= {"bit_depth": depth} if type(depth) is int and 0 < depth <= 64 else {}
-    return Preprocessing.from_dict(image, arch.channels)
+    if type(depth) is int and 0 < depth <= 64:
+        image["bit_depth"] = depth
+    return Preprocessing.from_dict(image | {"mean": mean, "std": std}, arch.channels)
 
 
 def _of_timm(config: dict) -> dict:
     """Preprocessing of timm's pretrained_cfg."""
     size, crop = config.get("input_size"), config.get("crop_pct")
-    if config.get("crop_mode") != "squash" and crop == 1:
-        crop = WHOLE_CENTRE
     size = size[1:] if isinstance(size, list | tuple) else None
-    return {"size": size, "eval_crop": crop} | {key: config.get(key) for key in ("mean", "std", "interpolation")}
+    crop = WHOLE_CENTRE if crop == 1 and config.get("crop_mode") != "squash" else crop
+    return config | {"size": size, "eval_crop": crop}
 
 
 def _of_processor(config: dict, side: object) -> dict:
     """Preprocessing of a transformers image processor; `side` is the image size in the model's config."""
-    size, crop = config.get("size"), _dict(config.get("crop_size"))
+    size, crop, share = config.get("size"), _dict(config.get("crop_size")), config.get("crop_pct")
     size = {"shortest_edge": size} if type(size) is int else _dict(size)  # older files have a number
-    edge, share = size.get("shortest_edge"), config.get("crop_pct")
-    resample = config.get("resample")
+    edge, resample = (_size(size.get("shortest_edge")) or [0])[0], config.get("resample")
     name = next((name for name, number in RESAMPLE.items() if number == resample), resample)
     image = {"size": side, "mean": config.get("image_mean"), "std": config.get("image_std"), "interpolation": name}
-    if _size(edge) and crop.get("height"):
-        share = _numbers([crop["height"]], 1)
-        share = round(share[0] / edge, 3) if share else None  # the edge is rounded to whole pixels
-        return image | {"size": [crop.get("height"), crop.get("width")], "eval_crop": share}
-    if "height" in size:
-        whole = _size([size["height"], size.get("width")])
-        return image | ({"size": whole, "eval_crop": 1.0} if whole else {})
-    if _size(edge):
+    if edge and crop.get("height"):
+        height = _numbers([crop["height"]], 1)
+        share = round(height[0] / edge, 3) if height else None  # the edge is rounded to whole pixels
+        return image | {"size": [crop["height"], crop.get("width")], "eval_crop": share}
+    if _size([size.get("height"), size.get("width")]):
+        return image | {"size": [size["height"], size["width"]], "eval_crop": 1.0}
+    if edge:
         share = 1.0 if edge >= SQUASH_FROM else WHOLE_CENTRE if share == 1 else share
         return image | {"size": edge, "eval_crop": share}
     return image
 
 
 def pretraining(metadata: dict, arch: Encoder, decoder: Tensors) -> dict:
-    """Settings of the masked autoencoder in an official sparse checkpoint.
+    """Settings of the masked autoencoder: this project's metadata, or else the official code's command line.
 
-    Read from this project's metadata, or else from the official code's command line. The official code's GRN normalises
-    over the batch.
+    The official code's GRN normalises over the batch.
     """
     width, depth = decoder_shape(decoder)
     args, stored = _arguments(metadata), _dict(metadata.get("pretraining"))

@@ -13,71 +13,65 @@ from models.sparse.taps import from_taps, to_taps
 
 FIELDS = {"i": r"[0-3]", "j": r"\d{1,3}", "k": r"[12]", "n": r"[01]", "p": r"weight|bias"}
 
-OFFICIAL = {
-    "stem.{n}.{p}": "downsample_layers.0.{n}.{p}",
-    "stages.{i}.downsample.{n}.{p}": "downsample_layers.{i}.{n}.{p}",
-    "stages.{i}.blocks.{j}.conv_dw.{p}": "stages.{i}.{j}.dwconv.{p}",
-    "stages.{i}.blocks.{j}.norm.{p}": "stages.{i}.{j}.norm.{p}",
-    "stages.{i}.blocks.{j}.mlp.fc{k}.{p}": "stages.{i}.{j}.pwconv{k}.{p}",
-    "stages.{i}.blocks.{j}.mlp.grn.weight": "stages.{i}.{j}.grn.gamma",
-    "stages.{i}.blocks.{j}.mlp.grn.bias": "stages.{i}.{j}.grn.beta",
-    "stages.{i}.blocks.{j}.gamma": "stages.{i}.{j}.gamma",
-    "head.norm.{p}": "norm.{p}",
-    "head.fc.{p}": "head.{p}",
-}
-OFFICIAL_SPARSE = {
-    "stem.{n}.{p}": "encoder.downsample_layers.0.{n}.{p}",
-    "stages.{i}.downsample.0.{p}": "encoder.downsample_layers.{i}.0.ln.{p}",
-    "stages.{i}.downsample.1.weight": "encoder.downsample_layers.{i}.1.kernel",
-    "stages.{i}.downsample.1.bias": "encoder.downsample_layers.{i}.1.bias",
-    "stages.{i}.blocks.{j}.conv_dw.weight": "encoder.stages.{i}.{j}.dwconv.kernel",
-    "stages.{i}.blocks.{j}.conv_dw.bias": "encoder.stages.{i}.{j}.dwconv.bias",
-    "stages.{i}.blocks.{j}.norm.{p}": "encoder.stages.{i}.{j}.norm.ln.{p}",
-    "stages.{i}.blocks.{j}.mlp.fc{k}.{p}": "encoder.stages.{i}.{j}.pwconv{k}.linear.{p}",
-    "stages.{i}.blocks.{j}.mlp.grn.weight": "encoder.stages.{i}.{j}.grn.gamma",
-    "stages.{i}.blocks.{j}.mlp.grn.bias": "encoder.stages.{i}.{j}.grn.beta",
-    "proj.{p}": "proj.{p}",
-    "mask_token": "mask_token",
-    "decoder.{j}.conv_dw.{p}": "decoder.{j}.dwconv.{p}",
-    "decoder.{j}.norm.{p}": "decoder.{j}.norm.{p}",
-    "decoder.{j}.mlp.fc{k}.{p}": "decoder.{j}.pwconv{k}.{p}",
-    "decoder.{j}.mlp.grn.weight": "decoder.{j}.grn.gamma",
-    "decoder.{j}.mlp.grn.bias": "decoder.{j}.grn.beta",
-    "pred.{p}": "pred.{p}",
-}
-TIMM = {ours: ours for ours in OFFICIAL}
-TRANSFORMERS = {  # prefix convnext. or convnextv2., except for the classifier
-    "stem.0.{p}": "embeddings.patch_embeddings.{p}",
-    "stem.1.{p}": "embeddings.layernorm.{p}",
-    "stages.{i}.downsample.{n}.{p}": "encoder.stages.{i}.downsampling_layer.{n}.{p}",
-    "stages.{i}.blocks.{j}.conv_dw.{p}": "encoder.stages.{i}.layers.{j}.dwconv.{p}",
-    "stages.{i}.blocks.{j}.norm.{p}": "encoder.stages.{i}.layers.{j}.layernorm.{p}",
-    "stages.{i}.blocks.{j}.mlp.fc{k}.{p}": "encoder.stages.{i}.layers.{j}.pwconv{k}.{p}",
-    "stages.{i}.blocks.{j}.mlp.grn.{p}": "encoder.stages.{i}.layers.{j}.grn.{p}",
-    "stages.{i}.blocks.{j}.gamma": "encoder.stages.{i}.layers.{j}.layer_scale_parameter",
-    "head.norm.{p}": "layernorm.{p}",
-    "head.fc.{p}": "classifier.{p}",
-}
-MMPRETRAIN = {
-    "stem.{n}.{p}": "backbone.downsample_layers.0.{n}.{p}",
-    "stages.{i}.downsample.{n}.{p}": "backbone.downsample_layers.{i}.{n}.{p}",
-    "stages.{i}.blocks.{j}.conv_dw.{p}": "backbone.stages.{i}.{j}.depthwise_conv.{p}",
-    "stages.{i}.blocks.{j}.norm.{p}": "backbone.stages.{i}.{j}.norm.{p}",
-    "stages.{i}.blocks.{j}.mlp.fc{k}.{p}": "backbone.stages.{i}.{j}.pointwise_conv{k}.{p}",
-    "stages.{i}.blocks.{j}.mlp.grn.weight": "backbone.stages.{i}.{j}.grn.gamma",
-    "stages.{i}.blocks.{j}.mlp.grn.bias": "backbone.stages.{i}.{j}.grn.beta",
-    "stages.{i}.blocks.{j}.gamma": "backbone.stages.{i}.{j}.gamma",
-    "head.norm.{p}": "backbone.norm3.{p}",
-    "head.fc.{p}": "head.fc.{p}",
-}
 TABLES = {
-    "official": OFFICIAL,
-    "official-sparse": OFFICIAL_SPARSE,
-    "timm": TIMM,
-    "transformers": TRANSFORMERS,
-    "mmpretrain": MMPRETRAIN,
+    "official": {
+        "stem.{n}.{p}": "downsample_layers.0.{n}.{p}",
+        "stages.{i}.downsample.{n}.{p}": "downsample_layers.{i}.{n}.{p}",
+        "stages.{i}.blocks.{j}.conv_dw.{p}": "stages.{i}.{j}.dwconv.{p}",
+        "stages.{i}.blocks.{j}.norm.{p}": "stages.{i}.{j}.norm.{p}",
+        "stages.{i}.blocks.{j}.mlp.fc{k}.{p}": "stages.{i}.{j}.pwconv{k}.{p}",
+        "stages.{i}.blocks.{j}.mlp.grn.weight": "stages.{i}.{j}.grn.gamma",
+        "stages.{i}.blocks.{j}.mlp.grn.bias": "stages.{i}.{j}.grn.beta",
+        "stages.{i}.blocks.{j}.gamma": "stages.{i}.{j}.gamma",
+        "head.norm.{p}": "norm.{p}",
+        "head.fc.{p}": "head.{p}",
+    },
+    "official-sparse": {
+        "stem.{n}.{p}": "encoder.downsample_layers.0.{n}.{p}",
+        "stages.{i}.downsample.0.{p}": "encoder.downsample_layers.{i}.0.ln.{p}",
+        "stages.{i}.downsample.1.weight": "encoder.downsample_layers.{i}.1.kernel",
+        "stages.{i}.downsample.1.bias": "encoder.downsample_layers.{i}.1.bias",
+        "stages.{i}.blocks.{j}.conv_dw.weight": "encoder.stages.{i}.{j}.dwconv.kernel",
+        "stages.{i}.blocks.{j}.conv_dw.bias": "encoder.stages.{i}.{j}.dwconv.bias",
+        "stages.{i}.blocks.{j}.norm.{p}": "encoder.stages.{i}.{j}.norm.ln.{p}",
+        "stages.{i}.blocks.{j}.mlp.fc{k}.{p}": "encoder.stages.{i}.{j}.pwconv{k}.linear.{p}",
+        "stages.{i}.blocks.{j}.mlp.grn.weight": "encoder.stages.{i}.{j}.grn.gamma",
+        "stages.{i}.blocks.{j}.mlp.grn.bias": "encoder.stages.{i}.{j}.grn.beta",
+        "proj.{p}": "proj.{p}",
+        "mask_token": "mask_token",
+        "decoder.{j}.conv_dw.{p}": "decoder.{j}.dwconv.{p}",
+        "decoder.{j}.norm.{p}": "decoder.{j}.norm.{p}",
+        "decoder.{j}.mlp.fc{k}.{p}": "decoder.{j}.pwconv{k}.{p}",
+        "decoder.{j}.mlp.grn.weight": "decoder.{j}.grn.gamma",
+        "decoder.{j}.mlp.grn.bias": "decoder.{j}.grn.beta",
+        "pred.{p}": "pred.{p}",
+    },
+    "transformers": {  # prefix convnext. or convnextv2., except for the classifier
+        "stem.0.{p}": "embeddings.patch_embeddings.{p}",
+        "stem.1.{p}": "embeddings.layernorm.{p}",
+        "stages.{i}.downsample.{n}.{p}": "encoder.stages.{i}.downsampling_layer.{n}.{p}",
+        "stages.{i}.blocks.{j}.conv_dw.{p}": "encoder.stages.{i}.layers.{j}.dwconv.{p}",
+        "stages.{i}.blocks.{j}.norm.{p}": "encoder.stages.{i}.layers.{j}.layernorm.{p}",
+        "stages.{i}.blocks.{j}.mlp.fc{k}.{p}": "encoder.stages.{i}.layers.{j}.pwconv{k}.{p}",
+        "stages.{i}.blocks.{j}.mlp.grn.{p}": "encoder.stages.{i}.layers.{j}.grn.{p}",
+        "stages.{i}.blocks.{j}.gamma": "encoder.stages.{i}.layers.{j}.layer_scale_parameter",
+        "head.norm.{p}": "layernorm.{p}",
+        "head.fc.{p}": "classifier.{p}",
+    },
 }
-PREFIXES = ("convnext.", "convnextv2.")  # of transformers
+TABLES["timm"] = {ours: ours for ours in TABLES["official"]}
+TABLES["mmpretrain"] = {  # the official names with other words
+    ours: f"backbone.{theirs.replace('dwconv', 'depthwise_conv').replace('pwconv', 'pointwise_conv')}"
+    for ours, theirs in TABLES["official"].items()
+} | {"head.norm.{p}": "backbone.norm3.{p}", "head.fc.{p}": "head.fc.{p}"}
+PREFIXES = re.compile(r"^((module|_orig_mod|convnext|convnextv2)\.)+")  # of DDP, torch.compile and transformers
+MARKS = {  # unique to a format, in this order
+    "official-sparse": r"encoder\.(stages|downsample_layers)\..*\.(kernel|ln\.\w+|linear\.\w+)",
+    "mmpretrain": r"backbone\..*|.*\.(depth|point)wise_conv\d?\..*",
+    "timm": r"stages\.\d+\.blocks\..*",
+    "transformers": r"(\w+\.)?encoder\.stages\.\d+\.layers\..*",
+    "official": r"stages\.\d+\.\d+\.dwconv\..*",
+}
 CONV_MLP = ("atto", "femto", "pico", "nano")  # sizes whose fc1 and fc2 are 1x1 convolutions in timm
 
 
@@ -85,15 +79,13 @@ def _pattern(template: str) -> re.Pattern:
     return re.compile(re.sub(r"\\{(\w)\\}", lambda field: f"(?P<{field[1]}>{FIELDS[field[1]]})", re.escape(template)))
 
 
-_TO = {table: [(_pattern(ours), theirs) for ours, theirs in rows.items()] for table, rows in TABLES.items()}
-_FROM = {table: [(_pattern(theirs), ours) for ours, theirs in rows.items()] for table, rows in TABLES.items()}
+_TO = {form: [(_pattern(ours), theirs) for ours, theirs in rows.items()] for form, rows in TABLES.items()}
+_FROM = {form: [(_pattern(theirs), ours) for ours, theirs in rows.items()] for form, rows in TABLES.items()}
 
 
 def _rename(name: str, rows: list[tuple[re.Pattern, str]]) -> str | None:
-    for pattern, template in rows:
-        if match := pattern.fullmatch(name):
-            return template.format(**match.groupdict())
-    return None
+    matches = ((pattern.fullmatch(name), template) for pattern, template in rows)
+    return next((template.format(**match.groupdict()) for match, template in matches if match), None)
 
 
 def to_name(ours: str, form: str) -> str | None:
@@ -101,51 +93,30 @@ def to_name(ours: str, form: str) -> str | None:
     return _rename(ours, _TO[form])
 
 
-def from_name(theirs: str, form: str) -> str | None:
-    """This project's name for a tensor of another format; None if the format has no such name."""
-    return _rename(theirs, _FROM[form])
+def from_name(theirs: object, form: str) -> str | None:
+    """This project's name for a tensor of another format, without `PREFIXES`; None if the format has no such name."""
+    return _rename(PREFIXES.sub("", str(theirs)), _FROM[form])
 
 
-def detect(names: Iterable[str]) -> str | None:
+def detect(names: Iterable[object]) -> str | None:
     """Format of a state dict, by names unique to a format; None if there are none."""
-    marks = {
-        "official-sparse": r"encoder\.(stages|downsample_layers)\..*\.(kernel|ln\.\w+|linear\.\w+)",
-        "mmpretrain": r"backbone\..*|.*\.(depth|point)wise_conv\d?\..*",
-        "timm": r"stages\.\d+\.blocks\..*",
-        "transformers": r"(\w+\.)?encoder\.stages\.\d+\.layers\..*",
-        "official": r"stages\.\d+\.\d+\.dwconv\..*",
-    }
-    names = list(names)
-    for form, mark in marks.items():
-        if any(re.fullmatch(mark, name) for name in names):
-            return form
-    return None
+    names = [PREFIXES.sub("", str(name)) for name in names]
+    return next((form for form, mark in MARKS.items() if any(re.fullmatch(mark, name) for name in names)), None)
 
 
 def to_shape(ours: str, tensor: Tensor, form: str, conv_mlp: bool = False) -> Tensor:
-    """Convert a tensor to another format's shape and order of kernel taps.
-
-    Args:
-        ours: its name in this project
-        conv_mlp: for timm: fc1 and fc2 are 1x1 convolutions
-    """
-    if form == "timm" and conv_mlp and ".mlp.fc" in ours and tensor.ndim == 2:
-        return tensor[:, :, None, None]
-    if form in ("official", "transformers") and ".grn." in ours:
-        return tensor[None, None, None]
-    if form != "official-sparse":
-        return tensor
-    if ".grn." in ours:  # the decoder is dense
-        return tensor[None] if ours.startswith("stages.") else tensor[None, None, None]
-    if ours in ("proj.weight", "pred.weight"):
-        return tensor[:, :, None, None]
-    if ours == "mask_token":
-        return tensor[None, :, None, None]
-    if re.fullmatch(r"stages\..*(conv_dw|downsample\.1)\.bias", ours):
-        return tensor[None]
-    if re.fullmatch(r"stages\..*(conv_dw|downsample\.1)\.weight", ours):
+    """The tensor `ours` in another format's shape and order of kernel taps; `conv_mlp` is for timm, see `CONV_MLP`."""
+    sparse = form == "official-sparse"
+    if sparse and re.fullmatch(r"stages\..*(conv_dw|downsample\.1)\.weight", ours):
         return to_taps(tensor).squeeze(1) if "conv_dw" in ours else to_taps(tensor)
-    return tensor
+    if sparse and re.fullmatch(r"stages\..*(conv_dw\.bias|downsample\.1\.bias|grn\..*)", ours):
+        return tensor[None]
+    if form in ("official", "official-sparse", "transformers") and ".grn." in ours:
+        return tensor[None, None, None]
+    convolution = form == "timm" and conv_mlp and re.search(r"\.mlp\.fc\d\.weight", ours)
+    if convolution or ours in ("proj.weight", "pred.weight"):
+        return tensor[:, :, None, None]
+    return tensor[None, :, None, None] if ours == "mask_token" else tensor
 
 
 def from_shape(ours: str, tensor: Tensor, form: str, shape: tuple[int, ...]) -> Tensor:

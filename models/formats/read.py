@@ -3,18 +3,17 @@
 The format is detected by tensor names, the architecture by shapes. No code of a file is executed.
 """
 
-import re
 from pathlib import Path
-
-from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Encoder
 from models.formats.containers import read_container
 from models.formats.metadata import class_names, preprocessing, pretraining
-from models.formats.names import PREFIXES, detect, from_name, from_shape, to_name, to_shape
+from models.formats.names import detect, from_name, from_shape, to_name, to_shape
 from models.sizes import SIZES, resolve
 from models.weights import (
+    DECODER,
+    ENCODER,
     FORMAT,
     Tensors,
     Weights,
@@ -26,17 +25,12 @@ from models.weights import (
     split_by_prefix,
 )  # fmt: skip
 
-WRAPPERS = ("module.", "_orig_mod.")  # name prefixes of DistributedDataParallel and torch.compile
 MAX_WIDTH = 1 << 16  # channels
 
 
 def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
-    """Read a weight file.
+    """(weights, format, remarks on defaults assumed for values that the file does not specify) of a file or folder.
 
-    Args:
-        path: a file of `torch.save` or safetensors, or a folder of transformers or timm with config.json
-    Returns:
-        weights; format, one of `models.formats.FORMATS`; remarks on defaults for values that the file does not specify
     Raises:
         UserError: the file is missing, truncated, contains code, has an unknown format, or has missing, unexpected or
             misshapen tensors, which are listed
@@ -45,9 +39,9 @@ def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
     container = read_container(path)
     if container.metadata.get("format") == FORMAT:
         return from_content(container.metadata, path), "ours", []
-    form = detect(_strip_prefixes(name) for name in container.tensors)
+    form = detect(container.tensors)
     if form is None:
-        first = ", ".join(map(str, list(container.tensors)[:3]))
+        first = ", ".join(map(str, [*container.tensors][:3]))
         raise UserError(f"{path} is in no known format (its first tensors: {first})")
     if form == "transformers" and container.metadata.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{path} has hidden_act {container.metadata['hidden_act']}: only gelu is supported")
@@ -55,8 +49,7 @@ def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
     ema = None
     if container.ema is not None:
         other, *parts = translate(container.ema, form, path, arch.name)
-        ema = {name: tensor for part in parts for name, tensor in part.items()}
-        raw = encoder | decoder | head
+        ema, raw = parts[0] | parts[1] | parts[2], encoder | decoder | head
         if other != arch or {n: t.shape for n, t in ema.items()} != {n: t.shape for n, t in raw.items()}:
             raise UserError(f"{path}: its averaged weights belong to another model than its raw ones")
     if form in ("timm", "transformers") and _identity_norm(head):
@@ -69,43 +62,29 @@ def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
     return weights, form, remarks
 
 
-def _strip_prefixes(name: object) -> str:
-    """A tensor's name without the prefixes of wrappers and transformers."""
-    name = str(name)
-    while (bare := re.sub(rf"^({'|'.join(map(re.escape, WRAPPERS + PREFIXES))})", "", name)) != name:
-        name = bare
-    return name
-
-
-def translate(
-    tensors: dict, form: str, path: Path, architecture: object = None
-) -> tuple[Encoder, Tensors, Tensors, Tensors]:
+def translate(tensors: dict, form: str, path: Path, model: object = None) -> tuple[Encoder, Tensors, Tensors, Tensors]:
     """(architecture, encoder, decoder, head) of another format's tensors, under this project's names and in its shapes.
 
-    Args:
-        architecture: model name in the file, used if the shapes match no named model
-    Raises:
-        UserError: lists missing, unexpected and misshapen tensors by the file's names
+    `model` is the file's name of the model, used if the shapes match no named one. Raises a `UserError` that lists
+    missing, unexpected and misshapen tensors by the file's names.
     """
     source = f"{path} (read as {form})"
-    names = {ours: name for name in tensors if (ours := from_name(_strip_prefixes(name), form))}  # ours to the file's
-    known = {ours: tensors[name] for ours, name in names.items() if isinstance(tensors[name], Tensor)}
-    arch = _architecture(known, form, source, architecture)
+    names = {ours: name for name in tensors if (ours := from_name(name, form))}  # ours to the file's
+    check_tensors(source, {name: tensors[name] for name in names.values()})
+    known = {ours: tensors[name] for ours, name in names.items()}
+    arch = _architecture(known, form, source, model)
     if form == "official":  # GRN of the released pretraining files is shaped as in the sparse code, [1, 4 C]
         known |= {ours: t[None, None] for ours, t in known.items() if ".grn." in ours and t.ndim == 2}
     expected = expected_tensors(arch, known)
     conv_mlp = any(".mlp.fc" in ours and tensor.ndim == 4 for ours, tensor in known.items())
     prefix = names["stem.0.weight"].removesuffix(to_name("stem.0.weight", form))  # of missing tensors' names
-    expected_shapes = {
-        names.get(ours, prefix + to_name(ours, form)): tuple(to_shape(ours, tensor, form, conv_mlp).shape)
+    theirs = {
+        names.get(ours, prefix + to_name(ours, form)): to_shape(ours, tensor, form, conv_mlp)
         for ours, tensor in expected.items()
     }
-    shapes = {names[ours]: tuple(tensor.shape) for ours, tensor in known.items()}
-    check_shapes(source, expected_shapes, {name: shapes.get(name, ()) for name in tensors})
-    check_tensors(source, known)
+    check_shapes(source, theirs, tensors | {names[ours]: tensor for ours, tensor in known.items()})
     own = {ours: from_shape(ours, tensor, form, tuple(expected[ours].shape)) for ours, tensor in known.items()}
-    head, rest = split_by_prefix(own, "head.")
-    encoder, decoder = split_by_prefix(rest, ("stem.", "stages."))
+    encoder, decoder, head = (split_by_prefix(own, prefixes)[0] for prefixes in (ENCODER, DECODER, "head."))
     return arch, encoder, decoder, head
 
 
@@ -115,22 +94,21 @@ def _architecture(tensors: Tensors, form: str, source: str, claimed: object) -> 
     missing = [to_name(name, form) for name in marks if name not in tensors]
     if missing:
         raise UserError(f"{source} contains another model: missing {', '.join(missing)}")
-    stem = tensors["stem.0.weight"]
-    dims = (len(stem) if stem.ndim else 0, *(tensors[name].numel() for name in marks[1:]))
-    if stem.ndim != 4 or stem.shape[2] != stem.shape[3] or stem.shape[2] not in (1, 2, 4) or 0 in stem.shape:
-        raise UserError(f"{source}: {to_name(marks[0], form)} is {list(stem.shape)}, expected [width, channels, 4, 4]")
-    if not all(0 < width < MAX_WIDTH for width in (*dims, stem.shape[1])):
+    shape = list(tensors["stem.0.weight"].shape)
+    if len(shape) != 4 or shape[2] != shape[3] or shape[2] not in (1, 2, 4):
+        raise UserError(f"{source}: {to_name(marks[0], form)} is {shape}, expected [width, channels, 4, 4]")
+    dims = (shape[0], *(tensors[name].numel() for name in marks[1:]))
+    if not all(0 < width < MAX_WIDTH for width in (*dims, shape[1])):
         raise UserError(f"{source}: widths {list(dims)} do not belong to a ConvNeXt")
     depths = tuple(max(1, count_modules(tensors, rf"stages\.{i}\.blocks\.(\d+)\.")) for i in range(4))
     version = "convnextv2_" if any(".grn." in name for name in tensors) else "convnext_"
     sizes = {name: resolve(Encoder(name)) for name in SIZES if name.startswith(version)}
-    named = [name for name, size in sizes.items() if (size.depths, size.dims) == (depths, dims)]
-    if not named and claimed in sizes:
-        named = [claimed]
-    name = named[0] if named else min(sizes, key=lambda name: sizes[name].dims)  # no match: the smallest's name
-    return Encoder(name, stem.shape[1], stem.shape[2], depths, dims)
+    fitting = [name for name, size in sizes.items() if (size.depths, size.dims) == (depths, dims)]
+    claimed = [name for name in sizes if name == claimed]
+    smallest = min(sizes, key=lambda name: sizes[name].dims)
+    return Encoder([*fitting, *claimed, smallest][0], shape[1], shape[2], depths, dims)
 
 
 def _identity_norm(head: Tensors) -> bool:
-    norm = [head.get(f"head.norm.{part}") for part in ("weight", "bias")]
-    return len(head) == 2 and None not in norm and bool((norm[0] == 1).all() and (norm[1] == 0).all())
+    weight, bias = head.get("head.norm.weight"), head.get("head.norm.bias")
+    return len(head) == 2 and None not in (weight, bias) and bool((weight == 1).all() and (bias == 0).all())

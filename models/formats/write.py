@@ -19,56 +19,47 @@ from models.weights import Tensors, Weights, save, use_ema
 
 
 def write_weights(path: Path, weights: Weights, form: str) -> list[str]:
-    """Write weights atomically, to a file or, for transformers, to a folder.
+    """Write weights atomically, to a file or, for transformers, to a folder; returns remarks on omitted parts.
 
-    Returns:
-        remarks on parts that the format cannot store
-    Raises:
-        UserError: the other library cannot build the model: V1 in the official sparse code, stem stride 2 in timm
+    Raises `UserError` if the library cannot build the model: V1 in the official sparse code, stem stride 2 in timm.
     """
     if path.suffix == ".safetensors" and form != "timm":
         raise UserError(f"{path}: only timm's format can be .safetensors: choose another file name for {form}")
     if form == "ours":
         save(path, weights)
         return []
-    if form == "official-sparse" and not _is_v2(weights):
+    if form == "official-sparse" and weights.arch.name.startswith("convnext_"):
         raise UserError(f"{weights.arch.name} has no official-sparse format: the official sparse code is V2 only")
     if form == "timm" and weights.arch.stem_stride == 2:
         raise UserError("model.stem_stride 2 has no timm format: timm's ConvNeXt of patch_size 2 has an extra layer")
     tensors, remarks = to_form(weights, form)
-    ema = None
-    if weights.ema is not None and form == "official":
-        ema, _ = to_form(use_ema(weights, str(path)), form)
-    elif weights.ema is not None:
+    if weights.ema is not None and form != "official":
         remarks.append("omitted: the averaged weights (--ema writes them instead of the raw ones)")
     if form == "transformers":
-        remarks += _write_folder(path, weights, tensors)
-        return remarks
-    metadata = _metadata(weights, form)
+        return remarks + _write_folder(path, weights, tensors)
+    content = _metadata(weights, form)
     if path.suffix == ".safetensors":
-        with atomic_file(path) as file:
-            file.write(_safetensors(tensors, {"config": json.dumps(metadata)}))
+        write_atomic(path, _safetensors(tensors, {"config": json.dumps(content)}))
         return remarks
-    container = {"official": "model", "official-sparse": "model"}.get(form, "state_dict")
+    content["state_dict" if form in ("timm", "mmpretrain") else "model"] = tensors
+    if weights.ema is not None and form == "official":
+        content["model_ema"], _ = to_form(use_ema(weights, str(path)), form)
     with atomic_file(path) as file:
-        torch.save({container: tensors} | metadata | ({"model_ema": ema} if ema else {}), file)
+        torch.save(content, file)
     return remarks
 
 
 def to_form(weights: Weights, form: str) -> tuple[Tensors, list[str]]:
     """(tensors under a format's names and in its shapes, remarks on omitted and added parts)."""
-    parts = {"decoder": weights.decoder, "head": weights.head}
-    kept = dict(weights.encoder)
-    remarks = []
-    for part, tensors in parts.items():
+    kept, remarks = dict(weights.encoder), []
+    for part, tensors in (("decoder", weights.decoder), ("head", weights.head)):
         if any(to_name(name, form) is None for name in tensors):
             remarks.append(f"omitted: the {part} (the format cannot store it)")
         else:
             kept |= tensors
-    if form in ("timm", "transformers") and not weights.head and "head.norm.weight" not in kept:
-        width = weights.arch.dims[-1]
-        dtype = kept["stem.1.weight"].dtype
-        kept |= {"head.norm.weight": torch.ones(width, dtype=dtype), "head.norm.bias": torch.zeros(width, dtype=dtype)}
+    if form in ("timm", "transformers") and not weights.head:
+        zeros = torch.zeros(weights.arch.dims[-1], dtype=kept["stem.1.weight"].dtype)
+        kept |= {"head.norm.weight": torch.ones_like(zeros), "head.norm.bias": zeros}
         remarks.append("added: an identity as final norm (models of this format always have a norm)")
     conv_mlp = weights.arch.name.endswith(CONV_MLP)
     prefix = f"{_base_class(weights).lower()}." if form == "transformers" and "head.fc.weight" in kept else ""
@@ -86,13 +77,9 @@ def _safetensors(tensors: Tensors, metadata: dict[str, str]) -> bytes:
     return safetensors.torch.save(own, {"format": "pt"} | metadata)
 
 
-def _is_v2(weights: Weights) -> bool:
-    return weights.arch.name.startswith("convnextv2")
-
-
 def _base_class(weights: Weights) -> str:
     """First part of the names of transformers' classes for this model."""
-    return "ConvNextV2" if _is_v2(weights) else "ConvNext"
+    return "ConvNext" if weights.arch.name.startswith("convnext_") else "ConvNextV2"
 
 
 def _metadata(weights: Weights, form: str) -> dict:
@@ -100,11 +87,10 @@ def _metadata(weights: Weights, form: str) -> dict:
     if form == "timm":
         image = weights.preprocessing
         settings = {
-            "input_size": [image.channels, *image.size],
-            "interpolation": image.interpolation,
+            "input_size": [image.channels, *image.size], "interpolation": image.interpolation,
             "crop_pct": 1.0 if image.crop == WHOLE_CENTRE else image.crop,
             "crop_mode": "squash" if image.crop == 1 else "center",
-        }
+        }  # fmt: skip
         if image.mean is not None:
             settings |= {"mean": list(image.mean), "std": list(image.std)}
         metadata = {"architecture": weights.arch.name, "num_classes": weights.outputs, "pretrained_cfg": settings}
@@ -127,16 +113,15 @@ def _write_folder(path: Path, weights: Weights, tensors: Tensors) -> list[str]:
         processor = _image_processor(weights.preprocessing)
         if processor:
             write_atomic(part / "preprocessor_config.json", json.dumps(processor, indent=2).encode())
-        with atomic_file(part / "model.safetensors") as file:
-            file.write(_safetensors(tensors, {}))
+        write_atomic(part / "model.safetensors", _safetensors(tensors, {}))
         part.rename(path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
     sync_folder(path.parent)
-    remarks = (
-        [] if processor else ["omitted: preprocessor_config.json (no transformers processor does this preprocessing)"]
-    )
+    remarks = []
+    if not processor:
+        remarks.append("omitted: preprocessor_config.json (no transformers processor does this preprocessing)")
     if weights.classes and not weights.outputs:
         remarks.append("omitted: the class names (transformers stores them with a classifier only)")
     return remarks
@@ -145,21 +130,15 @@ def _write_folder(path: Path, weights: Weights, tensors: Tensors) -> list[str]:
 def _config(weights: Weights) -> dict:
     """config.json of transformers' ConvNextConfig or ConvNextV2Config."""
     arch, (height, width) = weights.arch, weights.preprocessing.size
-    outputs = weights.outputs
-    base = _base_class(weights)
+    base, outputs = _base_class(weights), weights.outputs
     config = {
-        "architectures": [base + ("ForImageClassification" if outputs else "Model")],
-        "model_type": base.lower(),
-        "num_channels": arch.channels,
-        "patch_size": arch.stem_stride,
-        "num_stages": 4,
-        "hidden_sizes": list(arch.dims),
-        "depths": list(arch.depths),
-        "hidden_act": "gelu",
+        "architectures": [base + ("ForImageClassification" if outputs else "Model")], "model_type": base.lower(),
+        "num_channels": arch.channels, "patch_size": arch.stem_stride,
+        "num_stages": 4, "hidden_sizes": list(arch.dims), "depths": list(arch.depths), "hidden_act": "gelu",
         "layer_norm_eps": EPS,  # as trained; the library's default is 1e-12
         "image_size": height if height == width else [height, width],
-    }
-    if not _is_v2(weights):
+    }  # fmt: skip
+    if base == "ConvNext":
         config["layer_scale_init_value"] = LAYER_SCALE
     if outputs:
         names = weights.classes or [f"LABEL_{i}" for i in range(outputs)]
@@ -174,7 +153,7 @@ def _image_processor(image: Preprocessing) -> dict | None:
     A crop of 1 squashes the image; with a smaller one, the centre crop is this share of the resized image's side.
     """
     (height, width), crop = image.size, image.crop
-    if image.mean is None:
+    if image.mean is None or (crop < 1 and height != width):
         return None
     common = {
         "do_resize": True, "resample": RESAMPLE[image.interpolation],
@@ -183,8 +162,6 @@ def _image_processor(image: Preprocessing) -> dict | None:
     }  # fmt: skip
     if crop == 1:
         return common | {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
-    if height != width:
-        return None
     if height < SQUASH_FROM:
         kind = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": height}}
         return common | kind | {"crop_pct": 1.0 if crop == WHOLE_CENTRE else crop}
@@ -195,20 +172,17 @@ def _image_processor(image: Preprocessing) -> dict | None:
 def how_to_load(path: Path, weights: Weights, form: str) -> str:
     """The command or Python expression that loads a converted file."""
     arch, outputs = weights.arch, weights.outputs
-    if form == "ours" and not outputs and weights.decoder:
-        return f"python pretrain/main.py --init {path} ...  or  python finetune/main.py --init {path} ..."
-    if form == "ours":
-        return f"python finetune/main.py --init {path} ..."
     if form == "timm":
         return _timm_call(arch, {"num_classes": outputs} | timm_options(arch) | {"checkpoint_path": str(path)})
-    if form == "transformers":
-        auto = "AutoModelForImageClassification" if outputs else "AutoModel"
-        return f'transformers.{auto}.from_pretrained("{path}")'
-    if form == "mmpretrain":
-        return f'mmengine.runner.load_checkpoint(model, "{path}")'
-    if form == "official-sparse":
-        return f"python main_finetune.py --finetune {path} ...    # of the official code"
-    return f'model.load_state_dict(torch.load("{path}")["model"])  # the official code\'s model'
+    pretrain = f"python pretrain/main.py --init {path} ...  or  " if weights.decoder and not outputs else ""
+    auto = "AutoModelForImageClassification" if outputs else "AutoModel"
+    return {
+        "ours": f"{pretrain}python finetune/main.py --init {path} ...",
+        "official": f'model.load_state_dict(torch.load("{path}")["model"])  # the official code\'s model',
+        "official-sparse": f"python main_finetune.py --finetune {path} ...    # of the official code",
+        "transformers": f'transformers.{auto}.from_pretrained("{path}")',
+        "mmpretrain": f'mmengine.runner.load_checkpoint(model, "{path}")',
+    }[form]
 
 
 def how_to_load_backbone(path: Path, weights: Weights, form: str) -> str | None:

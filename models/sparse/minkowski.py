@@ -6,7 +6,6 @@ scatter for each of the 49 taps. GPUs need a MinkowskiEngine that was built with
 Importing this module raises `UserError` if MinkowskiEngine is not installed.
 """
 
-import collections
 import collections.abc
 import functools
 import warnings
@@ -33,19 +32,10 @@ except ImportError as error:
 
 
 @functools.cache
-def _convolution(in_channels: int, out_channels: int) -> nn.Module:
-    """A 2x2 convolution of stride 2; `functional_call` replaces its parameters by the model's."""
+def _layer(kind: str, *channels: int, **options: int) -> nn.Module:
+    """A layer of MinkowskiEngine; `functional_call` replaces its parameters by the model's."""
     with torch.random.fork_rng(devices=[]):  # its constructor draws random numbers
-        return MinkowskiEngine.MinkowskiConvolution(
-            in_channels, out_channels, kernel_size=2, stride=2, bias=True, dimension=2
-        )
-
-
-@functools.cache
-def _depthwise(channels: int) -> nn.Module:
-    """A 7x7 depthwise convolution; parameters as above."""
-    with torch.random.fork_rng(devices=[]):
-        return MinkowskiEngine.MinkowskiChannelwiseConvolution(channels, kernel_size=7, bias=True, dimension=2)
+        return getattr(MinkowskiEngine, kind)(*channels, bias=True, dimension=2, **options)
 
 
 class Minkowski(Layout):
@@ -56,8 +46,7 @@ class Minkowski(Layout):
     """
 
     def __init__(self, visible: Tensor, grn_scope: str = "image"):
-        self.visible = visible
-        self.grn_scope = grn_scope
+        self.visible, self.grn_scope = visible, grn_scope
         self.manager = None  # MinkowskiEngine's store of coordinates
         self._keys: dict[int, object] = {}  # number of rows -> key of their coordinates in the store
 
@@ -67,9 +56,8 @@ class Minkowski(Layout):
         return tensor.F
 
     def _sparse(self, x: Tensor):
-        return MinkowskiEngine.SparseTensor(
-            x.float(), coordinate_map_key=self._keys[len(x)], coordinate_manager=self.manager
-        )
+        place = {"coordinate_map_key": self._keys[len(x)], "coordinate_manager": self.manager}
+        return MinkowskiEngine.SparseTensor(x.float(), **place)
 
     def embed(self, image: Tensor, stem: nn.Conv2d) -> Tensor:
         """A dense convolution, as in the published code. The mask, not the values, decides which tokens exist."""
@@ -81,21 +69,22 @@ class Minkowski(Layout):
         return self._remember(MinkowskiEngine.SparseTensor(x[visible].float(), coordinates=coordinates))
 
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        out_channels, in_channels = conv.weight.shape[:2]
         parameters = {"kernel": to_taps(conv.weight), "bias": conv.bias[None]}
-        return self._remember(functional_call(_convolution(in_channels, out_channels), parameters, self._sparse(x)))
+        layer = _layer("MinkowskiConvolution", conv.in_channels, conv.out_channels, kernel_size=2, stride=2)
+        return self._remember(functional_call(layer, parameters, self._sparse(x)))
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         parameters = {"kernel": to_taps(conv.weight).squeeze(1), "bias": conv.bias[None]}
-        return functional_call(_depthwise(len(conv.weight)), parameters, self._sparse(x)).F
+        layer = _layer("MinkowskiChannelwiseConvolution", conv.in_channels, kernel_size=7)
+        return functional_call(layer, parameters, self._sparse(x)).F
 
     def image_norm(self, x: Tensor) -> Tensor:
         """The norm of its image at each row, [N, C]; with `grn_scope` batch [1, C]."""
         if self.grn_scope == "batch":
             return torch.linalg.vector_norm(x, dim=0, keepdim=True, dtype=torch.float32)
         image = self.manager.get_coordinates(self._keys[len(x)])[:, 0].long().to(x.device)
-        squares = x.new_zeros(len(self.visible), x.shape[1], dtype=torch.float32)
-        squares = squares.index_add(0, image, x.float().square())
+        zeros = x.new_zeros(len(self.visible), x.shape[1], dtype=torch.float32)
+        squares = zeros.index_add(0, image, x.float().square())
         return squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()[image]  # at 0, sqrt has no gradient
 
     def to_grid(self, x: Tensor, fill: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Objective:
         self.grid = config.data.grid(config.model.stem_stride)
         self.patches = self.grid[0] * self.grid[1]
         self.visible = visible_patches(self.patches, config.objective.mask_ratio)
-        check_size(config.model, config.objective, self.grid)
+        check_size(config.model.stem_stride, config.objective.mask_ratio, self.grid)
 
     def describe(self) -> str:
         share = 1 - self.visible / self.patches

@@ -12,8 +12,7 @@ from models.fcmae import FCMAE, from_flat
 from models.formats import FORMATS
 from models.formats.write import write_weights
 from models.opening import Opened
-from models.start import open_init, start_autoencoder, start_classifier, with_statistics
-from models.weights import other_channels
+from models.start import open_init, other_channels, start_autoencoder, start_classifier, with_statistics
 from tests.conftest import has
 from tests.models.formats.helpers import FILES, SMALL, assert_same, autoencoder, change, classifier, logits
 from tests.models.helpers import assert_close, masks
@@ -90,7 +89,7 @@ def test_other_channels(channels, start, capsys):
 
 def test_other_channels_of_the_prediction_layer():
     weights = autoencoder(**SMALL)
-    adapted = other_channels(weights.encoder | weights.decoder, 4)
+    adapted = other_channels(weights, 4).decoder
     old, new = (t["pred.bias"].view(32, 32, -1) for t in (weights.decoder, adapted))
     assert torch.equal(new[..., :3], old) and torch.equal(new[..., 3], old[..., 0])
 
@@ -104,7 +103,7 @@ def test_pretraining_continues_with_the_decoder(channels, form, start, capsys):
     start_autoencoder(model, start(weights, form))
     assert has(capsys.readouterr().out, "stem adapted") == (channels == 4)
     state = model.state_dict()
-    adapted = other_channels(weights.encoder | weights.decoder, channels)
+    adapted = other_channels(weights, channels).decoder
     assert_same({name: state[name] for name in weights.decoder}, {name: adapted[name] for name in weights.decoder})
     if channels == 3:
         reference = FCMAE(*given)

@@ -58,8 +58,7 @@ class Item:
 def open_source(source: str, scratch: Path, ignore_labels: bool = False) -> Iterator[list[Item]]:
     """List the images of a source, sorted by name. A compressed tar stays unpacked in `scratch` until the block ends.
 
-    Raises:
-        UserError: the source does not exist, is of an unknown type, damaged, or without images
+    Raises `UserError` if the source does not exist, is of an unknown type, damaged, or without images.
     """
     unpacked = None
     try:
@@ -100,42 +99,33 @@ def _list(path: Path) -> Iterator[Item]:
 def _list_tar(path: Path) -> Iterator[Item]:
     """Images of a tar, and of tars inside it (ILSVRC2012_img_train.tar contains one tar per class)."""
     try:
-        with tarfile.open(path, "r:") as outer, path.open("rb") as file:
-            end = 0
-            for member in outer:
-                end = _next_header(member, path, 0)
-                if member.isreg() and member.name.endswith(".tar"):
-                    yield from _list_inner_tar(path, file, outer, member)
-                elif member.isreg() and member.name.endswith(".cls"):
-                    raise UserError(
-                        f"{path} contains WebDataset shards: run `python data/prepare.py {path.parent} --index`"
-                    )
-                elif member.isreg() and _is_image(member.name):
-                    yield _tar_item(member.name.removeprefix("./"), path, member.offset_data, member.size)
-            check_end(file, end, path.stat().st_size, path)
+        with path.open("rb") as file:
+            yield from _list_members(file, path, path.stat().st_size)
     except tarfile.TarError as error:
         raise UserError(f"{path} is damaged ({error}): fetch it again") from None
 
 
-def _list_inner_tar(path: Path, file: BinaryIO, outer: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[Item]:
-    folder, end = member.name.removesuffix(".tar"), 0
-    with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-        for image in inner:
-            end = _next_header(image, path, member.offset_data)
-            if image.isreg() and _is_image(image.name):
-                yield _tar_item(f"{folder}/{image.name}", path, member.offset_data + image.offset_data, image.size)
-    check_end(file, member.offset_data + end, member.offset_data + member.size, path)
-
-
-def _next_header(member: tarfile.TarInfo, path: Path, start: int) -> int:
-    """Byte at which the next header begins, relative to the tar, which begins at byte `start` of `path`."""
-    if member.size < 0:  # would send tarfile back, into an endless loop
-        raise UserError(f"{path} is damaged at byte {start + member.offset}: fetch it again")
-    return member_end(member)
-
-
-def _tar_item(name: str, path: Path, offset: int, size: int) -> Item:
-    return Item(name, str(path), f"{offset} {size}", offset, size)
+def _list_members(file: BinaryIO, path: Path, limit: int, outer: str | None = None) -> Iterator[Item]:
+    """Images of the tar in `file` from its position to byte `limit`; a tar inside another one has the name `outer`."""
+    end = file.tell()
+    with tarfile.open(fileobj=file, mode="r:") as tar:  # offsets count from the beginning of the file
+        for member in tar:
+            if member.size < 0:  # would send tarfile back, into an endless loop
+                raise UserError(f"{path} is damaged at byte {member.offset}: fetch it again")
+            offset, size, end = member.offset_data, member.size, member_end(member)
+            if not member.isreg():
+                continue
+            if outer is None and member.name.endswith(".tar"):
+                file.seek(offset)
+                yield from _list_members(file, path, offset + size, member.name.removesuffix(".tar"))
+            elif outer is None and member.name.endswith(".cls"):
+                raise UserError(
+                    f"{path} contains WebDataset shards: run `python data/prepare.py {path.parent} --index`"
+                )
+            elif _is_image(member.name):
+                name = member.name.removeprefix("./") if outer is None else f"{outer}/{member.name}"
+                yield Item(name, str(path), f"{offset} {size}", offset, size)
+    check_end(file, end, limit, path)
 
 
 def _from_paths(items: Iterator[Item], source: str, ignore_labels: bool) -> list[Item]:

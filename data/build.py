@@ -9,9 +9,9 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.files import write_atomic
-from data.index import describe
+from data.index import check_every_byte, describe
 from data.planning import PrepareOptions, ShardPlan, claim_folder, hold_out, plan_shards
-from data.pool import add_progress, run_tasks
+from data.pool import run_tasks
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
 from data.sources import Item, open_source
@@ -67,20 +67,20 @@ def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[Sh
     Their sizes are checked, with `--repair` every byte. Shards that lost images to a repair without the source do not
     count as finished.
     """
-    out, records = options.out, {}
-    if (out / "index.json").exists():
-        listed = {shard.file: asdict(shard) for shards in read_index(out).splits.values() for shard in shards}
-        skipped = _skipped_lines(out)
-        for plan in plans:
-            if plan.path.name in listed:
-                lines = [skipped[item.name] for item, _ in plan.items if item.name in skipped]
-                records[plan] = {"shard": listed[plan.path.name], "skipped": lines}
-    records |= {plan: json.loads(plan.record.read_bytes()) for plan in plans if plan.record.exists()}
-    incomplete = salvaged_shards(out)
-    records = {plan: record for plan, record in records.items() if plan.path.name not in incomplete}
+    out, records, incomplete = options.out, {}, salvaged_shards(options.out)
+    listed = {s.file: asdict(s) for s in read_index(out).shards} if (out / "index.json").exists() else {}
+    skipped = _skipped_lines(out)
+    for plan in plans:
+        if plan.path.name in incomplete:
+            continue
+        if plan.record.exists():
+            records[plan] = json.loads(plan.record.read_bytes())
+        elif plan.path.name in listed:
+            lines = [skipped[item.name] for item, _ in plan.items if item.name in skipped]
+            records[plan] = {"shard": listed[plan.path.name], "skipped": lines}
     shards = [Shard(**record["shard"]) for record in records.values()]
     if options.repair and shards:
-        check = partial(_check_every_byte, out=out)
+        check = partial(check_every_byte, folder=out)
         damage = run_tasks(check, shards, options.workers, sum(shard.samples for shard in shards))
     else:
         damage = [find_damage(out, shard) for shard in shards]
@@ -89,13 +89,8 @@ def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[Sh
     return {plan: record for (plan, record), found in zip(records.items(), damage, strict=True) if found is None}
 
 
-def _check_every_byte(shard: Shard, out: Path) -> str | None:
-    add_progress(shard.samples)
-    return find_damage(out, shard, digests=True)
-
-
 def _skipped_lines(out: Path) -> dict[str, str]:
-    """Lines `name: reason` of skipped.txt, by name; a name may contain `: ` itself, so every prefix is a key."""
+    """Lines `name: reason` of skipped.txt by name; a name may contain `: ` itself, so every prefix is a key."""
     path = out / "skipped.txt"
     lines = path.read_bytes().decode().split("\n") if path.exists() else []
     return {line[: colon.start()]: line for line in lines for colon in re.finditer(": ", line)}
@@ -106,8 +101,9 @@ def _finish(out: Path, records: dict[ShardPlan, dict], classes: list[str] | None
     splits = defaultdict(list)
     for plan, record in records.items():
         splits[plan.path.name.rsplit("-", 1)[0]].append(Shard(**record["shard"]))
+    index = Index(dict(splits), classes)
     skipped = [line for record in records.values() for line in record["skipped"]]
-    if not any(shard.samples for shards in splits.values() for shard in shards):
+    if not any(shard.samples for shard in index.shards):
         for plan in records:
             for file in (plan.path, index_file(plan.path), plan.record):
                 file.unlink()
@@ -116,7 +112,7 @@ def _finish(out: Path, records: dict[ShardPlan, dict], classes: list[str] | None
     if skipped:
         write_atomic(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
         print(f"{len(skipped):,} damaged images were left out, listed in {out / 'skipped.txt'}")
-    write_index(out, Index(dict(splits), classes))
+    write_index(out, index)
     (out / LOST).unlink(missing_ok=True)  # images lost to a repair without the source are complete again
     for plan in records:
         plan.record.unlink(missing_ok=True)

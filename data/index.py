@@ -8,16 +8,7 @@ import numpy as np
 
 from configs.errors import UserError
 from data.pool import add_progress, run_tasks
-from data.shards import (
-    Index,
-    Shard,
-    find_damage,
-    index_file,
-    index_tar,
-    read_index,
-    repair_hint,
-    write_index,
-)
+from data.shards import Index, Shard, find_damage, index_file, index_tar, read_index, repair_hint, write_index
 from data.tars import read_rows
 
 
@@ -28,15 +19,10 @@ def describe(folder: Path) -> None:
         samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
         print(f"  {split:6} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
     print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
-    recipe = "digits" if _is_digits(folder) else "photos"
+    source = folder / "source.json"
+    recipe = "digits" if source.exists() and b'"source": "digits"' in source.read_bytes() else "photos"
     command = f"deepspeed pretrain/main.py --config configs/pretrain/{recipe}.yaml --data.path {folder}"
     print(f"ready: {command} --run.name {folder.absolute().name}")
-
-
-def _is_digits(folder: Path) -> bool:
-    """Whether the shards were made from the built-in digits."""
-    path = folder / "source.json"
-    return path.exists() and b'"source": "digits"' in path.read_bytes()
 
 
 def index_folder(folder: Path, workers: int) -> None:
@@ -59,19 +45,12 @@ def index_folder(folder: Path, workers: int) -> None:
             max_label = max(max_label, int(np.load(index_file(tar), allow_pickle=False)["label"].max()))
     if not any(shard.samples for shard in shards):
         raise UserError(f"{folder}: its tars contain no images; a sample needs KEY.jpg, KEY.png, KEY.webp or KEY.npy")
-    classes = _class_names(folder) or ([str(i) for i in range(max_label + 1)] or None)
-    if classes is not None and max_label >= len(classes):
-        raise UserError(
-            f"{folder / 'classes.txt'} has {len(classes)} lines, but a label is {max_label}: write one line per class"
-        )
-    write_index(folder, Index(dict(splits), classes))
+    names = folder / "classes.txt"
+    classes = (names.read_text().splitlines() if names.exists() else []) or [str(i) for i in range(max_label + 1)]
+    if max_label >= len(classes):
+        raise UserError(f"{names} has {len(classes)} lines, but a label is {max_label}: write one line per class")
+    write_index(folder, Index(dict(splits), classes or None))
     describe(folder)
-
-
-def _class_names(folder: Path) -> list[str] | None:
-    """Lines of classes.txt, the class names of shards from other tools; None if there is no such file."""
-    path = folder / "classes.txt"
-    return path.read_text().splitlines() if path.exists() else None
 
 
 def _index_one(tar: Path) -> Shard:
@@ -82,10 +61,9 @@ def _index_one(tar: Path) -> Shard:
 
 def verify(folder: Path, workers: int) -> None:
     """Check every byte of every shard. Prints the damaged shards and raises `UserError` if there are any."""
-    index = read_index(folder)
-    shards = [shard for shards in index.splits.values() for shard in shards]
+    shards = read_index(folder).shards
     samples = sum(shard.samples for shard in shards)
-    damage = list(filter(None, run_tasks(partial(_verify_one, folder=folder), shards, workers, samples)))
+    damage = list(filter(None, run_tasks(partial(check_every_byte, folder=folder), shards, workers, samples)))
     if damage:
         print("\n".join(damage))
         raise UserError(
@@ -95,7 +73,8 @@ def verify(folder: Path, workers: int) -> None:
     print(f"{folder}: {len(shards):,} shards, {samples:,} images, no damage")
 
 
-def _verify_one(shard: Shard, folder: Path) -> str | None:
+def check_every_byte(shard: Shard, folder: Path) -> str | None:
+    """Description of a shard's damage, with the samples that are damaged; None if there is none. For `run_tasks`."""
     tar = folder / shard.file
     add_progress(shard.samples)
     damage = find_damage(folder, shard, digests=True)

@@ -42,12 +42,8 @@ class Samples(Dataset):
     A damaged image is replaced by another one and marked in "damaged". The replacement depends on seed, epoch and
     sample only, so it is the same on every machine and in resumed runs.
 
-    Args:
-        split: the shards
-        channels: of the decoded images
-        seed: of the run
-        transform: crop and augmentation of image and target, which is the label (-1 = none)
-        score: for evaluation: replaced samples get target -1, so that they are not counted
+    With `score`, for evaluation, replaced samples get target -1, so that they are not counted.
+
     Raises:
         UserError: all replacements are damaged as well, so something else is wrong
     """
@@ -77,7 +73,7 @@ class Samples(Dataset):
         except RemoteUserError:  # the image is not damaged, but cannot be fetched
             raise
         except UserError as error:
-            return None, f"{self.split.folder}, split {self.split.name}, sample {sample}: {error}"
+            return None, f"{self._place(sample)}: {error}"
 
     def _replacement(self, epoch: int, sample: int) -> tuple[Tensor, int]:
         rng = np.random.default_rng([self.seed, SUBSTITUTES, epoch, sample])
@@ -90,9 +86,10 @@ class Samples(Dataset):
     def describe_damage(self, sample: int) -> str:
         """What is wrong with a damaged sample; it is read again."""
         image, damage = self.load(sample)
-        if image is None:
-            return damage
-        return f"{self.split.folder}, split {self.split.name}, sample {sample}: damaged at first, now readable"
+        return damage if image is None else f"{self._place(sample)}: damaged at first, now readable"
+
+    def _place(self, sample: int) -> str:
+        return f"{self.split.folder}, split {self.split.name}, sample {sample}"
 
 
 class Loader:
@@ -101,8 +98,6 @@ class Loader:
     Iterating raises `UserError` for damaged data, also for errors in a loader process.
 
     Args:
-        samples: of a split
-        batches: of this rank
         workers: loader processes; 0 = load in this process; None = this rank's share of the cores, at most 8
         pin: copy batches to pinned memory
     """
@@ -115,9 +110,6 @@ class Loader:
         self.workers, self.pin = workers, pin
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         self.prefetcher = Prefetcher(samples.split) if first and isinstance(samples.split.folder, Remote) else None
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self.iterate()
 
     def iterate(self, first_step: int = 0) -> Iterator[dict[str, Tensor]]:
         """The batches; those of training from optimizer step `first_step` (over all epochs) on.
@@ -149,6 +141,8 @@ class Loader:
             if prefetch:
                 prefetch([])
 
+    __iter__ = iterate
+
 
 def _quiet_worker(_: int) -> None:
     """Loader processes ignore signals: the training process saves its state and then stops them.
@@ -174,19 +168,8 @@ def train_loader(
     pin: bool = False,
     weights: np.ndarray | None = None,
 ) -> Loader:
-    """All micro batches of a rank, over all epochs.
+    """All micro batches of a rank, over all epochs. For `weights` of the samples see `EpochOrder`.
 
-    Args:
-        split: the shards
-        transform: see `Transform`
-        channels: of the images
-        seed: of the run
-        data: path, repeats, workers
-        optim: batch sizes, epochs
-        rank: of this process
-        ranks: number of processes
-        pin: copy batches to pinned memory
-        weights: sampling weights, see `EpochOrder`
     Raises:
         UserError: the split is smaller than one global batch
     """

@@ -12,7 +12,7 @@ from configs.log import say
 from configs.schema import Data
 from data.remote import is_url
 from data.shards import Split, open_split
-from data.sources import SPLITS, Item, open_source
+from data.sources import Item, open_source
 from data.tars import IMAGE_TYPES, split_member_name
 
 
@@ -21,23 +21,20 @@ class Folder:
 
     Sub-folders are classes. Top folders named like splits (train, val, test) are splits; without them, the split
     contains all images. Classes are those of all splits, sorted by name as in `data/prepare.py`; None if an image is
-    outside the class folders.
-
-    Raises:
-        UserError: no images, or no such split
+    outside the class folders. Raises `UserError` if there are no images, or no such split.
     """
 
     def __init__(self, folder: Path, name: str):
         self.folder, self.name, self.items = folder, name, list_images(folder)
         labelled = all(item.label is not None for item in self.items)
         self.classes = sorted({item.label for item in self.items}) if labelled else None
-        if _has_splits(self.items):
-            splits = {item.split for item in self.items}
-            if name not in splits:
-                raise UserError(f"{folder} has no split {name} {nearest(name, splits)}")
-            self.items = [item for item in self.items if item.split == name]
-        else:
+        splits = {item.split for item in self.items}
+        if splits == {None}:
             say(f"{folder} has no split folders: using all {len(self.items):,} images as split {name}")
+        elif name not in splits:
+            raise UserError(f"{folder} has no split {name} {nearest(name, splits)}")
+        else:
+            self.items = [item for item in self.items if item.split == name]
         number = {label: i for i, label in enumerate(self.classes or [])}
         self._labels = np.array([number.get(item.label, -1) for item in self.items], np.int32)
 
@@ -60,18 +57,8 @@ def list_images(folder: Path) -> list[Item]:
         return items
 
 
-def _has_splits(items: list[Item]) -> bool:
-    """Whether the top folders are splits; otherwise all items have split `train`."""
-    return any(item.split != "train" for item in items) or all(
-        any(part.lower() in SPLITS for part in item.name.split("/")[:-1]) for item in items
-    )
-
-
 def read_image(path: Path) -> bytes:
-    """Content of an image file for `data.decode.decode`; types that it does not support (bmp, tif, ppm) are converted.
-
-    Raises `UserError` if the file cannot be read.
-    """
+    """Content of an image file for `data.decode.decode`; bmp, tif, ppm are converted; `UserError` if unreadable."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -84,11 +71,7 @@ def read_image(path: Path) -> bytes:
 
 
 def open_images(path: str, split: str) -> Split | Folder:
-    """Open a split of shards (a folder with index.json, or its URL) or of a plain folder of images.
-
-    Raises:
-        UserError: the path is neither, or it has no such split
-    """
+    """Open a split of shards (a folder or a URL) or of a plain folder of images; `UserError` if the path is neither."""
     folder = Path(path)
     if is_url(path) or (folder / "index.json").exists() or (folder.is_dir() and any(folder.glob("*.tar"))):
         return open_split(Data(path), split)

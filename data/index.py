@@ -28,8 +28,7 @@ def describe(folder: Path) -> None:
 def index_folder(folder: Path, workers: int) -> None:
     """Index WebDataset tars of other tools. A tar's split is its name without the number (train-0001.tar -> train).
 
-    Raises:
-        UserError: no tars, a damaged one, no images, or classes.txt has too few lines
+    Raises `UserError` for no tars, a damaged one, no images, or too few lines in classes.txt.
     """
     if (folder / "source.json").exists():
         raise UserError(f"{folder} was made by this command and has an index: to rewrite it, {repair_hint(folder)}")
@@ -62,19 +61,22 @@ def _index_one(tar: Path) -> Shard:
 def verify(folder: Path, workers: int) -> None:
     """Check every byte of every shard. Prints the damaged shards and raises `UserError` if there are any."""
     shards = read_index(folder).shards
-    samples = sum(shard.samples for shard in shards)
-    damage = list(filter(None, run_tasks(partial(check_every_byte, folder=folder), shards, workers, samples)))
+    damage = list(filter(None, check_every_byte(folder, shards, workers)))
     if damage:
         print("\n".join(damage))
-        raise UserError(
-            f"{folder}: {len(damage)} of {len(shards)} shards are damaged, listed above: fetch or prepare them again, "
-            f"or keep the undamaged images with `python data/prepare.py {folder} --repair`"
-        )
-    print(f"{folder}: {len(shards):,} shards, {samples:,} images, no damage")
+        way_out = f"or keep the undamaged images with `python data/prepare.py {folder} --repair`"
+        problem = f"{len(damage)} of {len(shards)} shards are damaged, listed above"
+        raise UserError(f"{folder}: {problem}: fetch or prepare them again, {way_out}")
+    print(f"{folder}: {len(shards):,} shards, {sum(shard.samples for shard in shards):,} images, no damage")
 
 
-def check_every_byte(shard: Shard, folder: Path) -> str | None:
-    """Description of a shard's damage, with the samples that are damaged; None if there is none. For `run_tasks`."""
+def check_every_byte(folder: Path, shards: list[Shard], workers: int) -> list[str | None]:
+    """Description of each shard's damage, with its damaged samples; None if there is none."""
+    samples = sum(shard.samples for shard in shards)
+    return run_tasks(partial(_check_shard, folder=folder), shards, workers, samples)
+
+
+def _check_shard(shard: Shard, folder: Path) -> str | None:
     tar = folder / shard.file
     add_progress(shard.samples)
     damage = find_damage(folder, shard, digests=True)

@@ -12,6 +12,7 @@ import io
 import os
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
 from typing import BinaryIO
 
-from configs.errors import UserError
+from configs.errors import UserError, reason
 from data.tars import CHUNK_BYTES, IMAGE_TYPES, check_end, member_end
 
 READABLE = (*IMAGE_TYPES, "bmp", "tif", "tiff", "ppm", "pgm")
@@ -39,19 +40,22 @@ class Item:
     offset: int | None = None  # in a tar, with size
     size: int | None = None
     zipped: bool = False
-    split: str = "train"
+    split: str | None = None  # None: not divided
     label: str | None = None
 
     def image_bytes(self) -> bytes:
-        """The encoded image."""
+        """The encoded image. Raises `UserError` if it is damaged in a zip, `OSError` if the source has disappeared."""
         if self.container == "digits":
             return digits()[self.name][0]
         if self.offset is not None:
             with Path(self.container).open("rb") as file:
                 return os.pread(file.fileno(), self.size, self.offset)
-        if self.zipped:
+        if not self.zipped:
+            return Path(self.container).read_bytes()
+        try:
             return _open_zip(self.container, os.getpid()).read(self.name)
-        return Path(self.container).read_bytes()
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:  # RuntimeError: encrypted
+            raise UserError(f"cannot be read from the zip ({reason(error)})") from None
 
 
 @contextmanager
@@ -60,25 +64,23 @@ def open_source(source: str, scratch: Path, ignore_labels: bool = False) -> Iter
 
     Raises `UserError` if the source does not exist, is of an unknown type, damaged, or without images.
     """
-    unpacked = None
-    try:
-        if source == "digits":
-            items = [Item(name, "digits", split=split, label=label) for name, (_, split, label) in digits().items()]
-        else:
-            path = Path(source)
-            if (path / "index.json").exists():
-                raise UserError(f"{source} contains shards already: train on them, or give the original images")
-            if not path.exists():
-                raise UserError(f"{source} does not exist: give a folder, a zip, a tar, or `digits`")
-            if path.is_file() and not _is_tar(path) and not zipfile.is_zipfile(path):
-                unpacked = scratch / f".{path.name}.unpacked"
-                _unpack(path, unpacked)
-                path = unpacked
-            items = _from_paths(_list(path), source, ignore_labels)
+    if source == "digits":
+        items = [Item(name, "digits", split=split, label=label) for name, (_, split, label) in digits().items()]
         yield sorted(items, key=lambda item: item.name)
+        return
+    path = Path(source)
+    if (path / "index.json").exists():
+        raise UserError(f"{source} contains shards already: train on them, or give the original images")
+    if not path.exists():
+        raise UserError(f"{source} does not exist: give a folder, a zip, a tar, or `digits`")
+    unpacked = scratch / f".{path.name}.unpacked"
+    try:
+        if path.is_file() and not _is_tar(path) and not zipfile.is_zipfile(path):
+            _unpack(path, unpacked)
+            path = unpacked
+        yield sorted(_from_paths(_list(path), source, ignore_labels), key=lambda item: item.name)
     finally:
-        if unpacked is not None:
-            unpacked.unlink(missing_ok=True)
+        unpacked.unlink(missing_ok=True)
 
 
 def _list(path: Path) -> Iterator[Item]:
@@ -119,9 +121,8 @@ def _list_members(file: BinaryIO, path: Path, limit: int, outer: str | None = No
                 file.seek(offset)
                 yield from _list_members(file, path, offset + size, member.name.removesuffix(".tar"))
             elif outer is None and member.name.endswith(".cls"):
-                raise UserError(
-                    f"{path} contains WebDataset shards: run `python data/prepare.py {path.parent} --index`"
-                )
+                way_out = f"run `python data/prepare.py {path.parent} --index`"
+                raise UserError(f"{path} contains WebDataset shards: {way_out}")
             elif _is_image(member.name):
                 name = member.name.removeprefix("./") if outer is None else f"{outer}/{member.name}"
                 yield Item(name, str(path), f"{offset} {size}", offset, size)
@@ -138,7 +139,7 @@ def _from_paths(items: Iterator[Item], source: str, ignore_labels: bool) -> list
         if folders[0][0].lower() in SPLITS:
             break
         folders = [parts[1:] for parts in folders]  # one folder contains everything
-    splits = ["train"] * len(items)
+    splits = [None] * len(items)
     if all(parts and parts[0].lower() in SPLITS for parts in folders):
         splits = [SPLITS[parts[0].lower()] for parts in folders]
         folders = [parts[1:] for parts in folders]
@@ -172,13 +173,13 @@ def _unpack(path: Path, target: Path) -> None:
     import gzip
     import lzma
 
-    openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+    openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by the first bytes
     with path.open("rb") as file:
-        magic = file.read(2)
-    if magic not in openers:
+        opener = openers.get(file.read(2))
+    if opener is None:
         raise UserError(f"{path} is not a folder, a zip or a tar (plain, gz, bz2 or xz)")
     try:
-        with openers[magic](path) as packed, target.open("wb") as out:
+        with opener(path) as packed, target.open("wb") as out:
             copyfileobj(packed, out, CHUNK_BYTES)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"{path} cannot be unpacked into {target.parent} ({error})") from None

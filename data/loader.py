@@ -40,12 +40,8 @@ class Samples(Dataset):
     Sample -1 pads a batch; its target is -1. Views number the random crops of a sample in an epoch (data.repeats).
 
     A damaged image is replaced by another one and marked in "damaged". The replacement depends on seed, epoch and
-    sample only, so it is the same on every machine and in resumed runs.
-
-    With `score`, for evaluation, replaced samples get target -1, so that they are not counted.
-
-    Raises:
-        UserError: all replacements are damaged as well, so something else is wrong
+    sample only, so it is the same on every machine and in resumed runs. With `score`, for evaluation, it gets target
+    -1, so that it is not counted. If all replacements are damaged as well, `UserError` is raised.
     """
 
     def __init__(self, split: Split, channels: int, seed: int, transform: Transform, score: bool = False):
@@ -59,11 +55,8 @@ class Samples(Dataset):
         if damaged:
             image, label = self._replacement(epoch, loaded)
         target = -1 if sample < 0 or (damaged and self.score) else label
-        return {
-            **self.transform(image, target, sample_rng(self.seed, epoch, loaded, view)),
-            "sample": sample,
-            "damaged": damaged and sample >= 0,  # padding is not a sample
-        }
+        entries = self.transform(image, target, sample_rng(self.seed, epoch, loaded, view))
+        return {**entries, "sample": sample, "damaged": damaged and sample >= 0}  # padding is not a sample
 
     def load(self, sample: int) -> tuple[Tensor | None, int | str]:
         """Image and label of a sample, or None and a description of the damage."""
@@ -95,11 +88,8 @@ class Samples(Dataset):
 class Loader:
     """Batches as dicts of tensors: "sample" and "damaged" [B], and those of the transform: "image" [B, C, H, W].
 
+    `workers` are loader processes: 0 = load in this process, None = this rank's share of the cores, at most 8.
     Iterating raises `UserError` for damaged data, also for errors in a loader process.
-
-    Args:
-        workers: loader processes; 0 = load in this process; None = this rank's share of the cores, at most 8
-        pin: copy batches to pinned memory
     """
 
     def __init__(self, samples: Samples, batches: TrainBatches | EvalBatches, workers: int | None, pin: bool):
@@ -170,17 +160,14 @@ def train_loader(
 ) -> Loader:
     """All micro batches of a rank, over all epochs. For `weights` of the samples see `EpochOrder`.
 
-    Raises:
-        UserError: the split is smaller than one global batch
+    Raises `UserError` if the split is smaller than one global batch.
     """
     micro, _ = optim.accumulation(ranks)
     order = EpochOrder(split.counts, seed, weights)
     batches = TrainBatches(order, optim.batch_size, micro, rank, ranks, optim.epochs, data.repeats)
     if batches.steps_per_epoch == 0:
-        raise UserError(
-            f"{split.folder} has {len(order)} samples in split {split.name}, fewer than one batch: "
-            f"lower optim.batch_size (now {optim.batch_size})"
-        )
+        problem = f"{split.folder} has {len(order)} samples in split {split.name}, fewer than one batch"
+        raise UserError(f"{problem}: lower optim.batch_size (now {optim.batch_size})")
     return Loader(Samples(split, channels, seed, transform), batches, data.workers, pin)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 # Second word of the seed of every generator: its purpose, so that no two purposes share random numbers
 SHARDS, WINDOWS, SAMPLES, STEPS, SUBSTITUTES, DRAWS, SHARE = 1, 2, 3, 4, 5, 6, 7
 WINDOW = 16  # shards that are shuffled together
+Batch = list[tuple[int, int, int]]  # epoch, sample, view
 
 
 class EpochOrder:
@@ -23,7 +24,6 @@ class EpochOrder:
         counts: samples in each shard
         weights: relative frequency of each sample: an epoch may contain a sample several times or not at all, and is
             as long as the number of samples with a weight above 0; None = every sample once
-        window: number of shards that are shuffled together
     """
 
     def __init__(self, counts: np.ndarray, seed: int, weights: np.ndarray | None = None, window: int = WINDOW):
@@ -78,7 +78,7 @@ class EpochOrder:
 
 
 class TrainBatches:
-    """Micro batches of one rank, from any optimizer step to the end of training, as lists of (epoch, sample, view).
+    """Micro batches of one rank, from any optimizer step to the end of training.
 
     A global batch is `batch_size` consecutive positions; rank r takes its r-th part. An epoch's tail that does not fill
     a global batch is left out, so ranks always agree on the number of steps.
@@ -94,9 +94,7 @@ class TrainBatches:
         self.share, self.positions = batch_size // ranks, batch_size // repeats  # of a rank; of a global batch
         self.steps_per_epoch = len(order) // batch_size
 
-    def iterate(
-        self, first_step: int = 0, prefetch: Callable[[list[int]], None] | None = None
-    ) -> Iterator[list[tuple[int, int, int]]]:
+    def iterate(self, first_step: int = 0, prefetch: Callable[[list[int]], None] | None = None) -> Iterator[Batch]:
         """The micro batches from optimizer step `first_step` (over all epochs) on.
 
         `prefetch` is called when a new window begins, with the shards that are read next, in order.
@@ -126,7 +124,7 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Batches of one rank over the given samples, in order, as lists of (0, sample, 0).
+    """Batches of one rank over the given samples, in order; epoch and view are 0.
 
     All ranks get the same number of batches; sample -1 pads the last one.
     """
@@ -139,7 +137,7 @@ class EvalBatches:
     def __len__(self) -> int:
         return -(-len(self.ids) // self.batch)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[Batch]:
         for i in range(0, len(self.ids), self.batch):
             yield [(0, sample, 0) for sample in self.ids[i : i + self.batch]]
 

@@ -139,10 +139,8 @@ def _check_entry(shard: Shard, index: Path | str) -> None:
 class Split:
     """Random access to the samples of one split; ids run from 0 over its shards in order.
 
-    Shards of a `Remote` folder are fetched on first use.
-
-    Raises:
-        UserError: no such folder or split, or a local shard is missing or has the wrong size
+    Shards of a `Remote` folder are fetched on first use. Raises `UserError` if there is no such folder or split, or a
+    local shard is missing or has the wrong size.
     """
 
     def __init__(self, folder: Path | Remote, name: str):
@@ -168,11 +166,7 @@ class Split:
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
 
     def read(self, sample: int) -> tuple[bytes, int]:
-        """Image bytes and label of a sample.
-
-        Raises:
-            UserError: the bytes do not match their checksum, or the shard cannot be fetched
-        """
+        """Image bytes and label. Raises `UserError` for a wrong checksum, or if the shard cannot be fetched."""
         number = int(np.searchsorted(self.first, sample, "right")) - 1
         file, rows = self._open_shard(number)
         offset, size, crc, label = rows[sample - self.first[number]].item()
@@ -191,12 +185,9 @@ class Split:
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none. Reads the indexes only, not the tars."""
-
-        def of_shard(number: int) -> np.ndarray:
-            return self._load_rows(number)["label"].copy()  # a view would keep the whole index in memory
-
         with ThreadPoolExecutor(CONCURRENT_FETCHES) as pool:
-            return np.concatenate(list(pool.map(of_shard, range(len(self.shards)))))
+            indexes = pool.map(self._load_rows, range(len(self.shards)))
+            return np.concatenate([rows["label"].copy() for rows in indexes])  # views would keep the indexes in memory
 
     def open_tar(self, number: int) -> int:
         """File descriptor of a shard's tar, to be closed by the caller; a remote one is fetched first."""
@@ -239,8 +230,7 @@ class Split:
 def open_split(data: Data, name: str | None = None) -> Split:
     """Open a split of the shards at `data.path`, by default `data.split`.
 
-    Raises:
-        UserError: it does not exist, or data.cache_gb is too small for the shards that are in use at a time
+    Raises `UserError` if it does not exist, or data.cache_gb is too small for the shards that are in use at a time.
     """
     if not is_url(data.path):
         return Split(Path(data.path), name or data.split)

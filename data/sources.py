@@ -80,7 +80,8 @@ def open_source(source: str, scratch: Path, ignore_labels: bool = False) -> Iter
             path = unpacked
         yield sorted(_from_paths(_list(path), source, ignore_labels), key=lambda item: item.name)
     finally:
-        unpacked.unlink(missing_ok=True)
+        if unpacked.exists():  # checked first: on a read-only disk, removing a missing file is an error
+            unpacked.unlink()
 
 
 def _list(path: Path) -> Iterator[Item]:

@@ -3,15 +3,14 @@
 import json
 import re
 from collections import defaultdict
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from configs.errors import UserError
 from configs.files import write_atomic
-from data.index import describe
+from data.index import check_every_byte, describe
 from data.planning import PrepareOptions, ShardPlan, claim_folder, hold_out, plan_shards
-from data.pool import add_progress, run_tasks
+from data.pool import run_tasks
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
 from data.sources import Item, open_source
@@ -20,8 +19,7 @@ from data.sources import Item, open_source
 def build(options: PrepareOptions) -> None:
     """Write the shards of a source. After an interruption, a second run writes only the missing shards.
 
-    Raises:
-        UserError: the source cannot be read, or the folder has other content
+    Raises `UserError` if the source cannot be read, or the folder has other content.
     """
     out = options.out
     if out.exists() and not out.is_dir():
@@ -40,7 +38,6 @@ def build(options: PrepareOptions) -> None:
 
 
 def _write_missing(options: PrepareOptions, items: list[Item]) -> None:
-    """Write missing and damaged shards, then the index."""
     out, splits = options.out, hold_out(items, options.val_fraction)
     claim_folder(options, items)
     for file in out.glob(".*.part"):  # left behind by a killed run
@@ -61,54 +58,49 @@ def _write_missing(options: PrepareOptions, items: list[Item]) -> None:
     _finish(out, {plan: done[plan] for plan in plans}, classes)
 
 
-def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[ShardPlan, dict]:
-    """Records (see `write_shard`) of the finished shards, from index.json or left behind by an interrupted run.
+def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[ShardPlan, tuple[Shard, list[str]]]:
+    """Finished shards and their skipped images, from index.json or from the records of an interrupted run.
 
     Their sizes are checked, with `--repair` every byte. Shards that lost images to a repair without the source do not
     count as finished.
     """
-    out, records = options.out, {}
-    if (out / "index.json").exists():
-        listed = {shard.file: asdict(shard) for shards in read_index(out).splits.values() for shard in shards}
-        skipped = _skipped_lines(out)
-        for plan in plans:
-            if plan.path.name in listed:
-                lines = [skipped[item.name] for item, _ in plan.items if item.name in skipped]
-                records[plan] = {"shard": listed[plan.path.name], "skipped": lines}
-    records |= {plan: json.loads(plan.record.read_bytes()) for plan in plans if plan.record.exists()}
-    incomplete = salvaged_shards(out)
-    records = {plan: record for plan, record in records.items() if plan.path.name not in incomplete}
-    shards = [Shard(**record["shard"]) for record in records.values()]
+    out, done, incomplete = options.out, {}, salvaged_shards(options.out)
+    listed = {shard.file: shard for shard in read_index(out).shards} if (out / "index.json").exists() else {}
+    skipped = _skipped_lines(out)
+    for plan in plans:
+        if plan.path.name in incomplete:
+            continue
+        if plan.record.exists():
+            record = json.loads(plan.record.read_bytes())
+            done[plan] = Shard(**record["shard"]), record["skipped"]
+        elif plan.path.name in listed:
+            done[plan] = listed[plan.path.name], [skipped[i.name] for i, _ in plan.items if i.name in skipped]
+    shards = [shard for shard, _ in done.values()]
     if options.repair and shards:
-        check = partial(_check_every_byte, out=out)
-        damage = run_tasks(check, shards, options.workers, sum(shard.samples for shard in shards))
+        damage = check_every_byte(out, shards, options.workers)
     else:
         damage = [find_damage(out, shard) for shard in shards]
     for description in filter(None, damage):
         print(f"{description}: rewriting it")
-    return {plan: record for (plan, record), found in zip(records.items(), damage, strict=True) if found is None}
-
-
-def _check_every_byte(shard: Shard, out: Path) -> str | None:
-    add_progress(shard.samples)
-    return find_damage(out, shard, digests=True)
+    return {plan: done[plan] for plan, found in zip(done, damage, strict=True) if found is None}
 
 
 def _skipped_lines(out: Path) -> dict[str, str]:
-    """Lines `name: reason` of skipped.txt, by name; a name may contain `: ` itself, so every prefix is a key."""
+    """Lines `name: reason` of skipped.txt by name; a name may contain `: ` itself, so every prefix is a key."""
     path = out / "skipped.txt"
     lines = path.read_bytes().decode().split("\n") if path.exists() else []
     return {line[: colon.start()]: line for line in lines for colon in re.finditer(": ", line)}
 
 
-def _finish(out: Path, records: dict[ShardPlan, dict], classes: list[str] | None) -> None:
+def _finish(out: Path, done: dict[ShardPlan, tuple[Shard, list[str]]], classes: list[str] | None) -> None:
     """Write skipped.txt and index.json, remove the records, print a summary."""
     splits = defaultdict(list)
-    for plan, record in records.items():
-        splits[plan.path.name.rsplit("-", 1)[0]].append(Shard(**record["shard"]))
-    skipped = [line for record in records.values() for line in record["skipped"]]
-    if not any(shard.samples for shards in splits.values() for shard in shards):
-        for plan in records:
+    for plan, (shard, _) in done.items():
+        splits[plan.path.name.rsplit("-", 1)[0]].append(shard)
+    index = Index(dict(splits), classes)
+    skipped = [line for _, lines in done.values() for line in lines]
+    if not any(shard.samples for shard in index.shards):
+        for plan in done:
             for file in (plan.path, index_file(plan.path), plan.record):
                 file.unlink()
         (out / "source.json").unlink()
@@ -116,8 +108,8 @@ def _finish(out: Path, records: dict[ShardPlan, dict], classes: list[str] | None
     if skipped:
         write_atomic(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
         print(f"{len(skipped):,} damaged images were left out, listed in {out / 'skipped.txt'}")
-    write_index(out, Index(dict(splits), classes))
+    write_index(out, index)
     (out / LOST).unlink(missing_ok=True)  # images lost to a repair without the source are complete again
-    for plan in records:
+    for plan in done:
         plan.record.unlink(missing_ok=True)
     describe(out)

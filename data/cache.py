@@ -29,44 +29,34 @@ class RemoteUserError(UserError):
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Lock a file against other processes and threads; the file is removed afterwards.
+    """Lock a file against other processes and threads; yields whether it is locked, always True with `wait`.
 
-    The lock is released explicitly: forked children share the descriptor, so that closing it would not be enough.
-
-    Yields:
-        True, or with `wait=False` False if another holds the lock
+    The file is removed afterwards. The lock is released explicitly: forked children share the descriptor, so that
+    closing it would not be enough.
     """
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if os.path.samestat(os.fstat(file), path.stat()):
-                break
-        except FileNotFoundError:
-            pass  # the previous holder removed the file: retry with a new one
-        except BlockingIOError:
-            os.close(file)
-            yield False
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    continue
+            except FileNotFoundError:
+                continue  # the previous holder removed the file: retry with a new one
+            except BlockingIOError:
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
+                fcntl.flock(file, fcntl.LOCK_UN)
             return
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)
-    try:
-        yield True
-    finally:
-        path.unlink(missing_ok=True)
-        fcntl.flock(file, fcntl.LOCK_UN)
-        os.close(file)
 
 
 class Cache:
     """Files by their SHA-256, up to `limit` bytes including downloads in progress; evicts the least recently used.
 
-    Only files with the names above are counted and removed.
-
-    Raises:
-        UserError: the folder cannot be created or written
+    Only files with the names above are counted and removed. Raises `UserError` if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, limit: int):
@@ -82,21 +72,17 @@ class Cache:
         try:
             yield
         except OSError as error:
-            raise RemoteUserError(
-                f"data.cache {self.folder}: {(error.strerror or reason(error)).lower()}: free some space, lower "
-                "data.cache_gb, or choose another folder"
-            ) from None
+            problem = (error.strerror or reason(error)).lower()
+            way_out = "free some space, lower data.cache_gb, or choose another folder"
+            raise RemoteUserError(f"data.cache {self.folder}: {problem}: {way_out}") from None
 
     def find(self, digest: str, size: int | None) -> int | None:
-        """Open a file and mark it as used. Returns its descriptor, or None if it is not cached.
-
-        A file that does not have `size` bytes is removed; None = any size.
-        """
+        """Open a file of `size` bytes (None = any), and mark it as used. Returns its descriptor, None if not cached."""
         try:
             file = os.open(self.folder / digest, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        if size is not None and os.fstat(file).st_size != size:  # after a power cut
+        if size is not None and os.fstat(file).st_size != size:  # damaged by a power failure
             os.close(file)
             self.drop(digest)
             return None
@@ -105,14 +91,12 @@ class Cache:
 
     def touch(self, digest: str) -> bool:
         """Mark a file as used. Returns whether it is cached."""
-        try:
+        with suppress(FileNotFoundError):
             os.utime(self.folder / digest)
-        except FileNotFoundError:
-            return False
-        return True
+            return True
+        return False
 
     def drop(self, digest: str) -> None:
-        """Remove a file from the cache, if it is cached."""
         (self.folder / digest).unlink(missing_ok=True)
 
     def fetching(self, digest: str):
@@ -131,10 +115,9 @@ class Cache:
             with self._room():
                 files, used = self._contents(digest)
                 for _, bytes_, old in sorted(files):
-                    if used + size <= self.limit:
-                        break
-                    old.unlink(missing_ok=True)
-                    used -= bytes_
+                    if used + size > self.limit:
+                        old.unlink(missing_ok=True)
+                        used -= bytes_
                 if used + size <= self.limit:
                     path.touch()
                     break
@@ -160,9 +143,8 @@ class Cache:
         Removes leftovers: parts and locks that nobody holds, and parts of `own`, whose lock the caller holds.
         """
         files, used = [], 0
-        for path in [Path(entry) for entry in os.scandir(self.folder)]:
-            name = NAME.fullmatch(path.name)
-            if name is None:
+        for path in list(self.folder.iterdir()):
+            if not (name := NAME.fullmatch(path.name)):
                 continue
             digest, reserved = name.groups()
             with suppress(FileNotFoundError):  # a download ended just now

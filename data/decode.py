@@ -32,17 +32,13 @@ def decode(data: bytes, channels: int | None = None) -> Tensor:
     """
     if data.startswith(NPY_MAGIC):
         image = _decode_npy(data)
-    elif channels not in MODES:
-        raise UserError(
-            f"a picture cannot be read with {channels} channels: use .npy images or model.channels 1, 3 or 4"
-        )
-    else:
-        image = _decode_picture(data, channels)
-        if channels is not None:
-            image = _to_channels(image, channels)
-    if channels is not None and image.shape[0] != channels:
-        raise UserError(f"a .npy image has {image.shape[0]} channels, model.channels is {channels}")
-    return image
+        if channels not in (None, len(image)):
+            raise UserError(f"a .npy image has {len(image)} channels, model.channels is {channels}")
+        return image
+    if channels not in MODES:
+        raise UserError(f"pictures cannot be read with {channels} channels: use .npy, or model.channels 1, 3 or 4")
+    image = _decode_picture(data, channels)
+    return image if channels is None else _to_channels(image, channels)
 
 
 def _decode_picture(data: bytes, channels: int | None) -> Tensor:
@@ -115,11 +111,10 @@ def _to_channels(image: Tensor, channels: int) -> Tensor:
 
 def _decode_npy(data: bytes) -> Tensor:
     """Decode an array. Unlike np.load, which allocates what the header claims, this checks that the bytes exist."""
-    file = io.BytesIO(data)
+    file, npy = io.BytesIO(data), np.lib.format
     try:
-        version_1 = np.lib.format.read_magic(file) == (1, 0)
-        read_header = np.lib.format.read_array_header_1_0 if version_1 else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(file)
+        version_1 = npy.read_magic(file) == (1, 0)
+        shape, fortran_order, dtype = (npy.read_array_header_1_0 if version_1 else npy.read_array_header_2_0)(file)
         array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
         array = array.reshape(shape, order="F" if fortran_order else "C")
     except Exception as error:  # damaged headers raise almost any exception in numpy
@@ -127,9 +122,8 @@ def _decode_npy(data: bytes) -> Tensor:
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.dtype.kind not in "uif" or 0 in array.shape:
-        raise UserError(
-            f"a .npy image must be a numeric array of shape [H, W] or [H, W, C], not {array.dtype} {array.shape}"
-        )
+        kind = f"{array.dtype} {array.shape}"
+        raise UserError(f"a .npy image must be a numeric array of shape [H, W] or [H, W, C], not {kind}")
     if array.dtype.kind in "ui" and array.dtype != np.uint8:
         array = array / np.iinfo(array.dtype).max
     if array.dtype != np.uint8:

@@ -10,9 +10,9 @@ import numpy as np
 from configs.errors import UserError, nearest
 from configs.log import say
 from configs.schema import Data
-from data.remote import Remote, is_url
-from data.shards import Shard, Split, open_split
-from data.sources import SPLITS, Item, open_source
+from data.remote import is_url
+from data.shards import Split, open_split
+from data.sources import Item, open_source
 from data.tars import IMAGE_TYPES, split_member_name
 
 
@@ -21,40 +21,28 @@ class Folder:
 
     Sub-folders are classes. Top folders named like splits (train, val, test) are splits; without them, the split
     contains all images. Classes are those of all splits, sorted by name as in `data/prepare.py`; None if an image is
-    outside the class folders.
-
-    Args:
-        folder: searched recursively
-        name: of the split
-    Raises:
-        UserError: no images, or no such split
+    outside the class folders. Raises `UserError` if there are no images, or no such split.
     """
 
     def __init__(self, folder: Path, name: str):
-        self.folder, self.name = folder, name
-        items = list_images(folder)
-        labelled = all(item.label is not None for item in items)
-        self.classes = sorted({item.label for item in items}) if labelled else None
-        if _has_splits(items):
-            splits = {item.split for item in items}
-            if name not in splits:
-                raise UserError(f"{folder} has no split {name} {nearest(name, splits)}")
-            items = [item for item in items if item.split == name]
+        self.folder, self.name, self.items = folder, name, list_images(folder)
+        labelled = all(item.label is not None for item in self.items)
+        self.classes = sorted({item.label for item in self.items}) if labelled else None
+        splits = {item.split for item in self.items}
+        if splits == {None}:
+            say(f"{folder} has no split folders: using all {len(self.items):,} images as split {name}")
+        elif name not in splits:
+            raise UserError(f"{folder} has no split {name} {nearest(name, splits)}")
         else:
-            say(f"{folder} has no split folders: using all {len(items):,} images as split {name}")
-        self.items = items
+            self.items = [item for item in self.items if item.split == name]
         number = {label: i for i, label in enumerate(self.classes or [])}
-        self._labels = np.array([number.get(item.label, -1) for item in items], np.int32)
+        self._labels = np.array([number.get(item.label, -1) for item in self.items], np.int32)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def read(self, sample: int) -> tuple[bytes, int]:
-        """Image bytes that `data.decode.decode` accepts, and label (-1 = none) of a sample.
-
-        Raises:
-            UserError: the file cannot be read
-        """
+        """Image bytes for `data.decode.decode` and label (-1 = none); errors as `read_image`."""
         return read_image(Path(self.items[sample].container)), int(self._labels[sample])
 
     def labels(self) -> np.ndarray:
@@ -69,19 +57,8 @@ def list_images(folder: Path) -> list[Item]:
         return items
 
 
-def _has_splits(items: list[Item]) -> bool:
-    """Whether the top folders are splits; otherwise all items have split `train`."""
-    return any(item.split != "train" for item in items) or all(
-        any(part.lower() in SPLITS for part in item.name.split("/")[:-1]) for item in items
-    )
-
-
 def read_image(path: Path) -> bytes:
-    """Content of an image file for `data.decode.decode`; types that it does not support (bmp, tif, ppm) are converted.
-
-    Raises:
-        UserError: the file cannot be read
-    """
+    """Content of an image file for `data.decode.decode`; bmp, tif, ppm are converted; `UserError` if unreadable."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -94,11 +71,7 @@ def read_image(path: Path) -> bytes:
 
 
 def open_images(path: str, split: str) -> Split | Folder:
-    """Open a split of shards (a folder with index.json, or its URL) or of a plain folder of images.
-
-    Raises:
-        UserError: the path is neither, or it has no such split
-    """
+    """Open a split of shards (a folder or a URL) or of a plain folder of images; `UserError` if the path is neither."""
     folder = Path(path)
     if is_url(path) or (folder / "index.json").exists() or (folder.is_dir() and any(folder.glob("*.tar"))):
         return open_split(Data(path), split)
@@ -112,19 +85,16 @@ def sample_names(images: Split | Folder) -> list[str]:
     """Original name of each sample: its path in the folder, or the name stored in the shard."""
     if isinstance(images, Folder):
         return [item.name for item in images.items]
-    return [name for shard in images.shards for name in _shard_names(images.folder, shard)]
+    return [name for number in range(len(images.shards)) for name in _shard_names(images, number)]
 
 
-def _shard_names(folder: Path | Remote, shard: Shard) -> list[str]:
+def _shard_names(split: Split, number: int) -> list[str]:
     """The original name of each sample of a shard or, if none is stored, the name of its image in the tar."""
     members: dict[str, str] = {}  # by key, in the order of the samples
     originals: dict[str, str] = {}
-    if isinstance(folder, Path):
-        file = (folder / shard.file).open("rb")
-    else:
-        file = os.fdopen(folder.open_file(shard.file, shard.sha256, shard.bytes), "rb")
+    shard = split.shards[number]
     try:
-        with file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with os.fdopen(split.open_tar(number), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 key, kind = split_member_name(member.name)
                 if member.isreg() and kind in IMAGE_TYPES:
@@ -141,8 +111,7 @@ def _shard_names(folder: Path | Remote, shard: Shard) -> list[str]:
 def _stored_name(data: bytes) -> str | None:
     """The name in a sample's json member, written by `data/prepare.py`; None if there is none."""
     try:
-        content = json.loads(data)
-    except ValueError:
+        name = json.loads(data)["name"]
+    except (ValueError, KeyError, TypeError):  # not JSON, no such key, not an object
         return None
-    name = content.get("name") if isinstance(content, dict) else None
     return name if isinstance(name, str) else None

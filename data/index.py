@@ -8,16 +8,7 @@ import numpy as np
 
 from configs.errors import UserError
 from data.pool import add_progress, run_tasks
-from data.shards import (
-    Index,
-    Shard,
-    find_damage,
-    index_file,
-    index_tar,
-    read_index,
-    repair_hint,
-    write_index,
-)
+from data.shards import Index, Shard, find_damage, index_file, index_tar, read_index, repair_hint, write_index
 from data.tars import read_rows
 
 
@@ -28,22 +19,16 @@ def describe(folder: Path) -> None:
         samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
         print(f"  {split:6} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
     print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
-    recipe = "digits" if _is_digits(folder) else "photos"
+    source = folder / "source.json"
+    recipe = "digits" if source.exists() and b'"source": "digits"' in source.read_bytes() else "photos"
     command = f"deepspeed pretrain/main.py --config configs/pretrain/{recipe}.yaml --data.path {folder}"
     print(f"ready: {command} --run.name {folder.absolute().name}")
-
-
-def _is_digits(folder: Path) -> bool:
-    """Whether the shards were made from the built-in digits."""
-    path = folder / "source.json"
-    return path.exists() and b'"source": "digits"' in path.read_bytes()
 
 
 def index_folder(folder: Path, workers: int) -> None:
     """Index WebDataset tars of other tools. A tar's split is its name without the number (train-0001.tar -> train).
 
-    Raises:
-        UserError: no tars, a damaged one, no images, or classes.txt has too few lines
+    Raises `UserError` for no tars, a damaged one, no images, or too few lines in classes.txt.
     """
     if (folder / "source.json").exists():
         raise UserError(f"{folder} was made by this command and has an index: to rewrite it, {repair_hint(folder)}")
@@ -59,19 +44,12 @@ def index_folder(folder: Path, workers: int) -> None:
             max_label = max(max_label, int(np.load(index_file(tar), allow_pickle=False)["label"].max()))
     if not any(shard.samples for shard in shards):
         raise UserError(f"{folder}: its tars contain no images; a sample needs KEY.jpg, KEY.png, KEY.webp or KEY.npy")
-    classes = _class_names(folder) or ([str(i) for i in range(max_label + 1)] or None)
-    if classes is not None and max_label >= len(classes):
-        raise UserError(
-            f"{folder / 'classes.txt'} has {len(classes)} lines, but a label is {max_label}: write one line per class"
-        )
-    write_index(folder, Index(dict(splits), classes))
+    names = folder / "classes.txt"
+    classes = (names.read_text().splitlines() if names.exists() else []) or [str(i) for i in range(max_label + 1)]
+    if max_label >= len(classes):
+        raise UserError(f"{names} has {len(classes)} lines, but a label is {max_label}: write one line per class")
+    write_index(folder, Index(dict(splits), classes or None))
     describe(folder)
-
-
-def _class_names(folder: Path) -> list[str] | None:
-    """Lines of classes.txt, the class names of shards from other tools; None if there is no such file."""
-    path = folder / "classes.txt"
-    return path.read_text().splitlines() if path.exists() else None
 
 
 def _index_one(tar: Path) -> Shard:
@@ -82,20 +60,23 @@ def _index_one(tar: Path) -> Shard:
 
 def verify(folder: Path, workers: int) -> None:
     """Check every byte of every shard. Prints the damaged shards and raises `UserError` if there are any."""
-    index = read_index(folder)
-    shards = [shard for shards in index.splits.values() for shard in shards]
-    samples = sum(shard.samples for shard in shards)
-    damage = list(filter(None, run_tasks(partial(_verify_one, folder=folder), shards, workers, samples)))
+    shards = read_index(folder).shards
+    damage = list(filter(None, check_every_byte(folder, shards, workers)))
     if damage:
         print("\n".join(damage))
-        raise UserError(
-            f"{folder}: {len(damage)} of {len(shards)} shards are damaged, listed above: fetch or prepare them again, "
-            f"or keep the undamaged images with `python data/prepare.py {folder} --repair`"
-        )
-    print(f"{folder}: {len(shards):,} shards, {samples:,} images, no damage")
+        way_out = f"or keep the undamaged images with `python data/prepare.py {folder} --repair`"
+        problem = f"{len(damage)} of {len(shards)} shards are damaged, listed above"
+        raise UserError(f"{folder}: {problem}: fetch or prepare them again, {way_out}")
+    print(f"{folder}: {len(shards):,} shards, {sum(shard.samples for shard in shards):,} images, no damage")
 
 
-def _verify_one(shard: Shard, folder: Path) -> str | None:
+def check_every_byte(folder: Path, shards: list[Shard], workers: int) -> list[str | None]:
+    """Description of each shard's damage, with its damaged samples; None if there is none."""
+    samples = sum(shard.samples for shard in shards)
+    return run_tasks(partial(_check_shard, folder=folder), shards, workers, samples)
+
+
+def _check_shard(shard: Shard, folder: Path) -> str | None:
     tar = folder / shard.file
     add_progress(shard.samples)
     damage = find_damage(folder, shard, digests=True)

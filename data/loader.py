@@ -40,16 +40,8 @@ class Samples(Dataset):
     Sample -1 pads a batch; its target is -1. Views number the random crops of a sample in an epoch (data.repeats).
 
     A damaged image is replaced by another one and marked in "damaged". The replacement depends on seed, epoch and
-    sample only, so it is the same on every machine and in resumed runs.
-
-    Args:
-        split: the shards
-        channels: of the decoded images
-        seed: of the run
-        transform: crop and augmentation of image and target, which is the label (-1 = none)
-        score: for evaluation: replaced samples get target -1, so that they are not counted
-    Raises:
-        UserError: all replacements are damaged as well, so something else is wrong
+    sample only, so it is the same on every machine and in resumed runs. With `score`, for evaluation, it gets target
+    -1, so that it is not counted. If all replacements are damaged as well, `UserError` is raised.
     """
 
     def __init__(self, split: Split, channels: int, seed: int, transform: Transform, score: bool = False):
@@ -63,11 +55,8 @@ class Samples(Dataset):
         if damaged:
             image, label = self._replacement(epoch, loaded)
         target = -1 if sample < 0 or (damaged and self.score) else label
-        return {
-            **self.transform(image, target, sample_rng(self.seed, epoch, loaded, view)),
-            "sample": sample,
-            "damaged": damaged and sample >= 0,  # padding is not a sample
-        }
+        entries = self.transform(image, target, sample_rng(self.seed, epoch, loaded, view))
+        return {**entries, "sample": sample, "damaged": damaged and sample >= 0}  # padding is not a sample
 
     def load(self, sample: int) -> tuple[Tensor | None, int | str]:
         """Image and label of a sample, or None and a description of the damage."""
@@ -77,7 +66,7 @@ class Samples(Dataset):
         except RemoteUserError:  # the image is not damaged, but cannot be fetched
             raise
         except UserError as error:
-            return None, f"{self.split.folder}, split {self.split.name}, sample {sample}: {error}"
+            return None, f"{self._place(sample)}: {error}"
 
     def _replacement(self, epoch: int, sample: int) -> tuple[Tensor, int]:
         rng = np.random.default_rng([self.seed, SUBSTITUTES, epoch, sample])
@@ -90,21 +79,17 @@ class Samples(Dataset):
     def describe_damage(self, sample: int) -> str:
         """What is wrong with a damaged sample; it is read again."""
         image, damage = self.load(sample)
-        if image is None:
-            return damage
-        return f"{self.split.folder}, split {self.split.name}, sample {sample}: damaged at first, now readable"
+        return damage if image is None else f"{self._place(sample)}: damaged at first, now readable"
+
+    def _place(self, sample: int) -> str:
+        return f"{self.split.folder}, split {self.split.name}, sample {sample}"
 
 
 class Loader:
     """Batches as dicts of tensors: "sample" and "damaged" [B], and those of the transform: "image" [B, C, H, W].
 
+    `workers` are loader processes: 0 = load in this process, None = this rank's share of the cores, at most 8.
     Iterating raises `UserError` for damaged data, also for errors in a loader process.
-
-    Args:
-        samples: of a split
-        batches: of this rank
-        workers: loader processes; 0 = load in this process; None = this rank's share of the cores, at most 8
-        pin: copy batches to pinned memory
     """
 
     def __init__(self, samples: Samples, batches: TrainBatches | EvalBatches, workers: int | None, pin: bool):
@@ -115,9 +100,6 @@ class Loader:
         self.workers, self.pin = workers, pin
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         self.prefetcher = Prefetcher(samples.split) if first and isinstance(samples.split.folder, Remote) else None
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self.iterate()
 
     def iterate(self, first_step: int = 0) -> Iterator[dict[str, Tensor]]:
         """The batches; those of training from optimizer step `first_step` (over all epochs) on.
@@ -149,6 +131,8 @@ class Loader:
             if prefetch:
                 prefetch([])
 
+    __iter__ = iterate
+
 
 def _quiet_worker(_: int) -> None:
     """Loader processes ignore signals: the training process saves its state and then stops them.
@@ -174,30 +158,16 @@ def train_loader(
     pin: bool = False,
     weights: np.ndarray | None = None,
 ) -> Loader:
-    """All micro batches of a rank, over all epochs.
+    """All micro batches of a rank, over all epochs. For `weights` of the samples see `EpochOrder`.
 
-    Args:
-        split: the shards
-        transform: see `Transform`
-        channels: of the images
-        seed: of the run
-        data: path, repeats, workers
-        optim: batch sizes, epochs
-        rank: of this process
-        ranks: number of processes
-        pin: copy batches to pinned memory
-        weights: sampling weights, see `EpochOrder`
-    Raises:
-        UserError: the split is smaller than one global batch
+    Raises `UserError` if the split is smaller than one global batch.
     """
     micro, _ = optim.accumulation(ranks)
     order = EpochOrder(split.counts, seed, weights)
     batches = TrainBatches(order, optim.batch_size, micro, rank, ranks, optim.epochs, data.repeats)
     if batches.steps_per_epoch == 0:
-        raise UserError(
-            f"{split.folder} has {len(order)} samples in split {split.name}, fewer than one batch: "
-            f"lower optim.batch_size (now {optim.batch_size})"
-        )
+        problem = f"{split.folder} has {len(order)} samples in split {split.name}, fewer than one batch"
+        raise UserError(f"{problem}: lower optim.batch_size (now {optim.batch_size})")
     return Loader(Samples(split, channels, seed, transform), batches, data.workers, pin)
 
 

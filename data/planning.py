@@ -51,17 +51,11 @@ class PrepareOptions:
 
 @dataclass(frozen=True, eq=False)
 class ShardPlan:
-    """One shard to write.
-
-    Args:
-        path: of the tar
-        items: images with their label numbers (None = no label)
-        first: number of the first image within the split
-    """
+    """One shard to write."""
 
     path: Path
-    items: list[tuple[Item, int | None]]
-    first: int
+    items: list[tuple[Item, int | None]]  # with their label numbers
+    first: int  # number of the first image within the split
 
     @property
     def record(self) -> Path:
@@ -72,12 +66,11 @@ class ShardPlan:
 def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
     """Items of each split; `fraction` of each class of `train` moves to `val`, chosen by a hash of the name.
 
-    Raises:
-        UserError: the source has its own splits, or a split would be empty
+    Raises `UserError` if the source has its own splits, or a split would be empty.
     """
     splits = defaultdict(list)
     for item in items:
-        splits[item.split].append(item)
+        splits[item.split or "train"].append(item)
     if fraction == 0:
         return dict(splits)
     if "val" in splits or "train" not in splits:
@@ -96,15 +89,11 @@ def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
 
 
 def claim_folder(options: PrepareOptions, items: list[Item]) -> None:
-    """Write source.json, or check that it has the same source and options.
-
-    Raises:
-        UserError: the folder has another data set
-    """
+    """Write source.json. Raises `UserError` if there is one of another source or other options."""
     content = hashlib.sha256("\n".join(f"{item.name} {item.stamp}" for item in items).encode()).hexdigest()[:16]
-    keys = ("resize", "quality", "shard_size", "val_fraction", "no_labels")
     new = {"source": Path(options.source).name, "images": len(items), "content": content}
-    new |= {key: getattr(options, key) for key in keys}
+    for key in ("resize", "quality", "shard_size", "val_fraction", "no_labels"):
+        new[key] = getattr(options, key)
     path = options.out / "source.json"
     if not path.exists():
         write_atomic(path, json.dumps(new, indent=1).encode())
@@ -112,14 +101,11 @@ def claim_folder(options: PrepareOptions, items: list[Item]) -> None:
     try:
         old = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError):
-        raise UserError(
-            f"{path} is damaged: delete {options.out} and run this again, or choose another folder"
-        ) from None
-    changes = [f"{key} was {old.get(key)}, is {new[key]}" for key in new if old.get(key) != new[key]]
+        way_out = f"delete {options.out} and run this again, or choose another folder"
+        raise UserError(f"{path} is damaged: {way_out}") from None
+    changes = "; ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in new if old.get(key) != new[key])
     if changes:
-        raise UserError(
-            f"{options.out} has another data set ({'; '.join(changes)}): choose another folder or delete it"
-        )
+        raise UserError(f"{options.out} has another data set ({changes}): choose another folder or delete it")
 
 
 def plan_shards(
@@ -129,8 +115,7 @@ def plan_shards(
     label_numbers = {name: i for i, name in enumerate(classes or [])}
     plans = []
     for split, items in sorted(splits.items()):
-        order = np.random.default_rng(ORDER_SEED).permutation(len(items))
-        first = 0
+        order, first = np.random.default_rng(ORDER_SEED).permutation(len(items)), 0
         for i, part in enumerate(np.array_split(order, -(-len(items) // shard_size))):
             members = [(items[k], label_numbers.get(items[k].label)) for k in part]
             plans.append(ShardPlan(out / f"{split}-{i:06}.tar", members, first))

@@ -23,11 +23,8 @@ def add_progress(images: int) -> None:
 def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, images: int) -> list[Result]:
     """Call `function(task)` for every task in worker processes, and return the results in the order of the tasks.
 
-    The first error stops the other tasks and is raised; Ctrl-C stops the workers at once.
-
-    Args:
-        workers: maximum number of processes
-        images: total of the progress bar, see `add_progress`
+    The first error stops the other tasks and is raised; Ctrl-C stops the workers at once. `images` is the total of the
+    progress bar, see `add_progress`.
     """
     done = multiprocessing.Value("q", 0)
     bar = Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -15,13 +15,10 @@ class Prefetcher:
     """Fetches shards in background threads, for all processes of a host.
 
     Errors are only logged: reading the shard runs into them again, and raises.
-
-    Attributes:
-        threads: number of running threads
     """
 
     def __init__(self, split: Split):
-        self.split, self.threads = split, 0
+        self.split, self.threads = split, 0  # running threads
         self._queue: deque[int] = deque()
         self._lock, self._announced = threading.Lock(), False
 
@@ -39,11 +36,8 @@ class Prefetcher:
             if not cache.touch(shard.sha256):
                 missing.append(shard.bytes)
         if missing and not self._announced:
-            say(
-                f"fetching {len(missing)} shards, {sum(missing) / 1e9:.3g} GB, to {cache.folder}; "
-                "more are fetched during training"
-            )
-            self._announced = True
+            self._announced, what = True, f"{len(missing)} shards, {sum(missing) / 1e9:.3g} GB"
+            say(f"fetching {what}, to {cache.folder}; more are fetched during training")
         with self._lock:
             self._queue = queue
             new = min(CONCURRENT_FETCHES, len(queue)) - self.threads

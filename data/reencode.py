@@ -19,7 +19,6 @@ def reencode(data: bytes, name: str, resize: int | None = None, quality: int | N
     channel, .npy; both are lossless.
 
     Args:
-        data: content of the file
         name: of the file; its suffix is the type
         resize: maximum length of the shorter side, pixels; larger images are shrunk; None = keep the size
         quality: JPEG quality; None = re-encode only what is shrunk, JPEG with quality 95; alpha is always PNG
@@ -32,13 +31,13 @@ def reencode(data: bytes, name: str, resize: int | None = None, quality: int | N
         image = decode(data)
         if resize is None or min(image.shape[1:]) <= resize:
             return kind, data
-        raise UserError(
-            f"--resize does not support .npy images, this one has shape {tuple(image.shape)}: resize it beforehand"
-        )
-    picture = _open_picture(data)
+        shape = tuple(image.shape)
+        raise UserError(f"--resize does not support .npy images, this one has shape {shape}: resize it beforehand")
+    picture, out = _open_picture(data), io.BytesIO()
     small = resize is None or min(picture.size) <= resize
     if picture.mode not in EIGHT_BIT:
-        return "npy", _to_npy(np.asarray(picture) if small else _shrink_deep(picture, resize))
+        np.save(out, np.asarray(picture) if small else _shrink_deep(picture, resize), allow_pickle=False)
+        return "npy", out.getvalue()
     if small and kind in IMAGE_TYPES and quality is None:
         decode(data, 3)  # as the loader will
         return kind, data
@@ -46,9 +45,7 @@ def reencode(data: bytes, name: str, resize: int | None = None, quality: int | N
         picture = picture.convert({"1": "L", "LA": "RGBA"}.get(picture.mode, "RGB"))
     if not small:
         picture = _shrink(picture, resize)
-    lossy = kind == "jpg" or quality is not None
-    out = io.BytesIO()
-    if lossy and picture.mode != "RGBA":
+    if picture.mode != "RGBA" and (kind == "jpg" or quality is not None):
         picture.save(out, "jpeg", quality=quality or 95)
         return "jpg", out.getvalue()
     picture.save(out, "png")
@@ -68,15 +65,7 @@ def _shrink_deep(picture: Image.Image, shorter: int) -> np.ndarray:
     return whole.clip(pixels.min(), pixels.max()).astype(pixels.dtype)
 
 
-def _to_npy(pixels: np.ndarray) -> bytes:
-    """A picture of 16 or 32 bits as .npy."""
-    out = io.BytesIO()
-    np.save(out, pixels, allow_pickle=False)
-    return out.getvalue()
-
-
 def _open_picture(data: bytes) -> Image.Image:
-    """Decode a picture with PIL. Raises `UserError` if it is damaged or too large."""
     try:
         picture = Image.open(io.BytesIO(data))
         picture.load()

@@ -11,7 +11,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
@@ -53,9 +53,7 @@ def check_url(url: str) -> str:
     """A folder's URL without trailing slashes. Raises `UserError` unless it is a plain URL of a supported protocol."""
     protocol, _, place = url.partition("://")
     if protocol not in PROTOCOLS or "::" in url:
-        raise UserError(
-            f"data.path {url} is not supported: use a URL without :: that begins with {', '.join(PROTOCOLS)}"
-        )
+        raise UserError(f"data.path {url}: use a URL without :: that begins with {', '.join(PROTOCOLS)}")
     if not place.strip("/") or re.search(r"[\s?#*\[\]]", place):
         raise UserError(f"data.path {url} is not the URL of a folder: use {protocol}://... without spaces and ?#*[]")
     if protocol.startswith("http") and "@" in place.split("/")[0]:
@@ -77,43 +75,6 @@ class _Progress(NoOpCallback):  # huggingface_hub streams only with this base cl
             raise ConnectionAbortedError("abandoned")
 
 
-def transfer(copy: Callable[[Path, NoOpCallback], None], part: Path, max_bytes: int) -> None:
-    """Run `copy(part, progress)` in a thread, which is abandoned if it stalls or receives too many bytes.
-
-    Timeouts of the libraries do not cover every hang, and some libraries have none.
-
-    Args:
-        max_bytes: of the file
-    Raises:
-        AttemptError: stalled, or too many bytes; errors of `copy` are passed on
-    """
-    progress, errors = _Progress(), []
-
-    def run() -> None:
-        try:
-            copy(part, progress)
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    seen, since = 0, time.monotonic()
-    try:
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            size = part.stat().st_size
-            if size > max_bytes:
-                raise AttemptError(f"sends more than the expected {max_bytes} bytes")
-            if size + progress.value - seen >= STALL_BYTES:  # some libraries report progress, others only write
-                seen, since = size + progress.value, time.monotonic()
-            elif thread.is_alive() and time.monotonic() - since > STALL_SECONDS:
-                raise AttemptError(f"stalled: no data for {STALL_SECONDS:g} s after {size} bytes")
-    finally:
-        progress.abandoned = True
-    if errors:
-        raise errors[0]
-
-
 def retried(url: str, attempt: Callable[[], Result]) -> Result:
     """The result of `attempt()`. An `AttemptError` is logged and retried; the last one becomes a `RemoteUserError`."""
     for number in range(1, ATTEMPTS + 1):
@@ -125,23 +86,19 @@ def retried(url: str, attempt: Callable[[], Result]) -> Result:
             seconds = BACKOFF_SECONDS * 2 ** (number - 1)
             print(f"{url}: {problem}; attempt {number + 1} of {ATTEMPTS} in {seconds:g} s", file=sys.stderr, flush=True)
             time.sleep(seconds)
-    raise RemoteUserError(
-        f"{url}: {problem}; gave up after {ATTEMPTS} attempts: check the network and the uploaded files, then run "
-        "the same command again"
-    )
+    way_out = "check the network and the uploaded files, then run the same command again"
+    raise RemoteUserError(f"{url}: {problem}; gave up after {ATTEMPTS} attempts: {way_out}")
 
 
 def explain(error: Exception, url: str, part: Path) -> Exception:
     """Classify a library's error: `AttemptError` if another attempt may help, `RemoteUserError` if it cannot."""
-    if isinstance(error, AttemptError):
-        return error
     if isinstance(error, OSError) and (error.errno in (errno.ENOSPC, errno.EDQUOT) or error.filename == str(part)):
         return error  # an error of the cache, not of the server
-    status = next((n for n in _statuses(error) if isinstance(n, int)), None)
+    owners, names = (error, getattr(error, "response", None)), ("status", "status_code", "code")  # depends on library
+    codes = [getattr(owner, name, None) for owner in owners for name in names]
+    status = next((code for code in codes if isinstance(code, int)), None)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return RemoteUserError(
-            f"{url} does not exist: upload the whole folder written by data/prepare.py, and check data.path"
-        )
+        return RemoteUserError(f"{url} does not exist: upload the whole folder of shards, and check data.path")
     if isinstance(error, PermissionError) or status in (401, 403):
         package = PROTOCOLS[url.partition("://")[0]]
         return RemoteUserError(f"{url}: no permission ({reason(error)}): configure credentials as {package} documents")
@@ -150,22 +107,8 @@ def explain(error: Exception, url: str, part: Path) -> Exception:
     return AttemptError(reason(error))
 
 
-def _statuses(error: Exception) -> Iterable[object]:
-    """Candidates for an HTTP status: the libraries use different attributes."""
-    for owner in (error, getattr(error, "response", None)):
-        for name in ("status", "status_code", "code"):
-            yield getattr(owner, name, None)
-
-
 class Remote:
-    """A folder of shards at a URL. `str()` and `/` give URLs.
-
-    Args:
-        url: of the folder with index.json
-        cache: for fetched files
-    Raises:
-        UserError: not a supported URL, or its protocol's package is not installed
-    """
+    """A folder of shards at a URL. `str()` and `/` give URLs. Raises `UserError` for URLs as `check_url`."""
 
     def __init__(self, url: str, cache: Cache):
         self.url, self.cache = check_url(url), cache
@@ -217,12 +160,8 @@ class Remote:
     def open_file(self, name: str, digest: str, size: int, exact: bool = True) -> int:
         """Descriptor of a file, to be closed by the caller; fetched first if it is not cached.
 
-        Args:
-            name: of the file, in the folder
-            digest: SHA-256 of its content
-            size: in bytes; an upper bound unless `exact`
-        Raises:
-            RemoteUserError: it cannot be fetched, does not match the digest, or is larger than the cache
+        `size`, in bytes, is an upper bound unless `exact`. Raises `RemoteUserError` if the file cannot be fetched, does
+        not match its SHA-256 `digest`, or is larger than the cache.
         """
         url, expected = self / name, size if exact else None
         if size > self.cache.limit:
@@ -241,25 +180,44 @@ class Remote:
                 return self.cache.keep(part, digest)
 
         with self.cache.disk_errors():
-            file = self.cache.find(digest, expected)
-            if file is None:
-                with self.cache.fetching(digest):
-                    file = self.cache.find(digest, expected)  # another process may have fetched it in the meantime
-                    file = retried(url, attempt) if file is None else file
-        return file
+            if (file := self.cache.find(digest, expected)) is not None:
+                return file
+            with self.cache.fetching(digest):
+                file = self.cache.find(digest, expected)  # another process may have fetched it in the meantime
+                return retried(url, attempt) if file is None else file
 
     def _transfer(self, url: str, part: Path, max_bytes: int) -> None:
-        def copy(part: Path, progress: NoOpCallback) -> None:
-            files = self._filesystem()
-            options = (
-                {"max_concurrency": 1} if url.startswith("s3:") else {}
-            )  # otherwise progress comes in steps of 50 MiB
-            files.get_file(files._strip_protocol(url), str(part), callback=progress, **options)
+        """Download a file in a thread, which is abandoned if it stalls or receives more than `max_bytes`.
 
+        Timeouts of the libraries do not cover every hang, and some libraries have none.
+        """
+        progress, errors = _Progress(), []
+
+        def copy() -> None:
+            options = {"max_concurrency": 1} if url.startswith("s3:") else {}  # else progress in steps of 50 MiB
+            try:
+                files = self._filesystem()
+                files.get_file(files._strip_protocol(url), str(part), callback=progress, **options)
+            except Exception as error:
+                errors.append(explain(error, url, part))
+
+        thread = threading.Thread(target=copy, daemon=True)
+        thread.start()
+        seen, since = 0, time.monotonic()
         try:
-            transfer(copy, part, max_bytes)
-        except Exception as error:
-            raise explain(error, url, part) from None
+            while thread.is_alive():
+                thread.join(POLL_SECONDS)
+                size = part.stat().st_size
+                if size > max_bytes:
+                    raise AttemptError(f"sends more than the expected {max_bytes} bytes")
+                if size + progress.value - seen >= STALL_BYTES:  # some libraries report progress, others only write
+                    seen, since = size + progress.value, time.monotonic()
+                elif thread.is_alive() and time.monotonic() - since > STALL_SECONDS:
+                    raise AttemptError(f"stalled: no data for {STALL_SECONDS:g} s after {size} bytes")
+        finally:
+            progress.abandoned = True
+        if errors:
+            raise errors[0]
 
     def _filesystem(self) -> fsspec.AbstractFileSystem:
         process = os.getpid()

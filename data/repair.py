@@ -14,7 +14,7 @@ import tarfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from tarfile import BLOCKSIZE
@@ -44,6 +44,14 @@ class Member(NamedTuple):
     kind: str
 
 
+@dataclass(frozen=True)
+class Repaired:
+    """A repaired shard: its entry in index.json, None if no image is left, and a line for each lost image."""
+
+    shard: Shard | None
+    lost: list[str]
+
+
 class Header(tarfile.TarInfo):
     """Long names have a pair of headers; if one of them is damaged, the other is treated as invalid."""
 
@@ -59,17 +67,15 @@ class Header(tarfile.TarInfo):
 def repair(folder: Path, workers: int) -> None:
     """Repair every shard that does not match index.json, print a summary, and list lost images in lost.txt.
 
-    Raises:
-        UserError: no index.json, or no undamaged image
+    Raises `UserError` if there is no index.json, or no undamaged image.
     """
     index = read_index(folder)
-    shards = [shard for shards in index.splits.values() for shard in shards]
-    records = run_tasks(partial(_repair_shard, folder=folder), shards, workers, sum(shard.samples for shard in shards))
-    repaired = {shard.file: record for shard, record in zip(shards, records, strict=True) if record}
-    if repaired:
-        new = _updated(index, repaired)
-        if new.splits:
-            _install(folder, new, repaired)
+    shards = index.shards
+    results = run_tasks(partial(_repair_shard, folder=folder), shards, workers, sum(shard.samples for shard in shards))
+    repaired = {shard: result for shard, result in zip(shards, results, strict=True) if result}
+    new = _updated(index, repaired)
+    if repaired and new.splits:
+        _install(folder, new, repaired)
     for file in folder.glob(".*.tar.salvaged*"):  # no longer needed, or left behind by a killed run
         file.unlink()
     if not repaired:
@@ -90,17 +96,13 @@ def _lost_lines(folder: Path) -> list[str]:
     return path.read_bytes().decode().splitlines() if path.exists() else []
 
 
-def _repair_shard(shard: Shard, folder: Path) -> dict | None:
-    """Repair a shard: rewrite a damaged index in place, write the replacement of a damaged tar beside it.
-
-    Returns:
-        None for an undamaged shard, else {"shard": new entry in index.json or None if no image is left, "lost": lines}
-    """
+def _repair_shard(shard: Shard, folder: Path) -> Repaired | None:
+    """Rewrite a damaged index, write the replacement of a damaged tar beside it. Returns None for an intact shard."""
     tar = folder / shard.file
     add_progress(shard.samples)
     indexed = _matches(index_file(tar), shard.index_sha256)
     if _matches(tar, shard.sha256):
-        return None if indexed else {"shard": asdict(index_tar(tar)), "lost": []}
+        return None if indexed else Repaired(index_tar(tar), [])
     replacement = _replacement(tar)
     done = replacement.with_name(f"{replacement.name}.json")
     if done.exists():  # by a run that was killed, perhaps after it had renamed one of the two files
@@ -109,10 +111,10 @@ def _repair_shard(shard: Shard, folder: Path) -> dict | None:
             _matches(new if new.exists() else old, digest)
             for (new, old), digest in zip(_renames(tar), (entry["sha256"], entry["index_sha256"]), strict=True)
         ):
-            return record
-    record = _salvage(tar, shard, np.load(index_file(tar), allow_pickle=False) if indexed else None)
-    write_atomic(done, json.dumps(record).encode())
-    return record
+            return Repaired(Shard(**entry), record["lost"])
+    repaired = _salvage(tar, shard, np.load(index_file(tar), allow_pickle=False) if indexed else None)
+    write_atomic(done, json.dumps(asdict(repaired)).encode())
+    return repaired
 
 
 def _matches(path: Path, digest: str) -> bool:
@@ -129,13 +131,10 @@ def _renames(tar: Path) -> list[tuple[Path, Path]]:
     return [(_replacement(tar), tar), (index_file(_replacement(tar)), index_file(tar))]
 
 
-def _salvage(tar: Path, shard: Shard, rows: np.ndarray | None) -> dict:
+def _salvage(tar: Path, shard: Shard, rows: np.ndarray | None) -> Repaired:
     """Write the undamaged samples of a tar to `_replacement(tar)`, with an index.
 
-    Args:
-        rows: [samples] the tar's index; None = damaged as well, then images that can be decoded count as undamaged
-    Returns:
-        a record, see `_repair_shard`
+    `rows` [samples] is the tar's index; None = damaged as well, then images that can be decoded count as undamaged.
     """
     from data.writing import write_tar  # imports torch, which an undamaged folder does not need
 
@@ -151,8 +150,7 @@ def _salvage(tar: Path, shard: Shard, rows: np.ndarray | None) -> dict:
     ]
     if shard.samples > len(rows):
         lost.append(f"{tar.name}: {shard.samples - len(rows)} images, keys and bytes unknown")
-    entry = asdict(replace(index_tar(_replacement(tar)), file=tar.name)) if intact.any() else None
-    return {"shard": entry, "lost": lost}
+    return Repaired(replace(index_tar(_replacement(tar)), file=tar.name) if intact.any() else None, lost)
 
 
 def _members(file: BinaryIO) -> Iterator[Member]:
@@ -161,11 +159,11 @@ def _members(file: BinaryIO) -> Iterator[Member]:
     try:
         archive = tarfile.TarFile(fileobj=file, tarinfo=Header, ignore_zeros=True)  # continues at the next valid header
         for member in archive:
-            if member.size < 0:  # would send tarfile back, into an endless loop
-                archive.offset = member.offset_data
-            elif member.isreg() and not member.issparse() and member.offset_data + member.size <= length:
-                offsets = member.offset, member.offset_data, member.size, member_end(member)
-                yield Member(*offsets, *split_member_name(member.name))
+            start, offset, size = member.offset, member.offset_data, member.size
+            if size < 0:  # would send tarfile back, into an endless loop
+                archive.offset = offset
+            elif member.isreg() and not member.issparse() and offset + size <= length:
+                yield Member(start, offset, size, member_end(member), *split_member_name(member.name))
     except (tarfile.TarError, ValueError, OverflowError):  # a member ends beyond the file: it is the last one
         return
 
@@ -186,8 +184,7 @@ def _decodable(file: BinaryIO, members: list[Member]) -> tuple[np.ndarray, np.nd
     rows, labels, decodes = {}, {}, {}
     for member in members:
         if member.kind == "cls":
-            label = parse_label(_read(file, member))
-            labels[member.key] = -1 if label is None else label
+            labels[member.key] = parse_label(_read(file, member))
         elif member.kind in IMAGE_TYPES and member.key not in rows:
             data = _read(file, member)
             rows[member.key] = member.offset, member.size, zlib.crc32(data)
@@ -233,46 +230,46 @@ def _samples(
         yield sample | ({"cls": str(label).encode()} if label >= 0 else {})
 
 
-def _updated(index: Index, repaired: dict[str, dict]) -> Index:
-    """The index with the new entries, without shards that have no image left."""
+def _updated(index: Index, repaired: dict[Shard, Repaired]) -> Index:
+    """The index with the new entries, without shards and splits that have no image left."""
     splits = {}
     for split, shards in index.splits.items():
-        entries = [repaired[shard.file]["shard"] if shard.file in repaired else asdict(shard) for shard in shards]
-        splits[split] = [Shard(**entry) for entry in entries if entry]
-    return replace(index, splits={split: shards for split, shards in splits.items() if any(s.samples for s in shards)})
+        left = [repaired[shard].shard if shard in repaired else shard for shard in shards]
+        if any(shard and shard.samples for shard in left):
+            splits[split] = [shard for shard in left if shard]
+    return replace(index, splits=splits)
 
 
-def _install(folder: Path, new: Index, repaired: dict[str, dict]) -> None:
+def _install(folder: Path, new: Index, repaired: dict[Shard, Repaired]) -> None:
     """Rename the replacements, write lost.txt, and index.json last."""
-    for file in repaired:
-        for replacement, path in _renames(folder / file):
+    for shard in repaired:
+        for replacement, path in _renames(folder / shard.file):
             if replacement.exists():
                 replacement.replace(path)
     sync_folder(folder)
-    lines = [line for record in repaired.values() for line in record["lost"]]
+    lines = [line for result in repaired.values() for line in result.lost]
     if lines:
         lines = dict.fromkeys([*_lost_lines(folder), *lines])  # a killed run may have written them
         write_atomic(folder / LOST, "".join(f"{line}\n" for line in lines).encode())
     write_index(folder, new)
 
 
-def _report(folder: Path, index: Index, new: Index, repaired: dict[str, dict]) -> None:
+def _report(folder: Path, index: Index, new: Index, repaired: dict[Shard, Repaired]) -> None:
     """Print what was repaired, what is lost, and which splits have changed."""
     lost = 0
-    for shard in (shard for shards in index.splits.values() for shard in shards if shard.file in repaired):
-        entry = repaired[shard.file]["shard"]
-        left = entry["samples"] if entry else 0
+    for shard, result in repaired.items():
+        entry = result.shard
+        left = entry.samples if entry else 0
         lost += shard.samples - left
-        same = entry and entry["sha256"] == shard.sha256
-        result = "repaired, byte for byte as it was" if same else f"{left:,} of {shard.samples:,} images kept"
-        print(f"{folder / shard.file}: {result}{'' if entry else ', no longer listed in index.json'}")
+        same = entry and entry.sha256 == shard.sha256
+        outcome = "repaired, byte for byte as it was" if same else f"{left:,} of {shard.samples:,} images kept"
+        print(f"{folder / shard.file}: {outcome}{'' if entry else ', no longer listed in index.json'}")
     if lost:
         print(f"{lost:,} images are lost, listed in {folder / LOST}")
         if (folder / "source.json").exists():
             print(f"to restore them from the original images: `python data/prepare.py SOURCE {folder} --repair`")
     for split, shards in index.splits.items():
         if [s.sha256 for s in shards] != [s.sha256 for s in new.splits.get(split, ())]:
-            print(
-                f"the content of split {split} has changed: runs trained on it cannot be resumed, use a new --run.name"
-            )
+            way_out = "runs trained on it cannot be resumed, use a new --run.name"
+            print(f"the content of split {split} has changed: {way_out}")
     describe(folder)

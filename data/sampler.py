@@ -5,12 +5,14 @@ same samples in the same global batches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 
 # Second word of the seed of every generator: its purpose, so that no two purposes share random numbers
 SHARDS, WINDOWS, SAMPLES, STEPS, SUBSTITUTES, DRAWS, SHARE = 1, 2, 3, 4, 5, 6, 7
 WINDOW = 16  # shards that are shuffled together
+Batch = list[tuple[int, int, int]]  # epoch, sample, view
 
 
 class EpochOrder:
@@ -20,55 +22,42 @@ class EpochOrder:
 
     Args:
         counts: samples in each shard
-        seed: of the run
         weights: relative frequency of each sample: an epoch may contain a sample several times or not at all, and is
             as long as the number of samples with a weight above 0; None = every sample once
-        window: number of shards that are shuffled together
     """
 
     def __init__(self, counts: np.ndarray, seed: int, weights: np.ndarray | None = None, window: int = WINDOW):
         self.counts, self.seed, self.weights, self.window = counts, seed, weights, window
-        self.first = np.concatenate([[0], np.cumsum(counts)])[:-1]
-        self._drawn: tuple[int, np.ndarray] | None = None
-        self._shards: tuple[int, np.ndarray, np.ndarray] | None = None
-        self._window: tuple[tuple[int, int], np.ndarray] | None = None
+        self.first = np.cumsum(counts) - counts  # each shard's first sample
+        self._copies = lru_cache(1)(self._copies)  # keep the last epoch or window only
+        self._shard_order = lru_cache(1)(self._shard_order)
+        self._window_ids = lru_cache(1)(self._window_ids)
 
     def __len__(self) -> int:
         return int(self.counts.sum()) if self.weights is None else np.count_nonzero(self.weights)
 
     def _copies(self, epoch: int) -> np.ndarray:
         """How often an epoch contains each sample: its scaled weight, rounded to give the right length."""
-        if self._drawn is None or self._drawn[0] != epoch:
-            share = np.cumsum(self.weights, dtype=np.float64)
-            start = np.random.default_rng([self.seed, DRAWS, epoch]).random()
-            edges = np.floor(share * (len(self) / share[-1]) + start).astype(np.int64)
-            edges[share == share[-1]] = len(self)  # rounding could lose one
-            self._drawn = epoch, np.diff(edges, prepend=0)
-        return self._drawn[1]
-
-    def _drawn_of_shards(self, epoch: int) -> np.ndarray:
-        before = np.concatenate([[0], np.cumsum(self._copies(epoch))])  # cumulative number of copies
-        return before[self.first + self.counts] - before[self.first]
+        share = np.cumsum(self.weights, dtype=np.float64)
+        start = np.random.default_rng([self.seed, DRAWS, epoch]).random()
+        edges = np.floor(share * (len(self) / share[-1]) + start).astype(np.int64)
+        edges[share == share[-1]] = len(self)  # rounding could lose one
+        return np.diff(edges, prepend=0)
 
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the shards, and the positions [windows + 1] at which windows start (and the last one ends)."""
-        if self._shards is None or self._shards[0] != epoch:
-            order = np.random.default_rng([self.seed, SHARDS, epoch]).permutation(len(self.counts))
-            counts = self.counts if self.weights is None else self._drawn_of_shards(epoch)
-            ends = np.cumsum(counts[order])
-            starts = np.concatenate([[0], ends[self.window - 1 :: self.window], ends[-1:]])
-            self._shards = epoch, order, starts
-        return self._shards[1:]
+        order, counts = np.random.default_rng([self.seed, SHARDS, epoch]).permutation(len(self.counts)), self.counts
+        if self.weights is not None:
+            before = np.concatenate([[0], np.cumsum(self._copies(epoch))])  # cumulative number of copies
+            counts = before[self.first + counts] - before[self.first]
+        ends = np.cumsum(counts[order])
+        return order, np.concatenate([[0], ends[self.window - 1 :: self.window], ends[-1:]])
 
     def _window_ids(self, epoch: int, number: int) -> np.ndarray:
-        if self._window is None or self._window[0] != (epoch, number):
-            order, _ = self._shard_order(epoch)
-            shards = order[number * self.window : (number + 1) * self.window]
-            ids = np.concatenate([np.arange(self.first[s], self.first[s] + self.counts[s]) for s in shards])
-            if self.weights is not None:
-                ids = np.repeat(ids, self._copies(epoch)[ids])
-            self._window = (epoch, number), np.random.default_rng([self.seed, WINDOWS, epoch, number]).permutation(ids)
-        return self._window[1]
+        ids = np.concatenate([self.first[s] + np.arange(self.counts[s]) for s in self.shards(epoch, number)])
+        if self.weights is not None:
+            ids = np.repeat(ids, self._copies(epoch)[ids])
+        return np.random.default_rng([self.seed, WINDOWS, epoch, number]).permutation(ids)
 
     def windows(self, epoch: int, start: int, stop: int) -> range:
         """Windows that contain positions start to stop (exclusive, greater than start) of an epoch."""
@@ -81,18 +70,15 @@ class EpochOrder:
 
     def ids(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Samples at positions start to stop (exclusive) of an epoch."""
-        _, starts = self._shard_order(epoch)
-        parts = []
-        while start < stop:
-            number = int(np.searchsorted(starts, start, "right")) - 1
-            end = min(stop, int(starts[number + 1]))
-            parts.append(self._window_ids(epoch, number)[start - starts[number] : end - starts[number]])
-            start = end
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        starts = self._shard_order(epoch)[1]
+        parts = [np.empty(0, np.int64)]
+        for number in self.windows(epoch, start, stop):
+            parts.append(self._window_ids(epoch, number)[max(0, start - starts[number]) : stop - starts[number]])
+        return np.concatenate(parts)
 
 
 class TrainBatches:
-    """Micro batches of one rank, from any optimizer step to the end of training, as lists of (epoch, sample, view).
+    """Micro batches of one rank, from any optimizer step to the end of training.
 
     A global batch is `batch_size` consecutive positions; rank r takes its r-th part. An epoch's tail that does not fill
     a global batch is left out, so ranks always agree on the number of steps.
@@ -104,33 +90,25 @@ class TrainBatches:
     def __init__(
         self, order: EpochOrder, batch_size: int, micro: int, rank: int, ranks: int, epochs: int, repeats: int = 1
     ):
-        self.order, self.micro = order, micro
-        self.rank, self.ranks, self.epochs = rank, ranks, epochs
+        self.order, self.micro, self.rank, self.epochs = order, micro, rank, epochs
         self.share, self.positions = batch_size // ranks, batch_size // repeats  # of a rank; of a global batch
         self.steps_per_epoch = len(order) // batch_size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        return self.iterate()
+    def iterate(self, first_step: int = 0, prefetch: Callable[[list[int]], None] | None = None) -> Iterator[Batch]:
+        """The micro batches from optimizer step `first_step` (over all epochs) on.
 
-    def iterate(
-        self, first_step: int = 0, prefetch: Callable[[list[int]], None] | None = None
-    ) -> Iterator[list[tuple[int, int, int]]]:
-        """The micro batches from `first_step` on.
-
-        Args:
-            first_step: optimizer steps already done, over all epochs
-            prefetch: called when a new window begins, with the shards that are read next, in order
+        `prefetch` is called when a new window begins, with the shards that are read next, in order.
         """
         previous = None
         views, places = np.divmod(np.arange(self.rank * self.share, (self.rank + 1) * self.share), self.positions)
+        first, last = places.min(), places.max() + 1
         for step in range(first_step, self.epochs * self.steps_per_epoch):
             epoch, batch = divmod(step, self.steps_per_epoch)
-            current = epoch, self.order.windows(epoch, batch * self.positions, (batch + 1) * self.positions)
+            start = batch * self.positions
+            current = epoch, self.order.windows(epoch, start, start + self.positions)
             if prefetch and current != previous:
                 prefetch(self._upcoming_shards(*current))
                 previous = current
-            first, last = places.min(), places.max() + 1
-            start = batch * self.positions
             ids = self.order.ids(epoch, start + first, start + last)[places - first].tolist()
             for i in range(0, self.share, self.micro):
                 part = slice(i, i + self.micro)
@@ -146,7 +124,7 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Batches of one rank over the given samples, in order, as lists of (0, sample, 0).
+    """Batches of one rank over the given samples, in order; epoch and view are 0.
 
     All ranks get the same number of batches; sample -1 pads the last one.
     """
@@ -159,7 +137,7 @@ class EvalBatches:
     def __len__(self) -> int:
         return -(-len(self.ids) // self.batch)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[Batch]:
         for i in range(0, len(self.ids), self.batch):
             yield [(0, sample, 0) for sample in self.ids[i : i + self.batch]]
 

@@ -51,6 +51,11 @@ class Index:
     splits: dict[str, list[Shard]]
     classes: list[str] | None
 
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards of all splits."""
+        return [shard for shards in self.splits.values() for shard in shards]
+
 
 def index_file(tar: Path) -> Path:
     """Path of a tar's index."""
@@ -63,11 +68,7 @@ def max_index_bytes(shard: Shard) -> int:
 
 
 def index_tar(tar: Path) -> Shard:
-    """Write the index of a finished tar beside it. Returns the shard's entry for index.json.
-
-    Raises:
-        UserError: the tar is damaged, see `read_rows`
-    """
+    """Write the index of a finished tar beside it. Returns the shard's entry for index.json; errors as `read_rows`."""
     rows = read_rows(tar)
     with atomic_file(index_file(tar)) as file:
         np.save(file, rows, allow_pickle=False)
@@ -77,23 +78,20 @@ def index_tar(tar: Path) -> Shard:
 def find_damage(folder: Path, shard: Shard, digests: bool = False) -> str | None:
     """Description of a local shard's damage, None if there is none. Checks its size or, with `digests`, every byte."""
     tar = folder / shard.file
-    try:
-        size = tar.stat().st_size
-    except FileNotFoundError:
+    if not tar.exists():
         return f"{tar} is missing"
-    if size != shard.bytes:
+    if (size := tar.stat().st_size) != shard.bytes:
         return f"{tar} has {size} bytes, index.json lists {shard.bytes}"
     if not index_file(tar).exists():
         return f"{tar} has no .idx.npy"
-    if digests:
-        for path, digest in ((tar, shard.sha256), (index_file(tar), shard.index_sha256)):
-            if sha256(path) != digest:
-                return f"{path} does not match its SHA-256 in index.json"
+    for path, digest in ((tar, shard.sha256), (index_file(tar), shard.index_sha256)) if digests else ():
+        if sha256(path) != digest:
+            return f"{path} does not match its SHA-256 in index.json"
     return None
 
 
 def repair_hint(folder: Path | Remote) -> str:
-    """What the user can do about a damaged folder of shards: it depends on who made the shards and where they are."""
+    """What the user can do about a damaged folder of shards."""
     if isinstance(folder, Remote):
         return "check the uploaded folder with `python data/prepare.py FOLDER --verify`, and upload it again"
     if (folder / "source.json").exists():
@@ -109,11 +107,7 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 def read_index(folder: Path | Remote) -> Index:
-    """Read index.json.
-
-    Raises:
-        UserError: it is missing, damaged or of another format
-    """
+    """Read index.json. Raises `UserError` if it is missing, damaged or of another format."""
     path = folder / "index.json"
     if isinstance(folder, Path) and not path.exists():
         if folder.is_dir() and any(folder.glob("*.tar")):
@@ -124,9 +118,10 @@ def read_index(folder: Path | Remote) -> Index:
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}: prepare it again")
         splits = {split: [Shard(**shard) for shard in shards] for split, shards in content["splits"].items()}
-        for shard in (shard for shards in splits.values() for shard in shards):
+        index = Index(splits, content["classes"])
+        for shard in index.shards:
             _check_entry(shard, path)
-        return Index(splits, content["classes"])
+        return index
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: {repair_hint(folder)}") from None
 
@@ -144,11 +139,8 @@ def _check_entry(shard: Shard, index: Path | str) -> None:
 class Split:
     """Random access to the samples of one split; ids run from 0 over its shards in order.
 
-    Args:
-        folder: contains index.json; shards of a `Remote` folder are fetched on first use
-        name: the split
-    Raises:
-        UserError: no such folder or split, or a local shard is missing or has the wrong size
+    Shards of a `Remote` folder are fetched on first use. Raises `UserError` if there is no such folder or split, or a
+    local shard is missing or has the wrong size.
     """
 
     def __init__(self, folder: Path | Remote, name: str):
@@ -174,27 +166,28 @@ class Split:
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:16]
 
     def read(self, sample: int) -> tuple[bytes, int]:
-        """Image bytes and label of a sample.
-
-        Raises:
-            UserError: the bytes do not match their checksum, or the shard cannot be fetched
-        """
+        """Image bytes and label. Raises `UserError` for a wrong checksum, or if the shard cannot be fetched."""
         number = int(np.searchsorted(self.first, sample, "right")) - 1
         file, rows = self._open_shard(number)
-        row = rows[sample - self.first[number]]
-        data = os.pread(file, int(row["size"]), int(row["offset"]))
-        if zlib.crc32(data) != row["crc"]:
-            data = self._reread(number, row)
-        return data, int(row["label"])
+        offset, size, crc, label = rows[sample - self.first[number]].item()
+        data = os.pread(file, size, offset)
+        shard = self.shards[number]
+        if zlib.crc32(data) != crc and isinstance(self.folder, Remote):  # only the copy in the cache may be damaged
+            if self.folder.drop_if_damaged(file, shard.sha256):
+                os.close(self._open_shards.pop(number)[0])
+            data = os.pread(self._open_shard(number)[0], size, offset)
+        if zlib.crc32(data) != crc:
+            hint = repair_hint(self.folder)
+            if isinstance(self.folder, Path):
+                hint += f"; `python data/prepare.py {self.folder} --verify` lists all damage"
+            raise UserError(f"{self.folder / shard.file} is damaged at byte {offset} (checksum): {hint}")
+        return data, label
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none. Reads the indexes only, not the tars."""
-
-        def labels_of_shard(number: int) -> np.ndarray:
-            return self._load_rows(number)["label"].copy()  # a view would keep the whole index in memory
-
         with ThreadPoolExecutor(CONCURRENT_FETCHES) as pool:
-            return np.concatenate(list(pool.map(labels_of_shard, range(len(self.shards)))))
+            indexes = pool.map(self._load_rows, range(len(self.shards)))
+            return np.concatenate([rows["label"].copy() for rows in indexes])  # views would keep the indexes in memory
 
     def open_tar(self, number: int) -> int:
         """File descriptor of a shard's tar, to be closed by the caller; a remote one is fetched first."""
@@ -230,21 +223,6 @@ class Split:
             raise UserError(f"{path} disagrees with index.json: {repair_hint(self.folder)}")
         return np.load(path, allow_pickle=False)
 
-    def _reread(self, number: int, row: np.void) -> bytes:
-        """Read an image again whose checksum was wrong. Helps if only the copy in the cache was damaged."""
-        shard, (file, rows) = self.shards[number], self._open_shards[number]
-        path, hint = self.folder / shard.file, repair_hint(self.folder)
-        damage = f"{path} is damaged at byte {row['offset']} (checksum): {hint}"
-        if not isinstance(self.folder, Remote):
-            raise UserError(f"{damage}; `python data/prepare.py {self.folder} --verify` lists all damage")
-        if self.folder.drop_if_damaged(file, shard.sha256):
-            self._open_shards[number] = self.open_tar(number), rows
-            os.close(file)
-        data = os.pread(self._open_shards[number][0], int(row["size"]), int(row["offset"]))
-        if zlib.crc32(data) != row["crc"]:
-            raise UserError(damage)
-        return data
-
     def __getstate__(self) -> dict:  # each loader process opens files of its own
         return {**self.__dict__, "_open_shards": OrderedDict()}
 
@@ -252,8 +230,7 @@ class Split:
 def open_split(data: Data, name: str | None = None) -> Split:
     """Open a split of the shards at `data.path`, by default `data.split`.
 
-    Raises:
-        UserError: it does not exist, or data.cache_gb is too small for the shards that are in use at a time
+    Raises `UserError` if it does not exist, or data.cache_gb is too small for the shards that are in use at a time.
     """
     if not is_url(data.path):
         return Split(Path(data.path), name or data.split)

@@ -12,6 +12,7 @@ import io
 import os
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
 from typing import BinaryIO
 
-from configs.errors import UserError
+from configs.errors import UserError, reason
 from data.tars import CHUNK_BYTES, IMAGE_TYPES, check_end, member_end
 
 READABLE = (*IMAGE_TYPES, "bmp", "tif", "tiff", "ppm", "pgm")
@@ -39,47 +40,48 @@ class Item:
     offset: int | None = None  # in a tar, with size
     size: int | None = None
     zipped: bool = False
-    split: str = "train"
+    split: str | None = None  # None: not divided
     label: str | None = None
 
     def image_bytes(self) -> bytes:
-        """The encoded image."""
+        """The encoded image. Raises `UserError` if it is damaged in a zip, `OSError` if the source has disappeared."""
         if self.container == "digits":
             return digits()[self.name][0]
         if self.offset is not None:
             with Path(self.container).open("rb") as file:
                 return os.pread(file.fileno(), self.size, self.offset)
-        if self.zipped:
+        if not self.zipped:
+            return Path(self.container).read_bytes()
+        try:
             return _open_zip(self.container, os.getpid()).read(self.name)
-        return Path(self.container).read_bytes()
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:  # RuntimeError: encrypted
+            raise UserError(f"cannot be read from the zip ({reason(error)})") from None
 
 
 @contextmanager
 def open_source(source: str, scratch: Path, ignore_labels: bool = False) -> Iterator[list[Item]]:
     """List the images of a source, sorted by name. A compressed tar stays unpacked in `scratch` until the block ends.
 
-    Raises:
-        UserError: the source does not exist, is of an unknown type, damaged, or without images
+    Raises `UserError` if the source does not exist, is of an unknown type, damaged, or without images.
     """
-    unpacked = None
-    try:
-        if source == "digits":
-            items = [Item(name, "digits", split=split, label=label) for name, (_, split, label) in digits().items()]
-        else:
-            path = Path(source)
-            if (path / "index.json").exists():
-                raise UserError(f"{source} contains shards already: train on them, or give the original images")
-            if not path.exists():
-                raise UserError(f"{source} does not exist: give a folder, a zip, a tar, or `digits`")
-            if path.is_file() and not _is_tar(path) and not zipfile.is_zipfile(path):
-                unpacked = scratch / f".{path.name}.unpacked"
-                _unpack(path, unpacked)
-                path = unpacked
-            items = _from_paths(_list(path), source, ignore_labels)
+    if source == "digits":
+        items = [Item(name, "digits", split=split, label=label) for name, (_, split, label) in digits().items()]
         yield sorted(items, key=lambda item: item.name)
+        return
+    path = Path(source)
+    if (path / "index.json").exists():
+        raise UserError(f"{source} contains shards already: train on them, or give the original images")
+    if not path.exists():
+        raise UserError(f"{source} does not exist: give a folder, a zip, a tar, or `digits`")
+    unpacked = scratch / f".{path.name}.unpacked"
+    try:
+        if path.is_file() and not _is_tar(path) and not zipfile.is_zipfile(path):
+            _unpack(path, unpacked)
+            path = unpacked
+        yield sorted(_from_paths(_list(path), source, ignore_labels), key=lambda item: item.name)
     finally:
-        if unpacked is not None:
-            unpacked.unlink(missing_ok=True)
+        if unpacked.exists():  # checked first: on a read-only disk, removing a missing file is an error
+            unpacked.unlink()
 
 
 def _list(path: Path) -> Iterator[Item]:
@@ -100,42 +102,32 @@ def _list(path: Path) -> Iterator[Item]:
 def _list_tar(path: Path) -> Iterator[Item]:
     """Images of a tar, and of tars inside it (ILSVRC2012_img_train.tar contains one tar per class)."""
     try:
-        with tarfile.open(path, "r:") as outer, path.open("rb") as file:
-            end = 0
-            for member in outer:
-                end = _next_header(member, path, 0)
-                if member.isreg() and member.name.endswith(".tar"):
-                    yield from _list_inner_tar(path, file, outer, member)
-                elif member.isreg() and member.name.endswith(".cls"):
-                    raise UserError(
-                        f"{path} contains WebDataset shards: run `python data/prepare.py {path.parent} --index`"
-                    )
-                elif member.isreg() and _is_image(member.name):
-                    yield _tar_item(member.name.removeprefix("./"), path, member.offset_data, member.size)
-            check_end(file, end, path.stat().st_size, path)
+        with path.open("rb") as file:
+            yield from _list_members(file, path, path.stat().st_size)
     except tarfile.TarError as error:
         raise UserError(f"{path} is damaged ({error}): fetch it again") from None
 
 
-def _list_inner_tar(path: Path, file: BinaryIO, outer: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[Item]:
-    folder, end = member.name.removesuffix(".tar"), 0
-    with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-        for image in inner:
-            end = _next_header(image, path, member.offset_data)
-            if image.isreg() and _is_image(image.name):
-                yield _tar_item(f"{folder}/{image.name}", path, member.offset_data + image.offset_data, image.size)
-    check_end(file, member.offset_data + end, member.offset_data + member.size, path)
-
-
-def _next_header(member: tarfile.TarInfo, path: Path, start: int) -> int:
-    """Byte at which the next header begins, relative to the tar, which begins at byte `start` of `path`."""
-    if member.size < 0:  # would send tarfile back, into an endless loop
-        raise UserError(f"{path} is damaged at byte {start + member.offset}: fetch it again")
-    return member_end(member)
-
-
-def _tar_item(name: str, path: Path, offset: int, size: int) -> Item:
-    return Item(name, str(path), f"{offset} {size}", offset, size)
+def _list_members(file: BinaryIO, path: Path, limit: int, outer: str | None = None) -> Iterator[Item]:
+    """Images of the tar in `file` from its position to byte `limit`; a tar inside another one has the name `outer`."""
+    end = file.tell()
+    with tarfile.open(fileobj=file, mode="r:") as tar:  # offsets count from the beginning of the file
+        for member in tar:
+            if member.size < 0:  # would send tarfile back, into an endless loop
+                raise UserError(f"{path} is damaged at byte {member.offset}: fetch it again")
+            offset, size, end = member.offset_data, member.size, member_end(member)
+            if not member.isreg():
+                continue
+            if outer is None and member.name.endswith(".tar"):
+                file.seek(offset)
+                yield from _list_members(file, path, offset + size, member.name.removesuffix(".tar"))
+            elif outer is None and member.name.endswith(".cls"):
+                way_out = f"run `python data/prepare.py {path.parent} --index`"
+                raise UserError(f"{path} contains WebDataset shards: {way_out}")
+            elif _is_image(member.name):
+                name = member.name.removeprefix("./") if outer is None else f"{outer}/{member.name}"
+                yield Item(name, str(path), f"{offset} {size}", offset, size)
+    check_end(file, end, limit, path)
 
 
 def _from_paths(items: Iterator[Item], source: str, ignore_labels: bool) -> list[Item]:
@@ -148,7 +140,7 @@ def _from_paths(items: Iterator[Item], source: str, ignore_labels: bool) -> list
         if folders[0][0].lower() in SPLITS:
             break
         folders = [parts[1:] for parts in folders]  # one folder contains everything
-    splits = ["train"] * len(items)
+    splits = [None] * len(items)
     if all(parts and parts[0].lower() in SPLITS for parts in folders):
         splits = [SPLITS[parts[0].lower()] for parts in folders]
         folders = [parts[1:] for parts in folders]
@@ -182,13 +174,13 @@ def _unpack(path: Path, target: Path) -> None:
     import gzip
     import lzma
 
-    openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+    openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by the first bytes
     with path.open("rb") as file:
-        magic = file.read(2)
-    if magic not in openers:
+        opener = openers.get(file.read(2))
+    if opener is None:
         raise UserError(f"{path} is not a folder, a zip or a tar (plain, gz, bz2 or xz)")
     try:
-        with openers[magic](path) as packed, target.open("wb") as out:
+        with opener(path) as packed, target.open("wb") as out:
             copyfileobj(packed, out, CHUNK_BYTES)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"{path} cannot be unpacked into {target.parent} ({error})") from None

@@ -23,10 +23,9 @@ def read_rows(tar: Path) -> np.ndarray:
     A sample's key is its path up to the first dot of the file name. Its image is its first member whose type is in
     `IMAGE_TYPES`; samples without an image are skipped. Its label is the number in its `cls` member, -1 without one.
 
-    Raises:
-        UserError: the tar is truncated or damaged, or a label is not a whole number
+    Raises `UserError` if the tar is truncated or damaged, or a label is not a whole number.
     """
-    rows: dict[str, list[int]] = {}
+    rows: dict[str, tuple[int, int, int]] = {}
     labels: dict[str, int] = {}
     end, length = 0, tar.stat().st_size
     try:
@@ -42,14 +41,13 @@ def read_rows(tar: Path) -> np.ndarray:
                     continue
                 file.seek(member.offset_data)
                 data = file.read(member.size)
-                if kind == "cls":
-                    labels[key] = parse_label(data)
-                    if labels[key] is None:
-                        raise UserError(
-                            f"{tar}: the label in {member.name} is {data[:20]!r}; a .cls member must be a whole number"
-                        )
+                if kind != "cls":
+                    rows[key] = member.offset_data, member.size, zlib.crc32(data)
+                elif (label := parse_label(data)) >= 0:
+                    labels[key] = label
                 else:
-                    rows[key] = [member.offset_data, member.size, zlib.crc32(data)]
+                    problem = f"the label in {member.name} is {data[:20]!r}; a .cls member must be a whole number"
+                    raise UserError(f"{tar}: {problem}")
             check_end(file, end, length, tar)
     except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two: an impossible size in a header
         raise UserError(f"{tar} is not a readable tar ({error}): fetch or write it again") from None
@@ -69,17 +67,10 @@ def member_end(member: tarfile.TarInfo) -> int:
 
 
 def check_end(file: BinaryIO, end: int, limit: int, tar: Path) -> None:
-    """Check that only zeros, at least two blocks, follow the last member, which ends at byte `end`.
+    """Check that only zeros, at least two blocks, are in `file` from byte `end`, of the last member, to byte `limit`.
 
-    Python's tarfile takes a truncated or zeroed header for the end of the archive, without an error.
-
-    Args:
-        file: the open tar, or a file that contains it
-        end: where the last member ends in `file`, bytes
-        limit: where the tar ends in `file`, bytes
-        tar: named in the error
-    Raises:
-        UserError: anything else follows
+    Python's tarfile takes a truncated or zeroed header for the end of the archive, without an error. Raises
+    `UserError`, which names `tar`, if anything else follows.
     """
     file.seek(end)
     intact = limit - end >= 2 * tarfile.BLOCKSIZE
@@ -90,6 +81,6 @@ def check_end(file: BinaryIO, end: int, limit: int, tar: Path) -> None:
         raise UserError(f"{tar} is cut short or damaged after byte {end}: fetch or write it again")
 
 
-def parse_label(data: bytes) -> int | None:
-    """The label in a `cls` member; None if it is not a whole number of at most 9 digits."""
-    return int(data) if data.strip().isdigit() and len(data) <= 9 else None
+def parse_label(data: bytes) -> int:
+    """The label in a `cls` member; -1 if it is not a whole number of at most 9 digits."""
+    return int(data) if data.strip().isdigit() and len(data) <= 9 else -1

@@ -43,11 +43,7 @@ def random_box(
 ) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random crop, in pixels, distributed like torchvision's RandomResizedCrop.
 
-    Args:
-        height: of the image, pixels
-        width: of the image, pixels
-        scale: minimum and maximum share of the area
-        ratios: minimum and maximum ratio of width to height
+    `scale` limits its share of the area, `ratios` its ratio of width to height.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -72,12 +68,9 @@ def random_crop(image: Tensor, rng: np.random.Generator, data: Data) -> Tensor:
 
 
 def center_crop(image: Tensor, size: tuple[int, int], share: float, interpolation: str = "bicubic") -> Tensor:
-    """The image at `size` for evaluation: a centre crop.
+    """The image at `size` (height, width) for evaluation: a centre crop.
 
-    Args:
-        size: height and width of the result, pixels
-        share: side of the crop, relative to the image's; 1 = resize the whole image, ignoring its aspect ratio
-        interpolation: bicubic, bilinear or nearest
+    `share` is the crop's side, relative to the image's; 1 = resize the whole image, ignoring its aspect ratio.
     """
     mode = RESIZING[interpolation]
     if share == 1:
@@ -106,13 +99,19 @@ class PretrainTransform:
         return {"image": random_crop(image, rng, self.data), "visible": draw_visible(rng, self.grid, self.n)}
 
 
-@dataclass(frozen=True)
 class TrainTransform:
-    """Fine-tuning transform: a random crop, an augmentation policy, colour jitter."""
+    """Fine-tuning transform: a random crop, an augmentation policy, colour jitter.
 
-    data: Data
-    policy: "AutoAugment | None" = None
-    color_jitter: float = 0.0
+    `mean` (0 to 1) fills the borders of shifted or rotated images. Raises `UserError` if timm does not know the policy,
+    or colours would change and the images do not have 3 channels.
+    """
+
+    def __init__(self, data: Data, augment: Augment, mean: tuple[float, ...]):
+        for key, off in (("auto_augment", "null"), ("color_jitter", "0")):
+            if getattr(augment, key) and len(mean) != 3:
+                raise UserError(f"augment.{key} needs images of 3 channels, these have {len(mean)}: set it to {off}")
+        self.data, self.color_jitter = data, augment.color_jitter
+        self.policy = AutoAugment(augment.auto_augment, mean, data) if augment.auto_augment else None
 
     def __call__(self, image: Tensor, label: int, rng: np.random.Generator) -> dict[str, Tensor | int]:
         image = random_crop(image, rng, self.data)
@@ -123,24 +122,9 @@ class TrainTransform:
         return {"image": image, "label": label}
 
 
-def train_transform(data: Data, augment: Augment, mean: tuple[float, ...]) -> TrainTransform:
-    """The fine-tuning transform of a configuration.
-
-    Args:
-        mean: of each channel, 0 to 1; fills the borders of shifted or rotated images
-    Raises:
-        UserError: timm does not know the policy, or it changes colours and the images do not have 3 channels
-    """
-    for key, off in (("auto_augment", "null"), ("color_jitter", "0")):
-        if getattr(augment, key) and len(mean) != 3:
-            raise UserError(f"augment.{key} needs images of 3 channels, these have {len(mean)}: set it to {off}")
-    policy = AutoAugment(augment.auto_augment, mean, data) if augment.auto_augment else None
-    return TrainTransform(data, policy, augment.color_jitter)
-
-
 @dataclass(frozen=True)
 class EvalTransform:
-    """Evaluation transform: `center_crop`; nothing is random."""
+    """Evaluation transform: `center_crop`."""
 
     size: tuple[int, int]
     crop: float
@@ -158,11 +142,7 @@ class EvalTransform:
 
 
 class AutoAugment:
-    """One of timm's policies on uint8 tensors [3, H, W]: RandAugment, AutoAugment, three-augment or AugMix.
-
-    Raises:
-        UserError: timm does not know the policy
-    """
+    """One of timm's policies (RandAugment, AutoAugment, three-augment, AugMix) on uint8 tensors [3, H, W]."""
 
     def __init__(self, policy: str, mean: tuple[float, ...], data: Data):
         if not POLICY.fullmatch(policy):  # timm ignores what it cannot parse
@@ -173,10 +153,8 @@ class AutoAugment:
         kind = policy.partition("-")[0]
         build = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}.get(kind, auto_augment_transform)
         settings = {"img_mean": tuple(round(255 * m) for m in mean)}
-        if kind == "augmix":
-            settings["translate_pct"] = 0.3
-        else:
-            settings["translate_const"] = int(0.45 * min(data.height_width))
+        max_shift = int(0.45 * min(data.height_width))  # pixels
+        settings |= {"translate_pct": 0.3} if kind == "augmix" else {"translate_const": max_shift}
         if data.interpolation != "random":
             settings["interpolation"] = getattr(Image.Resampling, data.interpolation.upper())
         self.transform = build(policy, settings)
@@ -197,17 +175,12 @@ def jitter(image: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Convert loaded images, uint8 or float32 from 0 to 1, to float32 from 0 to 1."""
+    """Loaded images, uint8 or float32 from 0 to 1, as float32 from 0 to 1."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalise loaded images [B, C, H, W] (uint8, or float32 from 0 to 1) to fp32.
-
-    Args:
-        mean: [C], of pixels from 0 to 1
-        std: [C]
-    """
+    """Normalise loaded images [B, C, H, W], uint8 or float32 from 0 to 1, to fp32; `mean` and `std` are [C]."""
     largest = 255 if images.dtype == torch.uint8 else 1
     scaled = images.to(torch.float32, copy=True).mul_((1 / (largest * std))[:, None, None])  # in place: one copy
     return scaled.sub_((mean / std)[:, None, None])

@@ -42,7 +42,7 @@ def test_a_window_mixes_its_shards():
 def test_global_batches_do_not_depend_on_ranks(ranks, micro):
     def batches(ranks, micro):
         order = EpochOrder(np.array([7, 20, 13]), 5)
-        parts = [list(TrainBatches(order, 16, micro, rank, ranks, epochs=3)) for rank in range(ranks)]
+        parts = [list(TrainBatches(order, 16, micro, rank, ranks, epochs=3).iterate()) for rank in range(ranks)]
         per_step = 16 // (micro * ranks)
         steps = len(parts[0]) // per_step
         return [
@@ -57,7 +57,8 @@ def test_global_batches_do_not_depend_on_ranks(ranks, micro):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_repeated_augmentation(ranks):
     order = EpochOrder(np.array([30, 30]), 5)
-    parts = [list(TrainBatches(order, 12, 12 // ranks, rank, ranks, epochs=2, repeats=3)) for rank in range(ranks)]
+    make = [TrainBatches(order, 12, 12 // ranks, rank, ranks, epochs=2, repeats=3) for rank in range(ranks)]
+    parts = [list(batches.iterate()) for batches in make]
     steps = [[index for batch in step for index in batch] for step in zip(*parts, strict=True)]
     assert len(steps) == 2 * (60 // 12)
     for number, step in enumerate(steps):

@@ -18,6 +18,7 @@ from configs.schema import Augment, Data
 from data.decode import MAX_PIXELS, MODES, decode
 from data.transforms import (
     AutoAugment,
+    TrainTransform,
     center_crop,
     draw_visible,
     jitter,
@@ -25,7 +26,6 @@ from data.transforms import (
     random_box,
     random_crop,
     sample_rng,
-    train_transform,
 )
 from tests.data.helpers import picture
 
@@ -378,7 +378,7 @@ def test_colour_jitter():
 )
 def test_augmentations_that_are_refused(augment, channels, pattern):
     with pytest.raises(UserError, match=pattern):
-        train_transform(Data(), augment, (0.5,) * channels)
+        TrainTransform(Data(), augment, (0.5,) * channels)
 
 
 def test_train_transform_follows_the_configuration():
@@ -386,6 +386,6 @@ def test_train_transform_follows_the_configuration():
     data = Data(size=32)
     options = [Augment(), Augment(auto_augment="3a"), Augment(color_jitter=0.4), Augment("3a", 0.4)]
     means = (0.5, 0.5, 0.5)
-    found = [train_transform(data, augment, means)(image, 0, sample_rng(0, 0, 1))["image"] for augment in options]
+    found = [TrainTransform(data, augment, means)(image, 0, sample_rng(0, 0, 1))["image"] for augment in options]
     assert torch.equal(found[0], random_crop(image, sample_rng(0, 0, 1), data))
     assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])

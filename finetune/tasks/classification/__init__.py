@@ -76,9 +76,9 @@ class Task:
             raise UserError(f"task.mixup and cutmix pair images: optim.micro_batch {micro} must be even")
 
     def train_transform(self, mean: tuple[float, ...]) -> Transform:
-        from data.transforms import train_transform
+        from data.transforms import TrainTransform
 
-        return train_transform(self.config.data, self.config.augment, mean)
+        return TrainTransform(self.config.data, self.config.augment, mean)
 
     def eval_transform(self) -> Transform:
         from data.transforms import EvalTransform

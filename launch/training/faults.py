@@ -23,7 +23,6 @@ class Faults:
         max_skipped: consecutive steps that may be skipped
         max_damaged: share of a split's images that may be damaged
         splits: whose damaged images count
-        log: where faults are recorded
     """
 
     def __init__(self, max_skipped: int, max_damaged: float, splits: Sequence[Split], log: RunLog):
@@ -34,24 +33,20 @@ class Faults:
         self.unreported: dict[tuple[str, int], str] = {}  # messages by split and sample, known only to this rank
 
     def state(self) -> dict:
-        """Plain values for a checkpoint."""
         damaged = {split: sorted(samples) for split, samples in self.damaged.items()}
         return {"skipped": self.skipped, "consecutive": self.consecutive, "damaged": damaged}
 
     def load_state(self, state: dict) -> None:
-        """Restore the counts of a checkpoint."""
         self.skipped, self.consecutive = state["skipped"], state["consecutive"]
         self.damaged = {split: set(samples) for split, samples in state["damaged"].items()}
 
     def applied(self) -> None:
-        """A step was applied."""
         self.consecutive = 0
 
     def skip(self, step: int, parts: list[tuple[Tensor, Tensor]], loss_scale: float | None = None) -> None:
         """A step was skipped because its loss or gradient is not finite; all ranks call this.
 
         Args:
-            step: counted from 1
             parts: loss [] and samples [B] of each micro batch of this rank
             loss_scale: of the next step; None = no loss scaling
         Raises:
@@ -79,7 +74,7 @@ class Faults:
         return bool(self.unreported)
 
     def note_damaged(self, loader: Loader, batch: dict[str, Tensor]) -> None:
-        """Note this rank's damaged images of a batch, if its split counts."""
+        """Note a batch's damaged images, if its split counts."""
         split = loader.samples.split
         if self.splits.get(split.name) is not split or not bool(batch["damaged"].any()):
             return
@@ -89,11 +84,7 @@ class Faults:
                 self.unreported[split.name, sample] = loader.samples.describe_damage(sample)
 
     def report_damaged(self, step: int) -> None:
-        """Log the damaged images of all ranks; all ranks call this.
-
-        Raises:
-            UserError: more than `max_damaged` of a split
-        """
+        """Log the damaged images of all ranks, which all call this. Raises `UserError` for more than `max_damaged`."""
         news, self.unreported = ChainMap(*gather(self.unreported)), {}
         for (split, sample), complaint in sorted(news.items()):
             if sample not in self.damaged.setdefault(split, set()):

@@ -32,7 +32,6 @@ class Heartbeat:
         self.count, self.activity = self.count + 1, activity
 
     def close(self) -> None:
-        """End this rank's exchange."""
         self.done.set()
         if self.world.ranks > 1:
             self.thread.join(TIMEOUT)
@@ -44,8 +43,8 @@ class Heartbeat:
                 if self.stopping:
                     self.store.set("stop", "1")
                 self.stopping = self.stopping or self.store.check(["stop"])
-        except RuntimeError:  # the first rank is gone; the launcher or a collective reports that
-            return
+        except RuntimeError:
+            pass  # the first rank is gone; the launcher or a collective reports that
 
     def late_ranks(self) -> str:
         """End of a sentence that names the ranks that do not answer, or else those with the least progress."""
@@ -69,11 +68,11 @@ class Heartbeat:
         frozen = [name for name, before, after in zip(names, first, second, strict=True) if before == after]
         if frozen:
             return f"; no answer from {', '.join(frozen)}"
-        reports = [entry.decode().split(" ", 2) for entry in second]
-        counts = [int(count) for count, *_ in reports]
-        if min(counts) == max(counts):
+        counts, _, activities = zip(*(entry.decode().split(" ", 2) for entry in second), strict=True)
+        least = min(counts, key=int)
+        if counts == (least,) * len(counts):
             return "; all ranks have made the same progress"
-        late = [f"{name} ({reports[i][2]})" for i, name in enumerate(names) if counts[i] == min(counts)]
+        late = [f"{names[i]} ({activities[i]})" for i, count in enumerate(counts) if count == least]
         return f"; waiting for {', '.join(late)}"
 
 

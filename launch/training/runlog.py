@@ -23,11 +23,9 @@ class RunLog:
     """The log of one run.
 
     Args:
-        folder: runs/NAME
         config: resolved configuration, written to config.yaml
         steps: optimizer steps of the whole run
         first_step: steps already done; later entries of an interrupted process are removed
-        images_per_step: global batch, for images/s
         active: whether this rank writes
     """
 
@@ -52,10 +50,7 @@ class RunLog:
         self.bar.start()
 
     def train(self, step: int, epoch: str, losses: "Mean", lr: float, grad_norm: float) -> None:
-        """Log the training since the last call: means over all ranks, which all call this.
-
-        Values that are not finite are omitted.
-        """
+        """Log the training since the last call, without values that are not finite; all ranks call this."""
         total, count = sum_over_ranks(losses.take()).tolist()
         if not self.active:
             return
@@ -91,7 +86,7 @@ class RunLog:
                 self.board.add_scalar(f"{name}/{key}", value, step)
 
     def record(self, step: int, name: str, values: dict) -> None:
-        """Record an event in log.jsonl."""
+        """Write an entry to log.jsonl."""
         if self.active:
             self.file.write(json.dumps({"step": step, name: values}) + "\n")
 
@@ -106,7 +101,6 @@ class RunLog:
             self.console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
-        """Flush everything; also after an error."""
         if self.active:
             self.bar.stop()
             self.board.close()
@@ -120,7 +114,6 @@ class Mean:
         self.sum_count = torch.zeros(2, device=device)
 
     def add(self, value: Tensor) -> None:
-        """Add a scalar."""
         value = value.detach().float()
         finite = torch.isfinite(value)
         self.sum_count += torch.stack([torch.where(finite, value, 0.0), finite.float()])

@@ -5,6 +5,7 @@ The counts are part of a checkpoint, so a run that is interrupted often still en
 
 from collections import ChainMap
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Faults:
         self.max_skipped, self.max_damaged, self.log = max_skipped, max_damaged, log
         self.splits = {split.name: split for split in splits}
         self.skipped = self.consecutive = 0
-        self.damaged: dict[str, set[int]] = {}  # samples by split
+        self.damaged: dict[str, set[int]] = {name: set() for name in self.splits}  # samples by split
         self.unreported: dict[tuple[str, int], str] = {}  # messages by split and sample, known only to this rank
 
     def state(self) -> dict:
@@ -38,7 +39,7 @@ class Faults:
 
     def load_state(self, state: dict) -> None:
         self.skipped, self.consecutive = state["skipped"], state["consecutive"]
-        self.damaged = {split: set(samples) for split, samples in state["damaged"].items()}
+        self.damaged |= {split: set(samples) for split, samples in state["damaged"].items()}
 
     def applied(self) -> None:
         self.consecutive = 0
@@ -53,11 +54,10 @@ class Faults:
             UserError: more than `max_skipped` in a row
         """
         self.skipped, self.consecutive = self.skipped + 1, self.consecutive + 1
-        bad = [samples.tolist() for loss, samples in parts if not bool(torch.isfinite(loss))]
-        by_rank = gather((bad, [samples.tolist() for _, samples in parts]))
-        cause = "loss" if any(bad for bad, _ in by_rank) else "gradient"
-        batches = [batch for bad, all_batches in by_rank for batch in (bad if cause == "loss" else all_batches)]
-        samples = sorted(sample for batch in batches for sample in batch)
+        own = [(bool(torch.isfinite(loss)), samples.tolist()) for loss, samples in parts]
+        batches = [batch for rank in gather(own) for batch in rank]
+        cause = "gradient" if all(finite for finite, _ in batches) else "loss"
+        samples = sorted(chain(*(samples for finite, samples in batches if not finite or cause == "gradient")))
         self.log.record(step, "skipped", {"not_finite": cause, "samples": samples})
         scale = f"; loss scale now {loss_scale:g}" if loss_scale else ""
         self.log.say(f"step {step} skipped: its {cause} is not finite; log.jsonl lists the samples{scale}")
@@ -78,21 +78,20 @@ class Faults:
         split = loader.samples.split
         if self.splits.get(split.name) is not split or not bool(batch["damaged"].any()):
             return
-        known = self.damaged.setdefault(split.name, set())
         for sample in batch["sample"][batch["damaged"]].tolist():
-            if sample not in known and (split.name, sample) not in self.unreported:
+            if sample not in self.damaged[split.name] and (split.name, sample) not in self.unreported:
                 self.unreported[split.name, sample] = loader.samples.describe_damage(sample)
 
     def report_damaged(self, step: int) -> None:
         """Log the damaged images of all ranks, which all call this. Raises `UserError` for more than `max_damaged`."""
         news, self.unreported = ChainMap(*gather(self.unreported)), {}
         for (split, sample), complaint in sorted(news.items()):
-            if sample not in self.damaged.setdefault(split, set()):
+            if sample not in self.damaged[split]:
                 self.damaged[split].add(sample)
                 self.log.record(step, "damaged", {"split": split, "sample": sample, "error": complaint})
                 self.log.say(f"damaged, replaced by another image: {complaint}")
         for name, split in self.splits.items():
-            damaged = len(self.damaged.get(name, ()))
+            damaged = len(self.damaged[name])
             if damaged > self.max_damaged * len(split):
                 raise UserError(
                     f"{damaged} of {len(split)} images of split {name} are damaged, more than data.max_damaged "

@@ -68,11 +68,6 @@ class Faults:
                 "optim.lr or with optim.clip_grad"
             )
 
-    @property
-    def has_news(self) -> bool:
-        """Whether this rank has damaged images to report to the others."""
-        return bool(self.unreported)
-
     def note_damaged(self, loader: Loader, batch: dict[str, Tensor]) -> None:
         """Note a batch's damaged images, if its split counts."""
         split = loader.samples.split

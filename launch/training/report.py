@@ -75,10 +75,9 @@ def results(run: Path, lines: list[dict]) -> dict[str, str]:
     if losses:
         found["training loss"] = f"{losses[0]:.4f} at the start, {losses[-1]:.4f} at the end"
     found["steps"] = f"{max((line['step'] for line in lines), default=0):,}"
-    for line in lines:
-        if "knn" in line:
-            best = max((value, key) for key, value in line["knn"].items() if key.startswith("top1"))
-            found["nearest neighbours"] = f"{best[0]:.2%} top-1 at the end ({best[1].removeprefix('top1_')})"
+    if knn := [line["knn"] for line in lines if "knn" in line]:
+        best, k = max((value, key.removeprefix("top1_")) for key, value in knn[-1].items() if key.startswith("top1"))
+        found["nearest neighbours"] = f"{best:.2%} top-1 at the end ({k})"
     if (run / "summary.json").exists():
         summary = json.loads((run / "summary.json").read_text())
         found["time and hardware"] = f"{timedelta(seconds=summary['seconds'])} on {summary['hardware']}"
@@ -150,8 +149,7 @@ def _svg(title: str, curves: dict[str, tuple[list[int], list[float]]]) -> Markup
     axes.set_title(title, fontsize=10, color="#808080")
     axes.tick_params(labelsize=8, colors="#808080")
     axes.grid(alpha=0.25)
-    for spine in axes.spines.values():
-        spine.set_color("#808080")
+    axes.spines[:].set_color("#808080")
     if len(curves) > 1:
         axes.legend(fontsize=8, frameon=False, labelcolor="#808080")
     out = io.StringIO()

@@ -149,7 +149,7 @@ class Trainer:
             report = stage.end_epoch(epoch, last, self._progress) if epoch_ends else Report()
             self._log(report)
             overdue = self.world.first and 0 < config.run.save_minutes < (time.monotonic() - saved) / 60
-            stop, overdue, damaged = self.agreement(self.watchdog.requested, overdue, self.faults.has_news)
+            stop, overdue, damaged = self.agreement(self.watchdog.requested, overdue, bool(self.faults.unreported))
             if damaged:
                 self._report_damaged()
             last = last or stage.should_stop()

@@ -4,13 +4,11 @@ import argparse
 import io
 import logging
 import os
-import random
 import warnings
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -172,13 +170,6 @@ def to_universal(source: Path, target: Path) -> None:
     )  # fmt: skip
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         main(options)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators; 0 <= seed < 2**32."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def _import_deepspeed():

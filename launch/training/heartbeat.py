@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 from torch.distributed import TCPStore
@@ -37,14 +38,12 @@ class Heartbeat:
             self.thread.join(TIMEOUT)
 
     def _exchange(self) -> None:
-        try:
+        with suppress(RuntimeError):  # the first rank is gone; the launcher or a collective reports that
             while not self.done.wait(INTERVAL):
                 self.store.set(f"rank {self.world.rank}", f"{self.count} {time.monotonic()} {self.activity}")
                 if self.stopping:
                     self.store.set("stop", "1")
                 self.stopping = self.stopping or self.store.check(["stop"])
-        except RuntimeError:
-            pass  # the first rank is gone; the launcher or a collective reports that
 
     def late_ranks(self) -> str:
         """End of a sentence that names the ranks that do not answer, or else those with the least progress."""
@@ -69,10 +68,10 @@ class Heartbeat:
         if frozen:
             return f"; no answer from {', '.join(frozen)}"
         counts, _, activities = zip(*(entry.decode().split(" ", 2) for entry in second), strict=True)
-        least = min(counts, key=int)
-        if counts == (least,) * len(counts):
+        if len(set(counts)) == 1:
             return "; all ranks have made the same progress"
-        late = [f"{names[i]} ({activities[i]})" for i, count in enumerate(counts) if count == least]
+        lowest = min(counts, key=int)
+        late = [f"{names[i]} ({activities[i]})" for i, count in enumerate(counts) if count == lowest]
         return f"; waiting for {', '.join(late)}"
 
 

@@ -54,9 +54,8 @@ class RunLog:
         total, count = sum_over_ranks(losses.take()).tolist()
         if not self.active:
             return
-        now = time.perf_counter()
-        rate = (step - self.last_step) * self.images_per_step / max(now - self.last_time, 1e-9)
-        self.last_step, self.last_time = step, now
+        rate = (step - self.last_step) * self.images_per_step / max(time.perf_counter() - self.last_time, 1e-9)
+        self.restart_clock(step)
         mean = total / count if count else math.nan
         values = {"loss": mean, "lr": lr, "grad_norm": grad_norm, "images_per_s": rate}
         values = {name: value for name, value in values.items() if math.isfinite(value)} | {"peak_gib": peak_memory()}
@@ -75,7 +74,7 @@ class RunLog:
         return time.perf_counter() - self.began
 
     def restart_clock(self, step: int) -> None:
-        """Exclude the time since the last `train` (evaluation, pictures, checkpoints) from images/s."""
+        """Measure images/s from now on, so without the evaluation, pictures and checkpoints since the last `train`."""
         self.last_step, self.last_time = step, time.perf_counter()
 
     def scores(self, step: int, name: str, values: dict[str, float]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from timm.data.random_erasing import RandomErasing
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
 from configs.preprocessing import Preprocessing
@@ -16,7 +16,7 @@ from data.loader import Loader, Transform
 from data.sampler import STEPS
 from data.transforms import normalize
 from finetune.inference import Collector, predict
-from launch.training.engine import Engine, seed_everything
+from launch.training.engine import Engine
 from launch.training.trainer import Report
 from launch.training.watchdog import Progress
 from launch.training.world import World
@@ -109,7 +109,7 @@ class Finetuning:
         Generators are seeded with (seed, step, rank, micro batch), so a resumed run equals an uninterrupted one.
         """
         key = np.random.SeedSequence([self.config.run.seed, STEPS, step, self.world.rank, micro])
-        seed_everything(int(key.generate_state(1)[0]))
+        random_seed(int(key.generate_state(1)[0]))
         image = normalize(batch["image"].to(self.world.device, non_blocking=True), self.mean, self.std)
         if self.erase is not None:
             image = self.erase(image)

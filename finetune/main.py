@@ -32,14 +32,14 @@ def main() -> None:
     check_inputs(config)
 
     import numpy as np
-    from timm.utils import ModelEmaV3
+    from timm.utils import ModelEmaV3, random_seed
 
     from data.loader import eval_loader, train_loader
     from data.shards import open_split
     from finetune.finetuning import Finetuning
     from finetune.layer_decay import layer_decay
     from launch.training.dry_run import plan
-    from launch.training.engine import Engine, seed_everything
+    from launch.training.engine import Engine
     from launch.training.parameter_groups import parameter_groups
     from launch.training.report import write_report
     from launch.training.trainer import Trainer
@@ -65,7 +65,7 @@ def main() -> None:
     world = init_world(config.run)
     micro, _ = optim.accumulation(world.ranks)
     task.check_batch(micro)
-    seed_everything(config.run.seed)
+    random_seed(config.run.seed)
     model = task.build(arch)
     task.load(model, init)
     model.to(world.device)

@@ -68,11 +68,12 @@ def main(argv: list[str] | None = None) -> None:
         check_parent(options.out)
     data = Data(path=options.data, workers=options.workers)
 
-    from configs.log import say  # slow imports, after parsing
+    from timm.utils import random_seed  # slow imports, after parsing
+
+    from configs.log import say
     from data.shards import open_split
     from data.transforms import EvalTransform
     from finetune.feature_scores import Settings, feature_scores
-    from launch.training.engine import seed_everything
     from launch.training.feature_eval import check_labels, probe_loader
     from launch.training.precision import precision
     from launch.training.world import destroy_world, init_world, process_errors
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         scores = feature_scores(trained, loaders, kind, settings, world)
         if options.random:
             say("the same with random weights")
-            seed_everything(options.seed)
+            random_seed(options.seed)
             random = replace(trained, model=ConvNeXt(arch))
             scores["random"] = feature_scores(random, loaders, kind, settings, world)
     if world.first:

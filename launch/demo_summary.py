@@ -12,21 +12,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 
 from configs.files import write_atomic
 
-RUNS = ("finetune", "scratch")
-
 
 def main(folder: Path, seconds: int) -> None:
     """Write and print the summary."""
-    losses = [json.loads(line) for line in (folder / "pretrain/log.jsonl").read_text().splitlines()]
-    losses = [entry["loss"] for entry in losses if "loss" in entry]
-    top1 = {name: json.loads((folder / name / "summary.json").read_text())["last"]["raw"]["top1"] for name in RUNS}
-    summary = {
-        "pretrain_loss_first": losses[0],
-        "pretrain_loss_last": losses[-1],
-        "finetune_top1": top1["finetune"],
-        "scratch_top1": top1["scratch"],
-        "seconds": seconds,
-    }
+    entries = [json.loads(line) for line in (folder / "pretrain/log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    summary = {"pretrain_loss_first": losses[0], "pretrain_loss_last": losses[-1]}
+    for run in ("finetune", "scratch"):
+        results = json.loads((folder / run / "summary.json").read_text())
+        summary[f"{run}_top1"] = results["last"]["raw"]["top1"]
+    summary["seconds"] = seconds
     shutil.copyfile(folder / "pretrain/reconstruction.png", folder / "reconstruction.png")
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1).encode())
     print(json.dumps(summary, indent=1))

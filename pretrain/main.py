@@ -33,10 +33,12 @@ def main() -> None:
     make_objective(config)  # check the settings before the slow imports
     check_inputs(config)
 
+    from timm.utils import random_seed
+
     from data.loader import train_loader
     from data.shards import open_split
     from launch.training.dry_run import plan
-    from launch.training.engine import Engine, seed_everything
+    from launch.training.engine import Engine
     from launch.training.parameter_groups import parameter_groups
     from launch.training.report import write_report
     from launch.training.summary import write_summary
@@ -58,7 +60,7 @@ def main() -> None:
         say(plan(config, model, groups, len(split), ranks, lambda x: objective.inputs(x, objective.example(len(x)))))
         return
     world = init_world(config.run)
-    seed_everything(config.run.seed)
+    random_seed(config.run.seed)
     model = objective.build()
     if init:
         objective.load(model, init)

@@ -33,7 +33,6 @@ class Checkpoints:
 
     Args:
         run: runs/NAME
-        engine: its weights and optimizer are saved and loaded
         identity: resolved configuration, and digests of data and initial weights
         keep: number of checkpoints to keep, besides the best
         may_change: keys that may differ on resume
@@ -50,11 +49,8 @@ class Checkpoints:
     def save(self, step: int, state: dict, score: float | None = None) -> float:
         """Write a checkpoint after `step` optimizer steps; all ranks call this. Returns the seconds that it blocked.
 
-        Args:
-            state: of the trainer: plain values and tensors
-            score: selects the best checkpoint, higher is better
-        Raises:
-            UserError: it cannot be written; earlier checkpoints are unchanged
+        `state` is the trainer's, plain values and tensors; the best checkpoint has the highest `score`. Raises
+        `UserError` if it cannot be written; earlier checkpoints are unchanged.
         """
         started = time.perf_counter()
         self.wait()
@@ -101,8 +97,8 @@ class Checkpoints:
     def _prune(self) -> None:
         """Remove all complete checkpoints but the newest and the best."""
         complete = self._complete()
-        scored = [folder for folder, manifest in complete.items() if manifest["score"] is not None]
-        best = max(scored, key=lambda folder: (complete[folder]["score"], folder.name), default=None)
+        scored = [(manifest["score"], folder) for folder, manifest in complete.items() if manifest["score"] is not None]
+        _, best = max(scored, default=(None, None))
         for folder in list(complete)[: -self.keep]:
             if folder != best:
                 shutil.rmtree(folder.rename(_temporary(folder)))  # rename first: step-* is never partial
@@ -114,10 +110,9 @@ class Checkpoints:
             raise self._save_error("a checkpoint", failure) if isinstance(failure, OSError) else failure
 
     def wait(self) -> None:
-        """Wait for the background commit. Raises `UserError` if it failed."""
+        """Wait for the background commit, and raise its error."""
         if self.commit:
             self.commit.join()
-            self.commit = None
         self.check()
 
     def _save_error(self, what: str, error: OSError | RuntimeError) -> UserError:
@@ -132,20 +127,13 @@ class Checkpoints:
             "free space or repair the disk, then run the same command to resume"
         )
 
-    def _folders(self) -> list[Path]:
-        """Folders named like checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-*"))
-
     def _complete(self) -> dict[Path, dict]:
         """Manifests of complete checkpoints by folder, oldest first; digests are not checked."""
-        manifests = {folder: _manifest(folder) for folder in self._folders()}
-        return {folder: manifest for folder, manifest in manifests.items() if manifest}
+        return {folder: manifest for folder in sorted(self.folder.glob("step-*")) if (manifest := _manifest(folder))}
 
     def resume(self, mode: str) -> tuple[int, dict]:
-        """Load the newest intact checkpoint into the engine; all ranks call this.
+        """Load the newest intact checkpoint into the engine; all ranks call this. `mode` is auto, must or never.
 
-        Args:
-            mode: auto, must or never (see the schema)
         Returns:
             the number of optimizer steps done and the trainer's state; (0, {}) for a fresh start
         Raises:
@@ -154,7 +142,8 @@ class Checkpoints:
         if self.world.first:
             for leftover in (*self.folder.glob(".step-*.part"), self.folder / UNIVERSAL):  # of a killed process
                 shutil.rmtree(leftover, ignore_errors=True)
-        names = broadcast([folder.name for folder in self._folders()])  # a network file system may lag elsewhere
+        names = sorted(folder.name for folder in self.folder.glob("step-*"))
+        names = broadcast(names)  # a network file system may lag elsewhere
         if names and mode == "never":
             raise UserError(
                 f"--resume never, but {self.folder.parent} has checkpoints: choose another --run.name or delete it"
@@ -189,10 +178,8 @@ class Checkpoints:
         """Raise `UserError` unless the checkpoint has this run's configuration."""
         config = manifest["config"]
         if config.get("stage") != self.identity.get("stage"):
-            raise UserError(
-                f"{self.folder.parent} is a {config['stage']} run: choose another --run.name for "
-                f"{self.identity['stage']}"
-            )
+            other = f"choose another --run.name for {self.identity['stage']}"
+            raise UserError(f"{self.folder.parent} is a {config['stage']} run: {other}")
         changed = [line for line in differences(config, self.identity) if line.split()[0] not in self.may_change]
         if changed:
             raise UserError(

@@ -1,12 +1,9 @@
 """`--dry-run`: steps, parameter groups and estimated memory of a run, without starting it."""
 
-import io
 import math
 from collections.abc import Callable, Sequence
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -20,7 +17,7 @@ from models.convnext import Block, Mlp
 FLATTENED = 500_000_000  # elements that DeepSpeed flattens at a time without ZeRO, to reduce them
 MEASURED_BATCHES = 2, 4  # images; a batch of one would avoid copies that larger ones need
 RECOMPUTED = {"mlp": Mlp, "block": Block}  # modules that activation checkpointing recomputes, by mode
-GIB, WIDTH = 2**30, 120
+GIB = 2**30
 
 LEGEND = """
 An estimate: the sum of all parts at once. Not included: CUDA context, NCCL, temporary tensors, fragmentation,
@@ -42,8 +39,7 @@ def plan(
     """Text of a dry run: batch, learning rate, steps, parameter groups, memory per rank for each ZeRO stage.
 
     Args:
-        model: the model to train; moved to the GPU, if there is one
-        groups: its parameter groups, with `weight_decay` and `lr_scale`
+        model: moved to the GPU, if there is one
         images: size of the training split
         ranks: 0 = one for each GPU of this machine, or one
         inputs: maps images [B, C, H, W] to the arguments of the model's forward
@@ -60,26 +56,20 @@ def plan(
     height, width = config.data.height_width
     steps = schedule(optim, images, ranks)
     kernels.use(config.run.kernels == "triton")
-    batches = [inputs(torch.rand(count, encoder.arch.channels, height, width)) for count in MEASURED_BATCHES]
+    few, many = MEASURED_BATCHES
+    batches = [inputs(torch.rand(count, encoder.arch.channels, height, width)) for count in (few, many)]
     extra = {"activations": activation_bytes(model.to(device), batches, micro, kind != "fp32")}
     if isinstance(config, Finetune) and config.augment.ema:
         extra["EMA"] = 4 * parameters
-    few, many = MEASURED_BATCHES
     notes = [LEGEND.format(kind=kind, mode=encoder.recompute, few=few, many=many, device=device.type.upper())]
     if device.type == "cpu":
         notes += [ON_CPU, AUTO] if optim.precision == "auto" else [ON_CPU]
-    return _text(
-        "parameters",
-        parameter_table(model, groups, optim),
-        f"\n{config.run.name} on {_count(ranks, 'rank')}; nothing is started or written\n",
-        f"model   {encoder.arch.name}, {parameters / 1e6:.1f}M parameters, images of {height}x{width}",
-        *steps,
-        "\nparameter groups",
-        group_table(model, groups, optim),
-        "\nmemory per rank, GiB",
-        memory_table(groups, ranks, optim.zero_stage, extra),
-        *notes,
-    )
+    lines = ["parameters", *parameter_table(model, groups, optim)]
+    lines += [f"\n{config.run.name} on {_count(ranks, 'rank')}; nothing is started or written\n"]
+    lines += [f"model   {encoder.arch.name}, {parameters / 1e6:.1f}M parameters, images of {height}x{width}", *steps]
+    lines += ["\nparameter groups", *group_table(model, groups, optim)]
+    lines += ["\nmemory per rank, GiB", *memory_table(groups, ranks, optim.zero_stage, extra)]
+    return "\n".join(lines + notes)
 
 
 def schedule(optim: Optim, images: int, ranks: int) -> list[str]:
@@ -99,25 +89,26 @@ def schedule(optim: Optim, images: int, ranks: int) -> list[str]:
     ]
 
 
-def group_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
+def group_table(model: nn.Module, groups: list[dict], optim: Optim) -> list[str]:
     """Parameter groups: size, weight decay, learning rate after warm-up, first and last parameter."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    table = _table("tensors", "parameters", "decay", "lr scale", "lr", last="first and last parameter")
+    rows = [("tensors", "parameters", "decay", "lr scale", "lr", "first and last parameter")]
     for group in groups:
         params = group["params"]
         ends = dict.fromkeys((names[params[0]], names[params[-1]]))  # one name if there is one tensor
-        table.add_row(str(len(params)), f"{sum(p.numel() for p in params):,}", *_rates(group, optim), ", ".join(ends))
-    return table
+        count = sum(p.numel() for p in params)
+        rows.append((f"{len(params)}", f"{count:,}", *_rates(group, optim), ", ".join(ends)))
+    return _aligned(rows)
 
 
-def parameter_table(model: nn.Module, groups: list[dict], optim: Optim) -> Table:
+def parameter_table(model: nn.Module, groups: list[dict], optim: Optim) -> list[str]:
     """Parameters: shape, weight decay, learning rate scale and learning rate after warm-up, or `frozen`; name."""
     group_of = {parameter: group for group in groups for parameter in group["params"]}
-    table = _table("shape", "decay", "lr scale", "lr", last="parameter")
+    rows = [("shape", "decay", "lr scale", "lr", "parameter")]
     for name, parameter in model.named_parameters():
         rates = _rates(group_of[parameter], optim) if parameter in group_of else ("frozen", "", "")
-        table.add_row("x".join(map(str, parameter.shape)), *rates, name)
-    return table
+        rows.append(("x".join(map(str, parameter.shape)), *rates, name))
+    return _aligned(rows)
 
 
 def _rates(group: dict, optim: Optim) -> tuple[str, str, str]:
@@ -126,15 +117,15 @@ def _rates(group: dict, optim: Optim) -> tuple[str, str, str]:
     return f"{group['weight_decay']:g}", f"{scale:.4g}", f"{optim.scaled(optim.lr) * scale:.2e}"
 
 
-def memory_table(groups: list[dict], ranks: int, stage: int, extra: dict[str, int]) -> Table:
+def memory_table(groups: list[dict], ranks: int, stage: int, extra: dict[str, int]) -> list[str]:
     """Memory per rank for each ZeRO stage, GiB. `stage` is the configured one, `extra` bytes are needed in all."""
     sizes = [sum(p.numel() for p in group["params"]) for group in groups]
-    table = _table("ZeRO", *state_bytes(sizes, ranks, 0), *extra, "sum", last="")
+    rows = [("ZeRO", *state_bytes(sizes, ranks, 0), *extra, "sum", "")]
     for row in range(4):
         parts = (state_bytes(sizes, ranks, row) | extra).values()
         cells = [f"{count / GIB:.2f}" for count in (*parts, sum(parts))]
-        table.add_row(str(row), *cells, "<- this run" if row == stage else "")
-    return table
+        rows.append((f"{row}", *cells, "<- this run" if row == stage else ""))
+    return _aligned(rows)
 
 
 def state_bytes(sizes: Sequence[int], ranks: int, stage: int) -> dict[str, int]:
@@ -144,9 +135,7 @@ def state_bytes(sizes: Sequence[int], ranks: int, stage: int) -> dict[str, int]:
     flatten gradients again to reduce them; 3 gathers all weights of a model below a billion parameters for a pass.
     tests/launch/training/test_dry_run.py compares these numbers with an engine.
 
-    Args:
-        sizes: number of parameters of each group
-        stage: of ZeRO, 0 to 3
+    `sizes` are the numbers of parameters of the groups.
     """
     total = sum(sizes)
     part = sum(2 * math.ceil(size / (2 * ranks)) for size in sizes) if stage else total  # groups are padded
@@ -165,12 +154,8 @@ def activation_bytes(model: nn.Module, batches: list[Sequence[Tensor]], micro: i
     """Bytes that a micro batch stores for its backward pass, extrapolated from two smaller batches.
 
     They are linear in the images; the constant part is the weights' copies in bf16. With activation checkpointing, the
-    largest recomputed block or MLP is added.
-
-    Args:
-        batches: the model's inputs for two numbers of images
-        micro: images of the micro batch
-        low: bf16 autocast
+    largest recomputed block or MLP is added. `batches` are the model's inputs for two numbers of images, `micro` is the
+    number wanted, `low` is bf16 autocast.
     """
     encoder = getattr(model, "encoder", model)
     mode = encoder.recompute
@@ -217,18 +202,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _table(*numbers: str, last: str) -> Table:
-    """A table without lines; all columns but the last are aligned to the right."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
-    for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column(last)
-    return table
-
-
-def _text(*parts: str | Table) -> str:
-    """Lines and tables as plain text; tables are up to 120 columns wide."""
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
-    for part in parts:
-        console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of a table; all columns but the last are aligned to the right."""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    return ["  ".join([*map(str.rjust, row, widths), row[-1]]).rstrip() for row in rows]

@@ -4,13 +4,11 @@ import argparse
 import io
 import logging
 import os
-import random
 import warnings
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,12 +26,9 @@ class Engine:
     Args:
         model: on any device; it is moved to the rank's
         groups: parameter groups with `weight_decay` and `lr_scale`
-        optim: batch sizes, betas, clipping, precision, ZeRO stage
-        world: the ranks
     Attributes:
         model: the model, without any wrapper
         precision: fp32, bf16 or fp16
-        zero_stage: 0 to 3
         optimizer: AdamW; with ZeRO it has this rank's part of the parameters
     Raises:
         UserError: the global batch is not a multiple of the micro batch times ranks
@@ -44,13 +39,11 @@ class Engine:
         self.precision = precision(optim, world.device)
         self._loss_scale = LossScale() if self.precision == "fp16" else None
         micro, accumulation = optim.accumulation(world.ranks)
+        bucket = bucket_size(sum(p.numel() for p in model.parameters()))
         config = {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
-            "zero_optimization": {
-                "stage": optim.zero_stage,
-                "reduce_bucket_size": bucket_size(sum(p.numel() for p in model.parameters())),
-            },
+            "zero_optimization": {"stage": optim.zero_stage, "reduce_bucket_size": bucket},
             "zero_allow_untested_optimizer": True,
             # explicit, because DeepSpeed's default is 1; without ZeRO `_clip_or_skip` clips
             "gradient_clipping": optim.clip_grad if optim.zero_stage else 0.0,
@@ -65,7 +58,7 @@ class Engine:
         self._share_loss_scale()
 
     def autocast(self) -> torch.autocast:
-        """Context manager with the engine's precision, for calls of `model` outside of training."""
+        """For calls of `model` outside of training."""
         return autocast(self.device, self.precision)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -75,8 +68,7 @@ class Engine:
     def step(self, loss: Tensor) -> bool:
         """Backward pass of a micro batch's loss [], and after the last one of an accumulation the update.
 
-        Returns:
-            False if the update was skipped because a gradient is not finite; then no rank has applied it
+        Returns False if the update was skipped, on all ranks, because a gradient is not finite.
         """
         updates = self._deepspeed.is_gradient_accumulation_boundary()
         loss = loss * (1 + 0 * loss.detach())  # a NaN or Inf loss must have NaN gradients, so that all ranks skip
@@ -107,7 +99,6 @@ class Engine:
         return self._loss_scale.cur_scale if self._loss_scale else None
 
     def train(self) -> None:
-        """Put the model into training mode."""
         self._deepspeed.train()
 
     def whole_weights(self) -> AbstractContextManager:
@@ -118,17 +109,13 @@ class Engine:
 
     def save(self, folder: Path, tag: str, state: dict) -> None:
         """Write weights, optimizer and the caller's `state` to folder/tag; all ranks call this."""
-        scale = self._loss_scale.state() if self._loss_scale else None
-        content = {"state": state, "loss_scale": scale}
+        content = {"state": state, "loss_scale": vars(self._loss_scale) if self._loss_scale else None}
         self._deepspeed.save_checkpoint(str(folder), tag=tag, client_state=content, save_latest=False)
 
     def load(self, folder: Path, tag: str, universal: bool = False) -> dict:
-        """Load what `save` wrote, and return its `state`. DeepSpeed's files are pickles: load your own runs only.
+        """Load what `save` or, if `universal`, `to_universal` wrote, and return its `state`.
 
-        Args:
-            universal: folder/tag was written by `to_universal`
-        Raises:
-            UserError: it cannot be loaded
+        DeepSpeed's files are pickles: load your own runs only. Raises `UserError` if it cannot be loaded.
         """
         self._deepspeed._config.load_universal_checkpoint = universal
         try:
@@ -139,11 +126,10 @@ class Engine:
             raise UserError(f"{folder} could not be loaded: delete it to resume from the checkpoint before it")
         self._share_loss_scale()  # loading has replaced the optimizer's scaler
         if self._loss_scale:
-            self._loss_scale.load_state(content["loss_scale"])
+            vars(self._loss_scale).update(content["loss_scale"])
         return content["state"]
 
     def close(self) -> None:
-        """Release DeepSpeed's buffers and hooks."""
         self._deepspeed.destroy()
 
     def _share_loss_scale(self) -> None:
@@ -186,16 +172,8 @@ def to_universal(source: Path, target: Path) -> None:
         main(options)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators; 0 <= seed < 2**32."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def _import_deepspeed():
     """Import DeepSpeed when it is needed (seconds), without its log messages."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed

@@ -5,6 +5,7 @@ The counts are part of a checkpoint, so a run that is interrupted often still en
 
 from collections import ChainMap
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -23,46 +24,40 @@ class Faults:
         max_skipped: consecutive steps that may be skipped
         max_damaged: share of a split's images that may be damaged
         splits: whose damaged images count
-        log: where faults are recorded
     """
 
     def __init__(self, max_skipped: int, max_damaged: float, splits: Sequence[Split], log: RunLog):
         self.max_skipped, self.max_damaged, self.log = max_skipped, max_damaged, log
         self.splits = {split.name: split for split in splits}
         self.skipped = self.consecutive = 0
-        self.damaged: dict[str, set[int]] = {}  # samples by split
+        self.damaged: dict[str, set[int]] = {name: set() for name in self.splits}  # samples by split
         self.unreported: dict[tuple[str, int], str] = {}  # messages by split and sample, known only to this rank
 
     def state(self) -> dict:
-        """Plain values for a checkpoint."""
         damaged = {split: sorted(samples) for split, samples in self.damaged.items()}
         return {"skipped": self.skipped, "consecutive": self.consecutive, "damaged": damaged}
 
     def load_state(self, state: dict) -> None:
-        """Restore the counts of a checkpoint."""
         self.skipped, self.consecutive = state["skipped"], state["consecutive"]
-        self.damaged = {split: set(samples) for split, samples in state["damaged"].items()}
+        self.damaged |= {split: set(samples) for split, samples in state["damaged"].items()}
 
     def applied(self) -> None:
-        """A step was applied."""
         self.consecutive = 0
 
     def skip(self, step: int, parts: list[tuple[Tensor, Tensor]], loss_scale: float | None = None) -> None:
         """A step was skipped because its loss or gradient is not finite; all ranks call this.
 
         Args:
-            step: counted from 1
             parts: loss [] and samples [B] of each micro batch of this rank
             loss_scale: of the next step; None = no loss scaling
         Raises:
             UserError: more than `max_skipped` in a row
         """
         self.skipped, self.consecutive = self.skipped + 1, self.consecutive + 1
-        bad = [samples.tolist() for loss, samples in parts if not bool(torch.isfinite(loss))]
-        by_rank = gather((bad, [samples.tolist() for _, samples in parts]))
-        cause = "loss" if any(bad for bad, _ in by_rank) else "gradient"
-        batches = [batch for bad, all_batches in by_rank for batch in (bad if cause == "loss" else all_batches)]
-        samples = sorted(sample for batch in batches for sample in batch)
+        own = [(bool(torch.isfinite(loss)), samples.tolist()) for loss, samples in parts]
+        batches = [batch for rank in gather(own) for batch in rank]
+        cause = "gradient" if all(finite for finite, _ in batches) else "loss"
+        samples = sorted(chain(*(samples for finite, samples in batches if not finite or cause == "gradient")))
         self.log.record(step, "skipped", {"not_finite": cause, "samples": samples})
         scale = f"; loss scale now {loss_scale:g}" if loss_scale else ""
         self.log.say(f"step {step} skipped: its {cause} is not finite; log.jsonl lists the samples{scale}")
@@ -73,35 +68,25 @@ class Faults:
                 "optim.lr or with optim.clip_grad"
             )
 
-    @property
-    def has_news(self) -> bool:
-        """Whether this rank has damaged images to report to the others."""
-        return bool(self.unreported)
-
     def note_damaged(self, loader: Loader, batch: dict[str, Tensor]) -> None:
-        """Note this rank's damaged images of a batch, if its split counts."""
+        """Note a batch's damaged images, if its split counts."""
         split = loader.samples.split
         if self.splits.get(split.name) is not split or not bool(batch["damaged"].any()):
             return
-        known = self.damaged.setdefault(split.name, set())
         for sample in batch["sample"][batch["damaged"]].tolist():
-            if sample not in known and (split.name, sample) not in self.unreported:
+            if sample not in self.damaged[split.name] and (split.name, sample) not in self.unreported:
                 self.unreported[split.name, sample] = loader.samples.describe_damage(sample)
 
     def report_damaged(self, step: int) -> None:
-        """Log the damaged images of all ranks; all ranks call this.
-
-        Raises:
-            UserError: more than `max_damaged` of a split
-        """
+        """Log the damaged images of all ranks, which all call this. Raises `UserError` for more than `max_damaged`."""
         news, self.unreported = ChainMap(*gather(self.unreported)), {}
         for (split, sample), complaint in sorted(news.items()):
-            if sample not in self.damaged.setdefault(split, set()):
+            if sample not in self.damaged[split]:
                 self.damaged[split].add(sample)
                 self.log.record(step, "damaged", {"split": split, "sample": sample, "error": complaint})
                 self.log.say(f"damaged, replaced by another image: {complaint}")
         for name, split in self.splits.items():
-            damaged = len(self.damaged.get(name, ()))
+            damaged = len(self.damaged[name])
             if damaged > self.max_damaged * len(split):
                 raise UserError(
                     f"{damaged} of {len(split)} images of split {name} are damaged, more than data.max_damaged "

@@ -70,12 +70,8 @@ def features(
 ) -> Features:
     """Mean over the tokens of the last stage, before any norm of a head.
 
-    Samples with label -1 are excluded: padding of a batch, and replacements of damaged images.
-
-    Args:
-        mean: [C] of the channels
-        std: [C]
-        precision: fp32, bf16 or fp16
+    Samples with label -1 are excluded: padding of a batch, and replacements of damaged images. `mean` and `std` are
+    those of the channels, `precision` is fp32, bf16 or fp16.
     """
     training = encoder.training
     encoder.eval()
@@ -207,13 +203,9 @@ def best_of(grid: list[Linear]) -> Linear:
 def _fit(
     x: Tensor, label: Tensor, orders: Iterable[np.ndarray], steps: int, classes: int, lrs: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """Weight [G, D, K] and bias [G, 1, K] of the softmax regression.
+    """Weight [G, D, K] and bias [G, 1, K] of the softmax regression on standardised features [N, D].
 
-    Args:
-        x: [N, D] standardised
-        label: [N]
-        orders: for each epoch, the rows in `x` of all ranks' images, -1 for other ranks'
-        steps: of all epochs
+    `orders` has for each epoch the rows in `x` of all ranks' images, -1 for other ranks'; `steps` counts all epochs.
     """
     weight = x.new_zeros(len(lrs), x.shape[1], classes, requires_grad=True)
     bias = x.new_zeros(len(lrs), 1, classes, requires_grad=True)

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 from torch.distributed import TCPStore
@@ -32,20 +33,17 @@ class Heartbeat:
         self.count, self.activity = self.count + 1, activity
 
     def close(self) -> None:
-        """End this rank's exchange."""
         self.done.set()
         if self.world.ranks > 1:
             self.thread.join(TIMEOUT)
 
     def _exchange(self) -> None:
-        try:
+        with suppress(RuntimeError):  # the first rank is gone; the launcher or a collective reports that
             while not self.done.wait(INTERVAL):
                 self.store.set(f"rank {self.world.rank}", f"{self.count} {time.monotonic()} {self.activity}")
                 if self.stopping:
                     self.store.set("stop", "1")
                 self.stopping = self.stopping or self.store.check(["stop"])
-        except RuntimeError:  # the first rank is gone; the launcher or a collective reports that
-            return
 
     def late_ranks(self) -> str:
         """End of a sentence that names the ranks that do not answer, or else those with the least progress."""
@@ -69,11 +67,11 @@ class Heartbeat:
         frozen = [name for name, before, after in zip(names, first, second, strict=True) if before == after]
         if frozen:
             return f"; no answer from {', '.join(frozen)}"
-        reports = [entry.decode().split(" ", 2) for entry in second]
-        counts = [int(count) for count, *_ in reports]
-        if min(counts) == max(counts):
+        counts, _, activities = zip(*(entry.decode().split(" ", 2) for entry in second), strict=True)
+        if len(set(counts)) == 1:
             return "; all ranks have made the same progress"
-        late = [f"{name} ({reports[i][2]})" for i, name in enumerate(names) if counts[i] == min(counts)]
+        lowest = min(counts, key=int)
+        late = [f"{names[i]} ({activities[i]})" for i, count in enumerate(counts) if count == lowest]
         return f"; waiting for {', '.join(late)}"
 
 

@@ -10,11 +10,7 @@ LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def precision(optim: Optim, device: torch.device) -> str:
-    """Resolve `optim.precision` on a device: fp32, bf16 or fp16.
-
-    Raises:
-        UserError: bf16 on a GPU without it
-    """
+    """`optim.precision` on a device: fp32, bf16 or fp16. Raises `UserError` for bf16 on a GPU without it."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if optim.precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise UserError("optim.precision is bf16, but this GPU has no bf16: use fp16 or fp32")
@@ -42,7 +38,6 @@ class LossScale:
         self.cur_scale, self.applied = 2.0**16, 0
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """The loss to differentiate."""
         return loss * self.cur_scale
 
     def update_scale(self, overflow: bool) -> None:
@@ -55,11 +50,3 @@ class LossScale:
             self.cur_scale = max(1.0, self.cur_scale / 2)
         elif self.applied % self.GROWTH == 0:
             self.cur_scale *= 2
-
-    def state(self) -> dict:
-        """Plain values for a checkpoint."""
-        return {"cur_scale": self.cur_scale, "applied": self.applied}
-
-    def load_state(self, state: dict) -> None:
-        """Restore the values of a checkpoint."""
-        self.cur_scale, self.applied = state["cur_scale"], state["applied"]

@@ -36,7 +36,6 @@ CURVES = {  # by title of the plot: labels of curves by their names in log.jsonl
     "images/s": {"images_per_s": "all ranks"},
 }
 MAX_POINTS = 2000  # of a curve
-MAX_FAULTS = 10  # skipped steps and damaged images on the page
 KINDS = {"raw": "raw weights", "ema": "moving average"}
 NO_CURVES = ("top5", "images")  # scores without a plot
 COLOURS = ("#3b6fd4", "#d9822b", "#3a9b6a", "#a854b5")
@@ -46,17 +45,16 @@ def write_report(run: Path) -> Path:
     """Write RUN/report.html from the run's files and return its path. Raises `UserError` if RUN is not a run."""
     if not (run / "config.yaml").exists():
         raise UserError(f"{run} is not the folder of a run (no config.yaml): pass one like runs/photos")
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    lines = list(read_log(run / "log.jsonl"))
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    names = [*PICTURES, *sorted(path.name for path in run.glob("*.png") if path.name not in PICTURES)]
-    pictures = {
-        PICTURES.get(name, name): f"data:image/png;base64,{base64.b64encode((run / name).read_bytes()).decode()}"
-        for name in names if (run / name).exists()
-    }  # fmt: skip
-    page = environment.from_string(TEMPLATE.read_text()).render(
+    text, lines = (run / "config.yaml").read_text(), list(read_log(run / "log.jsonl"))
+    config = yaml.safe_load(text)
+    strict = {"autoescape": True, "undefined": jinja2.StrictUndefined}
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **strict).from_string(TEMPLATE.read_text())
+    pictures = {}
+    for name in dict.fromkeys([*PICTURES, *sorted(path.name for path in run.glob("*.png"))]):
+        if (run / name).exists():
+            data = base64.b64encode((run / name).read_bytes()).decode()
+            pictures[PICTURES.get(name, name)] = f"data:image/png;base64,{data}"
+    page = template.render(
         name=config["run"]["name"],
         stage="fine-tuning" if "augment" in config else "pretraining",
         results=results(run, lines),
@@ -64,8 +62,7 @@ def write_report(run: Path) -> Path:
         plots=[_svg(title, curves) for title, curves in curves_of(lines).items()],
         pictures=pictures,
         faults=[line for line in lines if "skipped" in line or "damaged" in line],
-        max_faults=MAX_FAULTS,
-        config=(run / "config.yaml").read_text(),
+        config=text,
     )
     write_atomic(run / "report.html", page.encode())
     return run / "report.html"
@@ -78,10 +75,9 @@ def results(run: Path, lines: list[dict]) -> dict[str, str]:
     if losses:
         found["training loss"] = f"{losses[0]:.4f} at the start, {losses[-1]:.4f} at the end"
     found["steps"] = f"{max((line['step'] for line in lines), default=0):,}"
-    for line in lines:
-        if "knn" in line:
-            best = max((value, key) for key, value in line["knn"].items() if key.startswith("top1"))
-            found["nearest neighbours"] = f"{best[0]:.2%} top-1 at the end ({best[1].removeprefix('top1_')})"
+    if knn := [line["knn"] for line in lines if "knn" in line]:
+        best, k = max((value, key.removeprefix("top1_")) for key, value in knn[-1].items() if key.startswith("top1"))
+        found["nearest neighbours"] = f"{best:.2%} top-1 at the end ({k})"
     if (run / "summary.json").exists():
         summary = json.loads((run / "summary.json").read_text())
         found["time and hardware"] = f"{timedelta(seconds=summary['seconds'])} on {summary['hardware']}"
@@ -131,15 +127,15 @@ def curves_of(lines: list[dict]) -> dict[str, dict[str, tuple[list[int], list[fl
                 if isinstance(x, int | float):
                     points[key][0].append(line["step"])
                     points[key][1].append(x)
-    curves = dict(CURVES)
-    known = {key for named in CURVES.values() for key in named}
-    for kind, score in (key.split("/", 1) for key in points if key.startswith(("raw/", "ema/")) and key not in known):
-        if score not in NO_CURVES:
-            curves[score] = curves.get(score, {}) | {f"{kind}/{score}": KINDS[kind]}
-    plots = {
-        title: {label: points[key] for key, label in named.items() if key in points} for title, named in curves.items()
-    }
-    return {title: curves for title, curves in plots.items() if curves}
+    plots = {}
+    for title, named in CURVES.items():
+        if curves := {label: points.pop(key) for key, label in named.items() if key in points}:
+            plots[title] = curves
+    for key, curve in points.items():  # scores that CURVES does not know
+        kind, _, score = key.partition("/")
+        if kind in KINDS and score not in NO_CURVES:
+            plots.setdefault(score, {})[KINDS[kind]] = curve
+    return plots
 
 
 def _svg(title: str, curves: dict[str, tuple[list[int], list[float]]]) -> Markup:
@@ -148,20 +144,12 @@ def _svg(title: str, curves: dict[str, tuple[list[int], list[float]]]) -> Markup
     axes = figure.add_subplot()
     for colour, (label, (steps, values)) in zip(COLOURS, curves.items(), strict=False):
         stride = max(1, len(steps) // MAX_POINTS)
-        axes.plot(
-            steps[::stride],
-            values[::stride],
-            marker="o" if len(steps) < 30 else "",
-            ms=3,
-            lw=1.4,
-            color=colour,
-            label=label,
-        )
+        x, y, marker = steps[::stride], values[::stride], "o" if len(steps) < 30 else ""
+        axes.plot(x, y, marker=marker, ms=3, lw=1.4, color=colour, label=label)
     axes.set_title(title, fontsize=10, color="#808080")
     axes.tick_params(labelsize=8, colors="#808080")
     axes.grid(alpha=0.25)
-    for spine in axes.spines.values():
-        spine.set_color("#808080")
+    axes.spines[:].set_color("#808080")
     if len(curves) > 1:
         axes.legend(fontsize=8, frameon=False, labelcolor="#808080")
     out = io.StringIO()

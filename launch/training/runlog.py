@@ -23,11 +23,9 @@ class RunLog:
     """The log of one run.
 
     Args:
-        folder: runs/NAME
         config: resolved configuration, written to config.yaml
         steps: optimizer steps of the whole run
         first_step: steps already done; later entries of an interrupted process are removed
-        images_per_step: global batch, for images/s
         active: whether this rank writes
     """
 
@@ -52,16 +50,12 @@ class RunLog:
         self.bar.start()
 
     def train(self, step: int, epoch: str, losses: "Mean", lr: float, grad_norm: float) -> None:
-        """Log the training since the last call: means over all ranks, which all call this.
-
-        Values that are not finite are omitted.
-        """
+        """Log the training since the last call, without values that are not finite; all ranks call this."""
         total, count = sum_over_ranks(losses.take()).tolist()
         if not self.active:
             return
-        now = time.perf_counter()
-        rate = (step - self.last_step) * self.images_per_step / max(now - self.last_time, 1e-9)
-        self.last_step, self.last_time = step, now
+        rate = (step - self.last_step) * self.images_per_step / max(time.perf_counter() - self.last_time, 1e-9)
+        self.restart_clock(step)
         mean = total / count if count else math.nan
         values = {"loss": mean, "lr": lr, "grad_norm": grad_norm, "images_per_s": rate}
         values = {name: value for name, value in values.items() if math.isfinite(value)} | {"peak_gib": peak_memory()}
@@ -80,7 +74,7 @@ class RunLog:
         return time.perf_counter() - self.began
 
     def restart_clock(self, step: int) -> None:
-        """Exclude the time since the last `train` (evaluation, pictures, checkpoints) from images/s."""
+        """Measure images/s from now on, so without the evaluation, pictures and checkpoints since the last `train`."""
         self.last_step, self.last_time = step, time.perf_counter()
 
     def scores(self, step: int, name: str, values: dict[str, float]) -> None:
@@ -91,7 +85,7 @@ class RunLog:
                 self.board.add_scalar(f"{name}/{key}", value, step)
 
     def record(self, step: int, name: str, values: dict) -> None:
-        """Record an event in log.jsonl."""
+        """Write an entry to log.jsonl."""
         if self.active:
             self.file.write(json.dumps({"step": step, name: values}) + "\n")
 
@@ -106,7 +100,6 @@ class RunLog:
             self.console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
-        """Flush everything; also after an error."""
         if self.active:
             self.bar.stop()
             self.board.close()
@@ -120,7 +113,6 @@ class Mean:
         self.sum_count = torch.zeros(2, device=device)
 
     def add(self, value: Tensor) -> None:
-        """Add a scalar."""
         value = value.detach().float()
         finite = torch.isfinite(value)
         self.sum_count += torch.stack([torch.where(finite, value, 0.0), finite.float()])

@@ -14,7 +14,7 @@ from launch.training.world import World
 
 
 def write_summary(folder: Path, config: Pretrain | Finetune, world: World, seconds: float, results: dict) -> None:
-    """Write FOLDER/summary.json: `results` (plain values), seconds, hardware, configuration. For the first rank."""
+    """Write FOLDER/summary.json: `results` (plain values), seconds, hardware, configuration."""
     if world.device.type == "cuda":
         hardware = f"{torch.cuda.get_device_name(world.device)} x {world.ranks}"
     else:

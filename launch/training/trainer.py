@@ -61,17 +61,15 @@ class Stage(Protocol):
         """Content of a checkpoint besides the engine's: plain values and tensors."""
 
     def load_state(self, state: dict) -> None:
-        """Restore the content of a checkpoint."""
+        """Restore it."""
 
 
 class Trainer:
     """Trains a stage. Nothing happens before `run`.
 
     Args:
-        config: the stage's configuration
-        engine: engine around the stage's model
+        engine: around the stage's model
         loader: micro batches of this rank
-        stage: what is trained
         identity: what must be equal on resume: configuration and digests of data and initial weights
         evaluated: more splits whose damaged images are reported and limited (data.max_damaged)
     """
@@ -112,8 +110,8 @@ class Trainer:
     def _resume(self) -> None:
         config, world = self.config, self.world
         check_ranks_match(world, self.folder, self.identity)
-        may_change = free_keys(config)
-        self.checkpoints = Checkpoints(self.folder, self.engine, self.identity, world, config.run.keep, may_change)
+        keep, may_change = config.run.keep, free_keys(config)
+        self.checkpoints = Checkpoints(self.folder, self.engine, self.identity, world, keep, may_change)
         self.step, state = self.checkpoints.resume(config.resume)
         self.log = RunLog(self.folder, to_dict(config), self.steps, self.step, config.optim.batch_size, world.first)
         self.faults = Faults(config.optim.max_skipped, config.data.max_damaged, self.splits, self.log)
@@ -151,7 +149,7 @@ class Trainer:
             report = stage.end_epoch(epoch, last, self._progress) if epoch_ends else Report()
             self._log(report)
             overdue = self.world.first and 0 < config.run.save_minutes < (time.monotonic() - saved) / 60
-            stop, overdue, damaged = self.agreement(self.watchdog.requested, overdue, self.faults.has_news)
+            stop, overdue, damaged = self.agreement(self.watchdog.requested, overdue, bool(self.faults.unreported))
             if damaged:
                 self._report_damaged()
             last = last or stage.should_stop()

@@ -28,9 +28,7 @@ LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distri
 class Watchdog:
     """Context manager around training. The loop calls `begin` to report progress and reads `requested`.
 
-    Args:
-        folder: of the run; stacks of a hanging rank are written there
-        limit: seconds without progress after which the process ends
+    After `limit` seconds without progress the process writes its stacks to the run's `folder` and ends.
     """
 
     def __init__(self, world: World, folder: Path, limit: float):
@@ -48,14 +46,13 @@ class Watchdog:
         self.heartbeat.begin(activity)
         self.patient = patient
 
-    def __enter__(self) -> "Watchdog":
+    def __enter__(self) -> None:
         self.inbox, self.outbox = os.pipe()
         os.set_blocking(self.outbox, False)
         # Python runs signal handlers only when the main thread returns from C code; the pipe gets signals at once
         self.handlers = {number: signal.signal(number, lambda *_: None) for number in REQUESTS}
         self.wakeup = signal.set_wakeup_fd(self.outbox, warn_on_full_buffer=False)
         self.thread.start()
-        return self
 
     def __exit__(self, kind: type | None, *_) -> None:
         self.done.set()

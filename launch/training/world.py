@@ -1,6 +1,7 @@
 """The ranks of a run: process group, collectives, errors of other processes."""
 
 import os
+import re
 import secrets
 import socket
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ LOADER_DIED = "DataLoader worker"
 
 @dataclass(frozen=True)
 class World:
-    """Rank of this process, number of ranks, and device."""
+    """This process's place in a run."""
 
     rank: int
     ranks: int
@@ -41,10 +42,7 @@ class World:
 def init_world(run: Run) -> World:
     """Join the process group of deepspeed, torchrun or srun; without their variables, start one of a single rank.
 
-    Args:
-        run: device (auto, cpu or cuda), kernels, `hang_minutes`
-    Raises:
-        UserError: no GPU for device cuda; srun tasks without an address; the other ranks do not connect
+    Raises `UserError` if there is no GPU for device cuda, srun's tasks have no address, or other ranks do not connect.
     """
     kernels.use(run.kernels == "triton")
     if run.device == "cuda" and not torch.cuda.is_available():
@@ -52,13 +50,13 @@ def init_world(run: Run) -> World:
     use_cuda = run.device != "cpu" and torch.cuda.is_available()
     os.environ["DS_ACCELERATOR"] = "cuda" if use_cuda else "cpu"  # DeepSpeed's own choice may differ
     if "RANK" not in os.environ:
-        os.environ |= {key: str(value) for key, value in _launcher_variables().items()}
+        os.environ |= _launcher_variables()
     rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     # torchrun sets LOCAL_WORLD_SIZE, DeepSpeed LOCAL_SIZE
     local_ranks = int(os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(ranks))))
     if use_cuda:
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())  # srun may show each task only its own GPU
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())  # srun may show a task only its own GPU
+        torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         if local_ranks > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun always sets 1 for several ranks
@@ -82,23 +80,21 @@ def destroy_world() -> None:
     torch.distributed.destroy_process_group()
 
 
-def _launcher_variables() -> dict[str, object]:
+def _launcher_variables() -> dict[str, str]:
     """Variables that torchrun would set, derived from srun's if it started several tasks, else for one rank."""
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    if tasks == 1 or "SLURM_PROCID" not in os.environ:
-        return {
-            "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()
-        }  # fmt: skip
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+    env = os.environ
+    tasks = env.get("SLURM_NTASKS", "1")
+    if tasks == "1" or "SLURM_PROCID" not in env:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **address}
+    if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
         raise UserError(
             "srun started several tasks without an address to connect to: set MASTER_ADDR and MASTER_PORT, as "
             "launch/nodes/slurm.sh does"
         )
-    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", str(tasks)))
-    return {
-        "RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": tasks, "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": per_node.split("(")[0].split(",")[0],  # like 4(x2)
-    }  # fmt: skip
+    per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", tasks))
+    local = {"LOCAL_RANK": env["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": re.split("[(,]", per_node)[0]}  # like 4(x2)
+    return {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": tasks, **local}
 
 
 def free_port() -> int:
@@ -109,11 +105,9 @@ def free_port() -> int:
 
 
 def check_ranks_match(world: World, folder: Path, identity: dict) -> None:
-    """Raise `UserError` on all ranks unless all have the same `identity` and see the same run folder.
+    """Raise `UserError` on all ranks unless all have the same `identity` and see the same run.folder.
 
-    Args:
-        folder: runs/NAME; its parent is created if missing
-        identity: configuration and digests
+    `folder` is runs/NAME; its parent is created if missing.
     """
     token = folder.parent / f".{broadcast(secrets.token_hex(8))}"
     if world.first:
@@ -173,10 +167,7 @@ def barrier() -> None:
 class Agreement:
     """Maximum over all ranks of integers such as requests to stop.
 
-    A call returns the maxima of the previous call's values, from an asynchronous reduction, so that no rank waits.
-
-    Args:
-        count: number of values in a call
+    A call returns the maxima of the previous call's `count` values, from an asynchronous reduction, so no rank waits.
     """
 
     def __init__(self, world: World, count: int):

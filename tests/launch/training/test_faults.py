@@ -70,7 +70,7 @@ def test_damaged_images_are_named_once_and_counted(log):
     splits = [source.samples.split]
     found = Faults(1, 0.02, splits, log)
     found.note_damaged(source, batch(1, 2))
-    assert not found.has_news
+    assert not found.unreported
     found.note_damaged(source, batch(3, 4, damaged=[4]))
     found.note_damaged(source, batch(4, 5, damaged=[4]))
     found.report_damaged(10)

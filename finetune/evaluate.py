@@ -50,14 +50,14 @@ def main(argv: list[str] | None = None) -> None:
     from data.transforms import EvalTransform
     from finetune.batches import padded_batches
     from finetune.inference import predict
-    from finetune.tasks import task_of
+    from finetune.tasks import make_inference
     from launch.training.precision import precision
     from launch.training.world import destroy_world, gather, init_world, process_errors
     from models.opening import open_classifier
 
     trained = open_classifier(options.weights, options.ema, options.size)
     images = open_images(options.data, options.split)
-    task = task_of(trained.path, trained.weights.task).make_inference(trained)
+    task = make_inference(trained)
     task.match(images)
     out = options.out or default_folder(options)
     world = init_world(Run(device=options.device))

@@ -11,10 +11,10 @@ outputs the feature maps of the four stages, for detection and segmentation. See
 """
 
 import os
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
@@ -52,17 +52,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from data.transforms import EvalTransform  # slow imports, after parsing
     from finetune.batches import sample_images
-    from finetune.exporters.comparison import (
-        FP16_TOLERANCE,
-        TOLERANCE,
-        check_fp16,
-        compare,
-        comparison_batches,
-        predict_with,
-    )
+    from finetune.exporters.comparison import check_fp16, compare, comparison_batches, explain_errors, predict_with
     from finetune.exporters.files import export, how_to_use, load_exported, stage_outputs
     from finetune.exporters.graph import Deployed, free_sides, min_free_side, to_fp16
-    from finetune.tasks import task_of
+    from finetune.tasks import make_inference
     from models.opening import open_classifier, open_encoder
 
     out, to = options.out, options.to
@@ -72,34 +65,26 @@ def main(argv: list[str] | None = None) -> None:
     images = sample_images(options.images, options.split, COMPARED, transform, trained.preprocessing.channels)
     print(f"{options.weights}: {weights.describe()}; comparing on {len(images)} images", flush=True)
     if to == "safetensors" and weights.head and not weights.outputs:
-        raise UserError(
-            f"timm's models have no head like that of {options.weights}: choose another --to, or --features"
-        )
-    outputs = stage_outputs(weights.arch)
-    if not options.features:
-        outputs = task_of(trained.path, weights.task).make_inference(trained).outputs()
+        raise UserError(f"timm's models have no head like that of {options.weights}: use another --to, or --features")
+    outputs = stage_outputs(weights.arch) if options.features else make_inference(trained).outputs()
     source = deployed = Deployed(trained.model, trained.mean, trained.std)
     free = free_sides(weights)
     if options.features and not all(free):
         print(f"  sides below {min_free_side(weights.arch)} pixels are fixed in the graph: --size sets larger ones")
     batches = comparison_batches(images, free)
     expected = [predict_with(source)(batch) for batch in batches]
-    tolerance = TOLERANCE
     if options.fp16:
-        deployed, tolerance = to_fp16(source), FP16_TOLERANCE
+        deployed = to_fp16(source)
         check_fp16(source, deployed, expected, batches)
         encoder, head = ({name: x.half() for name, x in part.items()} for part in (weights.encoder, weights.head))
         weights = replace(weights, encoder=encoder, head=head)
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        export(part / out.name, to, deployed, weights, outputs)
-        exported = load_exported(part / out.name, to, weights)
-        largest = compare(expected, exported, batches, tolerance, f"{out} is not written: it")
-        files = move_files(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        part = Path(folder, out.name)
+        export(part, to, deployed, weights, outputs)
+        with explain_errors(to):
+            exported = load_exported(part, to, weights)
+            largest = compare(expected, exported, batches, options.fp16, f"{out} is not written: it")
+        files = move_files(Path(folder), out)
     size, shapes = sum(file.stat().st_size for file in files), ["x".join(map(str, batch.shape)) for batch in batches]
     print(
         f"wrote {' and '.join(map(str, files))}, {size / 1e6:.1f} MB; read back, its outputs for images of "
@@ -116,9 +101,9 @@ def check_out(out: Path, to: str) -> None:
         check_new(path)
 
 
-def move_files(part: Path, out: Path) -> list[Path]:
+def move_files(folder: Path, out: Path) -> list[Path]:
     """Sync the files of a folder and move them next to `out`, `out` itself last; returns their new paths."""
-    files = sorted(part.iterdir(), key=lambda file: file.name == out.name)
+    files = sorted(folder.iterdir(), key=lambda file: file.name == out.name)
     for file in files:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())

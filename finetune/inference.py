@@ -84,18 +84,12 @@ def output_of(model: nn.Module, image: Tensor, mean: Tensor, std: Tensor, precis
 
 
 def predict(
-    task: Collector,
-    models: dict[str, nn.Module],
-    batches: Iterable[dict[str, Tensor]],
-    world: World,
-    mean: Tensor,
-    std: Tensor,
-    precision: str,
-) -> dict[str, Any]:
+    task: Collector, models: dict[str, nn.Module], batches: Iterable[dict[str, Tensor]], world: World, mean: Tensor,
+    std: Tensor, precision: str,
+) -> dict[str, Any]:  # fmt: skip
     """Predictions of models for a split, by the models' names; the same on every rank.
 
-    The models' modes are restored. `batches` are this rank's; `mean` and `std` are [C]; `precision` is fp32, bf16 or
-    fp16.
+    The models' modes are restored. `batches` are this rank's; the rest is as in `output_of`.
     """
     modes = {name: model.training for name, model in models.items()}
     for model in models.values():

@@ -53,7 +53,7 @@ def main() -> None:
     data.grid(arch.stem_stride)  # raises for a size that is not a multiple of the patch
     statistics = data.statistics(arch.channels)
     train_split, eval_split = open_split(data), open_split(data, config.eval_split)
-    task = TASKS[config.task.name].Task(config, train_split, eval_split)
+    task = TASKS[config.task.name].make_task(config, train_split, eval_split)
     transform, weights = task.train_transform(statistics[0]), task.sample_weights()
     images = len(train_split) if weights is None else np.count_nonzero(weights)
     decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
@@ -87,7 +87,7 @@ def main() -> None:
     best, path = stage.best, trainer.folder / "best.pt"
     say(f"best {config.eval_split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
     if world.first:
-        stage.draw()
+        task.draw(trainer.folder, stage.best_predictions)
         say(f"wrote {write_report(trainer.folder)}: open it in a browser")
     destroy_world()
 

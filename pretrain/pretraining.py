@@ -1,5 +1,6 @@
 """The pretraining stage: the loss of an objective; pictures and evaluations after an epoch."""
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Protocol
 
@@ -132,22 +133,18 @@ def summarize(log: Path, config: Pretrain, steps_per_epoch: int) -> dict:
 
     Loss and images/s are means over an epoch.
     """
-    results: dict = {"stage": "pretraining", "steps": 0, "epochs": config.optim.epochs}
-    results |= {"loss": {}, "images_per_s": {}, "knn": {}, "linear": {}, "feature_distance": {}}
-    lines = list(read_log(log))
-    total = max((line["step"] for line in lines), default=0)
-    before, parts = 0, []
-    for line in lines:
+    results: dict = {"loss": {}, "images_per_s": {}, "knn": {}, "linear": {}, "feature_distance": {}}
+    step, parts = 0, defaultdict(list)  # by epoch: steps of each logged mean, and the means
+    for line in read_log(log):
         epoch = -(-line["step"] // steps_per_epoch)
         for name in ("knn", "linear", "feature_distance"):
             if name in line:
                 results[name][epoch] = line[name]
         if "loss" in line:
-            parts.append((line["step"] - before, line["loss"], line["images_per_s"]))
-            before = line["step"]
-            if before % steps_per_epoch == 0 or before == total:
-                weights, losses, rates = zip(*parts, strict=True)
-                results["loss"][epoch] = float(np.average(losses, weights=weights))
-                results["images_per_s"][epoch] = float(np.average(rates, weights=weights))
-                parts = []
-    return results | {"steps": total}
+            parts[epoch].append((line["step"] - step, line["loss"], line["images_per_s"]))
+            step = line["step"]
+    for epoch, means in parts.items():
+        weights, losses, rates = zip(*means, strict=True)
+        results["loss"][epoch] = float(np.average(losses, weights=weights))
+        results["images_per_s"][epoch] = float(np.average(rates, weights=weights))
+    return {"stage": "pretraining", "steps": step, "epochs": config.optim.epochs} | results

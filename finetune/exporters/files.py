@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from configs.schema import Encoder
 from data.transforms import normalize
-from finetune.exporters.comparison import Predict, explain_errors, predict_with, quiet_libraries
+from finetune.exporters.comparison import Predict, predict_with, quiet_libraries
 from finetune.exporters.graph import Deployed, free_sides, min_free_side, trace
 from models.formats.write import how_to_load, how_to_load_backbone, timm_backbone, timm_options, write_weights
 from models.weights import Weights
@@ -64,25 +64,18 @@ def metadata(weights: Weights, outputs: dict[str, str], precision: str) -> dict:
 
 def stage_outputs(arch: Encoder) -> dict[str, str]:
     """Names and descriptions of an encoder's feature maps."""
-    strides = [arch.stem_stride * 2**i for i in range(4)]
-    return {
-        f"stage{i}": f"float32 [batch, {channels}, height / {stride}, width / {stride}]"
-        for i, (channels, stride) in enumerate(zip(arch.dims, strides, strict=True), 1)
-    }
+    outputs = {}
+    for i, channels in enumerate(arch.dims):
+        stride = arch.stem_stride * 2**i
+        outputs[f"stage{i + 1}"] = f"float32 [batch, {channels}, height / {stride}, width / {stride}]"
+    return outputs
 
 
 def load_exported(path: Path, to: str, weights: Weights) -> Predict:
-    """Read an exported file in its own runtime, on the CPU.
+    """Read an exported file in its own runtime, on the CPU; `weights` has the architecture, for safetensors.
 
-    Args:
-        weights: architecture and number of classes, for safetensors
-    Raises:
-        UserError: the runtime cannot read the file; the returned function: cannot run it
+    This and the returned function raise the runtime's exceptions.
     """
-    return explain_errors(explain_errors(_load, to)(path, to, weights), to)
-
-
-def _load(path: Path, to: str, weights: Weights) -> Predict:
     if to == "onnx":
         import onnxruntime
 

@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     images = open_images(options.data, options.split)
     task = make_inference(trained)
     task.match(images)
-    out = options.out or default_folder(options)
+    weights = Path(options.weights).absolute()
+    name = f"{weights.name if weights.is_dir() else weights.stem}{'-ema' if options.ema else ''}"
+    out = options.out or Path(options.weights).parent / f"evaluation-{options.split}-{name}"
     world = init_world(Run(device=options.device))
     if world.first:
         out.mkdir(parents=True, exist_ok=True)  # before the work, so that it cannot fail after it
@@ -83,13 +85,6 @@ def main(argv: list[str] | None = None) -> None:
         task.show_evaluation(result)
         print(f"wrote {out}: {task.files}")
     destroy_world()
-
-
-def default_folder(options: Options) -> Path:
-    """Next to the weights, named after split and weights, so that best.pt, last.pt and its average do not collide."""
-    weights = Path(options.weights).absolute()
-    name = weights.name if weights.is_dir() else weights.stem
-    return Path(options.weights).parent / f"evaluation-{options.split}-{name}{'-ema' if options.ema else ''}"
 
 
 if __name__ == "__main__":

@@ -45,8 +45,12 @@ class Options(ModelOptions):
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(Options, __doc__, argv)
+    out, to = options.out, options.to
     check_exists(options.weights)
-    check_out(options.out, options.to)
+    if out.suffix != SUFFIXES[to]:
+        raise UserError(f"{out}: the name of a file of {to} ends in {SUFFIXES[to]}")
+    for path in (out, out.with_name(f"{out.name}.data")):  # the second: ONNX weights of more than 2 GB
+        check_new(path)
     if not Path(options.images).is_file():
         check_dataset(options.images)
 
@@ -58,7 +62,6 @@ def main(argv: list[str] | None = None) -> None:
     from finetune.tasks import make_inference
     from models.opening import open_classifier, open_encoder
 
-    out, to = options.out, options.to
     open_model = open_encoder if options.features else open_classifier
     trained = open_model(options.weights, options.ema, options.size)
     weights, transform = trained.weights, EvalTransform.of(trained.preprocessing)
@@ -85,20 +88,10 @@ def main(argv: list[str] | None = None) -> None:
             exported = load_exported(part, to, weights)
             largest = compare(expected, exported, batches, options.fp16, f"{out} is not written: it")
         files = move_files(Path(folder), out)
-    size, shapes = sum(file.stat().st_size for file in files), ["x".join(map(str, batch.shape)) for batch in batches]
-    print(
-        f"wrote {' and '.join(map(str, files))}, {size / 1e6:.1f} MB; read back, its outputs for images of "
-        f"{', '.join(shapes)} differ by at most {largest:.1e} of the largest output; load it with\n"
-        f"  {how_to_use(out, to, weights)}"
-    )
-
-
-def check_out(out: Path, to: str) -> None:
-    """Raise `UserError` for a file that exists, does not have its format's suffix, or cannot be written."""
-    if out.suffix != SUFFIXES[to]:
-        raise UserError(f"{out}: the name of a file of {to} ends in {SUFFIXES[to]}")
-    for path in (out, out.with_name(f"{out.name}.data")):  # the second: ONNX weights of more than 2 GB
-        check_new(path)
+    written = f"{' and '.join(map(str, files))}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
+    shapes = ", ".join("x".join(map(str, batch.shape)) for batch in batches)
+    difference = f"its outputs for images of {shapes} differ by at most {largest:.1e} of the largest output"
+    print(f"wrote {written}; read back, {difference}; load it with\n  {how_to_use(out, to, weights)}")
 
 
 def move_files(folder: Path, out: Path) -> list[Path]:

@@ -70,13 +70,8 @@ class Task(Collector, Protocol):
 class Finetuning:
     """Trains a task; a `launch.training.trainer.Stage`.
 
-    Args:
-        engine: around the task's model
-        ema: moving average of the weights; None = none
-        val_loader: this rank's share of the evaluation split
-        arch: resolved architecture
-        intro: first line of the console
-        statistics: mean and standard deviation per channel
+    `val_loader` has this rank's share of the evaluation split, `arch` is resolved, `intro` is the first line of the
+    console, `statistics` are mean and standard deviation per channel.
     """
 
     def __init__(
@@ -122,7 +117,10 @@ class Finetuning:
         if epoch % self.config.run.eval_every and not last:
             return Report()
         metric, split, self.evaluated = self.task.metric, self.config.eval_split, epoch
-        predictions = self.evaluate(progress)
+        models = {"raw": self.engine.model} | ({"ema": self.ema.module} if self.ema else {})
+        batches = progress(self.val_loader, len(self.val_loader.batches), "evaluation")
+        with self.engine.whole_weights():
+            predictions = predict(self.task, models, batches, self.world, self.mean, self.std, self.engine.precision)
         scores = {kind: part.scores() for kind, part in predictions.items()}
         winner = max(scores, key=lambda kind: scores[kind][metric])
         best = self.best.get(metric, math.nan)  # of no epoch yet, or of weights that diverged
@@ -149,21 +147,14 @@ class Finetuning:
         """Whether the score has not improved for `run.patience` epochs."""
         return 0 < self.config.run.patience <= self.evaluated - self.best["epoch"]
 
-    def evaluate(self, progress: Progress) -> dict[str, Any]:
-        """Predictions of the raw weights and, if kept, the EMA."""
-        models = {"raw": self.engine.model} | ({"ema": self.ema.module} if self.ema else {})
-        batches = progress(self.val_loader, len(self.val_loader.batches), "evaluation")
-        with self.engine.whole_weights():
-            return predict(self.task, models, batches, self.world, self.mean, self.std, self.engine.precision)
-
     def weights(self, kind: str) -> Weights:
         """The `raw` or `ema` weights as a weight file's content."""
         model, config = self.ema.module if kind == "ema" else self.engine.model, self.config
         head, encoder = split_by_prefix(cpu_state(model), "head.")
         size, crop, interpolation = config.data.height_width, config.augment.eval_crop, config.data.eval_interpolation
         preprocessing = Preprocessing(size, self.arch.channels, *self.statistics, crop, interpolation)
-        named = {"classes": self.task.classes, "task": config.task.name}
-        return Weights(self.arch, preprocessing, encoder, head=head, **named)
+        classes, task = self.task.classes, config.task.name
+        return Weights(self.arch, preprocessing, encoder, head=head, classes=classes, task=task)
 
     def state(self) -> dict:
         ema = self.ema.module.state_dict() if self.ema else None

@@ -75,10 +75,7 @@ class Inference(Collector, Protocol):
 
 @torch.no_grad()
 def output_of(model: nn.Module, image: Tensor, mean: Tensor, std: Tensor, precision: str) -> Tensor:
-    """Output of a model in evaluation mode for images [B, C, H, W] as loaded, on its device.
-
-    `mean` and `std` are [C]; `precision` is fp32, bf16 or fp16.
-    """
+    """Output of a model for images [B, C, H, W] as loaded; `mean` and `std` are [C], `precision` fp32, bf16 or fp16."""
     with autocast(image.device, precision):
         return model(normalize(image, mean, std))
 
@@ -91,10 +88,9 @@ def predict(
 
     The models' modes are restored. `batches` are this rank's; the rest is as in `output_of`.
     """
-    modes = {name: model.training for name, model in models.items()}
+    modes, parts = {name: model.training for name, model in models.items()}, {name: [] for name in models}
     for model in models.values():
         model.eval()
-    parts: dict[str, list] = {name: [] for name in models}
     for batch in batches:
         image = batch["image"].to(world.device, non_blocking=True)
         for name, model in models.items():

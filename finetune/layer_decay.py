@@ -12,7 +12,8 @@ THIRD_STAGE_GROUPS = 9  # layers 3 to 11
 def layer_decay(decay: float, depths: tuple[int, ...], kind: str) -> Callable[[str], float]:
     """Learning rate factor by parameter name: decay ** (number of layers above)."""
     number = single_layer if kind == "single" else group_layer
-    return lambda name: decay ** (number("head.", depths) - number(name, depths))
+    head = number("head", depths)
+    return lambda name: decay ** (head - number(name, depths))
 
 
 def single_layer(name: str, depths: tuple[int, ...]) -> int:

@@ -94,16 +94,14 @@ def main(argv: list[str] | None = None) -> None:
         check_labels(split)
     images = min(options.images or len(splits[0]), len(splits[0]))
     if images < MIN_IMAGES and not options.no_linear:
-        raise UserError(
-            f"{images} training images are too few for the linear classifier: give {MIN_IMAGES}, or --no-linear"
-        )
+        problem = f"{images} training images are too few for the linear classifier"
+        raise UserError(f"{problem}: give {MIN_IMAGES}, or --no-linear")
 
     world = init_world(Run(device=options.device))
     say(f"{options.weights}: {arch.name}, images of {'x'.join(map(str, preprocessing.size))}")
     transform = EvalTransform.of(preprocessing)
-    loaders = [
-        probe_loader(split, options.images, transform, arch.channels, data, options.batch, world) for split in splits
-    ]
+    settings = options.images, transform, arch.channels, data, options.batch, world
+    loaders = [probe_loader(split, *settings) for split in splits]
     kind = precision(Optim(precision=options.precision), world.device)
 
     with process_errors():

@@ -21,16 +21,12 @@ GREY = 0.5  # of missing pixels
 
 
 def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Reconstruct normalised images [B, C, H, W].
+    """Visible patches of normalised images [B, C, H, W], predicted hidden patches, and both; missing pixels are NaN.
 
     With norm_pix, predictions are rescaled by mean and variance of the true patch, so brightness and contrast of a
     hidden patch are not predicted.
-
-    Returns:
-        visible patches of the input, predicted hidden patches, and both combined; missing pixels are NaN
     """
-    output = model.predict(image, visible)
-    grid = tuple(visible.shape[1:])
+    output, grid = model.predict(image, visible), tuple(visible.shape[1:])
     patches = patchify(image, grid).flatten(1, 2)  # [B, gy * gx, P, P, C]
     rows = torch.arange(len(image), device=image.device)[:, None]
     pixels = output.prediction.float()

@@ -27,8 +27,7 @@ PICTURES = 8  # images per picture
 class Objective(Protocol):
     """A self-supervised objective: one module in pretrain/objectives.
 
-    It is made twice from the configuration: before torch is imported, to refuse settings that do not fit, and again
-    once the statistics of --init are known.
+    Made before torch is imported, to refuse settings that do not fit, and again once --init's statistics are known.
     """
 
     def describe(self) -> str:
@@ -59,11 +58,7 @@ class Objective(Protocol):
 class Pretraining:
     """Trains an objective; a `launch.training.trainer.Stage`.
 
-    Args:
-        engine: around the objective's model
-        intro: first line of the console
-        statistics: mean and standard deviation per channel
-        online: evaluation during the run; None = none
+    `intro` is the first line of the console, `statistics` are mean and standard deviation per channel.
     """
 
     def __init__(
@@ -92,13 +87,10 @@ class Pretraining:
 
     def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
         """Draw every `run.picture_every` epochs, evaluate every `probe.every`; both after the last."""
-        report = Report()
+        evaluate = self.online and (last or epoch % self.config.probe.every == 0)
+        report = self.online.evaluate(self.engine, epoch, progress) if evaluate else Report()
         if last or epoch % self.config.run.picture_every == 0:
             self.draw(report)
-        if self.online and (last or epoch % self.config.probe.every == 0):
-            evaluation = self.online.evaluate(self.engine, epoch, progress)
-            report.scores.update(evaluation.scores)
-            report.lines.extend(evaluation.lines)
         return report
 
     @torch.no_grad()
@@ -121,18 +113,14 @@ class Pretraining:
         return False
 
     def state(self) -> dict:
-        """Empty: everything random is a function of seed, epoch and sample."""
-        return {}
+        return {}  # everything random is a function of seed, epoch and sample
 
     def load_state(self, state: dict) -> None:
         """No-op."""
 
 
 def summarize(log: Path, config: Pretrain, steps_per_epoch: int) -> dict:
-    """Results of a finished run from its log.jsonl, as plain values by epoch (0 = initial weights).
-
-    Loss and images/s are means over an epoch.
-    """
+    """Results of a finished run by epoch (0 = initial weights), from log.jsonl; loss and images/s are means."""
     results: dict = {"loss": {}, "images_per_s": {}, "knn": {}, "linear": {}, "feature_distance": {}}
     step, parts = 0, defaultdict(list)  # by epoch: steps of each logged mean, and the means
     for line in read_log(log):

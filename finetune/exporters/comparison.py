@@ -51,12 +51,9 @@ def compare(expected: list[list[Tensor]], predict: Predict, batches: list[Tensor
                 raise UserError(f"{subject} outputs {list(output.shape)} instead of {list(reference.shape)}")
             share = float((output - reference).abs().max() / reference.abs().max())
             if not share <= tolerance:
-                raise UserError(
-                    f"{subject} differs from the source by {share:.1e} of the largest output in a batch of "
-                    f"{len(images)}, more than {tolerance:.0e}"
-                )
-            others = int((output.argmax(1) != reference.argmax(1)).sum()) if output.ndim == 2 else 0
-            if others:
+                found = f"{share:.1e} of the largest output in a batch of {len(images)}"
+                raise UserError(f"{subject} differs from the source by {found}, more than {tolerance:.0e}")
+            if output.ndim == 2 and (others := int((output.argmax(1) != reference.argmax(1)).sum())):
                 raise UserError(f"{subject} assigns {others} of {len(images)} images to another class than the source")
             largest = max(largest, share)
     return largest
@@ -74,9 +71,8 @@ def check_fp16(source: Deployed, low: Deployed, expected: list[list[Tensor]], ba
         name, value = first_overflow(source, batches)
         if not name:
             raise
-        raise UserError(
-            f"--fp16 does not suit this model: {name} reaches {value:.3g}, beyond fp16's {FP16_MAX:.0f}: leave it out"
-        ) from error
+        problem = f"{name} reaches {value:.3g}, beyond fp16's {FP16_MAX:.0f}"
+        raise UserError(f"--fp16 does not suit this model: {problem}: leave it out") from error
 
 
 def first_overflow(source: Deployed, batches: list[Tensor]) -> tuple[str, float]:
@@ -106,9 +102,8 @@ def explain_errors(runtime: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # runtimes have their own exception classes
-        raise UserError(
-            f"the runtime of {runtime} cannot run this model here ({reason(error)}): choose another format or precision"
-        ) from error
+        problem = f"the runtime of {runtime} cannot run this model here ({reason(error)})"
+        raise UserError(f"{problem}: choose another format or precision") from error
 
 
 @contextmanager

@@ -25,11 +25,8 @@ SIDES = ("height", "width")
 def export(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict[str, str]) -> None:
     """Write a model in a format of `SUFFIXES`; ONNX stores weights of more than 2 GB in a second file.
 
-    Args:
-        weights: source of the metadata and, for safetensors, of the tensors
-        outputs: name and description of each output
-    Raises:
-        UserError: timm cannot build this model
+    The metadata comes from `weights` and `outputs` (description by name), for safetensors the tensors too. Raises
+    `UserError` if timm cannot build this model.
     """
     if to == "safetensors":
         write_weights(path, weights, "timm")
@@ -98,8 +95,8 @@ def how_to_use(path: Path, to: str, weights: Weights) -> str:
     """Python expression for the outputs of `images`; for safetensors one that creates timm's model."""
     if to == "safetensors":
         return (how_to_load if weights.outputs else how_to_load_backbone)(path, weights, "timm")
-    return {
-        "onnx": f'onnxruntime.InferenceSession("{path}").run(None, {{"{IMAGE}": images.numpy()}})',
-        "torch-export": f'torch.export.load("{path}").module()(images)',
-        "torchscript": f'torch.jit.load("{path}")(images)',
-    }[to]
+    if to == "onnx":
+        return f'onnxruntime.InferenceSession("{path}").run(None, {{"{IMAGE}": images.numpy()}})'
+    if to == "torch-export":
+        return f'torch.export.load("{path}").module()(images)'
+    return f'torch.jit.load("{path}")(images)'

@@ -25,9 +25,7 @@ class Settings(Choice):
     mix_prob: Probability = fixed(1.0, "probability of mixup or cutmix")
     mix_switch: Probability = fixed(0.5, "probability of cutmix rather than mixup if both are on")
     mix_mode: Literal["batch", "pair", "elem"] = fixed("batch", "granularity of mixup sampling: batch, pair or element")
-    head_init: float | None = fixed(
-        None, "scale of a new head's initial weights; null = .001 with --init, 1 from scratch"
-    )
+    head_init: float | None = fixed(None, "scale of a new head's initial weights; null = .001 with --init, else 1")
     balance: Probability = fixed(
         0.0, "oversampling of rare classes, from 0 = none to 1 = all classes alike: weight n ** -balance for n images"
     )

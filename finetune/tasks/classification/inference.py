@@ -67,10 +67,8 @@ class ClassifierInference:
             if unknown := [name for name in given if copies[name] != 1]:
                 more = f" and {len(unknown) - MAX_NAMES} more" if unknown[MAX_NAMES:] else ""
                 known = ", ".join(names[:MAX_NAMES]) + (", ..." if names[MAX_NAMES:] else "")
-                raise UserError(
-                    f"{images.folder} has classes that {path} does not have: {', '.join(unknown[:MAX_NAMES])}{more}"
-                    f" (it has {outputs}: {known})"
-                )
+                problem = f"has classes that {path} does not have: {', '.join(unknown[:MAX_NAMES])}{more}"
+                raise UserError(f"{images.folder} {problem} (it has {outputs}: {known})")
             say(f"classes matched by name: the data has {len(given)} of the model's {outputs}")
             number = {name: i for i, name in enumerate(names)}
             self.class_of = torch.tensor([number[name] for name in given])
@@ -86,11 +84,28 @@ class ClassifierInference:
         return scores.collect(output, batch | {"label": torch.where(label < 0, label, self.class_of[label])})
 
     def evaluation(self, predictions: Predictions) -> dict:
+        """Scores, accuracy of each class with images, confusions (most frequent first), and calibration."""
+        from sklearn.metrics import f1_score, recall_score  # slow to import
+
+        names, path = self.names, self.trained.path
         if not np.isfinite(predictions.loss).all():
-            raise UserError(
-                f"{self.trained.path} gives outputs that are not finite: try other weights or --precision fp32"
-            )
-        return evaluation(predictions, self.names)
+            raise UserError(f"{path} gives outputs that are not finite: try other weights or --precision fp32")
+        label, first, bins = predictions.label, predictions.best[:, 0], predictions.calibration()
+        present, counts = np.unique(label, return_counts=True)
+        recall = recall_score(label, first, labels=present, average=None)
+        macro_f1 = float(f1_score(label, first, labels=present, average="macro"))
+        scores = predictions.scores() | {"mean_class_accuracy": float(recall.mean()), "macro_f1": macro_f1}
+        images = dict(zip(present.tolist(), counts.tolist(), strict=True))
+        classes = [
+            {"class": i, "name": names[i], "images": images[i], "accuracy": accuracy}
+            for i, accuracy in zip(images, recall.tolist(), strict=True)
+        ]
+        confusions = [
+            {"label": names[i], "predicted": names[j], "images": count, "share": count / images[i]}
+            for (i, j), count in zip(*(x.tolist() for x in predictions.confusions()), strict=True)
+        ]
+        result = {"scores": scores | {"calibration_error": calibration_error(bins)}, "classes": classes}
+        return result | {"confusions": confusions, "calibration": [asdict(bin) for bin in bins]}
 
     def write_evaluation(self, out: Path, result: dict, predictions: Predictions, names: list[str]) -> None:
         """Write predictions.csv, two pictures and, last, evaluation.json."""
@@ -123,12 +138,11 @@ class ClassifierInference:
         if not bool(torch.isfinite(output).all()):
             raise UserError("the weights give outputs that are not finite: try --precision fp32")
         output = output.float()
-        classes = output.topk(min(top, output.shape[1])).indices
-        shares = output.softmax(1).gather(1, classes).tolist()
-        return [
-            Prediction(path, [(self.names[i], share) for i, share in zip(*row, strict=True)])
-            for path, *row in zip(paths, classes.tolist(), shares, strict=True)
-        ]
+        classes = output.topk(min(top, output.shape[1])).indices  # by logits: small shares may be equal
+        shares = output.softmax(1).gather(1, classes)
+        names = ([self.names[i] for i in row] for row in classes.tolist())
+        columns = zip(paths, names, shares.tolist(), strict=True)
+        return [Prediction(path, list(zip(row, share, strict=True))) for path, row, share in columns]
 
     def annotate(self, folder: Path, number: int, prediction: Prediction) -> None:
         from finetune.tasks.classification.pictures import annotate  # matplotlib, sklearn
@@ -160,25 +174,3 @@ def write_rows(path: Path, rows: list[list]) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
-
-
-def evaluation(predictions: Predictions, names: list[str]) -> dict:
-    """Scores, accuracy of each class with images, confusions (most frequent first), and calibration."""
-    from sklearn.metrics import f1_score, recall_score  # slow to import
-
-    label, first, bins = predictions.label, predictions.best[:, 0], predictions.calibration()
-    present, counts = np.unique(label, return_counts=True)
-    recall = recall_score(label, first, labels=present, average=None)
-    macro_f1 = float(f1_score(label, first, labels=present, average="macro"))
-    scores = predictions.scores() | {"mean_class_accuracy": float(recall.mean()), "macro_f1": macro_f1}
-    images = dict(zip(present.tolist(), counts.tolist(), strict=True))
-    classes = [
-        {"class": i, "name": names[i], "images": images[i], "accuracy": accuracy}
-        for i, accuracy in zip(images, recall.tolist(), strict=True)
-    ]
-    confusions = [
-        {"label": names[i], "predicted": names[j], "images": count, "share": count / images[i]}
-        for (i, j), count in zip(*(x.tolist() for x in predictions.confusions()), strict=True)
-    ]
-    result = {"scores": scores | {"calibration_error": calibration_error(bins)}, "classes": classes}
-    return result | {"confusions": confusions, "calibration": [asdict(bin) for bin in bins]}

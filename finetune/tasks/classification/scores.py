@@ -59,10 +59,9 @@ class Predictions:
         bins = []
         for i in range(BINS):
             inside = number == i
-            means = (
-                float(x[inside].mean(dtype=np.float64)) if inside.any() else None for x in (self.confidence, right)
-            )
-            bins.append(Bin(i / BINS, (i + 1) / BINS, int(inside.sum()), *means))
+            confidence, accuracy = self.confidence[inside], right[inside]
+            means = (float(x.mean(dtype=np.float64)) if len(x) else None for x in (confidence, accuracy))
+            bins.append(Bin(i / BINS, (i + 1) / BINS, len(accuracy), *means))
         return bins
 
 
@@ -88,7 +87,6 @@ def collect(logits: Tensor, batch: dict[str, Tensor]) -> Predictions:
 
 def join(parts: list[Predictions]) -> Predictions:
     """Concatenate predictions of batches or ranks, in the order of the samples."""
-    order = np.argsort(np.concatenate([part.sample for part in parts]))
-    return Predictions(
-        *(np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(Predictions))
-    )
+    columns = [np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Predictions)]
+    order = np.argsort(columns[0])  # `sample`
+    return Predictions(*(column[order] for column in columns))

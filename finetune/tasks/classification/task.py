@@ -35,9 +35,8 @@ class ClassifierTask:
         self.config, self.train = config, train
         for split in (train, evaluation):
             if not train.classes or (split.labels() < 0).any():
-                raise UserError(
-                    f"{config.data.path}, split {split.name} has images without labels, which classification needs"
-                )
+                where = f"{config.data.path}, split {split.name}"
+                raise UserError(f"{where} has images without labels, which classification needs")
         self.classes = train.classes
         settings, self.mixup = config.task, None
         self.criterion = LabelSmoothingCrossEntropy(settings.smoothing)

@@ -18,7 +18,7 @@ from data.sampler import STEPS
 from data.transforms import normalize
 from finetune.inference import Collector, predict
 from launch.training.engine import Engine, seed_everything
-from launch.training.trainer import Report
+from launch.training.trainer import Report, Stage
 from launch.training.watchdog import Progress
 from launch.training.world import World
 from models.opening import Opened
@@ -67,8 +67,8 @@ class Task(Collector, Protocol):
         """Write pictures (*.png) of the best weights' predictions; report.html shows them."""
 
 
-class Finetuning:
-    """Trains a task; a `launch.training.trainer.Stage`.
+class Finetuning(Stage):
+    """Trains a task.
 
     `val_loader` has this rank's share of the evaluation split, `arch` is resolved, `intro` is the first line of the
     console, `statistics` are mean and standard deviation per channel.

@@ -13,7 +13,7 @@ from data.loader import Transform
 from data.transforms import normalize
 from launch.training.engine import Engine
 from launch.training.runlog import read_log
-from launch.training.trainer import Report
+from launch.training.trainer import Report, Stage
 from launch.training.watchdog import Progress
 from launch.training.world import World
 from models.opening import Opened
@@ -55,8 +55,8 @@ class Objective(Protocol):
         """(tensors besides the encoder's, plain settings to rebuild them) for the weight file; may be empty."""
 
 
-class Pretraining:
-    """Trains an objective; a `launch.training.trainer.Stage`.
+class Pretraining(Stage):
+    """Trains an objective. There is no EMA to update, and no state to load.
 
     `intro` is the first line of the console, `statistics` are mean and standard deviation per channel.
     """
@@ -81,9 +81,6 @@ class Pretraining:
         inputs = self.objective.inputs(image, batch)
         self.last = tuple(tensor[:PICTURES] for tensor in inputs)
         return self.engine(*inputs)
-
-    def after_update(self) -> None:
-        """No-op: pretraining keeps no EMA."""
 
     def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
         """Draw every `run.picture_every` epochs, evaluate every `probe.every`; both after the last."""
@@ -114,9 +111,6 @@ class Pretraining:
 
     def state(self) -> dict:
         return {}  # everything random is a function of seed, epoch and sample
-
-    def load_state(self, state: dict) -> None:
-        """No-op."""
 
 
 def summarize(log: Path, config: Pretrain, steps_per_epoch: int) -> dict:

@@ -76,10 +76,7 @@ def _write(path: Path, figure: Figure) -> None:
 
 
 def annotate(image: Tensor, lines: list[str]) -> Image.Image:
-    """A decoded image [C, H, W] as a picture with lines of text below it.
-
-    Small images are enlarged by a whole factor. Letters scale with the picture; long lines are shortened in the middle.
-    """
+    """A decoded image [C, H, W], enlarged if small, with lines of text below it, shortened in the middle if long."""
     picture = F.to_pil_image(to_rgb(image))
     zoom = max(1, math.ceil(MIN_SIDE / max(picture.size)))
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)

@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     task = make_inference(trained)
     task.match(images)
     weights = Path(options.weights).absolute()
+    # best.pt, last.pt and its average get different folders
     name = f"{weights.name if weights.is_dir() else weights.stem}{'-ema' if options.ema else ''}"
     out = options.out or Path(options.weights).parent / f"evaluation-{options.split}-{name}"
     world = init_world(Run(device=options.device))

@@ -55,10 +55,7 @@ class Inference(Collector, Protocol):
         """Set names of the outputs from a text file, or else from the weights. Raises `UserError` if there are none."""
 
     def predict(self, output: Any, paths: list[Path], top: int) -> list[Any]:
-        """Predictions for pictures from the model's output; a prediction has `path` and `lines` (text to print).
-
-        `top` is the number of classes to show; tasks without classes ignore it.
-        """
+        """Predictions, with `path` and `lines` (text), of pictures; `top` classes each if the task has classes."""
 
     def annotate(self, folder: Path, number: int, prediction: Any) -> None:
         """Write a copy of a picture with its prediction; `number` makes the file name unique."""

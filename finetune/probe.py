@@ -125,20 +125,17 @@ def main(argv: list[str] | None = None) -> None:
     destroy_world()
 
 
-def feature_scores(
-    trained: "Trained", loaders: "list[Loader]", precision: str, options: Options, world: "World"
-) -> dict:
-    """Scores of an encoder as plain values; `loaders` are those of training and evaluation split."""
+def feature_scores(trained: "Trained", loaders: "list[Loader]", kind: str, options: Options, world: "World") -> dict:
+    """Scores of an encoder as plain values; `loaders` are of training and evaluation split, `kind` is the precision."""
     from launch.training.feature_eval import best_of, count, features, knn, linear
 
     def progress(steps: Iterable, number: int, what: str) -> Iterable:
         return track(steps, what, number, console=Console(stderr=True), disable=not world.first, show_speed=False)
 
     encoder, mean, std = (x.to(world.device) for x in (trained.model, trained.mean, trained.std))
-    train, evaluation = (features(encoder, loader, world, mean, std, precision, progress) for loader in loaders)
+    train, evaluation = (features(encoder, loader, world, mean, std, kind, progress) for loader in loaders)
     classes = len(loaders[0].samples.split.classes)
-    scores = {"train_images": count(train), "eval_images": count(evaluation), "classes": classes}
-    scores["precision"] = precision
+    scores = {"train_images": count(train), "eval_images": count(evaluation), "classes": classes, "precision": kind}
     scores["knn"] = knn(train, evaluation, classes, options.k, options.temperature, world, progress)
     if not options.no_linear:
         grid = linear(train, evaluation, classes, options.lrs, options.epochs, options.seed, progress)

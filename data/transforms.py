@@ -179,6 +179,12 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
+def to_rgb(images: Tensor) -> Tensor:
+    """Images [..., C, H, W] as uint8 [..., 3, H, W]: the first three channels; the first as grey if there are fewer."""
+    images = images[..., :3, :, :] if images.shape[-3] >= 3 else torch.cat([images[..., :1, :, :]] * 3, -3)
+    return (to_float(images).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Normalise loaded images [B, C, H, W], uint8 or float32 from 0 to 1, to fp32; `mean` and `std` are [C]."""
     largest = 255 if images.dtype == torch.uint8 else 1

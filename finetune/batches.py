@@ -40,11 +40,7 @@ def padded_batches(loader: Loader, size: int, damaged: dict[int, str], first: bo
     """Batches of a split, padded to `size` images with copies of the first one; their sample and label are -1.
 
     The last digits of outputs depend on the batch size; with a fixed one, results do not depend on the number of ranks.
-    (On a CPU they may depend on the number of threads.)
-
-    Args:
-        damaged: receives the error of each damaged sample
-        first: whether this rank shows a progress bar
+    `damaged` receives the error of each damaged sample; the first rank shows a progress bar.
     """
     bar = Console(stderr=True)
     for batch in track(loader, "evaluating", len(loader.batches), console=bar, disable=not first, show_speed=False):
@@ -70,12 +66,9 @@ def find_pictures(arguments: Sequence[str]) -> Iterator[Path]:
         return (Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
     paths = []
     for path in map(Path, arguments):
-        if path.is_dir():
-            paths += [path / item.name for item in list_images(path)]
-        elif not is_picture(path):
+        if not (path.is_dir() or is_picture(path)):
             raise UserError(f"{path}: {UNKNOWN_TYPE}")
-        else:
-            paths.append(path)
+        paths += [path / item.name for item in list_images(path)] if path.is_dir() else [path]
     return iter(paths)
 
 
@@ -85,7 +78,7 @@ def is_picture(path: Path) -> bool:
 
 
 def picture_batches(
-    paths: Iterator[Path], transform: EvalTransform, channels: int, batch: int, prefetched: int = PREFETCHED
+    paths: Iterator[Path], transform: EvalTransform, channels: int, batch: int, prefetched: int
 ) -> Iterator[list[Picture]]:
     """Batches of pictures, decoded by threads `prefetched` batches in advance."""
 

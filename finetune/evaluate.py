@@ -50,16 +50,19 @@ def main(argv: list[str] | None = None) -> None:
     from data.transforms import EvalTransform
     from finetune.batches import padded_batches
     from finetune.inference import predict
-    from finetune.tasks import task_of
+    from finetune.tasks import make_inference
     from launch.training.precision import precision
     from launch.training.world import destroy_world, gather, init_world, process_errors
     from models.opening import open_classifier
 
     trained = open_classifier(options.weights, options.ema, options.size)
     images = open_images(options.data, options.split)
-    task = task_of(trained.path, trained.weights.task).make_inference(trained)
+    task = make_inference(trained)
     task.match(images)
-    out = options.out or default_folder(options)
+    weights = Path(options.weights).absolute()
+    # best.pt, last.pt and its average get different folders
+    name = f"{weights.name if weights.is_dir() else weights.stem}{'-ema' if options.ema else ''}"
+    out = options.out or Path(options.weights).parent / f"evaluation-{options.split}-{name}"
     world = init_world(Run(device=options.device))
     if world.first:
         out.mkdir(parents=True, exist_ok=True)  # before the work, so that it cannot fail after it
@@ -83,13 +86,6 @@ def main(argv: list[str] | None = None) -> None:
         task.show_evaluation(result)
         print(f"wrote {out}: {task.files}")
     destroy_world()
-
-
-def default_folder(options: Options) -> Path:
-    """Next to the weights, named after split and weights, so that best.pt, last.pt and its average do not collide."""
-    weights = Path(options.weights).absolute()
-    name = weights.name if weights.is_dir() else weights.stem
-    return Path(options.weights).parent / f"evaluation-{options.split}-{name}{'-ema' if options.ema else ''}"
 
 
 if __name__ == "__main__":

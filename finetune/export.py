@@ -11,10 +11,10 @@ outputs the feature maps of the four stages, for detection and segmentation. See
 """
 
 import os
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
@@ -45,80 +45,58 @@ class Options(ModelOptions):
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(Options, __doc__, argv)
+    out, to = options.out, options.to
     check_exists(options.weights)
-    check_out(options.out, options.to)
+    if out.suffix != SUFFIXES[to]:
+        raise UserError(f"{out}: the name of a file of {to} ends in {SUFFIXES[to]}")
+    for path in (out, out.with_name(f"{out.name}.data")):  # the second: ONNX weights of more than 2 GB
+        check_new(path)
     if not Path(options.images).is_file():
         check_dataset(options.images)
 
     from data.transforms import EvalTransform  # slow imports, after parsing
     from finetune.batches import sample_images
-    from finetune.exporters.comparison import (
-        FP16_TOLERANCE,
-        TOLERANCE,
-        check_fp16,
-        compare,
-        comparison_batches,
-        predict_with,
-    )
+    from finetune.exporters.comparison import check_fp16, compare, comparison_batches, explain_errors, predict_with
     from finetune.exporters.files import export, how_to_use, load_exported, stage_outputs
     from finetune.exporters.graph import Deployed, free_sides, min_free_side, to_fp16
-    from finetune.tasks import task_of
+    from finetune.tasks import make_inference
     from models.opening import open_classifier, open_encoder
 
-    out, to = options.out, options.to
     open_model = open_encoder if options.features else open_classifier
     trained = open_model(options.weights, options.ema, options.size)
     weights, transform = trained.weights, EvalTransform.of(trained.preprocessing)
     images = sample_images(options.images, options.split, COMPARED, transform, trained.preprocessing.channels)
     print(f"{options.weights}: {weights.describe()}; comparing on {len(images)} images", flush=True)
     if to == "safetensors" and weights.head and not weights.outputs:
-        raise UserError(
-            f"timm's models have no head like that of {options.weights}: choose another --to, or --features"
-        )
-    outputs = stage_outputs(weights.arch)
-    if not options.features:
-        outputs = task_of(trained.path, weights.task).make_inference(trained).outputs()
+        raise UserError(f"timm's models have no head like that of {options.weights}: use another --to, or --features")
+    outputs = stage_outputs(weights.arch) if options.features else make_inference(trained).outputs()
     source = deployed = Deployed(trained.model, trained.mean, trained.std)
     free = free_sides(weights)
     if options.features and not all(free):
         print(f"  sides below {min_free_side(weights.arch)} pixels are fixed in the graph: --size sets larger ones")
     batches = comparison_batches(images, free)
     expected = [predict_with(source)(batch) for batch in batches]
-    tolerance = TOLERANCE
     if options.fp16:
-        deployed, tolerance = to_fp16(source), FP16_TOLERANCE
+        deployed = to_fp16(source)
         check_fp16(source, deployed, expected, batches)
         encoder, head = ({name: x.half() for name, x in part.items()} for part in (weights.encoder, weights.head))
         weights = replace(weights, encoder=encoder, head=head)
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        export(part / out.name, to, deployed, weights, outputs)
-        exported = load_exported(part / out.name, to, weights)
-        largest = compare(expected, exported, batches, tolerance, f"{out} is not written: it")
-        files = move_files(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    size, shapes = sum(file.stat().st_size for file in files), ["x".join(map(str, batch.shape)) for batch in batches]
-    print(
-        f"wrote {' and '.join(map(str, files))}, {size / 1e6:.1f} MB; read back, its outputs for images of "
-        f"{', '.join(shapes)} differ by at most {largest:.1e} of the largest output; load it with\n"
-        f"  {how_to_use(out, to, weights)}"
-    )
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        part = Path(folder, out.name)
+        export(part, to, deployed, weights, outputs)
+        with explain_errors(to):
+            exported = load_exported(part, to, weights)
+            largest = compare(expected, exported, batches, options.fp16, f"{out} is not written: it")
+        files = move_files(Path(folder), out)
+    written = f"{' and '.join(map(str, files))}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
+    shapes = ", ".join("x".join(map(str, batch.shape)) for batch in batches)
+    difference = f"its outputs for images of {shapes} differ by at most {largest:.1e} of the largest output"
+    print(f"wrote {written}; read back, {difference}; load it with\n  {how_to_use(out, to, weights)}")
 
 
-def check_out(out: Path, to: str) -> None:
-    """Raise `UserError` for a file that exists, does not have its format's suffix, or cannot be written."""
-    if out.suffix != SUFFIXES[to]:
-        raise UserError(f"{out}: the name of a file of {to} ends in {SUFFIXES[to]}")
-    for path in (out, out.with_name(f"{out.name}.data")):  # the second: ONNX weights of more than 2 GB
-        check_new(path)
-
-
-def move_files(part: Path, out: Path) -> list[Path]:
+def move_files(folder: Path, out: Path) -> list[Path]:
     """Sync the files of a folder and move them next to `out`, `out` itself last; returns their new paths."""
-    files = sorted(part.iterdir(), key=lambda file: file.name == out.name)
+    files = sorted(folder.iterdir(), key=lambda file: file.name == out.name)
     for file in files:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())

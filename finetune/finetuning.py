@@ -1,6 +1,7 @@
 """The fine-tuning stage: the loss of a task, the moving average of the weights (EMA), and scores after an epoch."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from data.sampler import STEPS
 from data.transforms import normalize
 from finetune.inference import Collector, predict
 from launch.training.engine import Engine
-from launch.training.trainer import Report
+from launch.training.trainer import Report, Stage
 from launch.training.watchdog import Progress
 from launch.training.world import World
 from models.opening import Opened
@@ -66,16 +67,11 @@ class Task(Collector, Protocol):
         """Write pictures (*.png) of the best weights' predictions; report.html shows them."""
 
 
-class Finetuning:
-    """Trains a task; a `launch.training.trainer.Stage`.
+class Finetuning(Stage):
+    """Trains a task.
 
-    Args:
-        engine: around the task's model
-        ema: moving average of the weights; None = none
-        val_loader: this rank's share of the evaluation split
-        arch: resolved architecture
-        intro: first line of the console
-        statistics: mean and standard deviation per channel
+    `val_loader` has this rank's share of the evaluation split, `arch` is resolved, `intro` is the first line of the
+    console, `statistics` are mean and standard deviation per channel.
     """
 
     def __init__(
@@ -84,14 +80,10 @@ class Finetuning:
     ):  # fmt: skip
         self.config, self.task, self.engine, self.world, self.ema = config, task, engine, world, ema
         self.val_loader, self.arch, self.intro = val_loader, arch, intro
-        self.folder = Path(config.run.folder) / config.run.name
+        self.folder, self.statistics = Path(config.run.folder) / config.run.name, statistics
         self.mean, self.std = (torch.tensor(values, device=world.device) for values in statistics)
-        augment = config.augment
-        self.erase = None
-        if augment.erase:
-            self.erase = RandomErasing(
-                augment.erase, mode=augment.erase_mode, max_count=augment.erase_count, device=world.device
-            )
+        share, mode, areas = config.augment.erase, config.augment.erase_mode, config.augment.erase_count
+        self.erase = RandomErasing(share, mode=mode, max_count=areas, device=world.device) if share else None
         self.evaluated = 0  # epoch of the last evaluation
         self.best: dict = {"epoch": 0}  # none yet
         self.best_predictions: Any = None
@@ -111,12 +103,9 @@ class Finetuning:
         key = np.random.SeedSequence([self.config.run.seed, STEPS, step, self.world.rank, micro])
         random_seed(int(key.generate_state(1)[0]))
         image = normalize(batch["image"].to(self.world.device, non_blocking=True), self.mean, self.std)
-        if self.erase is not None:
-            image = self.erase(image)
-        return self.task.loss(self.engine, image, batch)
+        return self.task.loss(self.engine, self.erase(image) if self.erase else image, batch)
 
     def after_update(self) -> None:
-        """Update the moving average."""
         if self.ema:
             self.ema.update(self.engine.model)
 
@@ -128,7 +117,10 @@ class Finetuning:
         if epoch % self.config.run.eval_every and not last:
             return Report()
         metric, split, self.evaluated = self.task.metric, self.config.eval_split, epoch
-        predictions = self.evaluate(progress)
+        models = {"raw": self.engine.model} | ({"ema": self.ema.module} if self.ema else {})
+        batches = progress(self.val_loader, len(self.val_loader.batches), "evaluation")
+        with self.engine.whole_weights():
+            predictions = predict(self.task, models, batches, self.world, self.mean, self.std, self.engine.precision)
         scores = {kind: part.scores() for kind, part in predictions.items()}
         winner = max(scores, key=lambda kind: scores[kind][metric])
         best = self.best.get(metric, math.nan)  # of no epoch yet, or of weights that diverged
@@ -138,18 +130,16 @@ class Finetuning:
             self.best = {"epoch": epoch, "weights": winner, **scores[winner]}
         with self.engine.whole_weights():
             if self.world.first:
-                last_weights = self.weights("raw")
-                last_weights.ema = cpu_state(self.ema.module) if self.ema else None
-                save(self.folder / "last.pt", last_weights)
+                ema = cpu_state(self.ema.module) if self.ema else None
+                save(self.folder / "last.pt", replace(self.weights("raw"), ema=ema))
                 if improved:
                     save(self.folder / "best.pt", self.weights(winner))
         shown = "; ".join(f"{LABELS[kind]}{self.task.format(values)}" for kind, values in scores.items())
         lines = [f"epoch {epoch}: {split} {shown}{'  (best)' if improved else ''}"]
         if self.should_stop() and not last:
             lines.append(f"no improvement of {metric} since epoch {self.best['epoch']}: stopping early (run.patience)")
-        summary = {"stage": "fine-tuning", "epoch": epoch, "epochs": self.config.optim.epochs}
-        summary |= {"init": self.config.init, "best": self.best, "last": scores}
-        summary["shown"] = self.task.format(self.best)
+        summary = {"stage": "fine-tuning", "epoch": epoch, "epochs": self.config.optim.epochs, "init": self.config.init}
+        summary |= {"best": self.best, "last": scores, "shown": self.task.format(self.best)}
         logged = {f"{split}_{kind}": values for kind, values in scores.items()}
         return Report(scores[winner][metric], logged, lines=lines, summary=summary)
 
@@ -157,28 +147,14 @@ class Finetuning:
         """Whether the score has not improved for `run.patience` epochs."""
         return 0 < self.config.run.patience <= self.evaluated - self.best["epoch"]
 
-    def evaluate(self, progress: Progress) -> dict[str, Any]:
-        """Predictions of the raw weights and, if kept, the EMA."""
-        models = {"raw": self.engine.model} | ({"ema": self.ema.module} if self.ema else {})
-        batches = progress(self.val_loader, len(self.val_loader.batches), "evaluation")
-        with self.engine.whole_weights():
-            return predict(self.task, models, batches, self.world, self.mean, self.std, self.engine.precision)
-
-    def draw(self) -> None:
-        """Write pictures of the best weights' predictions; called by the first rank at the end."""
-        self.task.draw(self.folder, self.best_predictions)
-
     def weights(self, kind: str) -> Weights:
         """The `raw` or `ema` weights as a weight file's content."""
-        model = self.ema.module if kind == "ema" else self.engine.model
+        model, config = self.ema.module if kind == "ema" else self.engine.model, self.config
         head, encoder = split_by_prefix(cpu_state(model), "head.")
-        data = self.config.data
-        mean, std = tuple(self.mean.tolist()), tuple(self.std.tolist())
-        crop, interpolation = self.config.augment.eval_crop, data.eval_interpolation
-        preprocessing = Preprocessing(data.height_width, self.arch.channels, mean, std, crop, interpolation)
-        return Weights(
-            self.arch, preprocessing, encoder, head=head, classes=self.task.classes, task=self.config.task.name
-        )
+        size, crop, interpolation = config.data.height_width, config.augment.eval_crop, config.data.eval_interpolation
+        preprocessing = Preprocessing(size, self.arch.channels, *self.statistics, crop, interpolation)
+        classes, task = self.task.classes, config.task.name
+        return Weights(self.arch, preprocessing, encoder, head=head, classes=classes, task=task)
 
     def state(self) -> dict:
         ema = self.ema.module.state_dict() if self.ema else None

@@ -55,10 +55,7 @@ class Inference(Collector, Protocol):
         """Set names of the outputs from a text file, or else from the weights. Raises `UserError` if there are none."""
 
     def predict(self, output: Any, paths: list[Path], top: int) -> list[Any]:
-        """Predictions for pictures from the model's output; a prediction has `path` and `lines` (text to print).
-
-        `top` is the number of classes to show; tasks without classes ignore it.
-        """
+        """Predictions, with `path` and `lines` (text), of pictures; `top` classes each if the task has classes."""
 
     def annotate(self, folder: Path, number: int, prediction: Any) -> None:
         """Write a copy of a picture with its prediction; `number` makes the file name unique."""
@@ -75,32 +72,22 @@ class Inference(Collector, Protocol):
 
 @torch.no_grad()
 def output_of(model: nn.Module, image: Tensor, mean: Tensor, std: Tensor, precision: str) -> Tensor:
-    """Output of a model in evaluation mode for images [B, C, H, W] as loaded, on its device.
-
-    `mean` and `std` are [C]; `precision` is fp32, bf16 or fp16.
-    """
+    """Output of a model for images [B, C, H, W] as loaded; `mean` and `std` are [C], `precision` fp32, bf16 or fp16."""
     with autocast(image.device, precision):
         return model(normalize(image, mean, std))
 
 
 def predict(
-    task: Collector,
-    models: dict[str, nn.Module],
-    batches: Iterable[dict[str, Tensor]],
-    world: World,
-    mean: Tensor,
-    std: Tensor,
-    precision: str,
-) -> dict[str, Any]:
+    task: Collector, models: dict[str, nn.Module], batches: Iterable[dict[str, Tensor]], world: World, mean: Tensor,
+    std: Tensor, precision: str,
+) -> dict[str, Any]:  # fmt: skip
     """Predictions of models for a split, by the models' names; the same on every rank.
 
-    The models' modes are restored. `batches` are this rank's; `mean` and `std` are [C]; `precision` is fp32, bf16 or
-    fp16.
+    The models' modes are restored. `batches` are this rank's; the rest is as in `output_of`.
     """
-    modes = {name: model.training for name, model in models.items()}
+    modes, parts = {name: model.training for name, model in models.items()}, {name: [] for name in models}
     for model in models.values():
         model.eval()
-    parts: dict[str, list] = {name: [] for name in models}
     for batch in batches:
         image = batch["image"].to(world.device, non_blocking=True)
         for name, model in models.items():

@@ -6,15 +6,14 @@ Two definitions of a layer, as in ConvNeXt V2 (2301.00808, appendix A.2): with `
 
 from collections.abc import Callable
 
-GROUPS = 12
 THIRD_STAGE_GROUPS = 9  # layers 3 to 11
 
 
 def layer_decay(decay: float, depths: tuple[int, ...], kind: str) -> Callable[[str], float]:
     """Learning rate factor by parameter name: decay ** (number of layers above)."""
-    layers = sum(depths) if kind == "single" else GROUPS
     number = single_layer if kind == "single" else group_layer
-    return lambda name: decay ** (layers + 1 - number(name, depths))
+    head = number("head", depths)
+    return lambda name: decay ** (head - number(name, depths))
 
 
 def single_layer(name: str, depths: tuple[int, ...]) -> int:
@@ -24,8 +23,7 @@ def single_layer(name: str, depths: tuple[int, ...]) -> int:
     if not name.startswith("stages."):
         return sum(depths) + 1
     _, stage, part, *rest = name.split(".")
-    below = sum(depths[: int(stage)])
-    return below + (int(rest[0]) if part == "blocks" else 0) + 1
+    return 1 + sum(depths[: int(stage)]) + (int(rest[0]) if part == "blocks" else 0)
 
 
 def group_layer(name: str, depths: tuple[int, ...]) -> int:
@@ -33,10 +31,8 @@ def group_layer(name: str, depths: tuple[int, ...]) -> int:
     if name.startswith("stem."):
         return 0
     if not name.startswith("stages."):
-        return GROUPS + 1
+        return 13
     _, stage, part, *rest = name.split(".")
-    if stage == "3":
-        return GROUPS
     if stage == "2" and part == "blocks":
         return 3 + int(rest[0]) * THIRD_STAGE_GROUPS // depths[2]  # depth 27: three blocks per group
-    return int(stage) + 1
+    return (1, 2, 3, 12)[int(stage)]

@@ -8,7 +8,6 @@ deepspeed finetune/main.py --config configs/finetune/cifar10.yaml --init runs/ci
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the project, not this folder
@@ -21,9 +20,6 @@ from configs.schema import Encoder, Finetune, PretrainModel
 from finetune.tasks import TASKS
 from launch.inputs import check_inputs
 from models.sizes import resolve
-
-if TYPE_CHECKING:
-    from models.opening import Opened
 
 
 def main() -> None:
@@ -47,13 +43,13 @@ def main() -> None:
     from models.start import open_init, with_statistics
 
     init = open_init(config.init)
-    arch = architecture(config, init)
+    arch = architecture(config, init.weights.arch if init else None)
     config = replace(config, data=with_statistics(config.data, init, arch.channels))
     data, optim = config.data, config.optim
     data.grid(arch.stem_stride)  # raises for a size that is not a multiple of the patch
     statistics = data.statistics(arch.channels)
     train_split, eval_split = open_split(data), open_split(data, config.eval_split)
-    task = TASKS[config.task.name].Task(config, train_split, eval_split)
+    task = TASKS[config.task.name].make_task(config, train_split, eval_split)
     transform, weights = task.train_transform(statistics[0]), task.sample_weights()
     images = len(train_split) if weights is None else np.count_nonzero(weights)
     decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
@@ -77,40 +73,37 @@ def main() -> None:
     val_loader = eval_loader(eval_split, task.eval_transform(), arch.channels, data, micro, *place)
     digests = {"data_digest": train_split.digest, "init_digest": init.digest if init else "none"}
     identity = to_dict(config) | {"stage": "fine-tuning"} | digests
-    intro = (
-        f"{arch.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {task.describe()}, "
-        f"from {'scratch' if init is None else config.init}; {images:,} images, evaluated on {len(eval_split):,}"
-    )
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+    source = f"from {config.init if init else 'scratch'}; {images:,} images, evaluated on {len(eval_split):,}"
+    intro = f"{arch.name}, {size}, {task.describe()}, {source}"
     stage = Finetuning(config, task, engine, world, ema, val_loader, arch, intro, statistics)
     trainer = Trainer(config, engine, loader, stage, world, identity, [eval_split])
     trainer.run()
     best, path = stage.best, trainer.folder / "best.pt"
     say(f"best {config.eval_split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
     if world.first:
-        stage.draw()
+        task.draw(trainer.folder, stage.best_predictions)
         say(f"wrote {write_report(trainer.folder)}: open it in a browser")
     destroy_world()
 
 
-def architecture(config: Finetune, init: "Opened | None") -> Encoder:
-    """The architecture of --init, with `model.channels` channels if set; with --init none, that of the `model` section,
-    with defaults from `model.like`.
+def architecture(config: Finetune, arch: Encoder | None) -> Encoder:
+    """The architecture `arch` of --init, with `model.channels` channels if set; with --init none, that of the `model`
+    section, with defaults from `model.like`.
 
     Raises:
         UserError: no model is named, or a key contradicts the file of --init
     """
     keys = ("name", "channels", "stem_stride", "depths", "dims")
     given = {key: getattr(config.model, key) for key in keys if getattr(config.model, key) is not None}
-    if init is not None:
-        arch = init.weights.arch
+    if arch:
         for key, value in given.items():
             if value != getattr(arch, key) and key != "channels":
                 raise UserError(f"{config.init} has model.{key} {getattr(arch, key)}, not {value}: leave the key out")
         return replace(arch, channels=config.model.channels or arch.channels)
     if "name" not in given and config.model.like:
         path = Path(config.model.like)
-        path = path if path.exists() or path.is_absolute() else ROOT / path
-        recipe = recipe_section(path, "model", PretrainModel)
+        recipe = recipe_section(path if path.exists() else ROOT / path, "model", PretrainModel)
         given = {key: getattr(recipe, key) for key in keys} | given
         say(f"--init none: the model of {config.model.like}, from scratch")
     if "name" not in given:

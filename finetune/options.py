@@ -25,6 +25,4 @@ class DeviceOptions(ModelOptions):
     """Which model to use, and where it runs."""
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto = a GPU if available")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "auto = bf16 on a GPU that supports it, else fp32"
-    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto = bf16 on a GPU that has it, else fp32")

@@ -61,13 +61,13 @@ def classify(options: Options) -> tuple[int, int]:
     from data.transforms import EvalTransform
     from finetune.batches import PREFETCHED, find_pictures, picture_batches
     from finetune.inference import output_of
-    from finetune.tasks import task_of
+    from finetune.tasks import make_inference
     from launch.training.precision import precision
     from launch.training.world import destroy_world, init_world
     from models.opening import open_classifier
 
     trained = open_classifier(options.weights, options.ema, options.size)
-    task = task_of(trained.path, trained.weights.task).make_inference(trained)
+    task = make_inference(trained)
     task.name_outputs(options.classes)
     paths = find_pictures(options.images)
     if options.annotate:

@@ -12,14 +12,17 @@ for several learning rates; the best one on a held-out tenth of the training ima
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from rich.console import Console
-from rich.table import Table
+from rich.progress import track
+from rich.table import Column, Table
 
 from configs.checks import check_dataset, check_exists, check_parent
 from configs.command import parse_options
@@ -29,6 +32,11 @@ from configs.files import write_atomic
 from configs.keys import Share, argument, option, require
 from configs.schema import Augment, Data, Optim, Run
 from finetune.options import DeviceOptions
+
+if TYPE_CHECKING:
+    from data.loader import Loader
+    from launch.training.world import World
+    from models.opening import Trained
 
 MIN_IMAGES = 10  # training images, so that a tenth can be held out
 
@@ -73,7 +81,6 @@ def main(argv: list[str] | None = None) -> None:
     from configs.log import say
     from data.shards import open_split
     from data.transforms import EvalTransform
-    from finetune.feature_scores import Settings, feature_scores
     from launch.training.feature_eval import check_labels, probe_loader
     from launch.training.precision import precision
     from launch.training.world import destroy_world, init_world, process_errors
@@ -88,27 +95,23 @@ def main(argv: list[str] | None = None) -> None:
         check_labels(split)
     images = min(options.images or len(splits[0]), len(splits[0]))
     if images < MIN_IMAGES and not options.no_linear:
-        raise UserError(
-            f"{images} training images are too few for the linear classifier: give {MIN_IMAGES}, or --no-linear"
-        )
+        problem = f"{images} training images are too few for the linear classifier"
+        raise UserError(f"{problem}: give {MIN_IMAGES}, or --no-linear")
 
     world = init_world(Run(device=options.device))
     say(f"{options.weights}: {arch.name}, images of {'x'.join(map(str, preprocessing.size))}")
     transform = EvalTransform.of(preprocessing)
-    loaders = [
-        probe_loader(split, options.images, transform, arch.channels, data, options.batch, world) for split in splits
-    ]
+    settings = options.images, transform, arch.channels, data, options.batch, world
+    loaders = [probe_loader(split, *settings) for split in splits]
     kind = precision(Optim(precision=options.precision), world.device)
 
-    lrs = None if options.no_linear else options.lrs
-    settings = Settings(options.k, options.temperature, lrs, options.epochs, options.seed)
     with process_errors():
-        scores = feature_scores(trained, loaders, kind, settings, world)
+        scores = feature_scores(trained, loaders, kind, options, world)
         if options.random:
             say("the same with random weights")
             random_seed(options.seed)
             random = replace(trained, model=ConvNeXt(arch))
-            scores["random"] = feature_scores(random, loaders, kind, settings, world)
+            scores["random"] = feature_scores(random, loaders, kind, options, world)
     if world.first:
         for split, used in zip(splits, (scores["train_images"], scores["eval_images"]), strict=True):
             if damaged := min(options.images or len(split), len(split)) - used:
@@ -123,36 +126,48 @@ def main(argv: list[str] | None = None) -> None:
     destroy_world()
 
 
+def feature_scores(trained: "Trained", loaders: "list[Loader]", kind: str, options: Options, world: "World") -> dict:
+    """Scores of an encoder as plain values; `loaders` are of training and evaluation split, `kind` is the precision."""
+    from launch.training.feature_eval import best_of, count, features, knn, linear
+
+    def progress(steps: Iterable, number: int, what: str) -> Iterable:
+        return track(steps, what, number, console=Console(stderr=True), disable=not world.first, show_speed=False)
+
+    encoder, mean, std = (x.to(world.device) for x in (trained.model, trained.mean, trained.std))
+    train, evaluation = (features(encoder, loader, world, mean, std, kind, progress) for loader in loaders)
+    classes = len(loaders[0].samples.split.classes)
+    scores = {"train_images": count(train), "eval_images": count(evaluation), "classes": classes, "precision": kind}
+    scores["knn"] = knn(train, evaluation, classes, options.k, options.temperature, world, progress)
+    if not options.no_linear:
+        grid = linear(train, evaluation, classes, options.lrs, options.epochs, options.seed, progress)
+        scores["linear"] = asdict(best_of(grid)) | {"grid": [asdict(point) for point in grid]}
+    return scores
+
+
 def show(scores: dict, options: Options) -> None:
-    """Print the scores in one row per probe, the learning rates, and the k that were left out."""
+    """Print a table of the probes, one of the learning rates in ascending order, and the k that were left out."""
     train, evaluation = scores["train_images"], scores["eval_images"]
     for k in sorted(set(options.k) - scores["knn"].keys()):
         print(f"k {k} left out: split {options.train_split} has {train:,} images")
     columns = {"": scores} | ({"random ": scores["random"]} if "random" in scores else {})
-    table = Table(title=f"{evaluation:,} images of {options.eval_split} by {train:,} of {options.train_split}")
-    table.add_column("probe")
-    for name in columns:
-        table.add_column(f"{name}top-1", justify="right")
-        table.add_column(f"{name}top-5", justify="right")
+    numbers = (Column(f"{name}{top}", justify="right") for name in columns for top in ("top-1", "top-5"))
+    title = f"{evaluation:,} images of {options.eval_split} by {train:,} of {options.train_split}"
+    table, console = Table("probe", *numbers, title=title), Console(markup=False, highlight=False)
     rows = {f"kNN, k {k}": [column["knn"][k] for column in columns.values()] for k in scores["knn"]}
     if "linear" in scores:
         rows["linear"] = [column["linear"] for column in columns.values()]
     for name, row in rows.items():
         table.add_row(name, *(f"{score[key]:.2%}" for score in row for key in ("top1", "top5")))
-    Console(markup=False, highlight=False).print(table)
-    if "linear" in scores:
-        show_grid(scores["linear"]["grid"], scores["linear"]["lr"])
-
-
-def show_grid(grid: list[dict], best: float) -> None:
-    """Print the linear classifier's accuracy at each learning rate, in ascending order."""
-    table = Table(title="linear")
-    for name in ("learning rate", "held-out", "top-1", "top-5"):
-        table.add_column(name, justify="right")
+    console.print(table)
+    if "linear" not in scores:
+        return
+    grid, best = scores["linear"]["grid"], scores["linear"]["lr"]
+    headings = ("learning rate", "held-out", "top-1", "top-5")
+    table = Table(*(Column(name, justify="right") for name in headings), title="linear")
     for row in grid:
         cells = (f"{row[key]:.2%}" for key in ("held_out", "top1", "top5"))
         table.add_row(f"{row['lr']:g}", *cells, style="bold" if row["lr"] == best else None)
-    Console(markup=False, highlight=False).print(table)
+    console.print(table)
     if len(grid) > 1 and best in (grid[0]["lr"], grid[-1]["lr"]):
         print(f"the best learning rate, {best:g}, is at an end of the grid: widen --lrs")
 

@@ -68,15 +68,13 @@ def main() -> None:
 
     place = world.rank, world.ranks, world.device.type == "cuda"
     loader = train_loader(split, objective.transform(), config.model.channels, config.run.seed, data, optim, *place)
-    identity = to_dict(config) | {"stage": "pretraining", "data_digest": split.digest}
-    identity["init_digest"] = init.digest if init else "none"
+    digests = {"data_digest": split.digest, "init_digest": init.digest if init else "none"}
+    identity = to_dict(config) | {"stage": "pretraining"} | digests
     if config.model.grn_scope == "batch":
         identity["grn_batch"], _ = optim.accumulation(world.ranks)  # otherwise the micro batch may change on resume
-    parameters = sum(p.numel() for p in model.encoder.parameters())
-    intro = (
-        f"{config.model.name}, {parameters / 1e6:.1f}M encoder parameters, {config.model.backend} backend on "
-        f"{world.device.type} x {world.ranks}; {len(split):,} images; {objective.describe()}"
-    )
+    size = f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f}M encoder parameters"
+    where = f"{config.model.backend} backend on {world.device.type} x {world.ranks}"
+    intro = f"{config.model.name}, {size}, {where}; {len(split):,} images; {objective.describe()}"
     online = OnlineEval(config, probe, statistics, world) if probe else None
     stage = Pretraining(config, objective, engine, world, intro, statistics, online)
     trainer = Trainer(config, engine, loader, stage, world, identity)
@@ -87,8 +85,7 @@ def main() -> None:
             path = trainer.folder / f"{config.objective.name}.pt"
             preprocessing = Preprocessing(data.height_width, config.model.channels, *statistics)
             weights = Weights(model.encoder.arch, preprocessing, cpu_state(model.encoder), *objective.decoder(model))
-            weights.classes, weights.objective = split.classes, config.objective.name
-            save(path, weights)
+            save(path, replace(weights, classes=split.classes, objective=config.objective.name))
             summary = summarize(trainer.folder / "log.jsonl", config, trainer.steps_per_epoch)
             write_summary(trainer.folder, config, world, seconds, summary)
             print(f"wrote {path}: fine-tune it with `python finetune/main.py --init {path} ...`")

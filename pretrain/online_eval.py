@@ -32,10 +32,8 @@ def probe_splits(config: Pretrain) -> tuple[Split, Split] | None:
             check_labels(split)
         images = min(probe.images, len(splits[0]))
         if images < KS[0]:
-            raise UserError(
-                f"{data.path}, split {probe.train_split} has {images} images (probe.images {probe.images}), fewer than "
-                f"{KS[0]} neighbours"
-            )
+            counts = f"{images} images (probe.images {probe.images}), fewer than {KS[0]} neighbours"
+            raise UserError(f"{data.path}, split {probe.train_split} has {counts}")
     except UserError as error:
         keys = "probe.path, probe.train_split and probe.eval_split"
         raise UserError(f"probe.every is {probe.every}, but {error}; set {keys}, or probe.every 0") from None
@@ -43,11 +41,8 @@ def probe_splits(config: Pretrain) -> tuple[Split, Split] | None:
 
 
 class OnlineEval:
-    """kNN and linear accuracy of the encoder's features on labelled images.
+    """kNN and linear accuracy of the encoder's features; `statistics` are mean and standard deviation per channel.
 
-    Args:
-        splits: training and evaluation split, from `probe_splits`
-        statistics: mean and standard deviation per channel
     Raises:
         UserError: the first image of a split cannot be read
     """
@@ -55,32 +50,26 @@ class OnlineEval:
     def __init__(self, config: Pretrain, splits: tuple[Split, Split], statistics: tuple, world: World):
         self.probe, self.world, self.splits, self.seed = config.probe, world, splits, config.run.seed
         self.mean, self.std = (torch.tensor(values, device=world.device) for values in statistics)
-        data = config.data
+        data, channels, images = config.data, config.model.channels, self.probe.images
         transform = EvalTransform(data.height_width, self.probe.crop, data.eval_interpolation)
         micro, _ = config.optim.accumulation(world.ranks)
-        self.loaders = [
-            probe_loader(split, self.probe.images, transform, config.model.channels, data, micro, world)
-            for split in splits
-        ]
+        self.loaders = [probe_loader(split, images, transform, channels, data, micro, world) for split in splits]
         for loader in self.loaders:
             loader.samples[0, 0, 0]  # fail now rather than after an epoch
 
     def describe(self) -> str:
         """One line: what is evaluated, and when."""
         bank, queries = (f"{min(len(split), self.probe.images):,} of {split.name}" for split in self.splits)
-        return (
-            f"kNN evaluation before the first step, every {self.probe.every} epochs and after the last: images "
-            f"{queries} among {bank}, {self.splits[0].folder} (temperature {TEMPERATURE:g})"
-        )
+        images = f"{queries} among {bank}, {self.splits[0].folder} (temperature {TEMPERATURE:g})"
+        when = f"before the first step, every {self.probe.every} epochs and after the last"
+        return f"kNN evaluation {when}: images {images}"
 
     def evaluate(self, engine: Engine, epoch: int, progress: Progress) -> Report:
         """kNN accuracy for each k and accuracy of the linear classifier. The model's mode is unchanged."""
-        classes, world = len(self.splits[0].classes), self.world
+        classes, world, encoder = len(self.splits[0].classes), self.world, engine.model.encoder
+        settings = world, self.mean, self.std, engine.precision, progress
         with engine.whole_weights(), torch.random.fork_rng(devices=[]):  # DataLoader draws a random seed
-            bank, queries = (
-                features(engine.model.encoder, loader, world, self.mean, self.std, engine.precision, progress)
-                for loader in self.loaders
-            )
+            bank, queries = (features(encoder, loader, *settings) for loader in self.loaders)
         accuracy = knn(bank, queries, classes, KS, TEMPERATURE, world, progress)
         scores = {"knn": {f"{top}_k{k}": share for k, tops in accuracy.items() for top, share in tops.items()}}
         shown = ", ".join(f"{tops['top1']:.2%} (k {k})" for k, tops in accuracy.items())

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from configs.files import atomic_file
+from data.transforms import to_rgb
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE, patch_statistics
 from models.sparse.layouts import Dense, patchify, unpatchify
@@ -20,16 +21,12 @@ GREY = 0.5  # of missing pixels
 
 
 def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Reconstruct normalised images [B, C, H, W].
+    """Visible patches of normalised images [B, C, H, W], predicted hidden patches, and both; missing pixels are NaN.
 
     With norm_pix, predictions are rescaled by mean and variance of the true patch, so brightness and contrast of a
     hidden patch are not predicted.
-
-    Returns:
-        visible patches of the input, predicted hidden patches, and both combined; missing pixels are NaN
     """
-    output = model.predict(image, visible)
-    grid = tuple(visible.shape[1:])
+    output, grid = model.predict(image, visible), tuple(visible.shape[1:])
     patches = patchify(image, grid).flatten(1, 2)  # [B, gy * gx, P, P, C]
     rows = torch.arange(len(image), device=image.device)[:, None]
     pixels = output.prediction.float()
@@ -45,9 +42,10 @@ def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, T
 
 def reconstruction_grid(model: FCMAE, image: Tensor, visible: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Captioned picture [3, height, width], uint8: the four `COLUMNS` for each image, two images per row."""
-    columns = [_to_rgb(x, mean, std) for x in (image, *reconstruct(model, image, visible))]
-    zoom = max(1, -(-CELL // max(image.shape[2:])))
-    cells = [x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3) for x in columns]
+    zoom, cells = max(1, -(-CELL // max(image.shape[2:]))), []
+    for x in (image, *reconstruct(model, image, visible)):
+        pixels = to_rgb((x.float() * std[:, None, None] + mean[:, None, None]).nan_to_num(GREY)).cpu()
+        cells.append(pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3))
     height, width = cells[0].shape[2:]
     across = min(2, len(image))
     down, group = -(-len(image) // across), len(COLUMNS) * (width + GAP) + 4 * GAP
@@ -59,16 +57,9 @@ def reconstruction_grid(model: FCMAE, image: Tensor, visible: Tensor, mean: Tens
             sheet.paste(F.to_pil_image(column[i]), (left, CAPTION + GAP + i // across * (height + GAP)))
             draw.text((left, GAP), name, fill="black")
     if model.settings.norm_pix:
-        place = GAP, sheet.height - CAPTION + GAP / 2
-        draw.text(place, "predicted patches have the mean and variance of the true ones", fill="black")
+        note = "predicted patches have the mean and variance of the true ones"
+        draw.text((GAP, sheet.height - CAPTION + GAP / 2), note, fill="black")
     return F.pil_to_tensor(sheet)
-
-
-def _to_rgb(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Normalised images as uint8 RGB on the CPU: the first three channels; the first as grey if there are fewer."""
-    pixels = (image.float() * std[:, None, None] + mean[:, None, None]).nan_to_num(GREY).clamp(0, 1)
-    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
-    return (pixels * 255).round().to(torch.uint8).cpu()
 
 
 def write_png(path: Path, picture: Tensor) -> None:
@@ -90,11 +81,9 @@ def feature_distance(encoder: ConvNeXt, image: Tensor) -> dict[str, float]:
         cosine = maps.sum(2).square().sum(1) / maps.shape[2] ** 2  # mean over pairs = squared norm of the mean map
         distances[stage].append(float((1 - cosine).mean() / 2))
 
-    hooks = [
-        block.mlp.fc2.register_forward_pre_hook(partial(measure, name))
-        for name, stage in zip(distances, encoder.stages, strict=True)
-        for block in stage.blocks
-    ]
+    hooks = []
+    for name, stage in zip(distances, encoder.stages, strict=True):
+        hooks += [block.mlp.fc2.register_forward_pre_hook(partial(measure, name)) for block in stage.blocks]
     encoder.forward_features(image, Dense())
     for hook in hooks:
         hook.remove()

@@ -1,5 +1,6 @@
 """The pretraining stage: the loss of an objective; pictures and evaluations after an epoch."""
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from data.loader import Transform
 from data.transforms import normalize
 from launch.training.engine import Engine
 from launch.training.runlog import read_log
-from launch.training.trainer import Report
+from launch.training.trainer import Report, Stage
 from launch.training.watchdog import Progress
 from launch.training.world import World
 from models.opening import Opened
@@ -26,8 +27,7 @@ PICTURES = 8  # images per picture
 class Objective(Protocol):
     """A self-supervised objective: one module in pretrain/objectives.
 
-    It is made twice from the configuration: before torch is imported, to refuse settings that do not fit, and again
-    once the statistics of --init are known.
+    Made before torch is imported, to refuse settings that do not fit, and again once --init's statistics are known.
     """
 
     def describe(self) -> str:
@@ -55,14 +55,10 @@ class Objective(Protocol):
         """(tensors besides the encoder's, plain settings to rebuild them) for the weight file; may be empty."""
 
 
-class Pretraining:
-    """Trains an objective; a `launch.training.trainer.Stage`.
+class Pretraining(Stage):
+    """Trains an objective. There is no EMA to update, and no state to load.
 
-    Args:
-        engine: around the objective's model
-        intro: first line of the console
-        statistics: mean and standard deviation per channel
-        online: evaluation during the run; None = none
+    `intro` is the first line of the console, `statistics` are mean and standard deviation per channel.
     """
 
     def __init__(
@@ -86,18 +82,12 @@ class Pretraining:
         self.last = tuple(tensor[:PICTURES] for tensor in inputs)
         return self.engine(*inputs)
 
-    def after_update(self) -> None:
-        """No-op: pretraining keeps no EMA."""
-
     def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
         """Draw every `run.picture_every` epochs, evaluate every `probe.every`; both after the last."""
-        report = Report()
+        evaluate = self.online and (last or epoch % self.config.probe.every == 0)
+        report = self.online.evaluate(self.engine, epoch, progress) if evaluate else Report()
         if last or epoch % self.config.run.picture_every == 0:
             self.draw(report)
-        if self.online and (last or epoch % self.config.probe.every == 0):
-            evaluation = self.online.evaluate(self.engine, epoch, progress)
-            report.scores.update(evaluation.scores)
-            report.lines.extend(evaluation.lines)
         return report
 
     @torch.no_grad()
@@ -120,34 +110,23 @@ class Pretraining:
         return False
 
     def state(self) -> dict:
-        """Empty: everything random is a function of seed, epoch and sample."""
-        return {}
-
-    def load_state(self, state: dict) -> None:
-        """No-op."""
+        return {}  # everything random is a function of seed, epoch and sample
 
 
 def summarize(log: Path, config: Pretrain, steps_per_epoch: int) -> dict:
-    """Results of a finished run from its log.jsonl, as plain values by epoch (0 = initial weights).
-
-    Loss and images/s are means over an epoch.
-    """
-    results: dict = {"stage": "pretraining", "steps": 0, "epochs": config.optim.epochs}
-    results |= {"loss": {}, "images_per_s": {}, "knn": {}, "linear": {}, "feature_distance": {}}
-    lines = list(read_log(log))
-    total = max((line["step"] for line in lines), default=0)
-    before, parts = 0, []
-    for line in lines:
+    """Results of a finished run by epoch (0 = initial weights), from log.jsonl; loss and images/s are means."""
+    results: dict = {"loss": {}, "images_per_s": {}, "knn": {}, "linear": {}, "feature_distance": {}}
+    step, parts = 0, defaultdict(list)  # by epoch: steps of each logged mean, and the means
+    for line in read_log(log):
         epoch = -(-line["step"] // steps_per_epoch)
         for name in ("knn", "linear", "feature_distance"):
             if name in line:
                 results[name][epoch] = line[name]
         if "loss" in line:
-            parts.append((line["step"] - before, line["loss"], line["images_per_s"]))
-            before = line["step"]
-            if before % steps_per_epoch == 0 or before == total:
-                weights, losses, rates = zip(*parts, strict=True)
-                results["loss"][epoch] = float(np.average(losses, weights=weights))
-                results["images_per_s"][epoch] = float(np.average(rates, weights=weights))
-                parts = []
-    return results | {"steps": total}
+            parts[epoch].append((line["step"] - step, line["loss"], line["images_per_s"]))
+            step = line["step"]
+    for epoch, means in parts.items():
+        weights, losses, rates = zip(*means, strict=True)
+        results["loss"][epoch] = float(np.average(losses, weights=weights))
+        results["images_per_s"][epoch] = float(np.average(rates, weights=weights))
+    return {"stage": "pretraining", "steps": step, "epochs": config.optim.epochs} | results

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     model, channels, size = trained.model, trained.preprocessing.channels, trained.preprocessing.size
     grid = Data(size=size).grid(model.config.stem_stride)
     check_size(model.config.stem_stride, model.settings.mask_ratio, grid)
-    files: list[Path] = []
+    files = []
     for path in map(Path, options.images):
         files += [Path(item.container) for item in list_images(path)] if path.is_dir() else [path]
     images = []

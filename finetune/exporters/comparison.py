@@ -37,31 +37,23 @@ def comparison_batches(images: Tensor, free: tuple[bool, bool]) -> list[Tensor]:
     return [images[:1], images[torch.arange(3) % len(images)], images, *larger]
 
 
-def compare(
-    expected: list[list[Tensor]], predict: Predict, batches: list[Tensor], tolerance: float, subject: str
-) -> float:
-    """The maximum difference from the expected outputs, relative to the largest output.
+def compare(expected: list[list[Tensor]], predict: Predict, batches: list[Tensor], fp16: bool, subject: str) -> float:
+    """The maximum difference from the expected outputs of each batch, relative to the largest output.
 
-    Args:
-        expected: outputs for each batch
-        batches: images [B, C, H, W] from 0 to 1
-        subject: beginning of the error message
     Raises:
-        UserError: the difference exceeds the tolerance or is not finite, or an image is assigned to another class
+        UserError: the difference exceeds the tolerance or is not finite, or an image is assigned to another class; the
+            message begins with `subject`
     """
-    largest = 0.0
+    largest, tolerance = 0.0, FP16_TOLERANCE if fp16 else TOLERANCE
     for images, references in zip(batches, expected, strict=True):
         for output, reference in zip(predict(images), references, strict=True):
             if output.shape != reference.shape:
                 raise UserError(f"{subject} outputs {list(output.shape)} instead of {list(reference.shape)}")
             share = float((output - reference).abs().max() / reference.abs().max())
             if not share <= tolerance:
-                raise UserError(
-                    f"{subject} differs from the source by {share:.1e} of the largest output in a batch of "
-                    f"{len(images)}, more than {tolerance:.0e}"
-                )
-            others = int((output.argmax(1) != reference.argmax(1)).sum()) if output.ndim == 2 else 0
-            if others:
+                found = f"{share:.1e} of the largest output in a batch of {len(images)}"
+                raise UserError(f"{subject} differs from the source by {found}, more than {tolerance:.0e}")
+            if output.ndim == 2 and (others := int((output.argmax(1) != reference.argmax(1)).sum())):
                 raise UserError(f"{subject} assigns {others} of {len(images)} images to another class than the source")
             largest = max(largest, share)
     return largest
@@ -72,16 +64,15 @@ def check_fp16(source: Deployed, low: Deployed, expected: list[list[Tensor]], ba
 
     The message names the first layer that overflows, if any.
     """
-    predict = explain_errors(predict_with(low), "torch")
     try:
-        compare(expected, predict, batches, FP16_TOLERANCE, "--fp16 does not suit this model: it")
+        with explain_errors("torch"):
+            compare(expected, predict_with(low), batches, True, "--fp16 does not suit this model: it")
     except UserError as error:
         name, value = first_overflow(source, batches)
         if not name:
             raise
-        raise UserError(
-            f"--fp16 does not suit this model: {name} reaches {value:.3g}, beyond fp16's {FP16_MAX:.0f}: leave it out"
-        ) from error
+        problem = f"{name} reaches {value:.3g}, beyond fp16's {FP16_MAX:.0f}"
+        raise UserError(f"--fp16 does not suit this model: {problem}: leave it out") from error
 
 
 def first_overflow(source: Deployed, batches: list[Tensor]) -> tuple[str, float]:
@@ -93,9 +84,8 @@ def first_overflow(source: Deployed, batches: list[Tensor]) -> tuple[str, float]
             if (value := float(x.abs().max())) > FP16_MAX:
                 overflows.append((label, value))
 
-    handles = [
-        module.register_forward_hook(partial(check, name)) for name, module in source.model.named_modules() if name
-    ]
+    modules = [(name, module) for name, module in source.model.named_modules() if name]
+    handles = [module.register_forward_hook(partial(check, name)) for name, module in modules]
     for images in batches:
         predict_with(source)(images)
     for handle in handles:
@@ -103,20 +93,17 @@ def first_overflow(source: Deployed, batches: list[Tensor]) -> tuple[str, float]
     return overflows[0] if overflows else ("", 0.0)
 
 
-def explain_errors(function: Callable, runtime: str) -> Callable:
-    """Wrap a function of a runtime: exceptions become `UserError`, log output is suppressed."""
-
-    def wrapped(*inputs):
-        try:
-            with quiet_libraries():
-                return function(*inputs)
-        except Exception as error:  # runtimes have their own exception classes
-            raise UserError(
-                f"the runtime of {runtime} cannot run this model here ({reason(error)}): choose another format or "
-                "precision"
-            ) from error
-
-    return wrapped
+@contextmanager
+def explain_errors(runtime: str) -> Iterator[None]:
+    """Raise exceptions of a runtime as `UserError`, and suppress its warnings and logs."""
+    try:
+        with quiet_libraries():
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # runtimes have their own exception classes
+        problem = f"the runtime of {runtime} cannot run this model here ({reason(error)})"
+        raise UserError(f"{problem}: choose another format or precision") from error
 
 
 @contextmanager

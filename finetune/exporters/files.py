@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from configs.schema import Encoder
 from data.transforms import normalize
-from finetune.exporters.comparison import Predict, explain_errors, predict_with, quiet_libraries
+from finetune.exporters.comparison import Predict, predict_with, quiet_libraries
 from finetune.exporters.graph import Deployed, free_sides, min_free_side, trace
 from models.formats.write import how_to_load, how_to_load_backbone, timm_backbone, timm_options, write_weights
 from models.weights import Weights
@@ -25,11 +25,8 @@ SIDES = ("height", "width")
 def export(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict[str, str]) -> None:
     """Write a model in a format of `SUFFIXES`; ONNX stores weights of more than 2 GB in a second file.
 
-    Args:
-        weights: source of the metadata and, for safetensors, of the tensors
-        outputs: name and description of each output
-    Raises:
-        UserError: timm cannot build this model
+    The metadata comes from `weights` and `outputs` (description by name), for safetensors the tensors too. Raises
+    `UserError` if timm cannot build this model.
     """
     if to == "safetensors":
         write_weights(path, weights, "timm")
@@ -64,25 +61,18 @@ def metadata(weights: Weights, outputs: dict[str, str], precision: str) -> dict:
 
 def stage_outputs(arch: Encoder) -> dict[str, str]:
     """Names and descriptions of an encoder's feature maps."""
-    strides = [arch.stem_stride * 2**i for i in range(4)]
-    return {
-        f"stage{i}": f"float32 [batch, {channels}, height / {stride}, width / {stride}]"
-        for i, (channels, stride) in enumerate(zip(arch.dims, strides, strict=True), 1)
-    }
+    outputs = {}
+    for i, channels in enumerate(arch.dims):
+        stride = arch.stem_stride * 2**i
+        outputs[f"stage{i + 1}"] = f"float32 [batch, {channels}, height / {stride}, width / {stride}]"
+    return outputs
 
 
 def load_exported(path: Path, to: str, weights: Weights) -> Predict:
-    """Read an exported file in its own runtime, on the CPU.
+    """Read an exported file in its own runtime, on the CPU; `weights` has the architecture, for safetensors.
 
-    Args:
-        weights: architecture and number of classes, for safetensors
-    Raises:
-        UserError: the runtime cannot read the file; the returned function: cannot run it
+    This and the returned function raise the runtime's exceptions.
     """
-    return explain_errors(explain_errors(_load, to)(path, to, weights), to)
-
-
-def _load(path: Path, to: str, weights: Weights) -> Predict:
     if to == "onnx":
         import onnxruntime
 
@@ -105,8 +95,8 @@ def how_to_use(path: Path, to: str, weights: Weights) -> str:
     """Python expression for the outputs of `images`; for safetensors one that creates timm's model."""
     if to == "safetensors":
         return (how_to_load if weights.outputs else how_to_load_backbone)(path, weights, "timm")
-    return {
-        "onnx": f'onnxruntime.InferenceSession("{path}").run(None, {{"{IMAGE}": images.numpy()}})',
-        "torch-export": f'torch.export.load("{path}").module()(images)',
-        "torchscript": f'torch.jit.load("{path}")(images)',
-    }[to]
+    if to == "onnx":
+        return f'onnxruntime.InferenceSession("{path}").run(None, {{"{IMAGE}": images.numpy()}})'
+    if to == "torch-export":
+        return f'torch.export.load("{path}").module()(images)'
+    return f'torch.jit.load("{path}")(images)'

@@ -16,10 +16,8 @@ from models.weights import Weights
 
 
 class Deployed(nn.Module):
-    """The exported model: images [B, C, H, W], float32 from 0 to 1, to logits [B, classes] or, without a head, the
-    feature maps [B, Ci, Hi, Wi] of the four stages; outputs are float32.
-
-    `model` is in evaluation mode; `mean` and `std` are [C].
+    """The exported model: images to logits [B, classes] or, without a head, the feature maps [B, Ci, Hi, Wi] of the
+    four stages; outputs are float32. `model` is in evaluation mode; `mean` and `std` are [C].
     """
 
     def __init__(self, model: ConvNeXt, mean: Tensor, std: Tensor):
@@ -64,19 +62,11 @@ def min_free_side(arch: Encoder) -> int:
 
 def free_sides(weights: Weights) -> tuple[bool, bool]:
     """Whether (height, width) of the exported model are dynamic."""
-    sides = weights.preprocessing.size
-    height, width = (not weights.head and side >= min_free_side(weights.arch) for side in sides)
-    return height, width
+    return tuple(not weights.head and side >= min_free_side(weights.arch) for side in weights.preprocessing.size)
 
 
 def trace(deployed: Deployed, example: Tensor, free: dict[int, str], min_side: int) -> torch.export.ExportedProgram:
-    """Export the graph of a model, for any device.
-
-    Args:
-        example: [2, C, H, W]
-        free: names of the dynamic axes of the input
-        min_side: minimum dynamic height and width
-    """
+    """Export the graph of a model, for any device, from images [2, C, H, W]; `free` names the dynamic axes."""
     shape = {axis: torch.export.Dim(name, min=min_side if axis else None) for axis, name in free.items()}
     program = torch.export.export(deployed, (example,), dynamic_shapes=(shape,))
     for node in list(program.graph.nodes):

@@ -1,25 +1,27 @@
 """Fine-tuning tasks by name (`task.name`).
 
-A task is a module with `Settings`, a dataclass of its configuration section; `Task`, a class with the methods of
-`finetune.finetuning.Task`; and `make_inference`, a function from a trained model to an object with the methods of
-`finetune.inference.Inference`. Modules import torch inside of functions, so that `--help` is quick.
+A task is a module with `Settings`, `make_task` and `make_inference`; see docs/architecture.md, "Add something".
 """
 
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 from configs.errors import UserError, nearest
 from finetune.tasks import classification
 
+if TYPE_CHECKING:
+    from finetune.inference import Inference
+    from models.opening import Trained
+
 TASKS = {"classification": classification}
 
 
-def task_of(path: str, name: str | None) -> ModuleType:
-    """The module of a weight file's task; None, as in other projects' files, is classification.
+def make_inference(trained: "Trained") -> "Inference":
+    """Inference for the task of a weight file: classification if it names none, as in other projects' files.
 
     Raises:
         UserError: there is no such task
     """
-    name = name or "classification"
+    name = trained.weights.task or "classification"
     if name not in TASKS:
-        raise UserError(f"{path} is for task {name}, which is unknown here {nearest(name, TASKS)}")
-    return TASKS[name]
+        raise UserError(f"{trained.path} is for task {name}, which is unknown here {nearest(name, TASKS)}")
+    return TASKS[name].make_inference(trained)

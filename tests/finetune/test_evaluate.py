@@ -7,6 +7,7 @@ import shutil
 import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -23,7 +24,7 @@ from data.shards import Index, open_split, read_index, write_index
 from data.sources import digits as digit_images
 from data.transforms import EvalTransform, normalize
 from finetune.evaluate import main
-from finetune.tasks.classification.inference import evaluation
+from finetune.tasks.classification.inference import ClassifierInference
 from finetune.tasks.classification.scores import Predictions
 from launch.training.world import destroy_world
 from models.convnext import ConvNeXt
@@ -239,8 +240,10 @@ def test_many_classes_take_no_square_of_memory():
     rng = np.random.default_rng(0)
     label, first = rng.integers(22_000, size=(2, 5000))
     found = Predictions(np.arange(5000), label, first[:, None], *np.full((2, 5000), 0.5, np.float32))
+    weights = SimpleNamespace(classes=[str(i) for i in range(22_000)])
+    inference = ClassifierInference(SimpleNamespace(path="best.pt", weights=weights))
     tracemalloc.start()
-    stored = evaluation(found, [str(i) for i in range(22_000)])
+    stored = inference.evaluation(found)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100e6

@@ -10,7 +10,8 @@ import torch
 
 from configs.schema import Augment, Data, Encoder, Finetune, FinetuneModel, Optim
 from finetune.finetuning import Finetuning
-from finetune.tasks.classification import Settings, Task
+from finetune.tasks.classification import Settings
+from finetune.tasks.classification.task import ClassifierTask
 from launch.training.world import World
 from models.opening import open_weights
 from models.sizes import resolve
@@ -21,10 +22,10 @@ ARCH = resolve(Encoder("convnextv2_atto", channels=1, stem_stride=1, depths=(1, 
 CLASSES = [str(i) for i in range(10)]
 
 
-def task_of(config: Finetune) -> Task:
+def task_of(config: Finetune) -> ClassifierTask:
     """The task with ten classes; splits are not read."""
     split = SimpleNamespace(classes=CLASSES, labels=lambda: np.arange(10), name="train")
-    return Task(config, split, split)
+    return ClassifierTask(config, split, split)
 
 
 def seen(augment: Augment, task: Settings | None = None, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

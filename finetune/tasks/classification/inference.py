@@ -52,19 +52,60 @@ class ClassifierInference:
         self.class_of: Tensor | None = None  # the model's class for each label of the data
 
     def match(self, images: Split | Folder) -> None:
-        self.names, classes = match_classes(self.trained, images)
-        self.class_of = torch.from_numpy(classes)
+        """Match the data's classes with the model's: by name, or by number if either has no names."""
+        path, outputs, names = self.trained.path, self.trained.weights.outputs, self.trained.weights.classes
+        where, labels, given = f"{images.folder}, split {images.name}", images.labels(), images.classes
+        if not len(labels):
+            raise UserError(f"{where} has no images")
+        if (labels < 0).any():
+            raise UserError(f"{where} has images without labels: use finetune/predict.py for them")
+        if given and labels.max() >= len(given):
+            raise UserError(f"{where} has label {labels.max()}, but {len(given)} class names: prepare it again")
+        self.names, self.class_of = names or given or [str(i) for i in range(outputs)], torch.arange(outputs)
+        if names and given and names != given:
+            copies = Counter(names)
+            if unknown := [name for name in given if copies[name] != 1]:
+                more = f" and {len(unknown) - MAX_NAMES} more" if unknown[MAX_NAMES:] else ""
+                known = ", ".join(names[:MAX_NAMES]) + (", ..." if names[MAX_NAMES:] else "")
+                problem = f"has classes that {path} does not have: {', '.join(unknown[:MAX_NAMES])}{more}"
+                raise UserError(f"{images.folder} {problem} (it has {outputs}: {known})")
+            say(f"classes matched by name: the data has {len(given)} of the model's {outputs}")
+            number = {name: i for i, name in enumerate(names)}
+            self.class_of = torch.tensor([number[name] for name in given])
+            return
+        if not (names and given):
+            say(f"{images.folder if names else path} has no class names: labels are matched by number")
+        count = len(given) if given else labels.max() + 1
+        if labels.max() >= outputs or (given and count != outputs):
+            raise UserError(f"{where} has {count} classes, {path} {outputs}: without names they cannot be matched")
 
     def collect(self, output: Tensor, batch: dict[str, Tensor]) -> Predictions:
         label = batch["label"]
         return scores.collect(output, batch | {"label": torch.where(label < 0, label, self.class_of[label])})
 
     def evaluation(self, predictions: Predictions) -> dict:
+        """Scores, accuracy of each class with images, confusions (most frequent first), and calibration."""
+        from sklearn.metrics import f1_score, recall_score  # slow to import
+
+        names, path = self.names, self.trained.path
         if not np.isfinite(predictions.loss).all():
-            raise UserError(
-                f"{self.trained.path} gives outputs that are not finite: try other weights or --precision fp32"
-            )
-        return evaluation(predictions, self.names)
+            raise UserError(f"{path} gives outputs that are not finite: try other weights or --precision fp32")
+        label, first, bins = predictions.label, predictions.best[:, 0], predictions.calibration()
+        present, counts = np.unique(label, return_counts=True)
+        recall = recall_score(label, first, labels=present, average=None)
+        macro_f1 = float(f1_score(label, first, labels=present, average="macro"))
+        scores = predictions.scores() | {"mean_class_accuracy": float(recall.mean()), "macro_f1": macro_f1}
+        images = dict(zip(present.tolist(), counts.tolist(), strict=True))
+        classes = [
+            {"class": i, "name": names[i], "images": images[i], "accuracy": accuracy}
+            for i, accuracy in zip(images, recall.tolist(), strict=True)
+        ]
+        confusions = [
+            {"label": names[i], "predicted": names[j], "images": count, "share": count / images[i]}
+            for (i, j), count in zip(*(x.tolist() for x in predictions.confusions()), strict=True)
+        ]
+        result = {"scores": scores | {"calibration_error": calibration_error(bins)}, "classes": classes}
+        return result | {"confusions": confusions, "calibration": [asdict(bin) for bin in bins]}
 
     def write_evaluation(self, out: Path, result: dict, predictions: Predictions, names: list[str]) -> None:
         """Write predictions.csv, two pictures and, last, evaluation.json."""
@@ -97,12 +138,11 @@ class ClassifierInference:
         if not bool(torch.isfinite(output).all()):
             raise UserError("the weights give outputs that are not finite: try --precision fp32")
         output = output.float()
-        classes = output.topk(min(top, output.shape[1])).indices
-        shares = output.softmax(1).gather(1, classes).tolist()
-        return [
-            Prediction(path, [(self.names[i], share) for i, share in zip(*row, strict=True)])
-            for path, *row in zip(paths, classes.tolist(), shares, strict=True)
-        ]
+        classes = output.topk(min(top, output.shape[1])).indices  # by logits: small shares may be equal
+        shares = output.softmax(1).gather(1, classes)
+        names = ([self.names[i] for i in row] for row in classes.tolist())
+        columns = zip(paths, names, shares.tolist(), strict=True)
+        return [Prediction(path, list(zip(row, share, strict=True))) for path, row, share in columns]
 
     def annotate(self, folder: Path, number: int, prediction: Prediction) -> None:
         from finetune.tasks.classification.pictures import annotate  # matplotlib, sklearn
@@ -119,14 +159,11 @@ class ClassifierInference:
         write_rows(file, [head, *([p.path, *chain.from_iterable(p.classes)] for p in predictions)])
 
     def write_json(self, file: Path, predictions: list[Prediction]) -> None:
-        objects = (
-            {
-                "path": str(prediction.path),
-                "classes": [{"name": name, "probability": share} for name, share in prediction.classes],
-            }
-            for prediction in predictions
-        )
-        write_atomic(file, f"[{','.join(chr(10) + json.dumps(item) for item in objects)}\n]\n".encode())
+        objects = []
+        for prediction in predictions:
+            classes = [{"name": name, "probability": share} for name, share in prediction.classes]
+            objects.append(json.dumps({"path": str(prediction.path), "classes": classes}))
+        write_atomic(file, "[\n{}\n]\n".format(",\n".join(objects)).encode())
 
     def outputs(self) -> dict[str, str]:
         return {"logits": f"float32 [batch, {self.trained.weights.outputs}]"}
@@ -137,68 +174,3 @@ def write_rows(path: Path, rows: list[list]) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
-
-
-def match_classes(trained: Trained, images: Split | Folder) -> tuple[list[str], np.ndarray]:
-    """Match a data set's classes with the model's: by name, or by number if either has no names.
-
-    Returns:
-        names of the model's classes; index of the model's class for each label of the data
-    Raises:
-        UserError: an image has no label, or a class that the model does not have
-    """
-    where, labels, outputs = f"{images.folder}, split {images.name}", images.labels(), trained.weights.outputs
-    if not len(labels):
-        raise UserError(f"{where} has no images")
-    if (labels < 0).any():
-        raise UserError(f"{where} has images without labels: use finetune/predict.py for them")
-    names, given = trained.weights.classes, images.classes
-    if given and labels.max() >= len(given):
-        raise UserError(f"{where} has label {labels.max()}, but {len(given)} class names: prepare it again")
-    if names and given and names != given:
-        copies = Counter(names)
-        unknown = [name for name in given if copies[name] != 1]
-        if unknown:
-            more = f" and {len(unknown) - MAX_NAMES} more" if unknown[MAX_NAMES:] else ""
-            known = ", ".join(names[:MAX_NAMES]) + (", ..." if names[MAX_NAMES:] else "")
-            raise UserError(
-                f"{images.folder} has classes that {trained.path} does not have: {', '.join(unknown[:MAX_NAMES])}{more}"
-                f" (it has {outputs}: {known})"
-            )
-        say(f"classes matched by name: the data has {len(given)} of the model's {outputs}")
-        number = {name: i for i, name in enumerate(names)}
-        return names, np.array([number[name] for name in given])
-    if not (names and given):
-        say(f"{images.folder if names else trained.path} has no class names: labels are matched by number")
-    count = len(given) if given else labels.max() + 1
-    if labels.max() >= outputs or (given and count != outputs):
-        raise UserError(f"{where} has {count} classes, {trained.path} {outputs}: without names they cannot be matched")
-    return names or given or [str(i) for i in range(outputs)], np.arange(outputs)
-
-
-def evaluation(predictions: Predictions, names: list[str]) -> dict:
-    """Scores, accuracy of each class with images, confusions (most frequent first), and calibration."""
-    from sklearn.metrics import f1_score, recall_score  # slow to import
-
-    label, first = predictions.label, predictions.best[:, 0]
-    present, counts = np.unique(label, return_counts=True)
-    recall = recall_score(label, first, labels=present, average=None)
-    images = dict(zip(present.tolist(), counts.tolist(), strict=True))
-    bins = predictions.calibration()
-    scores = predictions.scores() | {
-        "mean_class_accuracy": float(recall.mean()),
-        "macro_f1": float(f1_score(label, first, labels=present, average="macro")),
-        "calibration_error": calibration_error(bins),
-    }
-    return {
-        "scores": scores,
-        "classes": [
-            {"class": i, "name": names[i], "images": count, "accuracy": accuracy}
-            for (i, count), accuracy in zip(images.items(), recall.tolist(), strict=True)
-        ],
-        "confusions": [
-            {"label": names[i], "predicted": names[j], "images": count, "share": count / images[i]}
-            for (i, j), count in zip(*(x.tolist() for x in predictions.confusions()), strict=True)
-        ],
-        "calibration": [asdict(bin) for bin in bins],
-    }

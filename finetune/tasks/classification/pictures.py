@@ -6,7 +6,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import confusion_matrix
@@ -14,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from configs.files import atomic_file
-from data.transforms import to_float
+from data.transforms import to_rgb
 from finetune.tasks.classification.scores import Bin, Predictions, calibration_error
 
 MAX_CLASSES, CONFUSED_CLASSES = 100, 30  # in a confusion matrix; with more classes the most confused are shown
@@ -26,17 +25,14 @@ FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # PIL's de
 
 
 def confusion_picture(path: Path, predictions: Predictions, names: list[str]) -> None:
-    """Write a confusion matrix, normalised by row (class).
-
-    With more than 100 classes, it shows the 30 of the most frequent confusions.
-    """
+    """Write a confusion matrix, normalised by row (class); of many classes, those of the most frequent confusions."""
     label, first = predictions.label, predictions.best[:, 0]
     shown = np.union1d(label, first)
     title = f"{len(shown)} classes"
     if len(shown) > MAX_CLASSES:
         title = f"the {CONFUSED_CLASSES} most often confused of {len(shown)} classes"
-        by_confusion = dict.fromkeys([*predictions.confusions()[0].flat, *shown])
-        shown = np.sort([*by_confusion][:CONFUSED_CLASSES])
+        by_confusion = list(dict.fromkeys([*predictions.confusions()[0].flat, *shown]))
+        shown = np.sort(by_confusion[:CONFUSED_CLASSES])
     images = np.bincount(label, minlength=len(names))[shown]
     share = confusion_matrix(label, first, labels=shown) / np.maximum(images, 1)[:, None]
 
@@ -49,8 +45,7 @@ def confusion_picture(path: Path, predictions: Predictions, names: list[str]) ->
     axes.set_yticks(range(len(shown)), ticks, parse_math=False)
     axes.set(xlabel="predicted class", ylabel="class", title=f"% of each class's images; {title}")
     for row, column in np.argwhere(share >= 0.005) if len(shown) <= MAX_CLASSES_WITH_NUMBERS else ():
-        colour = "white" if share[row, column] > 0.5 else "black"
-        text = f"{100 * share[row, column]:.0f}"
+        text, colour = f"{100 * share[row, column]:.0f}", "white" if share[row, column] > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
     _write(path, figure)
 
@@ -81,11 +76,8 @@ def _write(path: Path, figure: Figure) -> None:
 
 
 def annotate(image: Tensor, lines: list[str]) -> Image.Image:
-    """A decoded image [C, H, W] as a picture with lines of text below it.
-
-    Small images are enlarged by a whole factor. Letters scale with the picture; long lines are shortened in the middle.
-    """
-    picture = F.to_pil_image(_to_rgb(image))
+    """A decoded image [C, H, W], enlarged if small, with lines of text below it, shortened in the middle if long."""
+    picture = F.to_pil_image(to_rgb(image))
     zoom = max(1, math.ceil(MIN_SIDE / max(picture.size)))
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
     width = max(picture.width, MIN_SIDE)
@@ -107,9 +99,3 @@ def _shorten(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
         keep = len(cut) // 2 - 1
         cut = f"{cut[:keep]}…{cut[len(cut) - keep :]}"
     return cut
-
-
-def _to_rgb(image: Tensor) -> Tensor:
-    """An image as uint8 [3, H, W]: the first three channels; the first as grey if there are fewer."""
-    image = image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
-    return (to_float(image).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -23,21 +23,13 @@ class Bin:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions for N samples of a split, in its order.
+    """Predictions for N samples of a split, in its order."""
 
-    Args:
-        sample: [N] index in the split
-        label: [N]
-        best: [N, min(5, classes)] likeliest classes in descending order
-        confidence: [N] softmax probability of the likeliest class
-        loss: [N] cross entropy
-    """
-
-    sample: np.ndarray
-    label: np.ndarray
-    best: np.ndarray
-    confidence: np.ndarray
-    loss: np.ndarray
+    sample: np.ndarray  # [N] index in the split
+    label: np.ndarray  # [N]
+    best: np.ndarray  # [N, min(5, classes)] likeliest classes in descending order
+    confidence: np.ndarray  # [N] softmax probability of the likeliest class
+    loss: np.ndarray  # [N] cross entropy
 
     def scores(self) -> dict[str, float]:
         """Top-1 and top-5 accuracy from 0 to 1, mean cross entropy, and number of images."""
@@ -59,10 +51,9 @@ class Predictions:
         bins = []
         for i in range(BINS):
             inside = number == i
-            means = (
-                float(x[inside].mean(dtype=np.float64)) if inside.any() else None for x in (self.confidence, right)
-            )
-            bins.append(Bin(i / BINS, (i + 1) / BINS, int(inside.sum()), *means))
+            confidence, accuracy = self.confidence[inside], right[inside]
+            means = (float(x.mean(dtype=np.float64)) if len(x) else None for x in (confidence, accuracy))
+            bins.append(Bin(i / BINS, (i + 1) / BINS, len(accuracy), *means))
         return bins
 
 
@@ -73,10 +64,7 @@ def calibration_error(bins: list[Bin]) -> float:
 
 
 def collect(logits: Tensor, batch: dict[str, Tensor]) -> Predictions:
-    """Predictions for a batch, from logits [B, classes].
-
-    Images with label -1 (padding, replacements of damaged images) are left out.
-    """
+    """Predictions from logits [B, classes], without images of label -1 (padding, replacements of damaged images)."""
     logits = logits.float()
     real = batch["label"] >= 0
     logits, label = logits[real.to(logits.device)], batch["label"][real]
@@ -88,7 +76,6 @@ def collect(logits: Tensor, batch: dict[str, Tensor]) -> Predictions:
 
 def join(parts: list[Predictions]) -> Predictions:
     """Concatenate predictions of batches or ranks, in the order of the samples."""
-    order = np.argsort(np.concatenate([part.sample for part in parts]))
-    return Predictions(
-        *(np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(Predictions))
-    )
+    columns = [np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Predictions)]
+    order = np.argsort(columns[0])  # `sample`
+    return Predictions(*(column[order] for column in columns))

@@ -12,6 +12,7 @@ from torch import nn
 
 from finetune.tasks import classification
 from finetune.tasks.classification import scores
+from finetune.tasks.classification.task import ClassifierTask
 from models.convnext import ConvNeXt
 from models.start import start_encoder
 from models.weights import load_strict
@@ -31,7 +32,7 @@ class Predictions(scores.Predictions):
         return {"negative_loss": -2.0 - float(self.loss.mean())}
 
 
-class Task(classification.Task):
+class Task(ClassifierTask):
     metric, classes = "negative_loss", None
 
     def build(self, arch):
@@ -64,7 +65,7 @@ def make_inference(trained):
     return found
 
 
-Settings = classification.Settings
+Settings, make_task = classification.Settings, Task
 """
 SCRIPT = """
 import runpy, sys

@@ -25,7 +25,6 @@ from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, FCMAESettings, PretrainModel
 
 CLASSES = 1000
-PARTS = ("forward", "forward+backward", "step")
 
 
 @dataclass(frozen=True)
@@ -94,15 +93,15 @@ def finetuning(options: StepOptions) -> tuple[Models, tuple[float, float]]:
     return models, count(arch, (options.size // PATCH) ** 2)
 
 
-def parts(model: nn.Module, loss: timing.Run) -> dict[str, Callable[[], object]]:
-    """What is timed, by the names in `PARTS`."""
+def optimizer_step(model: nn.Module, loss: timing.Run) -> Callable[[], None]:
+    """A training step: forward, backward, AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-8, fused=True)
 
     def step() -> None:
         timing.backward(model, loss)
         optimizer.step()
 
-    return dict(zip(PARTS, (loss, partial(timing.backward, model, loss), step), strict=True))
+    return step
 
 
 def main() -> None:
@@ -115,11 +114,13 @@ def main() -> None:
     autocast = timing.autocast(device, precision)
     models = {name: (model, autocast(loss)) for name, (model, loss) in models.items()}
     error = timing.check_models(models, plain, precision)
-    runs = {name: parts(model, loss) for name, (model, loss) in models.items()}
-    memory = timing.peak_memory({name: run["step"] for name, run in runs.items()}, device)
-    timed = {
-        part: timing.measure({name: run[part] for name, run in runs.items()}, options.rounds, device) for part in PARTS
+    runs = {
+        "forward": {name: loss for name, (_, loss) in models.items()},
+        "forward+backward": {name: partial(timing.backward, *pair) for name, pair in models.items()},
+        "step": {name: optimizer_step(*pair) for name, pair in models.items()},
     }
+    memory = timing.peak_memory(runs["step"], device)
+    timed = {part: timing.measure(run, options.rounds, device) for part, run in runs.items()}
     dtype = timing.DTYPES[precision]
     floor = 1e3 * options.batch * floor_seconds(work, peaks(device, dtype), dtype)
     roofline = {name: round(floor / ms, 3) for name, ms in timed["forward+backward"]["milliseconds"].items()}

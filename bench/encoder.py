@@ -10,18 +10,19 @@ result is not timed.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from bench.options import PATCH, ModelOptions, report
+from bench.options import ModelOptions, report
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import BelowOne, option
-from configs.schema import Encoder, visible_patches
+from configs.schema import Encoder
 
 SWEEP = {
     "mask_ratio": (0.0, 0.3, 0.5, 0.6, 0.75, 0.9),
@@ -40,15 +41,12 @@ class EncoderOptions(ModelOptions):
     sweep: bool = option(False, "time several mask ratios, sizes and batches")
     picture: Path | None = option(None, "draw the sweep, as SVG")
 
-
-def parse() -> EncoderOptions:
-    """The command line."""
-    options = parse_options(EncoderOptions, __doc__)
-    if options.picture and not options.sweep:
-        raise UserError("--picture draws a sweep: add --sweep")
-    return options
+    def __post_init__(self):
+        if self.picture and not self.sweep:
+            raise UserError("--picture draws a sweep: add --sweep")
 
 
+parse = partial(parse_options, EncoderOptions, __doc__)
 if __name__ == "__main__":
     run_main(parse)  # answers --help and mistakes before the imports below, which take seconds
 
@@ -57,83 +55,36 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench.timing import (
-    TOLERANCE,
-    Run,
-    check,
-    machine,
-    measure,
-    outputs,
-    peak_memory,
-    prepare,
-    random_masks,
-    randomize,
-    summary,
-)
-from models import kernels
+from bench import timing
 from models.convnext import ConvNeXt
-from models.sparse.layouts import Masked, Packed
+from models.sparse.layouts import layout_of
 
 
-def inputs(batch: int, size: int, mask_ratio: float, device: str) -> tuple[Tensor, Tensor, int]:
-    """(images, masks, visible patches of an image)."""
-    grid = size // PATCH, size // PATCH
-    n = visible_patches(grid[0] * grid[1], mask_ratio)
-    visible = random_masks(batch, grid, n)
-    return torch.randn(batch, 3, size, size).to(device), visible.to(device), n
-
-
-def peers(
-    encoder: ConvNeXt, image: Tensor, visible: Tensor, n: int, names: Sequence[str], precision: str = "fp32"
-) -> dict[str, Run]:
+def peers(encoder: ConvNeXt, image: Tensor, visible: Tensor, n: int, names: Sequence[str]) -> dict[str, timing.Run]:
     """Ways to compute the mean square of the visible outputs, by name: packed, then those in `names`."""
 
-    def packed() -> Tensor:
-        return encoder.forward_features(image, Packed(visible, n)).float().square().mean()
+    def mean_square(backend: str) -> Tensor:
+        out = encoder.forward_features(image, layout_of(backend, visible, n))
+        return (out[visible] if backend == "masked" else out).float().square().mean()
 
-    def masked() -> Tensor:
-        return encoder.forward_features(image, Masked(visible))[visible].float().square().mean()
+    def way(name: str) -> timing.Run:
+        return partial(torch.compile(mean_square), "masked") if name == "compiled" else partial(mean_square, name)
 
-    def minkowski() -> Tensor:
-        from models.sparse.minkowski import Minkowski
-
-        return encoder.forward_features(image, Minkowski(visible)).float().square().mean()
-
-    compiled = torch.compile(masked) if "compiled" in names else masked
-    ways = {"packed": packed, "masked": masked, "compiled": compiled, "minkowski": minkowski}
-    return {name: _in_precision(ways[name], image.device.type, precision) for name in ("packed", *names)}
-
-
-def _in_precision(run: Run, device: str, precision: str) -> Run:
-    def cast() -> Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            return run()
-
-    return cast
+    return {name: way(name) for name in ("packed", *names)}
 
 
 def compare(options: EncoderOptions, encoder: ConvNeXt, batch: int, size: int, mask_ratio: float) -> dict:
     """Check, then time, one setting."""
-    image, visible, n = inputs(batch, size, mask_ratio, options.device)
-    with kernels.plain():
-        reference = outputs(encoder, peers(encoder, image, visible, n, ["masked"])["masked"])
-    runs = peers(encoder, image, visible, n, options.peers, options.precision)
-    tolerance = TOLERANCE[options.precision]
-    errors = [check(name, outputs(encoder, run), reference, tolerance) for name, run in runs.items()]
-
-    def step(run: Run) -> Callable[[], None]:
-        def forward_backward() -> None:
-            encoder.zero_grad(set_to_none=True)
-            run().backward()
-
-        return forward_backward
-
-    steps = {name: step(run) for name, run in runs.items()}
-    memory = {name: peak_memory(run, options.device) for name, run in steps.items()}
-    times = measure(steps, options.rounds, options.device)
-    setting = {"batch": batch, "size": size, "mask_ratio": mask_ratio, "visible": f"{n}/{(size // PATCH) ** 2}"}
-    result = setting | {"relative_error": max(errors)} | summary(times, "packed")
-    return result | ({"peak_gib": memory} if options.device == "cuda" else {})
+    image, visible, n = timing.inputs(batch, size, mask_ratio, options.device)
+    autocast = timing.autocast(options.device, options.precision)
+    plain = peers(encoder, image, visible, n, ["masked"])["masked"]
+    runs = {name: autocast(run) for name, run in peers(encoder, image, visible, n, options.peers).items()}
+    models = {name: (encoder, run) for name, run in runs.items()}
+    error = timing.check_models(models, (encoder, plain), options.precision)
+    steps = {name: partial(timing.backward, encoder, run) for name, run in runs.items()}
+    setting = {"batch": batch, "size": size, "mask_ratio": mask_ratio, "visible": f"{n}/{visible[0].numel()}"}
+    memory = timing.peak_memory(steps, options.device)
+    return setting | {"relative_error": error} | timing.measure(steps, options.rounds, options.device) | memory
 
 
 def settings(options: EncoderOptions) -> list[tuple[int, int, float]]:
@@ -165,17 +116,15 @@ def draw(result: dict, path: Path) -> None:
 def main() -> None:
     """Entry point."""
     options = parse()
-    prepare(options.device)
+    timing.prepare(options.device)
     encoder = ConvNeXt(Encoder(options.model)).to(options.device)
-    randomize(encoder)
-    result = {"bench": "encoder", "model": options.model, "precision": options.precision} | machine(options.device)
+    timing.randomize(encoder)
+    about = {"bench": "encoder", "model": options.model, "precision": options.precision}
+    result, lines = about | timing.machine(options.device), []
     results = [compare(options, encoder, *setting) for setting in settings(options)]
-    lines = []
     for timed in results:
-        lines.append(
-            f"{options.model}, {options.precision}, batch {timed['batch']}, {timed['size']} px, {timed['visible']} "
-            f"patches visible, {result['device']}"
-        )
+        setting = f"batch {timed['batch']}, {timed['size']} px, {timed['visible']} patches visible, {result['device']}"
+        lines.append(f"{options.model}, {options.precision}, {setting}")
         lines.append(f"{'':10}{'ms':>10}{'images/s':>10}{'packed is':>14}")
         for name, value in timed["milliseconds"].items():
             factor = f"{timed['speedup'][name]:.2f}x faster" if name != "packed" else ""

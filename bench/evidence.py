@@ -18,14 +18,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # the project, not this folder
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from bench.experiments import ABLATIONS, BACKENDS, COMPARED, FEW, SCALES
+from bench.experiments import ABLATIONS, BACKENDS, COMPARED, FEW, SCALES, SEEDS
 from bench.options import RESULTS
 from configs.checks import check_exists
 from configs.command import parse_options
@@ -51,12 +51,8 @@ class Evidence:
         self.saved = RESULTS / f"cifar10-{scale}" if save else None
 
     def run(self, name: str, result: str, *words: object, keep: tuple[str, ...] = ()) -> dict:
-        """Run a command of the project unless it is done, and return the JSON that it wrote to RUNS/`result`.
-
-        Args:
-            keep: keys to keep; () = all
-        """
-        done = self.runs / "done" / f"{name}.json"
+        """Run a command unless it is done; the JSON that it wrote to RUNS/`result`: the keys in `keep`, () = all."""
+        done = self.runs / f"done/{name}.json"
         if not done.exists():
             command = self.call(*words)
             if self.dry:
@@ -78,75 +74,68 @@ class Evidence:
             sys.exit(code)  # the command has printed why
         return command
 
-    def pretrain(self, name: str, *more: str) -> None:
-        """Pretrain as a run of this name."""
-        words = ("--config", f"configs/pretrain/{self.scale.recipe}.yaml", *self._place(name), *more)
-        self.run(name, f"{name}/summary.json", "pretrain/main.py", *words)
+    def train(self, stage: str, name: str, *more: object) -> dict:
+        """Train as a run of this name, and return its summary."""
+        recipe = f"configs/{stage}/{self.scale.recipe}.yaml"
+        words = ("--config", recipe, "--data.path", SHARDS, "--run.folder", self.runs, "--run.name", name, *more)
+        return self.run(name, f"{name}/summary.json", f"{stage}/main.py", *words)
 
     def finetune(self, start: str, share: float, rate: float, seed: int) -> dict:
         """Fine-tune from a pretraining, or from `scratch`, with a share of the labels."""
-        name = self.name(start, share, rate, seed)
         init = "none" if start == "scratch" else self.runs / start / "fcmae.pt"
-        words = ("--config", f"configs/finetune/{self.scale.recipe}.yaml", "--init", init, *self._place(name))
-        words += ("--task.label_share", share, "--optim.lr", rate, "--run.seed", seed, *self.scale.budgets[share])
-        return self.run(name, f"{name}/summary.json", "finetune/main.py", *words)
+        epochs, batch_size, eval_every = self.scale.budgets[share]
+        words = ("--init", init, "--task.label_share", share, "--optim.lr", rate, "--run.seed", seed)
+        words += ("--optim.epochs", epochs, "--optim.batch_size", batch_size, "--run.eval_every", eval_every)
+        return self.train("finetune", run_name(start, share, rate, seed), *words)
 
     def best_rate(self, start: str, share: float) -> float:
         """The learning rate with the best validation accuracy at the first seed; half and twice of it are tried too."""
-        rates, seed = list(self.scale.rates), self.scale.seeds[0]
+        rates = list(self.scale.rates)
         while True:
-            top1 = {rate: self.finetune(start, share, rate, seed)["best"]["top1"] for rate in rates}
+            top1 = {rate: self.finetune(start, share, rate, SEEDS[0])["best"]["top1"] for rate in rates}
             best = max(rates, key=top1.get)
             if self.dry or best not in (min(rates), max(rates)):
                 return best
             rates.append(best / 2 if best == min(rates) else best * 2)
 
-    def test(self, start: str, share: float, rate: float, seed: int) -> None:
+    def test(self, name: str) -> None:
         """Score a fine-tuned model on the test images."""
-        name = self.name(start, share, rate, seed)
-        folder = self.runs / name / "test"
-        words = ("finetune/evaluate.py", self.runs / name / "best.pt", SHARDS, "--split", "test", "--out", folder)
-        self.run(f"{name}-test", f"{name}/test/evaluation.json", *words, keep=("split", "scores"))
-
-    @staticmethod
-    def name(start: str, share: float, rate: float, seed: int) -> str:
-        """Name of a fine-tuning."""
-        return f"{start}-labels-{share:g}-lr-{rate:g}-seed-{seed}"
-
-    def _place(self, name: str) -> tuple[str, ...]:
-        return ("--data.path", SHARDS, "--run.folder", self.runs, "--run.name", name)
+        words = (self.runs / name / "best.pt", SHARDS, "--split", "test", "--out", self.runs / name / "test")
+        keep = ("split", "scores")
+        self.run(f"{name}-test", f"{name}/test/evaluation.json", "finetune/evaluate.py", *words, keep=keep)
 
     def labels(self) -> None:
         """Few labels: the best learning rate from each start, then all seeds, then the test images."""
-        self.pretrain("fcmae")
-        chosen = []
-        for share in sorted(self.scale.budgets):
-            for start in ("scratch", "fcmae"):
-                rate = self.best_rate(start, share)
-                chosen += [(start, share, rate, seed) for seed in self.scale.seeds]
+        self.train("pretrain", "fcmae")
+        starts = [(start, share) for share in sorted(self.scale.budgets) for start in ("scratch", "fcmae")]
+        rates = [self.best_rate(*start) for start in starts]
+        chosen = [(*start, rate, seed) for start, rate in zip(starts, rates, strict=True) for seed in SEEDS]
         for run in chosen:
             self.finetune(*run)
         for run in chosen:
-            self.test(*run)
+            self.test(run_name(*run))
 
     def backends(self) -> None:
         """The same pretraining on every backend."""
+        epochs = ("--optim.epochs", self.scale.backend_epochs)
         for backend in BACKENDS:
-            self.pretrain(f"backend-{backend}", "--model.backend", backend, *COMPARED, *self.scale.backends)
+            self.train("pretrain", f"backend-{backend}", "--model.backend", backend, *COMPARED, *epochs)
 
-    def ablations(self) -> None:
-        """All ablations of pretraining."""
-        for name in ABLATIONS:
-            self.ablation(name)
+    def ablations(self, names: Iterable[str] = ABLATIONS) -> None:
+        """Short pretrainings that differ from the recipe in one setting, fine-tuned with few labels."""
+        for name in names:
+            self.train("pretrain", name, *ABLATIONS[name][1:], *self.scale.ablation)
+            for seed in SEEDS[: self.scale.ablation_seeds]:
+                self.finetune(name, FEW, self.scale.ablation_rate, seed)
 
-    def ablation(self, name: str) -> None:
-        """A short pretraining that differs from the recipe in one setting, fine-tuned with few labels."""
-        self.pretrain(name, *ABLATIONS[name], *self.scale.ablation)
-        for seed in self.scale.seeds[: self.scale.ablation_seeds]:
-            self.finetune(name, FEW, self.scale.ablation_rate, seed)
+
+def run_name(start: str, share: float, rate: float, seed: int) -> str:
+    """Name of a fine-tuning."""
+    return f"{start}-labels-{share:g}-lr-{rate:g}-seed-{seed}"
 
 
 PARTS = {"labels": Evidence.labels, "backends": Evidence.backends, "ablations": Evidence.ablations}
+CHOICES = (*PARTS, *ABLATIONS)
 
 
 @dataclass(frozen=True)
@@ -155,9 +144,7 @@ class Options:
 
     scale: Literal[tuple(SCALES)] = argument("cpu or gpu: kind of machine")
     cifar10: Path = argument("tar or folder of the images, with train/CLASS/*.jpg and test/CLASS/*.jpg")
-    parts: tuple[Literal[(*PARTS, *ABLATIONS)], ...] = argument(
-        f"any of {', '.join((*PARTS, *ABLATIONS))}; default: the first three", default=()
-    )
+    parts: tuple[Literal[CHOICES], ...] = argument(f"any of {', '.join(CHOICES)}; default: the first three", default=())
     dry_run: bool = option(False, "only print the commands")
     save: bool = option(False, "also copy the summaries to bench/results")
 
@@ -173,7 +160,7 @@ def main() -> None:
         if part in PARTS:
             PARTS[part](evidence)
         else:
-            evidence.ablation(part)
+            evidence.ablations([part])
 
 
 if __name__ == "__main__":

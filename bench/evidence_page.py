@@ -4,9 +4,9 @@ python bench/evidence_page.py
 """
 
 import json
-import re
 import sys
 from datetime import timedelta
+from fnmatch import filter as matching
 from pathlib import Path
 from statistics import mean
 
@@ -15,12 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 from configs.command import Parser
 from configs.errors import run_main
 
-
-def parse() -> None:
-    """The command line, which has no options."""
-    Parser(description=__doc__).parse_args()
-
-
+parse = Parser(description=__doc__).parse_args
 if __name__ == "__main__":
     run_main(parse)  # answers --help before the slower imports below
 
@@ -45,28 +40,14 @@ else that is random. Fine-tuning from scratch and from FCMAE weights use the sam
 own learning rate: the best on validation at the first seed, with half and twice the rate tried too. Validation accuracy
 selects the epoch of a run; the test images are scored once, at the end. `a to b` is the range over seeds.
 """
-NAMES = {
-    "mask-0.4": "mask ratio 0.4",
-    "mask-0.6": "mask ratio 0.6",
-    "mask-0.75": "mask ratio 0.75",
-    "mask-0.9": "mask ratio 0.9",
-    "zeroed": "dense convolutions, hidden patches set to zero",
-    "decoder-2": "decoder of 2 blocks",
-    "decoder-4": "decoder of 4 blocks",
-    "without-grn": "ConvNeXt V1 blocks: layer scale, no GRN",
-}
 TITLES = {"cpu": "Without a GPU", "gpu": "On a GPU"}
 Runs = dict[str, dict]  # summaries by name of the run
 Section = tuple[str, Figure | None] | None  # None = not measured
 
 
 def load(scale: str) -> Runs:
-    """The summaries of one scale; values by epoch have integer keys."""
-    runs = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / f"cifar10-{scale}").glob("*.json"))}
-    for summary in runs.values():
-        for name in {"loss", "images_per_s", "knn", "linear", "feature_distance"} & summary.keys():
-            summary[name] = {int(epoch): value for epoch, value in summary[name].items()}
-    return runs
+    """The summaries of one scale."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / f"cifar10-{scale}").glob("*.json"))}
 
 
 def page() -> tuple[str, dict[str, Figure]]:
@@ -103,43 +84,37 @@ def labels(runs: Runs, scale: str) -> Section:
     """Fine-tuning from scratch and from FCMAE weights, by share of the labels."""
     rows, points = [], {"from scratch": ([], []), "from FCMAE weights": ([], [])}
     for share in sorted(SCALES[scale].budgets):
-        scratch, fcmae = (tested(runs, start, share) for start in ("scratch", "fcmae"))
+        tests = [matching(runs, f"{start}-labels-{share:g}-lr-*-test") for start in ("scratch", "fcmae")]
+        scratch, fcmae = ([runs[name]["scores"]["top1"] for name in names] for names in tests)
         if not (scratch and fcmae):
             continue
         gain, spread = mean(fcmae) - mean(scratch), max(max(x) - min(x) for x in (scratch, fcmae))
         cells = [f"{share:.0%}", f"{45_000 * share:,.0f}", accuracy(scratch), accuracy(fcmae)]
-        rows.append([*cells, f"{100 * gain:+.1f}", f"{100 * spread:.1f}", str(len(fcmae))])
+        rows.append([*cells, f"{100 * gain:+.1f}", f"{100 * spread:.1f}", len(fcmae)])
         for (x, y), values in zip(points.values(), (scratch, fcmae), strict=True):
             x += [share] * len(values)
             y += values
     if not rows:
         return None
-    head = ["labels", "images", "from scratch", "from FCMAE weights", "gain, points", "larger range, points", "seeds"]
     figure = plot("Test top-1 by share of the labels, every seed", "share of the labels", points, style="o")
     figure.axes[0].set_xscale("log")
     figure.axes[0].xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    head = ["labels", "images", *points, "gain, points", "larger range, points", "seeds"]
     return "Top-1 on the 10,000 test images.\n\n" + table(head, rows), figure
-
-
-def tested(runs: Runs, start: str, share: float) -> list[float]:
-    """Test accuracies of all seeds for a start and a share of the labels."""
-    pattern = re.compile(re.escape(f"{start}-labels-{share:g}-lr-") + r"[\d.e-]+-seed-\d+-test")
-    return [run["scores"]["top1"] for name, run in runs.items() if pattern.fullmatch(name)]
 
 
 def probes(runs: Runs, scale: str) -> Section:
     """kNN and linear evaluation during pretraining."""
     if "fcmae" not in runs:
         return None
-    epochs = sorted(runs["fcmae"]["knn"])
-    knn = [runs["fcmae"]["knn"][epoch][K] for epoch in epochs]
-    linear = [runs["fcmae"]["linear"][epoch]["top1"] for epoch in epochs]
-    lines = {"kNN, k = 20": (epochs, knn), "linear classifier": (epochs, linear)}
-    rows = [[str(epoch), f"{a:.2%}", f"{b:.2%}"] for epoch, a, b in zip(epochs, knn, linear, strict=True)]
+    knn = {int(epoch): scores[K] for epoch, scores in runs["fcmae"]["knn"].items()}
+    linear = {int(epoch): scores["top1"] for epoch, scores in runs["fcmae"]["linear"].items()}
+    lines = {"kNN, k = 20": (knn.keys(), knn.values()), "linear classifier": (linear.keys(), linear.values())}
     text = (
         "Top-1 on the validation images of a kNN and a linear classifier on the features. Epoch 0 has random weights. "
-        f"kNN gains {100 * (knn[-1] - knn[0]):.1f} points.\n\n"
+        f"kNN gains {100 * (last(knn) - knn[0]):.1f} points.\n\n"
     )
+    rows = [[epoch, f"{knn[epoch]:.2%}", f"{linear[epoch]:.2%}"] for epoch in knn]
     return text + table(["epoch", *lines], rows), plot("Features during pretraining", "epochs", lines)
 
 
@@ -148,12 +123,14 @@ def collapse(runs: Runs, scale: str) -> Section:
     names = {"with GRN (V2)": SCALES[scale].base, "without (V1)": "without-grn"}
     if not all(runs.get(name, {}).get("feature_distance") for name in names.values()):
         return None
-    stages, lines, rows = (1, 2, 3, 4), {}, []
-    for label, name in names.items():
-        for epoch, distance in runs[name]["feature_distance"].items():
-            values = [distance[f"stage_{stage}"] for stage in stages]
-            rows.append([label, str(epoch), *(f"{value:.3f}" for value in values)])
-        lines[label] = stages, values
+    distances = {label: runs[name]["feature_distance"] for label, name in names.items()}
+    rows = [
+        [label, epoch, *(f"{value:.3f}" for value in by_stage.values())]
+        for label, by_epoch in distances.items()
+        for epoch, by_stage in by_epoch.items()
+    ]
+    stages = (1, 2, 3, 4)
+    lines = {label: (stages, last(by_epoch).values()) for label, by_epoch in distances.items()}
     figure = plot("Feature distance at the end of pretraining", "stage", lines, percent=False)
     figure.axes[0].set(xticks=stages, ylim=(0, 0.55))
     text = (
@@ -171,8 +148,7 @@ def backends(runs: Runs, scale: str) -> Section:
     base, rows = compared["packed"]["loss"], []
     for name, run in compared.items():
         difference = max(abs(run["loss"][epoch] - base[epoch]) / base[epoch] for epoch in base)
-        speed = mean(run["images_per_s"].values())
-        rows.append([name, f"{last(run['loss']):.6f}", f"{difference:.1e}", f"{speed:,.0f}"])
+        rows.append([name, f"{last(run['loss']):.6f}", f"{difference:.1e}", speed(run)])
     text = (
         f"The same {compared['packed']['steps']} steps in fp32 on 5,000 images, with the same initial weights and "
         "masks: mean loss of the last epoch, and the largest relative difference of an epoch's loss from packed's.\n\n"
@@ -182,17 +158,17 @@ def backends(runs: Runs, scale: str) -> Section:
 
 def ablations(runs: Runs, scale: str) -> Section:
     """Short pretrainings that differ from the recipe in one setting."""
-    rows, measured = [], [name for name in ABLATIONS if name in runs]
-    for name in measured:
-        run, tuned = runs[name], re.compile(re.escape(f"{name}-labels-{FEW:g}-lr-") + r"[\d.e-]+-seed-\d+")
-        top1 = [runs[other]["best"]["top1"] for other in runs if tuned.fullmatch(other)]
-        hidden = 1 - visible_patches(16, mask_ratio(run["config"])) / 16
-        title = f"**{NAMES[name]}, the recipe**" if name == SCALES[scale].base else NAMES[name]
-        cells = [title, f"{hidden:.1%}", f"{last(run['loss']):.3f}", f"{last(run['knn'])[K]:.2%}"]
-        rows.append([*cells, f"{last(run['linear'])['top1']:.2%}", accuracy(top1) if top1 else "-"])
+    rows, measured = [], {name: runs[name] for name in ABLATIONS if name in runs}
+    for name, run in measured.items():
+        top1 = [runs[tuned]["best"]["top1"] for tuned in matching(runs, f"{name}-labels-{FEW:g}-lr-*-seed-*[0-9]")]
+        masked = run["config"].get("objective") or run["config"]["model"]  # older summaries have it in model
+        hidden = 1 - visible_patches(16, masked["mask_ratio"]) / 16
+        title = f"**{ABLATIONS[name][0]}, the recipe**" if name == SCALES[scale].base else ABLATIONS[name][0]
+        cells = [title, f"{hidden:.1%}", f"{last(run['loss']):.3f}", *probed(run)]
+        rows.append([*cells, accuracy(top1) if top1 else "-"])
     if not rows:
         return None
-    epochs = ", ".join(sorted({str(runs[name]["epochs"]) for name in measured}))
+    epochs = ", ".join(sorted({str(run["epochs"]) for run in measured.values()}))
     text = (
         f"Pretrainings of {epochs} epochs that differ from the recipe in one setting, fine-tuned with {FEW:.0%} of the "
         "labels at the same learning rate. Accuracies are on the validation images. Losses are comparable only at the "
@@ -201,29 +177,20 @@ def ablations(runs: Runs, scale: str) -> Section:
     return text + table(["pretraining", "hidden patches", "loss", "kNN, k = 20", "linear", "fine-tuned"], rows), None
 
 
-def mask_ratio(config: dict) -> float:
-    """Mask ratio of a run's configuration; older summaries have it in the model's section."""
-    return (config.get("objective") or config["model"])["mask_ratio"]
-
-
 def all_runs(runs: Runs, scale: str) -> Section:
     """Two tables: every pretraining, every fine-tuning."""
     pretrained, tuned = [], []
     for name, run in runs.items():
         if name.endswith("-test"):
             continue
-        end = [str(timedelta(seconds=run["seconds"])), run["hardware"]]
+        end = [timedelta(seconds=run["seconds"]), run["hardware"]]
         if run["stage"] == "pretraining":
-            scores = [(run[kind], key) for kind, key in (("knn", K), ("linear", "top1"))]
-            cells = [str(run["epochs"]), f"{last(run['loss']):.4f}"]
-            cells += [f"{last(score)[key]:.2%}" if score else "-" for score, key in scores]
-            pretrained.append([name, *cells, f"{mean(run['images_per_s'].values()):,.0f}", *end])
+            pretrained.append([name, run["epochs"], f"{last(run['loss']):.4f}", *probed(run), speed(run), *end])
         else:
             config, test = run["config"], runs.get(f"{name}-test")
             share = (config.get("task") or config)["label_share"]  # older results have it at the top
-            cells = [f"{share:.0%}", f"{config['optim']['lr']:g}", str(config["run"]["seed"])]
-            cells += [f"{run['best']['top1']:.2%}", f"{test['scores']['top1']:.2%}" if test else "-"]
-            tuned.append([name, *cells, *end])
+            cells = [f"{share:.0%}", f"{config['optim']['lr']:g}", config["run"]["seed"], f"{run['best']['top1']:.2%}"]
+            tuned.append([name, *cells, f"{test['scores']['top1']:.2%}" if test else "-", *end])
     first = table(["pretraining", "epochs", "loss", "kNN", "linear", "images/s", "time", "hardware"], pretrained)
     second = table(["fine-tuning", "labels", "base lr", "seed", "validation", "test", "time", "hardware"], tuned)
     return f"{first}\n{second}", None
@@ -241,19 +208,28 @@ SECTIONS = {
 
 def last(by_epoch: dict):
     """The value of the last epoch."""
-    return by_epoch[max(by_epoch)]
+    return list(by_epoch.values())[-1]
+
+
+def probed(run: dict) -> list[str]:
+    """kNN and linear accuracy at the end of a pretraining; - if not evaluated."""
+    return [f"{last(run[kind])[key]:.2%}" if run[kind] else "-" for kind, key in (("knn", K), ("linear", "top1"))]
+
+
+def speed(run: dict) -> str:
+    """Mean images/s of a pretraining."""
+    return f"{mean(run['images_per_s'].values()):,.0f}"
 
 
 def accuracy(values: list[float]) -> str:
     """Mean and range over seeds, in per cent."""
-    if len(values) == 1:
-        return f"{values[0]:.2%} (one seed)"
-    return f"{mean(values):.2%} ({min(values):.2%} to {max(values):.2%})"
+    seeds = "one seed" if len(values) == 1 else f"{min(values):.2%} to {max(values):.2%}"
+    return f"{mean(values):.2%} ({seeds})"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list]) -> str:
     """A Markdown table."""
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
+    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
 def plot(title: str, x: str, lines: dict[str, tuple], style: str = "o-", percent: bool = True) -> Figure:
@@ -262,7 +238,7 @@ def plot(title: str, x: str, lines: dict[str, tuple], style: str = "o-", percent
     figure.suptitle(title, fontsize=11)
     axes = figure.add_subplot(xlabel=x)
     for (label, values), colour in zip(lines.items(), ("#d9822b", "#3b6fd4"), strict=True):
-        axes.plot(*values, style, color=colour, label=label)
+        axes.plot(*map(list, values), style, color=colour, label=label)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
     if percent:

@@ -1,6 +1,6 @@
 """Time the GPU kernels alone, forward and backward, against plain code and the bandwidth bound.
 
-python bench/kernels.py --batch 256 --precision bf16                   every stage of tiny and base, packed and dense
+python bench/kernels.py --batch 256 --precision bf16          every stage of tiny and base, packed and dense
 
 Outputs and gradients are first compared with plain code in fp32; a wrong result is not timed. Needs a GPU; on a CPU,
 `bash launch/test.sh tests/models/kernels` runs the kernels in Triton's interpreter.
@@ -9,6 +9,8 @@ Outputs and gradients are first compared with plain code in fp32; a wrong result
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
@@ -20,7 +22,7 @@ from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import option
 
-GRID, VISIBLE = (7, 7), 19
+SIDE, VISIBLE = 7, 19  # patches
 PASSES = {"depthwise": (3, 5), "gelu_grn": (3, 5)}  # fewest tensors read or written, forward and backward
 
 
@@ -33,23 +35,20 @@ class KernelOptions(Options):
     precision: Precision = option("bf16", "of the tokens")
     device: Device = option("cuda", "where to run")
 
-
-def parse() -> KernelOptions:
-    """The command line."""
-    options = parse_options(KernelOptions, __doc__)
-    if options.device == "cpu":
-        raise UserError("the kernels are for GPUs: `bash launch/test.sh tests/models/kernels` checks them on a CPU")
-    return options
+    def __post_init__(self):
+        if self.device == "cpu":
+            raise UserError("the kernels are for GPUs: `bash launch/test.sh tests/models/kernels` checks them on a CPU")
 
 
+parse = partial(parse_options, KernelOptions, __doc__)
 if __name__ == "__main__":
     run_main(parse)  # answers --help and mistakes before the imports below, which take seconds
 
 import torch
 from torch import Tensor, nn
 
+from bench import timing
 from bench.roofline import peaks
-from bench.timing import TOLERANCE, check, machine, measure, prepare, random_masks, summary
 from models import kernels
 from models.convnext import GRN
 from models.sizes import SIZES
@@ -61,11 +60,9 @@ def case(
 ) -> tuple[Tensor, Callable[[Tensor], Tensor], list[nn.Parameter]]:
     """(tokens, operation on them, its parameters)."""
     s = 8 >> stage
+    layout, shape = Dense(), (batch, SIDE * s, SIDE * s)
     if where == "packed":
-        visible = random_masks(batch, GRID, VISIBLE).cuda()
-        layout, shape = Packed(visible, VISIBLE), (batch, VISIBLE, s, s)
-    else:
-        layout, shape = Dense(), (batch, GRID[0] * s, GRID[1] * s)
+        layout, shape = Packed(timing.random_masks(batch, SIDE, VISIBLE, "cuda"), VISIBLE), (batch, VISIBLE, s, s)
     if operation == "depthwise":
         conv = nn.Conv2d(width, width, 7, padding=3, groups=width).cuda()
         norm = nn.LayerNorm(width, 1e-6).cuda()
@@ -78,54 +75,46 @@ def case(
 
 def compare(operation: str, where: str, stage: int, width: int, options: KernelOptions, bandwidth: float) -> dict:
     """Check, then time, one operation at one stage."""
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    dtype = timing.DTYPES[options.precision]
     x, run, parameters = case(operation, where, stage, width, options.batch)
     grad = torch.randn_like(x)
 
-    def forward_backward(x: Tensor) -> list[Tensor]:
-        with torch.autocast("cuda", torch.bfloat16, enabled=options.precision == "bf16"):
+    def gradients(x: Tensor, precision: str = options.precision) -> dict[int, Tensor]:
+        with timing.autocast("cuda", precision):
             out = run(x)
-        return [out, *torch.autograd.grad(out, [x, *parameters], grad.to(out.dtype))]
-
-    with kernels.plain(), torch.autocast("cuda", enabled=False):
-        reference = [t.detach() for t in torch.autograd.grad(run(x.requires_grad_()), [x, *parameters], grad)]
-    low = x.detach().to(dtype).requires_grad_()
-    gradients = [t.float() for t in forward_backward(low)[1:]]
-    error = check(f"{operation} {where}", gradients, reference, TOLERANCE[options.precision])
+        return dict(enumerate(torch.autograd.grad(out, [x, *parameters], grad.to(out.dtype))))
 
     def plain() -> None:
         with kernels.plain():
-            forward_backward(low)
+            gradients(low)
 
-    times = measure({"kernel": lambda: forward_backward(low), "plain": plain}, options.rounds, "cuda")
+    low = x.to(dtype, copy=True).requires_grad_()
+    with kernels.plain():
+        reference = gradients(x.requires_grad_(), "fp32")
+    error = timing.check(f"{operation} {where}", gradients(low), reference, options.precision)
+    times = timing.measure({"kernel": lambda: gradients(low), "plain": plain}, options.rounds, "cuda")
     bound = 1e3 * sum(PASSES[operation]) * x.numel() * dtype.itemsize / bandwidth
     result = {"operation": operation, "where": where, "stage": stage + 1, "width": width, "relative_error": error}
-    result |= summary(times, "kernel")
-    return result | {"bandwidth_share": round(bound / result["milliseconds"]["kernel"], 3)}
+    return result | times | {"bandwidth_share": round(bound / times["milliseconds"]["kernel"], 3)}
 
 
 def main() -> None:
     """Entry point."""
     options = parse()
-    prepare(options.device)
+    timing.prepare(options.device)
     torch.manual_seed(0)
     _, bandwidth = peaks("cuda", torch.bfloat16)
     results = [
         {"model": model} | compare(operation, where, stage, SIZES[model][1] << stage, options, bandwidth)
-        for model in options.models
-        for operation in PASSES
-        for where in ("packed", "dense")
-        for stage in range(4)
+        for model, operation, where, stage in product(options.models, PASSES, ("packed", "dense"), range(4))
     ]
     lines = [f"forward + backward, batch {options.batch}, {options.precision}, {torch.cuda.get_device_name()}"]
     for r in results:
-        ms = r["milliseconds"]
-        lines.append(
-            f"{r['model']:18}{r['operation']:10} {r['where']:7} stage {r['stage']}: {ms['kernel']:8.3f} ms, "
-            f"{r['speedup']['plain']:5.2f}x plain, {r['bandwidth_share']:4.0%} of the bandwidth bound"
-        )
+        where = f"{r['model']:18}{r['operation']:10} {r['where']:7} stage {r['stage']}"
+        times = f"{r['milliseconds']['kernel']:8.3f} ms, {r['speedup']['plain']:5.2f}x plain"
+        lines.append(f"{where}: {times}, {r['bandwidth_share']:4.0%} of the bandwidth bound")
     result = {"bench": "kernels", "precision": options.precision, "batch": options.batch, "cases": results}
-    report(result | machine("cuda"), lines, options)
+    report(result | timing.machine("cuda"), lines, options)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import io
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
@@ -37,15 +39,12 @@ class LoaderOptions(Options):
     images: PositiveInt = option(256, "images per round")
     rounds: PositiveInt = option(5, "timed rounds")
 
-
-def parse() -> LoaderOptions:
-    """The command line."""
-    options = parse_options(LoaderOptions, __doc__)
-    if not (options.shards / "index.json").exists():
-        raise UserError(f"{options.shards} has no index.json: write shards with data/prepare.py")
-    return options
+    def __post_init__(self):
+        if not (self.shards / "index.json").exists():
+            raise UserError(f"{self.shards} has no index.json: write shards with data/prepare.py")
 
 
+parse = partial(parse_options, LoaderOptions, __doc__)
 if __name__ == "__main__":
     run_main(parse)  # answers --help and mistakes before the imports below, which take seconds
 
@@ -56,7 +55,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from bench.timing import machine, measure, prepare, summary
+from bench import timing
 from data.decode import decode
 from data.loader import Samples, collate
 from data.shards import Split
@@ -84,25 +83,24 @@ def compare_pixels(split: Split, size: int, images: int) -> float:
 def main() -> None:
     """Entry point."""
     options = parse()
-    prepare("cpu")
+    timing.prepare("cpu")
     torch.set_num_threads(1)
-    split = Split(options.shards, options.split)
+    split, size = Split(options.shards, options.split), options.size
     images = min(options.images, len(split))
-    difference = compare_pixels(split, options.size, images)
-    grid = options.size // PATCH, options.size // PATCH
-    samples = Samples(split, 3, 0, PretrainTransform(Data(size=options.size, crop_scale=SCALE), grid, 19))
+    difference = compare_pixels(split, size, images)
+    transform = PretrainTransform(Data(size=size, crop_scale=SCALE), (size // PATCH, size // PATCH), 19)
+    samples, epochs = Samples(split, 3, 0, transform), count()
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    epoch = iter(range(1 << 30))
 
     def ours_uint8() -> torch.Tensor:
-        number = next(epoch)
-        return collate([samples[number, i, 0] for i in range(images)])["image"]
+        epoch = next(epochs)
+        return collate([samples[epoch, i, 0] for i in range(images)])["image"]
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "class").mkdir()
         for i in range(images):
             (Path(folder) / f"class/{i:06}.jpg").write_bytes(split.read(i)[0])
-        crop = v2.RandomResizedCrop(options.size, SCALE, interpolation=v2.InterpolationMode.BICUBIC)
+        crop = v2.RandomResizedCrop(size, SCALE, interpolation=v2.InterpolationMode.BICUBIC)
         to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
         peer = ImageFolder(folder, v2.Compose([crop, v2.RandomHorizontalFlip(), *to_tensor]))
         runs = {
@@ -110,17 +108,13 @@ def main() -> None:
             "ours, uint8": ours_uint8,
             "ImageFolder + PIL": lambda: torch.stack([peer[i][0] for i in range(images)]),
         }
-        times = measure(runs, options.rounds, "cpu", warm_up=1)
-    result = {"bench": "loader", "images": images, "size": options.size, "grey_levels": round(difference, 2)}
-    result |= machine("cpu") | summary(times, "ours")
-    lines = [
-        f"one core, {images} images, crops of {options.size} px; equal crops differ by {difference:.2f} grey levels"
-    ]
-    for name, value in result["milliseconds"].items():
-        lines.append(f"{name:20}{1e3 * images / value:8.1f} images/s")
-    lines.append(
-        f"ours is {result['speedup']['ImageFolder + PIL']:.2f}x as fast as ImageFolder + PIL, for the same output"
-    )
+        times = timing.measure(runs, options.rounds, "cpu", warm_up=1)
+    result = {"bench": "loader", "images": images, "size": size, "grey_levels": round(difference, 2)}
+    result |= timing.machine("cpu") | times
+    lines = [f"one core, {images} images, crops of {size} px; equal crops differ by {difference:.2f} grey levels"]
+    lines += [f"{name:20}{1e3 * images / ms:8.1f} images/s" for name, ms in times["milliseconds"].items()]
+    speedup = times["speedup"]["ImageFolder + PIL"]
+    lines.append(f"ours is {speedup:.2f}x as fast as ImageFolder + PIL, for the same output")
     report(result, lines, options)
 
 

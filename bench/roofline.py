@@ -20,32 +20,30 @@ def peaks(device: str, dtype: torch.dtype) -> tuple[float, float]:
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(1 << (30 if device == "cuda" else 26), device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    product = fastest(lambda: a @ b, 8, device)
-    copy = fastest(lambda: target.copy_(source), 8, device)
-    return 2 * side**3 / product, 2 * source.numel() * 2 / copy
+    product, copy = fastest(lambda: a @ b, 8, device), fastest(lambda: target.copy_(source), 8, device)
+    return 2 * side**3 / product, 2 * source.nbytes / copy
 
 
-def count(arch: Encoder, grid: tuple[int, int], n: int, decoder: tuple[int, int] | None) -> tuple[float, float]:
+def count(arch: Encoder, visible: int, patches: int = 0, decoder: tuple[int, int] | None = None) -> tuple[float, float]:
     """(FLOP, elements of memory traffic) of forward + backward of one image.
 
     Args:
-        grid: rows and columns of patches
-        n: patches that the encoder sees; all for a dense model
+        visible: patches that the encoder sees; all for a dense model
+        patches: of the image, in pretraining
         decoder: width and depth, in pretraining
     """
     arch = resolve(arch)
-    patch = PATCH_PER_STEM_STRIDE * arch.stem_stride
     products, elements, below = 0, 0, arch.channels * arch.stem_stride**2 / 4  # the stem counts as a downsampling
     for i, (depth, width) in enumerate(zip(arch.depths, arch.dims, strict=True)):
-        tokens = n * (PATCH_PER_STEM_STRIDE >> i) ** 2
+        tokens = visible * (PATCH_PER_STEM_STRIDE >> i) ** 2
         products += tokens * (4 * below * width + depth * 8 * width**2)
         elements += tokens * depth * ELEMENTS * width
         below = width
     if decoder:
         width, depth = decoder
-        patches = grid[0] * grid[1]
-        hidden = patches - n
-        products += n * below * width + patches * depth * 8 * width**2 + hidden * width * patch**2 * arch.channels
+        pixels = (PATCH_PER_STEM_STRIDE * arch.stem_stride) ** 2  # of a patch
+        products += visible * below * width + patches * depth * 8 * width**2
+        products += (patches - visible) * width * pixels * arch.channels
         elements += patches * depth * ELEMENTS * width
     return 2 * 3 * products, elements
 

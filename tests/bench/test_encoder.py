@@ -41,10 +41,10 @@ def test_a_wrong_result_is_not_timed():
     image, visible = torch.randn(1, 3, 16, 16), torch.tensor([[[True, False], [True, False]]])
     runs = encoder.peers(model, image, visible, 2, ["masked"])
     reference = timing.outputs(model, runs["masked"])
-    assert timing.check("packed", timing.outputs(model, runs["packed"]), reference, 1e-4) <= 1e-4
+    assert timing.check("packed", timing.outputs(model, runs["packed"]), reference, "fp32") <= 1e-4
     wrong = timing.outputs(model, lambda: runs["masked"]() * 1.001)
     with pytest.raises(UserError, match="packed differs"):
-        timing.check("packed", wrong, reference, 1e-4)
+        timing.check("packed", wrong, reference, "fp32")
 
 
 @pytest.mark.parametrize("wrong", [["--size", "100"], ["--batch", "0"], ["--mask-ratio", "1"], ["--picture", "x.svg"]])

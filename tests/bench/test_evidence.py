@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import evidence, evidence_page
-from bench.evidence import ABLATIONS, PARTS, SCALES, Evidence, main
+from bench.evidence import ABLATIONS, PARTS, SCALES, SEEDS, Evidence, main, run_name
 from configs.command import parse, parse_options
 from configs.schema import Finetune, Pretrain
 from finetune.evaluate import Options
@@ -93,16 +93,16 @@ def test_labels(started):
     tested = [name for name in started if name.endswith("-test")]
     assert started[-len(tested) :] == tested
     wanted = [
-        Evidence.name(start, share, rate, seed) + "-test"
+        run_name(start, share, rate, seed) + "-test"
         for share in shares
         for start, rate in BEST.items()
-        for seed in SCALES["cpu"].seeds
+        for seed in SEEDS
     ]
     assert tested == wanted
     tuned = len(started) - 1 - len(tested)
     tried = {"scratch": [RATES[0] / 4, RATES[0] / 2, *RATES], "fcmae": RATES}
-    assert tuned == len(shares) * sum(len(rates) + len(SCALES["cpu"].seeds) - 1 for rates in tried.values())
-    assert {Evidence.name(start, 0.1, rate, 0) for start in tried for rate in tried[start]} <= set(started)
+    assert tuned == len(shares) * sum(len(rates) + len(SEEDS) - 1 for rates in tried.values())
+    assert {run_name(start, 0.1, rate, 0) for start in tried for rate in tried[start]} <= set(started)
 
 
 def test_it_resumes(started):

@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,8 @@ from configs.compare import to_dict
 from configs.errors import UserError, nearest
 from configs.keys import REQUIRED, fields_of, keys, require
 from configs.log import say
-from configs.values import Config, Loader, build, from_text, is_list, notation
-
-RECIPES = Path(__file__).parent
+from configs.recipes import RECIPES, check_keys, load_recipe
+from configs.values import Config, build, from_text, is_list, notation
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,7 +81,7 @@ def parse(
     add("--print_config", action="store_true", help="print the resulting configuration, itself a recipe")
     _add_keys(parser, config, {f"{key}.name": f"{{{','.join(modules)}}}" for key, modules in choices.items()})
     flags = vars(parser.parse_args(argv))
-    _check_keys(path, values, [key for key, _ in keys(config)])
+    check_keys(path, values, [key for key, _ in keys(config)])
     config = build(config, values | flags)
     if "print_config" in flags:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
@@ -141,37 +139,3 @@ def dry_run(argv: list[str] | None = None) -> int | None:
     valid = ranks.isdecimal() and int(ranks) > 0
     require(valid, "--dry-run", ranks, "a number of ranks, like 64, or alone for this machine's")
     return int(ranks)
-
-
-def load_recipe(path: Path) -> dict[str, Any]:
-    """A recipe's values by dotted key. Raises `UserError` if it cannot be read."""
-    try:
-        content = yaml.load(path.read_text(), Loader)
-    except OSError as error:
-        known = sorted(str(p.relative_to(RECIPES.parent)) for p in RECIPES.rglob("*.yaml"))
-        raise UserError(f"recipe {path}: {error.strerror.lower()} {nearest(str(path), known)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"recipe {path} holds no keys: write lines like `optim:` and `  lr: 1e-3`")
-    values = {}
-    for name, value in content.items():
-        section = value if isinstance(value, dict) else {}
-        values |= {f"{name}.{key}": item for key, item in section.items()} or {f"{name}": value}
-    return values
-
-
-def recipe_section(path: Path, section: str, kind: type[Config]) -> Config:
-    """One section of a recipe. Raises `UserError` for a recipe that cannot be read, an unknown key or a wrong value."""
-    prefix = f"{section}."
-    values = {key: value for key, value in load_recipe(path).items() if f"{key}.".startswith(prefix)}
-    _check_keys(path, values, [key for key, _ in keys(kind(), prefix)])
-    return build(kind(), values, prefix)
-
-
-def _check_keys(path: Path, found: Iterable[str], valid: list[str]) -> None:
-    for key in found:
-        if any(name.startswith(f"{key}.") for name in valid):
-            raise UserError(f"{path}: section {key} holds no keys: give it some, or leave it out")
-        if key not in valid:
-            raise UserError(f"{path}: unknown key {key} {nearest(key, valid)}")

@@ -12,10 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the project, not this folder
 
-from configs.command import dry_run, parse, recipe_section
+from configs.command import dry_run, parse
 from configs.compare import to_dict
 from configs.errors import UserError, run_main
 from configs.log import say
+from configs.recipes import recipe_section
 from configs.schema import Encoder, Finetune, PretrainModel
 from finetune.tasks import TASKS
 from launch.inputs import check_inputs

@@ -7,10 +7,11 @@ from typing import Literal
 import pytest
 from pydantic import PositiveInt
 
-from configs.command import dry_run, parse, parse_options, recipe_section
+from configs.command import dry_run, parse, parse_options
 from configs.compare import differences, to_dict
 from configs.errors import UserError, nearest
 from configs.keys import REQUIRED, argument, keys, option
+from configs.recipes import recipe_section
 from configs.schema import Data, Encoder, Finetune, FinetuneModel, Optim, Pretrain
 from finetune.tasks import TASKS
 from pretrain.objectives import OBJECTIVES

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.command import RECIPES, parse
+from configs.command import parse
+from configs.recipes import RECIPES
 from configs.schema import Encoder, Finetune, Pretrain, visible_patches
 from finetune.layer_decay import layer_decay
 from finetune.tasks import TASKS

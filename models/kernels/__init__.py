@@ -1,19 +1,32 @@
-"""Triton kernels, each with a plain twin in PyTorch. On by default on GPUs.
+"""Kernels of a ConvNeXt block, in Triton for GPUs and in C++ for CPUs, each with a plain twin in PyTorch.
 
-Triton is imported when the first kernel runs, so CPUs do not need it.
+Triton is imported, and the C++ compiled, when the first kernel runs.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
+CPU_TYPES = (torch.float32, torch.bfloat16)
 _enabled = True
 
 
 def fused(x: Tensor) -> bool:
-    """Whether operations on x use the kernels: on a GPU, unless switched off."""
-    return _enabled and x.is_cuda
+    """Whether operations on x use the kernels: on a GPU, or on a CPU with a compiler; unless switched off."""
+    return _enabled and (on_gpu(x) or _on_cpu(x))
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether operations on x use Triton's kernels."""
+    return x.is_cuda
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The type of a kernel's output: autocast's, or x's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def use(on: bool) -> None:
@@ -31,3 +44,13 @@ def plain() -> Iterator[None]:
         yield
     finally:
         use(before)
+
+
+def _on_cpu(x: Tensor) -> bool:
+    if x.device.type != "cpu" or not {x.dtype, output_dtype(x)} <= set(CPU_TYPES):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # export: torch operations only
+        return False
+    from models.kernels import cpu
+
+    return cpu.library() is not None

@@ -1,0 +1,394 @@
+// The kernels of a ConvNeXt block for CPUs: depthwise 7x7 convolution with LayerNorm, and GELU with GRN.
+//
+// Tokens are rows x [T, C] of fp32 or bf16; sums are fp32. A *tile* is S x S tokens: a visible patch (packed), or a square
+// of a dense grid. A tile's *window* has the row in x of each token within 3 of the tile, -1 where there is none (hidden,
+// or outside of the image); such taps are skipped. Loops run over groups of channels, as wide as the CPU's registers.
+// Sums over tokens are partial sums of fixed chunks: results do not depend on the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+using std::int32_t, std::int64_t, std::uint16_t, std::uint32_t;
+
+constexpr int MARGIN = 3, KERNEL = 7;
+#if defined(__AVX512F__)
+constexpr int WIDEST = 16;
+#elif defined(__AVX__)
+constexpr int WIDEST = 8;
+#else
+constexpr int WIDEST = 4;
+#endif
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <int L> using Floats __attribute__((vector_size(4 * L))) = float;
+template <int L> using Words __attribute__((vector_size(4 * L))) = uint32_t;
+template <int L> using Halves __attribute__((vector_size(2 * L))) = uint16_t;
+
+template <int L> inline Floats<L> load(const float *from) {
+    Floats<L> values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
+}
+
+template <int L> inline Floats<L> load(const bf16 *from) {
+    Halves<L> halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return (Floats<L>)(__builtin_convertvector(halves, Words<L>) << 16);
+}
+
+template <int L> inline void store(float *to, Floats<L> values) { std::memcpy(to, &values, sizeof values); }
+
+template <int L> inline void store(bf16 *to, Floats<L> values) { // rounds to nearest even; NaN stays NaN
+    Words<L> words = (Words<L>)values;
+    Words<L> rounded = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
+    Halves<L> halves = __builtin_convertvector(values == values ? rounded : (Words<L>)(rounded * 0 + 0x7fc0), Halves<L>);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+// Call body(integral constant L, first channel) for all channels, with the widest L that fits.
+template <int L = WIDEST, class Body> inline void over_channels(int64_t first, int64_t last, Body &&body) {
+    for (; first + L <= last; first += L)
+        body(std::integral_constant<int, L>(), first);
+    if constexpr (L > 1)
+        if (first < last)
+            over_channels<(L > 8 ? 8 : 1)>(first, last, body);
+}
+
+struct Geometry { // models/kernels/depthwise.py
+    int64_t batch, height, width, s, n;
+    const int32_t *slot, *patch;
+};
+
+template <int S> struct Tiles {
+    static constexpr int SIDE = S + 2 * MARGIN;
+    Geometry g;
+    int64_t across, down, count;
+
+    explicit Tiles(const Geometry &geometry) : g(geometry) {
+        across = (g.width + S - 1) / S, down = (g.height + S - 1) / S;
+        count = g.s ? g.batch * g.n : g.batch * across * down;
+    }
+
+    // The window of a tile: rows [SIDE * SIDE].
+    void window(int64_t tile, int32_t *rows) const {
+        int64_t image = g.s ? tile / g.n : tile / (across * down);
+        int64_t place = g.s ? g.patch[tile] : tile % (across * down);
+        int64_t top = place / across * S - MARGIN, left = place % across * S - MARGIN;
+        for (int64_t y = top; y < top + SIDE; y++)
+            for (int64_t x = left; x < left + SIDE; x++, rows++) {
+                *rows = -1;
+                if (y < 0 || x < 0 || y >= g.height || x >= g.width)
+                    continue;
+                if (!g.s) {
+                    *rows = (image * g.height + y) * g.width + x;
+                } else if (int32_t k = g.slot[(image * down + y / S) * across + x / S]; k >= 0) {
+                    *rows = ((image * g.n + k) * S + y % S) * S + x % S;
+                }
+            }
+    }
+
+    static int32_t row_of(const int32_t *window, int y, int x) { return window[(y + MARGIN) * SIDE + x + MARGIN]; }
+};
+
+// Convolve row y of a tile, L channels from c on: out [S, C].
+template <int S, int L, class X>
+inline void convolve_row(const X *x, const float *taps, const float *bias, const int32_t *window, int y, int64_t C,
+                         int64_t c, float *out) {
+    Floats<L> sums[S];
+    for (int o = 0; o < S; o++)
+        sums[o] = bias ? load<L>(bias + c) : Floats<L>{};
+    for (int ky = 0; ky < KERNEL; ky++) {
+        const int32_t *rows = window + (y + ky) * Tiles<S>::SIDE;
+        const float *tap = taps + ky * KERNEL * C + c;
+#pragma GCC unroll 16
+        for (int j = 0; j < S + 2 * MARGIN; j++) {
+            if (rows[j] < 0)
+                continue;
+            Floats<L> value = load<L>(x + rows[j] * C + c);
+#pragma GCC unroll 8
+            for (int kx = 0; kx < KERNEL; kx++)
+                if (int o = j - kx; o >= 0 && o < S)
+                    sums[o] += load<L>(tap + kx * C) * value;
+        }
+    }
+    for (int o = 0; o < S; o++)
+        store<L>(out + o * C + c, sums[o]);
+}
+
+struct Norm { // null: none
+    const float *weight, *bias;
+    float eps;
+    void *normed; // saved for backward, as is rstd
+    float *rstd;
+};
+
+// LayerNorm of one token z [C].
+template <class Y> inline void layer_norm(const float *z, const Norm &norm, int64_t C, int64_t row, Y *out) {
+    float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < C; c++)
+        sum += z[c];
+    float mean = sum / C;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t c = 0; c < C; c++)
+        squares += (z[c] - mean) * (z[c] - mean);
+    float rstd = 1 / std::sqrt(squares / C + norm.eps);
+    norm.rstd[row] = rstd;
+    over_channels(0, C, [&](auto L, int64_t c) {
+        auto normed = (load<L>(z + c) - mean) * rstd;
+        store<L>((Y *)norm.normed + row * C + c, normed);
+        store<L>(out + row * C + c, normed * load<L>(norm.weight + c) + load<L>(norm.bias + c));
+    });
+}
+
+template <int S, class X, class Y>
+void convolve(const X *x, const float *taps, const float *bias, const Norm *norm, Y *out, const Geometry &g, int64_t C,
+              int threads) {
+    Tiles<S> tiles(g);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> tile(S * S * C);
+        int32_t window[Tiles<S>::SIDE * Tiles<S>::SIDE];
+#pragma omp for schedule(dynamic)
+        for (int64_t t = 0; t < tiles.count; t++) {
+            tiles.window(t, window);
+            over_channels(0, C, [&](auto L, int64_t c) {
+                for (int y = 0; y < S; y++)
+                    convolve_row<S, L>(x, taps, bias, window, y, C, c, tile.data() + y * S * C);
+            });
+            for (int i = 0; i < S * S; i++) {
+                int64_t row = Tiles<S>::row_of(window, i / S, i % S);
+                const float *z = tile.data() + i * C;
+                if (row < 0)
+                    continue; // beyond the edge of a dense grid
+                if (norm)
+                    layer_norm(z, *norm, C, row, out);
+                else
+                    over_channels(0, C, [&](auto L, int64_t c) { store<L>(out + row * C + c, load<L>(z + c)); });
+            }
+        }
+    }
+}
+
+// Gradient of the taps, of `chunks` parts of the tiles: partial [chunks, 49, C].
+template <int S, class X>
+void grad_taps(const X *x, const float *grad, float *partial, int64_t chunks, const Geometry &g, int64_t C, int threads) {
+    constexpr int SIDE = Tiles<S>::SIDE;
+    Tiles<S> tiles(g);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        float *sums = partial + chunk * KERNEL * KERNEL * C;
+        std::fill(sums, sums + KERNEL * KERNEL * C, 0.0f);
+        int32_t window[SIDE * SIDE];
+        for (int64_t t = chunk * tiles.count / chunks; t < (chunk + 1) * tiles.count / chunks; t++) {
+            tiles.window(t, window);
+            over_channels(0, C, [&](auto L, int64_t c) {
+                for (int ky = 0; ky < KERNEL; ky++) {
+                    Floats<L> taps[KERNEL] = {};
+                    for (int y = 0; y < S; y++) {
+                        const int32_t *rows = window + (y + ky) * SIDE;
+                        Floats<L> grads[S];
+                        for (int o = 0; o < S; o++) {
+                            int64_t row = Tiles<S>::row_of(window, y, o);
+                            grads[o] = row < 0 ? Floats<L>{} : load<L>(grad + row * C + c);
+                        }
+#pragma GCC unroll 16
+                        for (int j = 0; j < SIDE; j++) {
+                            if (rows[j] < 0)
+                                continue;
+                            Floats<L> value = load<L>(x + rows[j] * C + c);
+#pragma GCC unroll 8
+                            for (int kx = 0; kx < KERNEL; kx++)
+                                if (int o = j - kx; o >= 0 && o < S)
+                                    taps[kx] += grads[o] * value;
+                        }
+                    }
+                    for (int kx = 0; kx < KERNEL; kx++) {
+                        float *sum = sums + (ky * KERNEL + kx) * C + c;
+                        store<L>(sum, load<L>(sum) + taps[kx]);
+                    }
+                }
+            });
+        }
+    }
+}
+
+// LayerNorm's backward: gradient of its input [T, C] and, of chunks of rows, of bias, weight and norm bias.
+template <class Y>
+void norm_backward(const Y *grad, const Y *normed, const float *rstd, const float *weight, float *out, float *partial,
+                   int64_t T, int64_t C, int64_t chunks, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        float *bias = partial + chunk * 3 * C, *norm_weight = bias + C, *norm_bias = norm_weight + C;
+        std::fill(bias, bias + 3 * C, 0.0f);
+        for (int64_t t = chunk * T / chunks; t < (chunk + 1) * T / chunks; t++) {
+            Floats<WIDEST> wide[2] = {};
+            float mean = 0, product = 0;
+            over_channels(0, C, [&](auto L, int64_t c) {
+                auto g = load<L>(grad + t * C + c), z = load<L>(normed + t * C + c);
+                store<L>(norm_weight + c, load<L>(norm_weight + c) + g * z);
+                store<L>(norm_bias + c, load<L>(norm_bias + c) + g);
+                g *= load<L>(weight + c);
+                store<L>(out + t * C + c, g);
+                if constexpr (L == WIDEST)
+                    wide[0] += g, wide[1] += g * z;
+                else
+                    for (int i = 0; i < L; i++)
+                        mean += g[i], product += g[i] * z[i];
+            });
+            for (int i = 0; i < WIDEST; i++)
+                mean += wide[0][i], product += wide[1][i];
+            mean /= C, product /= C;
+            over_channels(0, C, [&](auto L, int64_t c) {
+                auto g = load<L>(out + t * C + c), z = load<L>(normed + t * C + c);
+                g = (g - mean - z * product) * rstd[t];
+                store<L>(out + t * C + c, g);
+                store<L>(bias + c, load<L>(bias + c) + g);
+            });
+        }
+    }
+}
+
+// GELU is h Phi(h), its slope Phi(h) + h phi(h). With q = exp(-h^2 / 2), Phi(-|h|) = q P(t), t = 1 / (1 + .21 |h|): a
+// minimax fit, relative error 1.6e-8.
+template <int L> struct Gelu {
+    Floats<L> cdf, density; // Phi, and phi times sqrt(2 pi)
+
+    explicit Gelu(Floats<L> h) {
+        constexpr float P[] = {-0.07165733f, 0.28359364f, -0.33026418f, 0.34941384f, -0.09393451f,
+                               0.12487694f,  0.06919101f, 0.08506903f,  0.08371156f};
+        Floats<L> size = h < 0 ? -h : h;
+        Floats<L> t = 1.0f / (1.0f + 0.21f * size);
+        Floats<L> fit = P[0] * t + P[1];
+#pragma GCC unroll 8
+        for (int i = 2; i < 9; i++)
+            fit = fit * t + P[i];
+        density = exp_negative(-0.5f * h * h);
+        Floats<L> tail = density * fit * t;
+        cdf = h < 0 ? tail : 1.0f - tail;
+    }
+
+    // exp of x <= 0, as 2^k exp(r) with |r| <= log(2) / 2; 0 below -87
+    static Floats<L> exp_negative(Floats<L> x) {
+        typedef int32_t Ints __attribute__((vector_size(4 * L)));
+        x = x < -87.0f ? Floats<L>{} - 87.0f : x;
+        Floats<L> k = x * 1.44269504f + 12582912.0f; // rounds to an integer
+        Ints power = (Ints)k << 23;
+        k -= 12582912.0f;
+        Floats<L> r = x - k * 0.693359375f - k * -2.12194440e-4f;
+        Floats<L> e = r * (1.0f / 720) + (1.0f / 120);
+        e = e * r + (1.0f / 24);
+        e = e * r + (1.0f / 6);
+        e = e * r + 0.5f;
+        e = e * r * r + r + 1.0f;
+        return (Floats<L>)((Ints)e + power);
+    }
+};
+constexpr float INV_SQRT_2PI = 0.39894228f;
+
+constexpr int64_t BLOCK = 64; // channels whose sums a task keeps
+
+// Sums over the tokens of an image: of gelu(h)^2 to `sums` [images, D]; with `grad`, of grad gelu(h) and grad [images, 2, D].
+template <class H>
+void reduce(const H *h, const H *grad, float *sums, int64_t images, int64_t tokens, int64_t D, int threads) {
+    int64_t blocks = (D + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < images * blocks; task++) {
+        int64_t image = task / blocks, first = task % blocks * BLOCK;
+        over_channels(first, std::min(first + BLOCK, D), [&](auto L, int64_t c) {
+            Floats<L> a_sum = {}, g_sum = {};
+            for (int64_t first = image * tokens, last = first + tokens; first < last; first += 64) {
+                Floats<L> a_part = {}, g_part = {}; // sums of sums: less rounding
+                for (int64_t t = first; t < std::min(first + 64, last); t++) {
+                    auto x = load<L>(h + t * D + c);
+                    auto a = x * Gelu<L>(x).cdf;
+                    auto g = grad ? load<L>(grad + t * D + c) : a;
+                    a_part += g * a, g_part += g;
+                }
+                a_sum += a_part, g_sum += g_part;
+            }
+            store<L>(sums + image * (grad ? 2 : 1) * D + c, a_sum);
+            if (grad)
+                store<L>(sums + (image * 2 + 1) * D + c, g_sum);
+        });
+    }
+}
+
+// out = gelu(h) scale + shift, or, with `grad`, (grad scale + gelu(h) ratio) gelu'(h); scale, ratio [images, D].
+template <class H>
+void apply(const H *h, const H *grad, const float *scale, const float *shift, const float *ratio, H *out, int64_t images,
+           int64_t tokens, int64_t D, int threads) {
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
+    for (int64_t t = 0; t < images * tokens; t++) {
+        int64_t image = t / tokens;
+        over_channels(0, D, [&](auto L, int64_t c) {
+            auto x = load<L>(h + t * D + c), s = load<L>(scale + image * D + c);
+            Gelu<L> gelu(x);
+            auto a = x * gelu.cdf;
+            if (!grad) {
+                store<L>(out + t * D + c, a * s + load<L>(shift + c));
+            } else {
+                auto g = load<L>(grad + t * D + c) * s + a * load<L>(ratio + image * D + c);
+                store<L>(out + t * D + c, g * (gelu.cdf + x * INV_SQRT_2PI * gelu.density));
+            }
+        });
+    }
+}
+
+#define FOR_SIDE(call)                                                                                                 \
+    switch (side) {                                                                                                    \
+    case 1: { constexpr int S = 1; call; } break;                                                                      \
+    case 2: { constexpr int S = 2; call; } break;                                                                      \
+    case 4: { constexpr int S = 4; call; } break;                                                                      \
+    case 7: { constexpr int S = 7; call; } break;                                                                      \
+    case 8: { constexpr int S = 8; call; } break;                                                                      \
+    }
+
+extern "C" {
+
+void depthwise(const void *x, int64_t x_bf16, const float *taps, const float *bias, const Norm *norm, void *out, int64_t out_bf16,
+               const Geometry *g, int64_t side, int64_t C, int64_t threads) {
+    FOR_SIDE(
+        if (x_bf16 && out_bf16) convolve<S>((const bf16 *)x, taps, bias, norm, (bf16 *)out, *g, C, threads);
+        else if (x_bf16) convolve<S>((const bf16 *)x, taps, bias, norm, (float *)out, *g, C, threads);
+        else if (out_bf16) convolve<S>((const float *)x, taps, bias, norm, (bf16 *)out, *g, C, threads);
+        else convolve<S>((const float *)x, taps, bias, norm, (float *)out, *g, C, threads))
+}
+
+void depthwise_taps(const void *x, int64_t x_bf16, const float *grad, float *partial, int64_t chunks, const Geometry *g,
+                    int64_t side, int64_t C, int64_t threads) {
+    FOR_SIDE(
+        if (x_bf16) grad_taps<S>((const bf16 *)x, grad, partial, chunks, *g, C, threads);
+        else grad_taps<S>((const float *)x, grad, partial, chunks, *g, C, threads))
+}
+
+void layer_norm_backward(const void *grad, const void *normed, int64_t is_bf16, const float *rstd, const float *weight,
+                         float *out, float *partial, int64_t T, int64_t C, int64_t chunks, int64_t threads) {
+    if (is_bf16)
+        norm_backward((const bf16 *)grad, (const bf16 *)normed, rstd, weight, out, partial, T, C, chunks, threads);
+    else
+        norm_backward((const float *)grad, (const float *)normed, rstd, weight, out, partial, T, C, chunks, threads);
+}
+
+void gelu_sums(const void *h, const void *grad, int64_t is_bf16, float *sums, int64_t images, int64_t tokens, int64_t D,
+               int64_t threads) {
+    if (is_bf16)
+        reduce((const bf16 *)h, (const bf16 *)grad, sums, images, tokens, D, threads);
+    else
+        reduce((const float *)h, (const float *)grad, sums, images, tokens, D, threads);
+}
+
+void gelu_apply(const void *h, const void *grad, int64_t is_bf16, const float *scale, const float *shift, const float *ratio,
+                void *out, int64_t images, int64_t tokens, int64_t D, int64_t threads) {
+    if (is_bf16)
+        apply((const bf16 *)h, (const bf16 *)grad, scale, shift, ratio, (bf16 *)out, images, tokens, D, threads);
+    else
+        apply((const float *)h, (const float *)grad, scale, shift, ratio, (float *)out, images, tokens, D, threads);
+}
+}

@@ -15,12 +15,17 @@ _enabled = True
 
 def fused(x: Tensor) -> bool:
     """Whether operations on x use the kernels: on a GPU, or on a CPU with a compiler; unless switched off."""
-    return _enabled and (on_gpu(x) or _on_cpu(x))
+    return _enabled and (on_gpu(x) or (on_cpu(x) and _compiled(x)))
 
 
 def on_gpu(x: Tensor) -> bool:
     """Whether operations on x use Triton's kernels."""
     return x.is_cuda
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether x is on a CPU, and its operations need not be torch's, as for export and torch.compile."""
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
@@ -46,10 +51,9 @@ def plain() -> Iterator[None]:
         use(before)
 
 
-def _on_cpu(x: Tensor) -> bool:
-    if x.device.type != "cpu" or not {x.dtype, output_dtype(x)} <= set(CPU_TYPES):
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # export: torch operations only
+def _compiled(x: Tensor) -> bool:
+    """Whether there are C++ kernels for x."""
+    if not {x.dtype, output_dtype(x)} <= set(CPU_TYPES):
         return False
     from models.kernels import cpu
 

@@ -292,31 +292,43 @@ template <int L> struct Gelu {
 };
 constexpr float INV_SQRT_2PI = 0.39894228f;
 
-constexpr int64_t BLOCK = 64; // channels whose sums a task keeps
+constexpr int GROUP = 4; // vectors of channels at a time: one alone would wait for memory
 
 // Sums over the tokens of an image: of gelu(h)^2 to `sums` [images, D]; with `grad`, of grad gelu(h) and grad [images, 2, D].
+template <int L, int N, class H>
+inline void reduce_channels(const H *h, const H *grad, float *sums, int64_t first, int64_t last, int64_t D, int64_t c) {
+    Floats<L> a_sum[N] = {}, g_sum[N] = {};
+    for (; first < last; first += 64) {
+        Floats<L> a_part[N] = {}, g_part[N] = {}; // sums of sums: less rounding
+        for (int64_t t = first; t < std::min(first + 64, last); t++)
+            for (int i = 0; i < N; i++) {
+                auto x = load<L>(h + t * D + c + i * L);
+                auto a = x * Gelu<L>(x).cdf;
+                auto g = grad ? load<L>(grad + t * D + c + i * L) : a;
+                a_part[i] += g * a, g_part[i] += g;
+            }
+        for (int i = 0; i < N; i++)
+            a_sum[i] += a_part[i], g_sum[i] += g_part[i];
+    }
+    for (int i = 0; i < N; i++) {
+        store<L>(sums + c + i * L, a_sum[i]);
+        if (grad)
+            store<L>(sums + D + c + i * L, g_sum[i]);
+    }
+}
+
 template <class H>
 void reduce(const H *h, const H *grad, float *sums, int64_t images, int64_t tokens, int64_t D, int threads) {
+    constexpr int BLOCK = GROUP * WIDEST;
     int64_t blocks = (D + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t task = 0; task < images * blocks; task++) {
-        int64_t image = task / blocks, first = task % blocks * BLOCK;
-        over_channels(first, std::min(first + BLOCK, D), [&](auto L, int64_t c) {
-            Floats<L> a_sum = {}, g_sum = {};
-            for (int64_t first = image * tokens, last = first + tokens; first < last; first += 64) {
-                Floats<L> a_part = {}, g_part = {}; // sums of sums: less rounding
-                for (int64_t t = first; t < std::min(first + 64, last); t++) {
-                    auto x = load<L>(h + t * D + c);
-                    auto a = x * Gelu<L>(x).cdf;
-                    auto g = grad ? load<L>(grad + t * D + c) : a;
-                    a_part += g * a, g_part += g;
-                }
-                a_sum += a_part, g_sum += g_part;
-            }
-            store<L>(sums + image * (grad ? 2 : 1) * D + c, a_sum);
-            if (grad)
-                store<L>(sums + (image * 2 + 1) * D + c, g_sum);
-        });
+        int64_t image = task / blocks, c = task % blocks * BLOCK, first = image * tokens, last = first + tokens;
+        float *out = sums + image * (grad ? 2 : 1) * D;
+        if (c + BLOCK <= D)
+            reduce_channels<WIDEST, GROUP>(h, grad, out, first, last, D, c);
+        else
+            over_channels(c, D, [&](auto L, int64_t c) { reduce_channels<L, 1>(h, grad, out, first, last, D, c); });
     }
 }
 

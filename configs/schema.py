@@ -91,8 +91,8 @@ class Run:
     keep: PositiveInt = free(2, "checkpoints to keep, besides the best (fine-tuning)")
     hang_minutes: PositiveFloat = free(10.0, "end a run without progress for so long, and name the rank it waits for")
     device: Literal["auto", "cpu", "cuda"] = free("auto", "auto = a GPU if there is one")
-    kernels: Literal["triton", "plain"] = free(
-        "triton", "on a GPU: triton = this project's kernels; plain = PyTorch operations: slower, same result"
+    kernels: Literal["fused", "plain"] = free(
+        "fused", "fused = this project's kernels; plain = PyTorch operations: slower, same result"
     )
 
     def __post_init__(self):

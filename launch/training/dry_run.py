@@ -55,7 +55,7 @@ def plan(
     parameters = sum(p.numel() for p in model.parameters())
     height, width = config.data.height_width
     steps = schedule(optim, images, ranks)
-    kernels.use(config.run.kernels == "triton")
+    kernels.use(config.run.kernels == "fused")
     few, many = MEASURED_BATCHES
     batches = [inputs(torch.rand(count, encoder.arch.channels, height, width)) for count in (few, many)]
     extra = {"activations": activation_bytes(model.to(device), batches, micro, kind != "fp32")}

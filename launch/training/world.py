@@ -44,7 +44,7 @@ def init_world(run: Run) -> World:
 
     Raises `UserError` if there is no GPU for device cuda, srun's tasks have no address, or other ranks do not connect.
     """
-    kernels.use(run.kernels == "triton")
+    kernels.use(run.kernels == "fused")
     if run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device is cuda, but torch sees no GPU: install a driver, or use auto or cpu")
     use_cuda = run.device != "cpu" and torch.cuda.is_available()
@@ -62,6 +62,8 @@ def init_world(run: Run) -> World:
         if local_ranks > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun always sets 1 for several ranks
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         keep_memory()
+        if run.kernels == "fused":
+            kernels.compiled()  # now: it may take seconds
     timeout = timedelta(minutes=run.hang_minutes + 10)  # later than the watchdog, which can name the late rank
     try:
         backend, bound = ("nccl", device) if use_cuda else ("gloo", None)

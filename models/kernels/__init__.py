@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-CPU_TYPES = (torch.float32, torch.bfloat16)
+CPU_TYPES = {torch.float32, torch.bfloat16}
 _enabled = True
 
 
 def fused(x: Tensor) -> bool:
     """Whether operations on x use the kernels: on a GPU, or on a CPU with a compiler; unless switched off."""
-    return _enabled and (on_gpu(x) or (on_cpu(x) and _compiled(x)))
+    return _enabled and (on_gpu(x) or (on_cpu(x) and {x.dtype, output_dtype(x)} <= CPU_TYPES and compiled()))
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -51,10 +51,8 @@ def plain() -> Iterator[None]:
         use(before)
 
 
-def _compiled(x: Tensor) -> bool:
-    """Whether there are C++ kernels for x."""
-    if not {x.dtype, output_dtype(x)} <= set(CPU_TYPES):
-        return False
+def compiled() -> bool:
+    """Whether the kernels for CPUs can be used; compiles them at the first call."""
     from models.kernels import cpu
 
     return cpu.library() is not None

@@ -1,11 +1,13 @@
-"""Passes of the kernels on a CPU: cpu.cpp, compiled once for this machine and called through ctypes."""
+"""Passes of the kernels on a CPU: cpu.cpp, compiled once for each machine, called through ctypes.
+
+Functions take contiguous tensors of fp32 or bf16; parameters and results that are not per token are fp32.
+"""
 
 import ctypes
 import hashlib
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -14,22 +16,23 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from configs.log import say
 from models.kernels.depthwise import Geometry
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = (
-    "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -Wno-psabi "
-    "-fopenmp -fPIC -shared"
-).split()
-SIDES = (8, 7, 4, 2, 1)  # of tiles; a packed patch is a tile
-CHUNK_ROWS = 256
+FLAGS = [
+    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared",
+    "-Wno-psabi",
+]  # fmt: skip
+TILES = (8, 7, 4, 2, 1)  # sides that cpu.cpp is compiled for; a visible patch is a tile
+INSTALL = "PyTorch operations are used, which take about twice as long"
 
 
-class Grid(ctypes.Structure):
+class Place(ctypes.Structure):
     """`Geometry` in cpu.cpp."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("batch", "height", "width", "s", "n")]
-    _fields_ += [("slot", ctypes.c_void_p), ("patch", ctypes.c_void_p)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("slot", "patch")]
 
 
 class Norm(ctypes.Structure):
@@ -41,52 +44,63 @@ class Norm(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, said on stderr, without a C++ compiler."""
+    """The compiled kernels; None, with a line that says so, where they cannot be compiled. CXX names the compiler."""
     compiler = os.environ.get("CXX", "c++")
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        print(f"no C++ compiler ({compiler}): the CPU kernels are off", file=sys.stderr)
+        say(f"no C++ compiler ({compiler}): {INSTALL} (Debian, Ubuntu: apt-get install g++)")
         return None
     key = hashlib.sha256(SOURCE.read_bytes() + version + _cpu() + " ".join(FLAGS).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fcmae"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"kernels-{key}.so"
-    with FileLock(folder / "lock"):
-        if not path.exists():
-            with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as file:
-                done = subprocess.run([compiler, *FLAGS, SOURCE, "-o", file.name], capture_output=True, text=True)
-            if done.returncode:
-                print(f"{compiler} cannot compile the CPU kernels: they are off", done.stderr, file=sys.stderr)
-                return None
-            os.replace(file.name, path)
-    return ctypes.CDLL(path)
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "convnext-fcmae-kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):  # one rank compiles
+            path = folder / f"{key}.so"
+            if not path.exists():
+                _compile(compiler, path)
+    except OSError as error:
+        say(f"{folder}: {error.strerror.lower()}, so the CPU kernels cannot be kept there: {INSTALL}")
+        return None
+    except subprocess.CalledProcessError as error:
+        message = error.stderr.decode(errors="replace").strip().splitlines()
+        say(f"{compiler} cannot compile the CPU kernels ({message[0] if message else 'no message'}): {INSTALL}")
+        return None
+    return ctypes.CDLL(str(path))
+
+
+def _compile(compiler: str, path: Path) -> None:
+    say("compiling the CPU kernels, once for this machine (about 20 s)")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built)], capture_output=True, check=True)
+        built.replace(path)
 
 
 def _cpu() -> bytes:
+    """What -march=native depends on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    flags = [line for line in lines if line.startswith(("flags", "Features"))]
-    return (flags[0] if flags else platform.processor()).encode()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor()).encode()
 
 
 def convolve(x: Tensor, taps: Tensor, geometry: Geometry, out: Tensor, norm: dict | None = None) -> None:
     """Convolve rows x with taps [49, C] into `out`; with `norm` also bias, LayerNorm and the values for backward."""
-    saved, bias = None, None
+    bias, after = None, None
     if norm:
-        saved, bias = Norm(*(_pointer(norm[name]) for name in ("norm_weight", "norm_bias")), norm["eps"],
-                     *(_pointer(norm[name]) for name in ("normed", "rstd"))), norm["bias"]
-    _call("depthwise", x, _is_bf16(x), taps, bias, saved and ctypes.byref(saved), out, _is_bf16(out),
-          *_place(geometry), x.shape[1])
+        pointers = {name: norm[name].data_ptr() for name in ("normed", "rstd")}
+        pointers |= {name: norm[f"norm_{name}"].data_ptr() for name in ("weight", "bias")}
+        bias, after = norm["bias"], ctypes.byref(Norm(eps=norm["eps"], **pointers))
+    _call("depthwise", x, _is_bf16(x), taps, bias, after, out, _is_bf16(out), *_place(geometry), x.shape[1])
 
 
 def grad_norm(grad: Tensor, normed: Tensor, rstd: Tensor, norm_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """LayerNorm's backward: gradients of the convolution's output (fp32), and of bias, norm weight and norm bias [3, C]."""
+    """LayerNorm's backward: gradients of the convolution's output, and of bias, norm weight and norm bias [3, C]."""
     rows, channels = normed.shape
-    chunks = max(1, min(64, rows // 32))
     grad_conv = torch.empty_like(normed, dtype=torch.float32)
-    partial = torch.empty(chunks, 3, channels)
-    _call("layer_norm_backward", grad, normed, _is_bf16(normed), rstd, norm_weight, grad_conv, partial, rows, channels, chunks)
+    partial = torch.empty(max(1, min(64, rows // 32)), 3, channels)
+    size = rows, channels, len(partial)
+    _call("layer_norm_backward", grad, normed, _is_bf16(normed), rstd, norm_weight, grad_conv, partial, *size)
     return grad_conv, partial.sum(0)
 
 
@@ -128,22 +142,22 @@ def gradient(h: Tensor, grad: Tensor, scale: Tensor, ratio: Tensor) -> Tensor:
 
 def _place(g: Geometry) -> tuple:
     """Arguments that describe the geometry: where tokens are, and the side of a tile."""
-    side = g.s or min(SIDES, key=lambda side: -(-g.height // side) * side * -(-g.width // side) * (side + 6))
-    return ctypes.byref(Grid(*g[:5], _pointer(g.slot), _pointer(g.patch))), side
+    place = Place(*g[:5], *(tensor.data_ptr() if g.s else None for tensor in (g.slot, g.patch)))
+    rows, columns = g.height, g.width
+    side = g.s or min(TILES, key=lambda s: -(-rows // s) * s * -(-columns // s) * (s + 6))  # the least work
+    return ctypes.byref(place), side
 
 
 def _is_bf16(x: Tensor) -> int:
     return int(x.dtype == torch.bfloat16)
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 def _call(name: str, *arguments) -> None:
-    """Call a function of cpu.cpp: tensors become pointers, integers int64; the number of threads is added."""
-    converted = [
-        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) if isinstance(a, int) else a
-        for a in arguments
-    ]
-    getattr(library(), name)(*converted, ctypes.c_int64(torch.get_num_threads()))
+    """Call a function of cpu.cpp: tensors become pointers, whole numbers int64; the number of threads is added."""
+
+    def convert(value):
+        if isinstance(value, Tensor):
+            return ctypes.c_void_p(value.data_ptr())
+        return ctypes.c_int64(value) if isinstance(value, int) else value
+
+    getattr(library(), name)(*map(convert, arguments), ctypes.c_int64(torch.get_num_threads()))

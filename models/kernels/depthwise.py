@@ -1,8 +1,8 @@
 """Depthwise 7x7 convolution, bias and LayerNorm in one kernel, on packed visible tokens or on a dense grid.
 
-Tokens are rows x [T, C]; `slot` [B, gy, gx] locates neighbours: the index of a patch among its image's visible ones; -1 =
-hidden. The passes over tokens are Triton's on a GPU (triton_depthwise.py) and C++ on a CPU (cpu.py); results are bitwise
-repeatable. The plain twin is in `Layout.depthwise_norm`, models/sparse/layouts.py.
+Tokens are rows x [T, C]; `slot` [B, gy, gx] locates neighbours: the index of a patch among its image's visible ones;
+-1 = hidden. The passes over tokens are Triton's on a GPU (triton_depthwise.py), C++ on a CPU (cpu.py). Sums are fp32,
+and results bitwise repeatable. The plain twin is in `Layout.depthwise_norm`, models/sparse/layouts.py.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,8 @@ class DepthwiseNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, norm_weight, norm_bias, eps: float, geometry: Geometry, dtype: torch.dtype):
         passes = _passes(x)
         x = x.contiguous()
-        taps = weight.flatten(1).t().contiguous()
+        taps = weight.flatten(1).t().float().contiguous()
+        bias, norm_weight, norm_bias = bias.float(), norm_weight.float(), norm_bias.float()
         out, normed = (torch.empty_like(x, dtype=dtype) for _ in range(2))
         rstd = torch.empty(len(x), dtype=torch.float32, device=x.device)
         saved = {"normed": normed, "rstd": rstd, "eps": eps}
@@ -50,7 +51,7 @@ class DepthwiseNorm(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         passes.convolve(grad_conv, taps.flip(0), ctx.geometry, grad_x)  # flipped taps
         grad_weight = passes.grad_taps(x, grad_conv, ctx.geometry).t().reshape(-1, 1, 7, 7)
-        return grad_x, *(gradient.to(taps.dtype) for gradient in (grad_weight, *grads)), None, None, None
+        return grad_x, grad_weight, *grads, None, None, None
 
 
 def depthwise_norm(x: Tensor, conv: torch.nn.Conv2d, norm: torch.nn.LayerNorm, geometry: Geometry) -> Tensor:

@@ -7,7 +7,7 @@ With a = gelu(h), G the norm of each channel over an image's tokens, M = mean(G)
                 dN = gamma P,  dG = dN / M - mean(dN G) / M^2,  da = dy s + a dG / G
                 dgamma = sum over images of N P,  dbeta = sum of Q
 
-Passes over tokens are Triton's on a GPU (triton_gelu_grn.py) and C++ on a CPU (cpu.py); values per image and channel are
+Passes over tokens are Triton's on a GPU (triton_gelu_grn.py), C++ on a CPU (cpu.py); values per image and channel are
 computed in PyTorch. Results are bitwise repeatable. GELU is exact (erf). The plain twin is in `Layout.gelu_grn`,
 models/sparse/layouts.py.
 """
@@ -32,7 +32,7 @@ class GeluGRN(torch.autograd.Function):
         scale = 1 + gamma.float() * norm / mean
         ctx.save_for_backward(h, gamma, norm, mean, scale)
         ctx.over_batch = over_batch
-        return passes.apply(h, scale, beta)
+        return passes.apply(h, scale, beta.float())
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -65,7 +65,9 @@ def weight_gradient_cpu(x: Tensor, grad: Tensor, index: Tensor | None) -> Tensor
 
     One convolution with B * C channels: images, or windows, [1, B * C, H, W] by gradients [B * C, 1, H, W].
     """
-    images, _, _, channels = x.shape
+    images, side, _, channels = x.shape
+    if index is not None and side == 1:  # a convolution with 1x1 kernels, in one thread, is a call for each channel
+        return (_rows(x, index) * grad).sum(0).permute(2, 0, 1)[:, None]
     if index is None:
         seen, padding = x.permute(1, 2, 0, 3), MARGIN
     else:

@@ -13,7 +13,9 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from models.kernels import depthwise, gelu_grn
+from models.kernels import triton_depthwise as depthwise
+from models.kernels import triton_gelu_grn as gelu_grn
+from models.kernels.depthwise import Geometry
 
 capability, channels, s = map(int, sys.argv[1:])
 target = GPUTarget("cuda", capability, 32)
@@ -26,8 +28,8 @@ def build(kernel, pointers, constants, warps):
 
 
 width, warps = depthwise._block(channels)
-place = depthwise.Geometry(2, 7 * (s or 8), 7 * (s or 8), s, 19 if s else 0, None, None)
-strip, _ = place.strips(channels)
+place = Geometry(2, 7 * (s or 8), 7 * (s or 8), s, 19 if s else 0, None, None)
+strip, _ = depthwise.strips_of(place, channels)
 where = {"S": strip, "DENSE": not s}
 names = ("x", "weight", "bias", "norm_weight", "norm_bias", "rstd", "partial")
 floats = dict.fromkeys(names, "*fp32") | dict.fromkeys(("out", "normed", "grad_conv", "grad", "h"), "*bf16")

@@ -1,23 +1,24 @@
-"""Depthwise convolution + LayerNorm kernel against its plain twin; in Triton's interpreter where there is no GPU."""
-
-from types import SimpleNamespace
+"""Depthwise convolution + LayerNorm kernels against their plain twin: C++, and Triton's, interpreted without a GPU."""
 
 import pytest
 import torch
 
 from models import kernels
-from models.kernels import depthwise
+from models.kernels import triton_depthwise
 from models.sparse.layouts import Dense, Packed
 from tests.models.helpers import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture
-def fused(monkeypatch):
-    """Use the kernels on this machine's device."""
-    switched_on = kernels.fused
-    monkeypatch.setattr(kernels, "fused", lambda x: switched_on(SimpleNamespace(is_cuda=True)))
+@pytest.fixture(params=["triton", "cpu"])
+def fused(request, monkeypatch):
+    """Use the kernels of this kind, whatever the machine."""
+    if request.param == "triton":
+        monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
+    elif DEVICE != "cpu" or not kernels.compiled():
+        pytest.skip("needs a CPU, without a GPU, and a C++ compiler")
+    return request.param
 
 
 def layers(channels: int) -> tuple[torch.nn.Conv2d, torch.nn.LayerNorm]:
@@ -60,7 +61,7 @@ def compare(layout, x, conv, norm, tolerance: float) -> None:
 )
 def test_packed(s, channels, dtype, tolerance, fused, monkeypatch):
     """Patches in all relative positions, in every stage; one image with a hidden border."""
-    monkeypatch.setattr(depthwise, "PROGRAMS", 21)  # three partial sums
+    monkeypatch.setattr(triton_depthwise, "PROGRAMS", 21)  # three partial sums
     visible = torch.zeros(1 if s == 8 else 2, 2, 3, dtype=torch.bool, device=DEVICE)
     visible[0, 0, 1:] = True
     if s < 8:

@@ -1,4 +1,4 @@
-"""GELU + GRN kernel against its plain twin; in Triton's interpreter where there is no GPU."""
+"""GELU + GRN kernels against their plain twin: C++, and Triton's, interpreted where there is no GPU."""
 
 import pytest
 import torch

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models import kernels
+
 MARGIN = 3  # tokens to each side that a 7x7 kernel covers
 
 
@@ -22,7 +24,7 @@ def plain(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 def dense(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """The same as `plain`, with a faster backward on a CPU."""
-    if x.device.type != "cpu" or not torch.is_grad_enabled():  # export: torch operations only
+    if not kernels.on_cpu(x):
         return plain(x, conv)
     return Depthwise.apply(*_cast(x, conv), None)
 

@@ -1,5 +1,7 @@
 """Mixed precision: which one a run uses, autocast, and loss scaling for fp16."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,38 @@ def precision(optim: Optim, device: torch.device) -> str:
 def autocast(device: torch.device, kind: str) -> torch.autocast:
     """Context manager that runs matrix products and convolutions in fp32, bf16 or fp16."""
     return torch.autocast(device.type, LOW_PRECISION.get(kind), enabled=kind in LOW_PRECISION)
+
+
+def exact_products() -> None:
+    """Choose who computes matrix products in fp32 on a CPU: MKL, or oneDNN where that is faster and as exact.
+
+    On CPUs of other makers than Intel, MKL takes a slow path: on an EPYC, oneDNN is 2.2 times as fast. Torch asks
+    oneDNN under the precision "medium", which allows bf16; where oneDNN makes use of that, MKL stays.
+    """
+    torch.set_float32_matmul_precision("highest")
+    if cpu_maker() == "GenuineIntel":
+        return
+    exact_error = _product_error()
+    torch.set_float32_matmul_precision("medium")
+    if not _product_error() <= 2 * exact_error:
+        torch.set_float32_matmul_precision("highest")
+
+
+def cpu_maker() -> str:
+    """The CPU's vendor, like GenuineIntel or AuthenticAMD; empty where Linux does not say."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def _product_error() -> float:
+    """Relative error of a product and of its gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(size, generator=generator) for size in ((512, 384), (384, 640), (512, 640)))
+    found, exact = (
+        [a @ b, g @ b.t(), a.t() @ g] for a, b, g in ((x, weight, grad), (x.double(), weight.double(), grad.double()))
+    )
+    return max(float((y - z).norm() / z.norm()) for y, z in zip(found, exact, strict=True))
 
 
 class LossScale:

@@ -17,6 +17,7 @@ from configs.compare import differences
 from configs.errors import LostPeer, UserError, reason
 from configs.schema import Run
 from launch.training.malloc import keep_memory
+from launch.training.precision import exact_products
 from models import kernels
 
 # gloo raises a plain RuntimeError for a lost connection, and torch for a dead loader process: only their text tells
@@ -62,6 +63,7 @@ def init_world(run: Run) -> World:
         if local_ranks > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun always sets 1 for several ranks
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         keep_memory()
+        exact_products()
         if run.kernels == "fused":
             kernels.compiled()  # now: it may take seconds
     timeout = timedelta(minutes=run.hang_minutes + 10)  # later than the watchdog, which can name the late rank

@@ -116,7 +116,7 @@ def draw(result: dict, path: Path) -> None:
 def main() -> None:
     """Entry point."""
     options = parse()
-    timing.prepare(options.device)
+    timing.prepare(options.device, options.threads)
     encoder = ConvNeXt(Encoder(options.model)).to(options.device)
     timing.randomize(encoder)
     about = {"bench": "encoder", "model": options.model, "precision": options.precision}

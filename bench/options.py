@@ -23,6 +23,7 @@ class Options:
     """Options of every benchmark."""
 
     device: Device = option("cpu", "where to run")
+    threads: PositiveInt | None = option(None, "threads on a CPU (default: all cores)")
     rounds: PositiveInt = option(7, "timed rounds")
     json: bool = option(False, "print JSON instead of a table")
     save: str | None = option(None, "also write bench/results/SAVE.json")

@@ -108,7 +108,7 @@ def main() -> None:
     """Entry point."""
     options = parse()
     device, precision = options.device, options.precision
-    timing.prepare(device)
+    timing.prepare(device, options.threads)
     models, work = pretraining(options) if options.stage == "pretrain" else finetuning(options)
     plain = models["masked" if options.stage == "pretrain" else "ours"]
     autocast = timing.autocast(device, precision)
@@ -122,21 +122,27 @@ def main() -> None:
     memory = timing.peak_memory(runs["step"], device)
     timed = {part: timing.measure(run, options.rounds, device) for part, run in runs.items()}
     dtype = timing.DTYPES[precision]
-    floor = 1e3 * options.batch * floor_seconds(work, peaks(device, dtype), dtype)
+    peak = peaks(device, dtype)
+    floor = 1e3 * options.batch * floor_seconds(work, peak, dtype)
     roofline = {name: round(floor / ms, 3) for name, ms in timed["forward+backward"]["milliseconds"].items()}
     keys = ("stage", "model", "batch", "size", "precision", "recompute")
     result = {"bench": "step"} | {key: getattr(options, key) for key in keys} | timing.machine(device)
     result |= {"relative_error": error, "parts": timed, "roofline_share": roofline} | memory
+    result["peak"] = {"gflops": round(peak[0] / 1e9), "gb_per_second": round(peak[1] / 1e9), "product": peak[2]}
 
     def row(head: str, cells: Iterable[object], form: str = "16.1f") -> str:
         return f"{head:16}{''.join(format(cell, form) for cell in cells)}"
 
     step, first = timed["step"], next(iter(models))
     about = f"{options.stage}, {options.model}, {precision}, batch {options.batch}, {options.size} px"
+    about += f", {result['threads']} threads" if device == "cpu" else ""
     lines = [f"{about}, {result['device']}", row("ms", models, ">16")]
     lines += [row(part, values["milliseconds"].values()) for part, values in timed.items()]
     lines.append(row("images/s", (1e3 * options.batch / ms for ms in step["milliseconds"].values())))
     lines.append(row("of the roofline", roofline.values(), "16.0%"))
+    lines.append(
+        "the roofline has {gflops} GFLOP/s (product by {product}), {gb_per_second} GB/s".format(**result["peak"])
+    )
     lines += [f"the step of {first} is {x:.2f}x as fast as that of {name}" for name, x in step["speedup"].items()]
     report(result, lines, options)
 

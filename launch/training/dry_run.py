@@ -26,8 +26,8 @@ evaluation, and the loader, which uses main memory.
   buffers      DeepSpeed's: gradients being reduced; with ZeRO 3 also the weights gathered for a pass
   activations  of a micro batch in {kind}, recompute {mode}; measured with {few} and {many} images on this {device}"""
 ON_CPU = """\
-               A GPU stores other tensors. With this project's kernels: .75 times as much for ConvNeXt V2 in fp32, .55
-               in bf16; with recompute as much in fp32, up to 1.5 times as much in bf16"""
+               The kernels, which are off here, store .75 times as much for ConvNeXt V2 in fp32, .55 in bf16; with
+               recompute as much in fp32, up to 1.5 times as much in bf16"""
 AUTO = """\
                optim.precision auto is fp32 here and bf16 on a GPU; use --optim.precision bf16 to plan for a GPU"""
 
@@ -63,7 +63,8 @@ def plan(
         extra["EMA"] = 4 * parameters
     notes = [LEGEND.format(kind=kind, mode=encoder.recompute, few=few, many=many, device=device.type.upper())]
     if device.type == "cpu":
-        notes += [ON_CPU, AUTO] if optim.precision == "auto" else [ON_CPU]
+        notes += [] if config.run.kernels == "fused" and kernels.compiled() else [ON_CPU]
+        notes += [AUTO] if optim.precision == "auto" else []
     lines = ["parameters", *parameter_table(model, groups, optim)]
     lines += [f"\n{config.run.name} on {_count(ranks, 'rank')}; nothing is started or written\n"]
     lines += [f"model   {encoder.arch.name}, {parameters / 1e6:.1f}M parameters, images of {height}x{width}", *steps]

@@ -41,7 +41,7 @@ def test_the_users_own_settings_stay():
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or os.cpu_count() < 2, reason="needs two cores of Linux")
 def test_a_busy_neighbour_slows_a_step_little():
-    """Two threads on two cores, one of them shared with a busy process. Spinning threads take 10 to 30 times as long."""
+    """Two threads on two cores, one of them shared with a busy process. Spinning threads take 10 to 30 times."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     env = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))}
 

@@ -3,6 +3,7 @@
 import io
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,12 +21,14 @@ PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # decoded besides .npy
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # PIL refuses larger pictures as decompression bombs, also in prepare.py
 
 
-def decode(data: bytes, channels: int | None = None) -> Tensor:
+def decode(data: bytes, channels: int | None = None, shrink: Callable[[int, int], int] | None = None) -> Tensor:
     """Decode an image to [C, H, W]: uint8, or float32 for more than 8 bits per channel (integers scaled to 0..1).
 
     Args:
         data: JPEG, PNG, WebP, GIF (first frame), or .npy of shape [H, W] or [H, W, C]
         channels: convert pictures to 1 (grey), 3 (RGB) or 4 (RGBA); None = as stored; .npy arrays are not converted
+        shrink: from a picture's height and width the factor 1, 2, 4 or 8 by which a JPEG may be smaller; its decoder
+            computes only the frequencies that the smaller picture needs
     Raises:
         UserError: damaged, of an unknown type, or a .npy with another number of channels. Pictures of more than
             `MAX_PIXELS`, and .npy headers that promise more bytes than follow, are refused before memory is allocated
@@ -37,11 +40,11 @@ def decode(data: bytes, channels: int | None = None) -> Tensor:
         return image
     if channels not in MODES:
         raise UserError(f"pictures cannot be read with {channels} channels: use .npy, or model.channels 1, 3 or 4")
-    image = _decode_picture(data, channels)
+    image = _decode_picture(data, channels, shrink)
     return image if channels is None else _to_channels(image, channels)
 
 
-def _decode_picture(data: bytes, channels: int | None) -> Tensor:
+def _decode_picture(data: bytes, channels: int | None, shrink: Callable[[int, int], int] | None) -> Tensor:
     """Decode a picture. PIL checks the header first (40 us): torchvision would allocate whatever size it claims."""
     try:
         with warnings.catch_warnings():
@@ -51,6 +54,11 @@ def _decode_picture(data: bytes, channels: int | None) -> Tensor:
                 return _from_pil(picture, channels)
             if picture.format == "PNG":  # torchvision's libpng crashes the process on damaged files (0.29)
                 return _decode_png(picture, data, channels)
+            if shrink and picture.format == "JPEG" and picture.mode in ("L", "RGB"):
+                factor = shrink(picture.height, picture.width)
+                if factor > 1:
+                    picture.draft(picture.mode, (picture.width // factor, picture.height // factor))
+                    return _from_pil(picture, channels)
             mode = MODES[3 if channels == 4 and picture.format != "WEBP" else channels]  # JPEG has no alpha
             return decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
     except Image.DecompressionBombError:

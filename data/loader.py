@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from data.prefetch import Prefetcher
 from data.remote import Remote
 from data.sampler import SUBSTITUTES, EpochOrder, EvalBatches, TrainBatches
 from data.shards import Split
-from data.transforms import sample_rng, to_float
+from data.transforms import crop_shrink, sample_rng, to_float
 
 MAX_WORKERS = 8
 MAX_REPLACEMENTS = 20  # images tried in place of a damaged one
@@ -41,11 +42,16 @@ class Samples(Dataset):
 
     A damaged image is replaced by another one and marked in "damaged". The replacement depends on seed, epoch and
     sample only, so it is the same on every machine and in resumed runs. With `score`, for evaluation, it gets target
-    -1, so that it is not counted. If all replacements are damaged as well, `UserError` is raised.
+    -1, so that it is not counted. If all replacements are damaged as well, `UserError` is raised. For `shrink` see
+    `data.decode.decode`.
     """
 
-    def __init__(self, split: Split, channels: int, seed: int, transform: Transform, score: bool = False):
+    def __init__(
+        self, split: Split, channels: int, seed: int, transform: Transform, score: bool = False,
+        shrink: Callable[[int, int], int] | None = None,
+    ):  # fmt: skip
         self.split, self.channels, self.seed, self.transform, self.score = split, channels, seed, transform, score
+        self.shrink = shrink
 
     def __getitem__(self, index: tuple[int, int, int]) -> dict[str, Tensor | int | bool]:
         epoch, sample, view = index
@@ -62,7 +68,7 @@ class Samples(Dataset):
         """Image and label of a sample, or None and a description of the damage."""
         try:
             data, label = self.split.read(sample)
-            return decode(data, self.channels), label
+            return decode(data, self.channels, self.shrink), label
         except RemoteUserError:  # the image is not damaged, but cannot be fetched
             raise
         except UserError as error:
@@ -168,7 +174,8 @@ def train_loader(
     if batches.steps_per_epoch == 0:
         problem = f"{split.folder} has {len(order)} samples in split {split.name}, fewer than one batch"
         raise UserError(f"{problem}: lower optim.batch_size (now {optim.batch_size})")
-    return Loader(Samples(split, channels, seed, transform), batches, data.workers, pin)
+    shrink = partial(crop_shrink, data) if data.shrink_jpeg else None
+    return Loader(Samples(split, channels, seed, transform, shrink=shrink), batches, data.workers, pin)
 
 
 def eval_loader(

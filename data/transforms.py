@@ -56,6 +56,13 @@ def random_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def crop_shrink(data: Data, height: int, width: int) -> int:
+    """Factor 1, 2, 4 or 8 by which an image may be smaller so that no random crop has fewer pixels than `data.size`."""
+    area, (low, high) = height * width * data.crop_scale[0], data.crop_ratio
+    spare = min(math.sqrt(area / high) / data.height_width[0], math.sqrt(area * low) / data.height_width[1])
+    return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, spare))
+
+
 def random_crop(image: Tensor, rng: np.random.Generator, data: Data) -> Tensor:
     """A random crop of the image at `data.size` (antialiased), mirrored with probability `hflip`, `vflip`."""
     box = random_box(rng, image.shape[1], image.shape[2], data.crop_scale, data.crop_ratio)

@@ -1,0 +1,82 @@
+"""JPEGs much larger than the crops are decoded at 1/2, 1/4 or 1/8 of their size."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from configs.errors import UserError
+from configs.schema import Data, Optim
+from data.decode import decode
+from data.loader import train_loader
+from data.shards import open_split
+from data.transforms import PretrainTransform, crop_shrink
+from tests.conftest import ROOT, run
+
+
+def photo(height: int, width: int, mode: str = "RGB", kind: str = "jpeg") -> bytes:
+    """A smooth picture, as photographs are."""
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, channels), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels.squeeze(), mode).resize((width, height), Image.BICUBIC).save(out, kind, quality=95)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 3), ("RGB", 1), ("RGB", 4), ("CMYK", 3)])
+def test_equal_to_the_full_picture_within_two_grey_levels(mode, channels, factor):
+    data = photo(600, 800, mode)
+    full, small = decode(data, channels), decode(data, channels, lambda height, width: factor)
+    if mode != "CMYK":  # decoded in full: only grey and RGB are safe
+        assert small.shape == (channels, 600 // factor, 800 // factor)
+    a, b = (F.resize(image, [60, 80], F.InterpolationMode.BICUBIC, antialias=True).float() for image in (full, small))
+    assert (a - b).abs().mean() < 2
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "gif"])
+def test_other_formats_are_decoded_in_full(kind):
+    assert decode(photo(64, 96, kind=kind), 3, lambda *_: 8).shape == (3, 64, 96)
+
+
+def test_damage_is_still_an_error():
+    data = photo(600, 800)
+    with pytest.raises(UserError, match="not a readable image"):
+        decode(data[: len(data) // 2], 3, lambda *_: 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "side", "factor"),
+    [
+        (224, (0.2, 1.0), (3000, 4000), 4),
+        (224, (0.2, 1.0), (375, 500), 1),
+        (224, (1.0, 1.0), (2000, 2000), 4),
+        (32, (0.2, 1.0), (3000, 4000), 8),
+        ([64, 512], (0.2, 1.0), (3000, 4000), 2),
+        (224, (0.2, 1.0), (1, 1), 1),
+    ],
+)
+def test_no_crop_has_fewer_pixels_than_asked_for(size, scale, side, factor):
+    data = Data(size=tuple(size) if isinstance(size, list) else size, crop_scale=scale)
+    assert crop_shrink(data, *side) == factor
+
+
+def test_the_loader_does_it_unless_switched_off(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        (tmp_path / f"photos/{i}.jpg").write_bytes(photo(600, 800))
+    run("python", ROOT / "data/prepare.py", tmp_path / "photos", tmp_path / "shards")
+    shapes = []
+
+    class Seen(PretrainTransform):
+        def __call__(self, image: torch.Tensor, *rest):
+            shapes.append(tuple(image.shape))
+            return super().__call__(image, *rest)
+
+    for shrink in (True, False):
+        data = Data(path=str(tmp_path / "shards"), size=64, workers=0, shrink_jpeg=shrink)
+        next(iter(train_loader(open_split(data), Seen(data, (2, 2), 2), 3, 0, data, Optim(batch_size=2, epochs=1))))
+    assert shapes == [(3, 150, 200)] * 2 + [(3, 600, 800)] * 2

@@ -71,11 +71,14 @@ def compare_pixels(split: Split, size: int, images: int, shrink: Callable[[int, 
         ours = decode(data, 3, shrink)
         theirs = Image.open(io.BytesIO(data)).convert("RGB")
         factor = round(theirs.height / ours.shape[1])
-        box = [int(side * rng.uniform(*part)) // 8 for side in theirs.size[::-1] for part in ((0.1, 0.3), (0.5, 0.7))]
-        top, height, left, width = (8 * value for value in box)
+        box = []
+        for side in ours.shape[1:]:
+            box += [side // 6, int(side * rng.uniform(0.4, 0.7))]
+        top, height, left, width = box
         options = {"size": [size, size], "interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
-        a = F.resized_crop(ours, *(value // factor for value in (top, left, height, width)), **options).float()
-        b = F.pil_to_tensor(F.resized_crop(theirs, top, left, height, width, **options)).float()
+        a = F.resized_crop(ours, top, left, height, width, **options).float()
+        box = [factor * value for value in (top, left, height, width)]
+        b = F.pil_to_tensor(F.resized_crop(theirs, *box, **options)).float()
         largest = max(largest, float((a - b).abs().mean()))
     if largest > TOLERANCE:
         raise UserError(f"our crops differ from PIL's by {largest:.1f} grey levels: not timed")

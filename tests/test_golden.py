@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from launch.training.summary import cpu_name
+from models import kernels
 from tests.conftest import ROOT, run, run_ranks
 
 GOLDEN = ROOT / "tests/golden.json"
@@ -36,10 +37,11 @@ CASES = {  # number of ranks, and the words of the command
 
 
 def machine() -> str:
-    """What rounding depends on: the processor, its instruction sets, and torch."""
+    """What rounding depends on: the processor, its instruction sets, the C++ kernels, and torch."""
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     flags = next((line for line in info if line.startswith("flags")), platform.processor())
-    return f"{cpu_name()}, {hashlib.sha256(flags.encode()).hexdigest()[:8]}, torch {torch.__version__}"
+    kernel = "C++ kernels, " if kernels.compiled() else ""
+    return f"{cpu_name()}, {kernel}{hashlib.sha256(flags.encode()).hexdigest()[:8]}, torch {torch.__version__}"
 
 
 def measure(case: str, shards: Path, runs: Path) -> dict:

@@ -154,9 +154,9 @@ def state_bytes(sizes: Sequence[int], ranks: int, stage: int) -> dict[str, int]:
 def activation_bytes(model: nn.Module, batches: list[Sequence[Tensor]], micro: int, low: bool) -> int:
     """Bytes that a micro batch stores for its backward pass, extrapolated from two smaller batches.
 
-    They are linear in the images; the constant part is the weights' copies in bf16. With activation checkpointing, the
-    largest recomputed block or MLP is added. `batches` are the model's inputs for two numbers of images, `micro` is the
-    number wanted, `low` is bf16 autocast.
+    They are linear in the images; the constant part is copies of weights, in bf16 or reordered. With activation
+    checkpointing, the largest recomputed block or MLP is added. `batches` are the model's inputs for two numbers of
+    images, `micro` is the number wanted, `low` is bf16 autocast.
     """
     encoder = getattr(model, "encoder", model)
     mode = encoder.recompute

@@ -1,11 +1,10 @@
 """Mixed precision: which one a run uses, autocast, and loss scaling for fp16."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.machine import cpu_info
 from configs.schema import Optim
 
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,9 +42,7 @@ def exact_products() -> None:
 
 def cpu_maker() -> str:
     """The CPU's vendor, like GenuineIntel or AuthenticAMD; empty where Linux does not say."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    return cpu_info("vendor_id")
 
 
 def _product_error() -> float:

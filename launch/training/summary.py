@@ -9,6 +9,7 @@ import torch
 
 from configs.compare import to_dict
 from configs.files import write_atomic
+from configs.machine import cpu_info
 from configs.schema import Finetune, Pretrain
 from launch.training.world import World
 
@@ -26,6 +27,4 @@ def write_summary(folder: Path, config: Pretrain | Finetune, world: World, secon
 
 def cpu_name() -> str:
     """Model name of the CPU."""
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return cpu_info("model name") or platform.processor() or platform.machine()

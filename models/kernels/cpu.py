@@ -17,6 +17,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from configs.log import say
+from configs.machine import cpu_info
 from models.kernels.depthwise import Geometry
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -25,7 +26,7 @@ FLAGS = [
     "-Wno-psabi",
 ]  # fmt: skip
 TILES = (8, 7, 4, 2, 1)  # sides that cpu.cpp is compiled for; a visible patch is a tile
-INSTALL = "PyTorch operations are used, which take about twice as long"
+INSTEAD = "PyTorch operations are used, which take about twice as long"
 
 
 class Place(ctypes.Structure):
@@ -44,14 +45,15 @@ class Norm(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with a line that says so, where they cannot be compiled. CXX names the compiler."""
+    """The compiled kernels, or None with a printed reason. The variable CXX names another compiler than c++."""
     compiler = os.environ.get("CXX", "c++")
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        say(f"no C++ compiler ({compiler}): {INSTALL} (Debian, Ubuntu: apt-get install g++)")
+        say(f"no C++ compiler ({compiler}): {INSTEAD} (Debian, Ubuntu: apt-get install g++)")
         return None
-    key = hashlib.sha256(SOURCE.read_bytes() + version + _cpu() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    cpu = cpu_info("flags", "Features") or platform.processor()  # what -march=native depends on
+    key = hashlib.sha256(SOURCE.read_bytes() + version + " ".join([cpu, *FLAGS]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "convnext-fcmae-kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,11 +62,11 @@ def library() -> ctypes.CDLL | None:
             if not path.exists():
                 _compile(compiler, path)
     except OSError as error:
-        say(f"{folder}: {error.strerror.lower()}, so the CPU kernels cannot be kept there: {INSTALL}")
+        say(f"{folder}: {error.strerror.lower()}, so the CPU kernels cannot be kept there: {INSTEAD}")
         return None
     except subprocess.CalledProcessError as error:
         message = error.stderr.decode(errors="replace").strip().splitlines()
-        say(f"{compiler} cannot compile the CPU kernels ({message[0] if message else 'no message'}): {INSTALL}")
+        say(f"{compiler} cannot compile the CPU kernels ({message[0] if message else 'no message'}): {INSTEAD}")
         return None
     return ctypes.CDLL(str(path))
 
@@ -75,13 +77,6 @@ def _compile(compiler: str, path: Path) -> None:
         built = Path(folder) / path.name
         subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built)], capture_output=True, check=True)
         built.replace(path)
-
-
-def _cpu() -> bytes:
-    """What -march=native depends on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor()).encode()
 
 
 def convolve(x: Tensor, taps: Tensor, geometry: Geometry, out: Tensor, norm: dict | None = None) -> None:

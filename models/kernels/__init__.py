@@ -5,6 +5,8 @@ Triton is imported, and the C++ compiled, when the first kernel runs.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,6 +28,11 @@ def on_gpu(x: Tensor) -> bool:
 def on_cpu(x: Tensor) -> bool:
     """Whether x is on a CPU, and its operations need not be torch's, as for export and torch.compile."""
     return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def passes(x: Tensor, name: str) -> ModuleType:
+    """The passes over tokens x of the kernel `name`: Triton's or C++."""
+    return import_module(f"models.kernels.{f'triton_{name}' if on_gpu(x) else 'cpu'}")
 
 
 def output_dtype(x: Tensor) -> torch.dtype:

@@ -30,7 +30,7 @@ class DepthwiseNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, norm_weight, norm_bias, eps: float, geometry: Geometry, dtype: torch.dtype):
-        passes = _passes(x)
+        passes = kernels.passes(x, "depthwise")
         x = x.contiguous()
         taps = weight.flatten(1).t().float().contiguous()
         bias, norm_weight, norm_bias = bias.float(), norm_weight.float(), norm_bias.float()
@@ -46,7 +46,7 @@ class DepthwiseNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, taps, norm_weight, normed, rstd = ctx.saved_tensors
-        passes = _passes(x)
+        passes = kernels.passes(x, "depthwise")
         grad_conv, grads = passes.grad_norm(grad.contiguous(), normed, rstd, norm_weight)
         grad_x = torch.empty_like(x)
         passes.convolve(grad_conv, taps.flip(0), ctx.geometry, grad_x)  # flipped taps
@@ -58,11 +58,3 @@ def depthwise_norm(x: Tensor, conv: torch.nn.Conv2d, norm: torch.nn.LayerNorm, g
     """`norm(conv(x))` of rows x [T, C] that `geometry` places in images; in autocast's type, or x's."""
     dtype = kernels.output_dtype(x)
     return DepthwiseNorm.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, geometry, dtype)
-
-
-def _passes(x: Tensor):
-    if kernels.on_gpu(x):
-        from models.kernels import triton_depthwise as passes
-    else:
-        from models.kernels import cpu as passes
-    return passes

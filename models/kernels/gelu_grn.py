@@ -23,7 +23,7 @@ class GeluGRN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, gamma: Tensor, beta: Tensor, eps: float, over_batch: bool):
-        h, passes = h.contiguous(), _passes(h)
+        h, passes = h.contiguous(), kernels.passes(h, "gelu_grn")
         squares = passes.sum_squares(h)
         if over_batch:
             squares = squares.sum(0, keepdim=True).expand(len(h), -1)
@@ -37,7 +37,7 @@ class GeluGRN(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         h, gamma, norm, mean, scale = ctx.saved_tensors
-        grad, passes = grad.contiguous(), _passes(h)
+        grad, passes = grad.contiguous(), kernels.passes(h, "gelu_grn")
         products, plain = passes.sum_products(h, grad).unbind(1)
         grad_gamma, grad_beta = (norm / mean * products).sum(0), plain.sum(0)
         if ctx.over_batch:  # all images share one norm
@@ -52,11 +52,3 @@ class GeluGRN(torch.autograd.Function):
 def gelu_grn(h: Tensor, gamma: Tensor, beta: Tensor, eps: float, over_batch: bool = False) -> Tensor:
     """GRN(gelu(h)) of h [images, ..., D]; the norm is over each image's tokens or, with `over_batch`, the batch's."""
     return GeluGRN.apply(h.flatten(1, -2), gamma, beta, eps, over_batch).view_as(h)
-
-
-def _passes(h: Tensor):
-    if kernels.on_gpu(h):
-        from models.kernels import triton_gelu_grn as passes
-    else:
-        from models.kernels import cpu as passes
-    return passes

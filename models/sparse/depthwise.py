@@ -82,9 +82,7 @@ def weight_gradient_cpu(x: Tensor, grad: Tensor, index: Tensor | None) -> Tensor
 
 def _cast(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor]:
     """The arguments in autocast's type: autocast does not apply inside of a Function."""
-    dtype, device = x.dtype, x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = kernels.output_dtype(x)
     return x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype)
 
 

@@ -96,6 +96,21 @@ template <int S> struct Tiles {
     static int32_t row_of(const int32_t *window, int y, int x) { return window[(y + MARGIN) * SIDE + x + MARGIN]; }
 };
 
+// Call body(kx, o, value) for each tap kx, output o and visible input `value` of a row of a window: L channels from c on.
+template <int S, int L, class X, class Body>
+inline void over_taps(const X *x, const int32_t *rows, int64_t C, int64_t c, Body &&body) {
+#pragma GCC unroll 16
+    for (int j = 0; j < S + 2 * MARGIN; j++) {
+        if (rows[j] < 0)
+            continue;
+        Floats<L> value = load<L>(x + rows[j] * C + c);
+#pragma GCC unroll 8
+        for (int kx = 0; kx < KERNEL; kx++)
+            if (int o = j - kx; o >= 0 && o < S)
+                body(kx, o, value);
+    }
+}
+
 // Convolve row y of a tile, L channels from c on: out [S, C].
 template <int S, int L, class X>
 inline void convolve_row(const X *x, const float *taps, const float *bias, const int32_t *window, int y, int64_t C,
@@ -106,16 +121,7 @@ inline void convolve_row(const X *x, const float *taps, const float *bias, const
     for (int ky = 0; ky < KERNEL; ky++) {
         const int32_t *rows = window + (y + ky) * Tiles<S>::SIDE;
         const float *tap = taps + ky * KERNEL * C + c;
-#pragma GCC unroll 16
-        for (int j = 0; j < S + 2 * MARGIN; j++) {
-            if (rows[j] < 0)
-                continue;
-            Floats<L> value = load<L>(x + rows[j] * C + c);
-#pragma GCC unroll 8
-            for (int kx = 0; kx < KERNEL; kx++)
-                if (int o = j - kx; o >= 0 && o < S)
-                    sums[o] += load<L>(tap + kx * C) * value;
-        }
+        over_taps<S, L>(x, rows, C, c, [&](int kx, int o, Floats<L> value) { sums[o] += load<L>(tap + kx * C) * value; });
     }
     for (int o = 0; o < S; o++)
         store<L>(out + o * C + c, sums[o]);
@@ -198,16 +204,8 @@ void grad_taps(const X *x, const float *grad, float *partial, int64_t chunks, co
                             int64_t row = Tiles<S>::row_of(window, y, o);
                             grads[o] = row < 0 ? Floats<L>{} : load<L>(grad + row * C + c);
                         }
-#pragma GCC unroll 16
-                        for (int j = 0; j < SIDE; j++) {
-                            if (rows[j] < 0)
-                                continue;
-                            Floats<L> value = load<L>(x + rows[j] * C + c);
-#pragma GCC unroll 8
-                            for (int kx = 0; kx < KERNEL; kx++)
-                                if (int o = j - kx; o >= 0 && o < S)
-                                    taps[kx] += grads[o] * value;
-                        }
+                        over_taps<S, L>(x, rows, C, c,
+                                        [&](int kx, int o, Floats<L> value) { taps[kx] += grads[o] * value; });
                     }
                     for (int kx = 0; kx < KERNEL; kx++) {
                         float *sum = sums + (ky * KERNEL + kx) * C + c;

@@ -15,6 +15,9 @@ if ! .venv/bin/python -c 'import models.sparse.minkowski' 2>/dev/null; then
     select="$select and not minkowski"
     missing+=("NOT RUN: tests of --model.backend minkowski; to run them: bash launch/install_minkowski.sh")
 fi
+if ! command -v "${CXX:-c++}" >/dev/null; then
+    missing+=("NOT RUN: tests of the C++ kernels; to run them: apt-get install g++")
+fi
 if ! command -v chromium >/dev/null; then
     select="$select and not browser"
     missing+=("NOT RUN: browser tests; to run them: apt-get install chromium")

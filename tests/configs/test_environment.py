@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))}
 STEP = """
 import sys, time
 import configs
@@ -28,8 +29,9 @@ def variables(**given: str) -> dict[str, str]:
     code = (
         "import os, configs; print({k: v for k, v in os.environ.items() if k in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')})"
     )
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))} | given
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=CLEAN | given, capture_output=True, text=True, check=True
+    )
     return ast.literal_eval(done.stdout)
 
 
@@ -43,18 +45,15 @@ def test_the_users_own_settings_stay():
 def test_a_busy_neighbour_slows_a_step_little():
     """Two threads on two cores, one of them shared with a busy process. Spinning threads take 10 to 30 times."""
     cores = sorted(os.sched_getaffinity(0))[:2]
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP", "OMP"))}
+    pin = {"preexec_fn": lambda: os.sched_setaffinity(0, cores)}
 
     def fastest() -> float:
         step = [sys.executable, "-c", STEP]
-        pin = {"preexec_fn": lambda: os.sched_setaffinity(0, cores)}
-        done = subprocess.run(step, cwd=ROOT, env=env, capture_output=True, text=True, check=True, **pin)
+        done = subprocess.run(step, cwd=ROOT, env=CLEAN, capture_output=True, text=True, check=True, **pin)
         return sorted(map(float, done.stdout.split()))[2]
 
     alone = fastest()
-    with subprocess.Popen(
-        [sys.executable, "-c", "while True: pass"], preexec_fn=lambda: os.sched_setaffinity(0, cores)
-    ) as neighbour:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"], **pin) as neighbour:
         try:
             beside = fastest()
         finally:

@@ -11,6 +11,10 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 using std::int32_t, std::int64_t, std::uint16_t, std::uint32_t;
 
 constexpr int MARGIN = 3, KERNEL = 7;
@@ -45,6 +49,13 @@ template <int L> inline Floats<L> load(const bf16 *from) {
 template <int L> inline void store(float *to, Floats<L> values) { std::memcpy(to, &values, sizeof values); }
 
 template <int L> inline void store(bf16 *to, Floats<L> values) { // rounds to nearest even; NaN stays NaN
+#if defined(__AVX512BF16__)
+    if constexpr (L == 16) {
+        auto rounded = _mm512_cvtneps_pbh((__m512)values);
+        std::memcpy(to, &rounded, sizeof rounded);
+        return;
+    }
+#endif
     Words<L> words = (Words<L>)values;
     Words<L> rounded = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
     Halves<L> halves = __builtin_convertvector(values == values ? rounded : (Words<L>)(rounded * 0 + 0x7fc0), Halves<L>);
@@ -253,101 +264,184 @@ void norm_backward(const Y *grad, const Y *normed, const float *rstd, const floa
     }
 }
 
-// GELU is h Phi(h), its slope Phi(h) + h phi(h). With q = exp(-h^2 / 2), Phi(-|h|) = q P(t), t = 1 / (1 + .21 |h|): a
-// minimax fit, relative error 1.6e-8.
+constexpr float INV_SQRT_2PI = 0.39894228f;
+
+// A polynomial, highest coefficient first.
+template <int L, class... More> inline Floats<L> horner(Floats<L> x, float first, More... more) {
+    Floats<L> sum = Floats<L>{} + first;
+    ((sum = sum * x + more), ...);
+    return sum;
+}
+
+// exp(x) of x <= 0, as 2^k exp(r) with |r| <= log(2) / 2; 0 below -87.
+template <int L> inline Floats<L> exp_negative(Floats<L> x) {
+    typedef int32_t Ints __attribute__((vector_size(4 * L)));
+    x = x < -87.0f ? Floats<L>{} - 87.0f : x;
+    Floats<L> k = x * 1.44269504f + 12582912.0f; // rounds to an integer
+    Ints power = (Ints)k << 23;
+    k -= 12582912.0f;
+    Floats<L> r = x - k * 0.693359375f - k * -2.12194440e-4f;
+    Floats<L> e = horner<L>(r, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f);
+    return (Floats<L>)((Ints)e + power);
+}
+
+// GELU is h Phi(h), its slope Phi(h) + h phi(h). Both fits are minimax.
 template <int L> struct Gelu {
     Floats<L> cdf, density; // Phi, and phi times sqrt(2 pi)
 
-    explicit Gelu(Floats<L> h) {
-        constexpr float P[] = {-0.07165733f, 0.28359364f, -0.33026418f, 0.34941384f, -0.09393451f,
-                               0.12487694f,  0.06919101f, 0.08506903f,  0.08371156f};
-        Floats<L> size = h < 0 ? -h : h;
-        Floats<L> t = 1.0f / (1.0f + 0.21f * size);
-        Floats<L> fit = P[0] * t + P[1];
-#pragma GCC unroll 8
-        for (int i = 2; i < 9; i++)
-            fit = fit * t + P[i];
-        density = exp_negative(-0.5f * h * h);
-        Floats<L> tail = density * fit * t;
+    // With q = exp(-h^2 / 2) and t = 1 / (1 + .21 |h|): Phi(-|h|) = q P(t), relative error 1.6e-8.
+    Gelu(Floats<L> h, float) {
+        density = exp_negative<L>(-0.5f * h * h);
+        Floats<L> t = 1.0f / (1.0f + 0.21f * (h < 0 ? -h : h));
+        Floats<L> tail = density * t * horner<L>(t, -0.07165733f, 0.28359364f, -0.33026418f, 0.34941384f, -0.09393451f,
+                                                    0.12487694f, 0.06919101f, 0.08506903f, 0.08371156f);
         cdf = h < 0 ? tail : 1.0f - tail;
     }
 
-    // exp of x <= 0, as 2^k exp(r) with |r| <= log(2) / 2; 0 below -87
-    static Floats<L> exp_negative(Floats<L> x) {
-        typedef int32_t Ints __attribute__((vector_size(4 * L)));
-        x = x < -87.0f ? Floats<L>{} - 87.0f : x;
-        Floats<L> k = x * 1.44269504f + 12582912.0f; // rounds to an integer
-        Ints power = (Ints)k << 23;
-        k -= 12582912.0f;
-        Floats<L> r = x - k * 0.693359375f - k * -2.12194440e-4f;
-        Floats<L> e = r * (1.0f / 720) + (1.0f / 120);
-        e = e * r + (1.0f / 24);
-        e = e * r + (1.0f / 6);
-        e = e * r + 0.5f;
-        e = e * r * r + r + 1.0f;
-        return (Floats<L>)((Ints)e + power);
+    // For bf16, whose own error is 2e-3: Phi(h) = .5 + h P(h^2), absolute error 1.3e-5; constant beyond 4.25.
+    Gelu(Floats<L> h, bf16) {
+        density = exp_negative<L>(-0.5f * h * h);
+        Floats<L> near = h > 4.25f ? Floats<L>{} + 4.25f : h < -4.25f ? Floats<L>{} - 4.25f : h;
+        cdf = 0.5f + near * horner<L>(near * near, 5.56489287e-11f, -5.32778399e-9f, 2.25543618e-7f, -5.62644174e-6f,
+                                      9.34188326e-5f, -1.1085616e-3f, 9.81597284e-3f, -6.63444932e-2f, 0.398902339f);
     }
 };
-constexpr float INV_SQRT_2PI = 0.39894228f;
 
-constexpr int GROUP = 4; // vectors of channels at a time: one alone would wait for memory
+struct Grn { // models/kernels/gelu_grn.py
+    int64_t images, tokens, D, over_batch;
+    const float *gamma;
+    float eps;
+};
 
-// Sums over the tokens of an image: of gelu(h)^2 to `sums` [images, D]; with `grad`, of grad gelu(h) and grad [images, 2, D].
-template <int L, int N, class H>
-inline void reduce_channels(const H *h, const H *grad, float *sums, int64_t first, int64_t last, int64_t D, int64_t c) {
+constexpr int GROUP = 4;    // vectors of channels at a time: one alone would wait for memory
+constexpr int PART = 64;    // tokens of a partial sum: less rounding
+
+// Sums over an image's tokens, N vectors of channels from c on: of a^2, a = gelu(h) (also stored in `out`), to sums [D];
+// or, backward, of grad a and of grad, to sums [2, D].
+template <bool BACKWARD, int L, int N, class H>
+inline void sum_channels(const H *h, const H *grad, H *out, float *sums, int64_t tokens, int64_t D, int64_t c) {
     Floats<L> a_sum[N] = {}, g_sum[N] = {};
-    for (; first < last; first += 64) {
-        Floats<L> a_part[N] = {}, g_part[N] = {}; // sums of sums: less rounding
-        for (int64_t t = first; t < std::min(first + 64, last); t++)
+    for (int64_t first = 0; first < tokens; first += PART) {
+        Floats<L> a_part[N] = {}, g_part[N] = {};
+        for (int64_t t = first; t < std::min(first + PART, tokens); t++)
             for (int i = 0; i < N; i++) {
-                auto x = load<L>(h + t * D + c + i * L);
-                auto a = x * Gelu<L>(x).cdf;
-                auto g = grad ? load<L>(grad + t * D + c + i * L) : a;
-                a_part[i] += g * a, g_part[i] += g;
+                int64_t at = t * D + c + i * L;
+                auto x = load<L>(h + at);
+                auto a = x * Gelu<L>(x, H()).cdf;
+                if constexpr (BACKWARD) {
+                    auto g = load<L>(grad + at);
+                    a_part[i] += g * a, g_part[i] += g;
+                } else {
+                    a_part[i] += a * a;
+                    store<L>(out + at, a);
+                }
             }
         for (int i = 0; i < N; i++)
             a_sum[i] += a_part[i], g_sum[i] += g_part[i];
     }
     for (int i = 0; i < N; i++) {
         store<L>(sums + c + i * L, a_sum[i]);
-        if (grad)
+        if constexpr (BACKWARD)
             store<L>(sums + D + c + i * L, g_sum[i]);
     }
 }
 
-template <class H>
-void reduce(const H *h, const H *grad, float *sums, int64_t images, int64_t tokens, int64_t D, int threads) {
+// The sums of all images; called by all threads.
+template <bool BACKWARD, class H> void sum_tokens(const Grn &grn, const H *h, const H *grad, H *out, float *sums) {
     constexpr int BLOCK = GROUP * WIDEST;
-    int64_t blocks = (D + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t task = 0; task < images * blocks; task++) {
-        int64_t image = task / blocks, c = task % blocks * BLOCK, first = image * tokens, last = first + tokens;
-        float *out = sums + image * (grad ? 2 : 1) * D;
+    int64_t D = grn.D, blocks = (D + BLOCK - 1) / BLOCK;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < grn.images * blocks; task++) {
+        int64_t image = task / blocks, c = task % blocks * BLOCK, at = image * grn.tokens * D;
+        float *to = sums + image * (BACKWARD ? 2 : 1) * D;
+        const H *g = BACKWARD ? grad + at : nullptr;
+        H *o = BACKWARD ? nullptr : out + at;
         if (c + BLOCK <= D)
-            reduce_channels<WIDEST, GROUP>(h, grad, out, first, last, D, c);
+            sum_channels<BACKWARD, WIDEST, GROUP>(h + at, g, o, to, grn.tokens, D, c);
         else
-            over_channels(c, D, [&](auto L, int64_t c) { reduce_channels<L, 1>(h, grad, out, first, last, D, c); });
+            over_channels(c, D, [&](auto L, int64_t c) { sum_channels<BACKWARD, L, 1>(h + at, g, o, to, grn.tokens, D, c); });
     }
 }
 
-// out = gelu(h) scale + shift, or, with `grad`, (grad scale + gelu(h) ratio) gelu'(h); scale, ratio [images, D].
+// out = gelu(h) (1 + gamma norm / mean) + beta. Saves norm [images, D] and mean [images].
 template <class H>
-void apply(const H *h, const H *grad, const float *scale, const float *shift, const float *ratio, H *out, int64_t images,
-           int64_t tokens, int64_t D, int threads) {
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
-    for (int64_t t = 0; t < images * tokens; t++) {
-        int64_t image = t / tokens;
-        over_channels(0, D, [&](auto L, int64_t c) {
-            auto x = load<L>(h + t * D + c), s = load<L>(scale + image * D + c);
-            Gelu<L> gelu(x);
-            auto a = x * gelu.cdf;
-            if (!grad) {
-                store<L>(out + t * D + c, a * s + load<L>(shift + c));
-            } else {
-                auto g = load<L>(grad + t * D + c) * s + a * load<L>(ratio + image * D + c);
-                store<L>(out + t * D + c, g * (gelu.cdf + x * INV_SQRT_2PI * gelu.density));
+void gelu_grn(const Grn &grn, const H *h, const float *beta, H *out, float *norm, float *mean, int threads) {
+    int64_t images = grn.images, tokens = grn.tokens, D = grn.D;
+#pragma omp parallel num_threads(threads)
+    {
+        sum_tokens<false>(grn, h, (const H *)nullptr, out, norm);
+        if (grn.over_batch) {
+#pragma omp for
+            for (int64_t c = 0; c < D; c++) {
+                float sum = 0;
+                for (int64_t i = 0; i < images; i++)
+                    sum += norm[i * D + c];
+                for (int64_t i = 0; i < images; i++)
+                    norm[i * D + c] = sum;
             }
-        });
+        }
+#pragma omp for
+        for (int64_t i = 0; i < images; i++) {
+            double sum = 0;
+            for (int64_t c = i * D; c < (i + 1) * D; c++)
+                sum += norm[c] = std::sqrt(norm[c]);
+            mean[i] = sum / D + grn.eps;
+        }
+#pragma omp for schedule(dynamic, 16)
+        for (int64_t t = 0; t < images * tokens; t++) {
+            const float *n = norm + t / tokens * D;
+            float factor = 1 / mean[t / tokens];
+            over_channels(0, D, [&](auto L, int64_t c) {
+                auto scale = 1.0f + load<L>(grn.gamma + c) * load<L>(n + c) * factor;
+                store<L>(out + t * D + c, load<L>(out + t * D + c) * scale + load<L>(beta + c));
+            });
+        }
+    }
+}
+
+// Gradients of h, gamma and beta; scratch: sums [images, 2, D], ratio [images, D].
+template <class H>
+void gelu_grn_backward(const Grn &grn, const H *h, const H *grad, const float *norm, const float *mean, float *sums,
+                       float *ratio, H *out, float *grad_gamma, float *grad_beta, int threads) {
+    int64_t images = grn.images, tokens = grn.tokens, D = grn.D;
+#pragma omp parallel num_threads(threads)
+    {
+        sum_tokens<true>(grn, h, grad, (H *)nullptr, sums);
+#pragma omp for
+        for (int64_t c = 0; c < D; c++) {
+            float products = 0;
+            grad_gamma[c] = grad_beta[c] = 0;
+            for (int64_t i = 0; i < images; i++) {
+                grad_gamma[c] += norm[i * D + c] / mean[i] * sums[2 * i * D + c];
+                grad_beta[c] += sums[(2 * i + 1) * D + c];
+                products += sums[2 * i * D + c];
+            }
+            if (grn.over_batch) // all images share one norm
+                for (int64_t i = 0; i < images; i++)
+                    sums[2 * i * D + c] = products;
+        }
+#pragma omp for
+        for (int64_t i = 0; i < images; i++) {
+            const float *products = sums + 2 * i * D, *n = norm + i * D;
+            double sum = 0;
+            for (int64_t c = 0; c < D; c++)
+                sum += grn.gamma[c] * products[c] * n[c];
+            float shift = sum / D / mean[i] / mean[i];
+            for (int64_t c = 0; c < D; c++)
+                ratio[i * D + c] = n[c] > 0 ? (grn.gamma[c] * products[c] / mean[i] - shift) / n[c] : 0;
+        }
+#pragma omp for schedule(dynamic, 16)
+        for (int64_t t = 0; t < images * tokens; t++) {
+            const float *n = norm + t / tokens * D, *r = ratio + t / tokens * D;
+            float factor = 1 / mean[t / tokens];
+            over_channels(0, D, [&](auto L, int64_t c) {
+                auto x = load<L>(h + t * D + c);
+                Gelu<L> gelu(x, H());
+                auto scale = 1.0f + load<L>(grn.gamma + c) * load<L>(n + c) * factor;
+                auto g = load<L>(grad + t * D + c) * scale + x * gelu.cdf * load<L>(r + c);
+                store<L>(out + t * D + c, g * (gelu.cdf + x * INV_SQRT_2PI * gelu.density));
+            });
+        }
     }
 }
 
@@ -386,19 +480,21 @@ void layer_norm_backward(const void *grad, const void *normed, int64_t is_bf16, 
         norm_backward((const float *)grad, (const float *)normed, rstd, weight, out, partial, T, C, chunks, threads);
 }
 
-void gelu_sums(const void *h, const void *grad, int64_t is_bf16, float *sums, int64_t images, int64_t tokens, int64_t D,
-               int64_t threads) {
+void gelu_grn_forward(const Grn *grn, const void *h, int64_t is_bf16, const float *beta, void *out, float *norm, float *mean,
+                      int64_t threads) {
     if (is_bf16)
-        reduce((const bf16 *)h, (const bf16 *)grad, sums, images, tokens, D, threads);
+        gelu_grn(*grn, (const bf16 *)h, beta, (bf16 *)out, norm, mean, threads);
     else
-        reduce((const float *)h, (const float *)grad, sums, images, tokens, D, threads);
+        gelu_grn(*grn, (const float *)h, beta, (float *)out, norm, mean, threads);
 }
 
-void gelu_apply(const void *h, const void *grad, int64_t is_bf16, const float *scale, const float *shift, const float *ratio,
-                void *out, int64_t images, int64_t tokens, int64_t D, int64_t threads) {
+void gelu_grn_backward(const Grn *grn, const void *h, const void *grad, int64_t is_bf16, const float *norm, const float *mean,
+                       float *sums, float *ratio, void *out, float *grad_gamma, float *grad_beta, int64_t threads) {
     if (is_bf16)
-        apply((const bf16 *)h, (const bf16 *)grad, scale, shift, ratio, (bf16 *)out, images, tokens, D, threads);
+        gelu_grn_backward(*grn, (const bf16 *)h, (const bf16 *)grad, norm, mean, sums, ratio, (bf16 *)out, grad_gamma,
+                          grad_beta, threads);
     else
-        apply((const float *)h, (const float *)grad, scale, shift, ratio, (float *)out, images, tokens, D, threads);
+        gelu_grn_backward(*grn, (const float *)h, (const float *)grad, norm, mean, sums, ratio, (float *)out, grad_gamma,
+                          grad_beta, threads);
 }
 }

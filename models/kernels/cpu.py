@@ -43,6 +43,13 @@ class Norm(ctypes.Structure):
     _fields_ += [("normed", ctypes.c_void_p), ("rstd", ctypes.c_void_p)]
 
 
+class Grn(ctypes.Structure):
+    """`Grn` in cpu.cpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("images", "tokens", "D", "over_batch")]
+    _fields_ += [("gamma", ctypes.c_void_p), ("eps", ctypes.c_float)]
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None with a printed reason. The variable CXX names another compiler than c++."""
@@ -107,32 +114,21 @@ def grad_taps(x: Tensor, grad_conv: Tensor, geometry: Geometry) -> Tensor:
     return partial.sum(0)
 
 
-def sum_squares(h: Tensor) -> Tensor:
-    """Sums of gelu(h)^2 over the tokens of each image: h [images, tokens, D] to [images, D]."""
-    out = torch.empty(len(h), h.shape[2])
-    _call("gelu_sums", h, None, _is_bf16(h), out, *h.shape)
-    return out
+def forward(h: Tensor, gamma: Tensor, beta: Tensor, eps: float, over_batch: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """GRN(gelu(h)) of h [images, tokens, D]; norm G [images, D] and its mean M [images, 1], for backward."""
+    out, norm, mean = torch.empty_like(h), torch.empty(len(h), h.shape[2]), torch.empty(len(h), 1)
+    grn = ctypes.byref(Grn(*h.shape, over_batch, gamma.data_ptr(), eps))
+    _call("gelu_grn_forward", grn, h, _is_bf16(h), beta, out, norm, mean)
+    return out, norm, mean
 
 
-def apply(h: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
-    """gelu(h) * scale [images, D] + beta [D]."""
-    out = torch.empty_like(h)
-    _call("gelu_apply", h, None, _is_bf16(h), scale, beta, None, out, *h.shape)
-    return out
-
-
-def sum_products(h: Tensor, grad: Tensor) -> Tensor:
-    """Sums of grad * gelu(h), and of grad, over the tokens of each image: [images, 2, D]."""
-    out = torch.empty(len(h), 2, h.shape[2])
-    _call("gelu_sums", h, grad, _is_bf16(h), out, *h.shape)
-    return out
-
-
-def gradient(h: Tensor, grad: Tensor, scale: Tensor, ratio: Tensor) -> Tensor:
-    """(grad * scale + gelu(h) * ratio) * gelu'(h), scale and ratio [images, D]."""
-    out = torch.empty_like(h)
-    _call("gelu_apply", h, grad, _is_bf16(h), scale, None, ratio, out, *h.shape)
-    return out
+def backward(grad: Tensor, h: Tensor, gamma: Tensor, norm: Tensor, mean: Tensor, over_batch: bool) -> tuple[Tensor, ...]:
+    """Gradients of h, gamma and beta."""
+    out, grad_gamma, grad_beta = torch.empty_like(h), torch.empty_like(gamma), torch.empty_like(gamma)
+    sums, ratio = torch.empty(len(h), 2, h.shape[2]), torch.empty_like(norm)
+    grn = ctypes.byref(Grn(*h.shape, over_batch, gamma.data_ptr()))
+    _call("gelu_grn_backward", grn, h, grad, _is_bf16(h), norm, mean, sums, ratio, out, grad_gamma, grad_beta)
+    return out, grad_gamma, grad_beta
 
 
 def _place(g: Geometry) -> tuple:

@@ -88,31 +88,35 @@ def _map_grid(h: Tensor) -> tuple[int, int, int]:
     return images, triton.cdiv(tokens, ROWS), triton.cdiv(width, COLUMNS)
 
 
-def sum_squares(h: Tensor) -> Tensor:
-    """Sums of gelu(h)^2 over the tokens of each image: h [images, tokens, D] to [images, D]."""
+def forward(h: Tensor, gamma: Tensor, beta: Tensor, eps: float, over_batch: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """GRN(gelu(h)) of h [images, tokens, D]; norm G [images, D] and its mean M [images, 1], for backward."""
     images, tokens, width = h.shape
     partial = torch.empty(images, _reduce_grid(h)[1], width, dtype=torch.float32, device=h.device)
     _sum_squares[_reduce_grid(h)](h, partial, tokens, width, CHUNK=CHUNK, R=ROWS, CB=COLUMNS)
-    return partial.sum(1)
-
-
-def apply(h: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
-    """gelu(h) * scale [images, D] + beta [D]."""
+    squares = partial.sum(1)
+    if over_batch:
+        squares = squares.sum(0, keepdim=True).expand(images, -1)
+    norm = squares.sqrt()
+    mean = norm.mean(1, keepdim=True) + eps
     out = torch.empty_like(h)
-    _apply[_map_grid(h)](h, scale, beta, out, *h.shape[1:], R=ROWS, CB=COLUMNS)
-    return out
+    scale = 1 + gamma * norm / mean
+    _apply[_map_grid(h)](h, scale, beta, out, tokens, width, R=ROWS, CB=COLUMNS)
+    return out, norm, mean
 
 
-def sum_products(h: Tensor, grad: Tensor) -> Tensor:
-    """Sums of grad * gelu(h), and of grad, over the tokens of each image: [images, 2, D]."""
+def backward(grad: Tensor, h: Tensor, gamma: Tensor, norm: Tensor, mean: Tensor, over_batch: bool) -> tuple[Tensor, ...]:
+    """Gradients of h, gamma and beta."""
     images, tokens, width = h.shape
     partial = torch.empty(images, _reduce_grid(h)[1], 2, width, dtype=torch.float32, device=h.device)
     _sum_products[_reduce_grid(h)](h, grad, partial, tokens, width, CHUNK=CHUNK, R=ROWS, CB=COLUMNS)
-    return partial.sum(1)
-
-
-def gradient(h: Tensor, grad: Tensor, scale: Tensor, ratio: Tensor) -> Tensor:
-    """(grad * scale + gelu(h) * ratio) * gelu'(h), scale and ratio [images, D]."""
+    products, plain = partial.sum(1).unbind(1)
+    normed = norm / mean
+    grad_gamma, grad_beta = (normed * products).sum(0), plain.sum(0)
+    if over_batch:  # all images share one norm
+        products = products.sum(0, keepdim=True)
+    d_normed = gamma * products
+    d_norm = d_normed / mean - (d_normed * norm).mean(1, keepdim=True) / mean.square()
+    ratio = torch.where(norm > 0, d_norm / norm, 0.0).contiguous()
     out = torch.empty_like(h)
-    _gradient[_map_grid(h)](h, grad, scale, ratio, out, *h.shape[1:], R=ROWS, CB=COLUMNS)
-    return out
+    _gradient[_map_grid(h)](h, grad, 1 + gamma * normed, ratio, out, tokens, width, R=ROWS, CB=COLUMNS)
+    return out, grad_gamma, grad_beta

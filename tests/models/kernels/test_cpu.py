@@ -85,11 +85,14 @@ def exact_grn(x: torch.Tensor, grn: GRN) -> torch.Tensor:
     return a * (1 + grn.weight * norm / (norm.mean(-1, keepdim=True) + grn.eps)) + grn.bias
 
 
-def test_gelu_far_from_zero():
-    h = torch.tensor([-200.0, -40, -13, -6, -1e-3, 0, 1e-3, 6, 13, 200]).view(1, 1, -1)
-    found = cpu.apply(h, torch.ones(1, 10), torch.zeros(10))
-    torch.testing.assert_close(found, gelu(h.double()).float(), rtol=1e-5, atol=1e-9)
-    assert cpu.apply(h * float("nan"), torch.ones(1, 10), torch.zeros(10)).isnan().all()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-9), (torch.bfloat16, 1e-4)])
+def test_gelu_far_from_zero(dtype, tolerance):
+    h = torch.tensor([-200.0, -40, -13, -6, -3, -1e-3, 0, 1e-3, 3, 6, 13, 200]).to(dtype).view(1, 1, -1)
+    zeros = torch.zeros(h.numel())  # of GRN: none
+    out, *_ = cpu.forward(h, zeros, zeros, 1e-6, False)
+    relative = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(out.double(), gelu(h.double()), rtol=relative, atol=tolerance)
+    assert cpu.forward(h * float("nan"), zeros, zeros, 1e-6, False)[0].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["packed 8", "packed 1", "tiles of 7"])

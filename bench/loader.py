@@ -10,7 +10,6 @@ same images are compared, pixel by pixel.
 import io
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -49,7 +48,6 @@ parse = partial(parse_options, LoaderOptions, __doc__)
 if __name__ == "__main__":
     run_main(parse)  # answers --help and mistakes before the imports below, which take seconds
 
-import numpy as np
 import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
@@ -60,25 +58,21 @@ from bench import timing
 from data.decode import decode
 from data.loader import Samples, collate
 from data.shards import Split
-from data.transforms import PretrainTransform, crop_shrink, normalize
+from data.transforms import PretrainTransform, crop_shrink, normalize, random_box, sample_rng
 
 
-def compare_pixels(split: Split, size: int, images: int, shrink: Callable[[int, int], int]) -> float:
+def compare_pixels(split: Split, crops: Data, images: int) -> float:
     """Largest mean difference, in grey levels, of the same crop by our decoder and resize and by PIL's."""
-    rng, largest = np.random.default_rng(0), 0.0
+    largest = 0.0
     for sample in range(min(images, 32)):
         data, _ = split.read(sample)
-        ours = decode(data, 3, shrink)
+        ours = decode(data, 3, partial(crop_shrink, crops, sample_rng(0, 0, sample)))
         theirs = Image.open(io.BytesIO(data)).convert("RGB")
         factor = round(theirs.height / ours.shape[1])
-        box = []
-        for side in ours.shape[1:]:
-            box += [side // 6, int(side * rng.uniform(0.4, 0.7))]
-        top, height, left, width = box
-        options = {"size": [size, size], "interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
-        a = F.resized_crop(ours, top, left, height, width, **options).float()
-        box = [factor * value for value in (top, left, height, width)]
-        b = F.pil_to_tensor(F.resized_crop(theirs, *box, **options)).float()
+        box = random_box(sample_rng(0, 0, sample), *ours.shape[1:], crops.crop_scale, crops.crop_ratio)
+        options = {"size": crops.height_width, "interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
+        a = F.resized_crop(ours, *box, **options).float()
+        b = F.pil_to_tensor(F.resized_crop(theirs, *(factor * value for value in box), **options)).float()
         largest = max(largest, float((a - b).abs().mean()))
     if largest > TOLERANCE:
         raise UserError(f"our crops differ from PIL's by {largest:.1f} grey levels: not timed")
@@ -93,9 +87,8 @@ def main() -> None:
     split, size = Split(options.shards, options.split), options.size
     images = min(options.images, len(split))
     transform = PretrainTransform(Data(size=size, crop_scale=SCALE), (size // PATCH, size // PATCH), 19)
-    shrink = partial(crop_shrink, transform.data)
-    difference = compare_pixels(split, size, images, shrink)
-    samples, epochs = Samples(split, 3, 0, transform, shrink=shrink), count()
+    difference = compare_pixels(split, transform.data, images)
+    samples, epochs = Samples(split, 3, 0, transform, crops=transform.data), count()
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
 
     def ours_uint8() -> torch.Tensor:

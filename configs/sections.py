@@ -109,7 +109,9 @@ class Data:
     interpolation: Literal["bicubic", "bilinear", "nearest", "random"] = fixed(
         "bicubic", "how crops are resized; random = bilinear or bicubic in training, bicubic in evaluation"
     )
-    shrink_jpeg: bool = fixed(True, "decode JPEGs much larger than crops at 1/2, 1/4 or 1/8 of their size (training)")
+    shrink_jpeg: bool = fixed(
+        True, "decode JPEGs at 1/2, 1/4 or 1/8 of their size where their crop needs no more (training)"
+    )
     hflip: Probability = fixed(0.5, "probability of a horizontal flip")
     vflip: Probability = fixed(0.0, "probability of a vertical flip, for aerial or microscopic images")
     repeats: PositiveInt = fixed(1, "random crops of each image in a global batch, which then has fewer images")

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -15,20 +16,21 @@ from torchvision.transforms.v2 import functional as F
 from configs.errors import UserError, reason
 
 MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA, None: ImageReadMode.UNCHANGED}
+JPEG_MODES = {1: "GRAY", 3: "RGB", 4: "RGB"}  # JPEG has no alpha
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-NPY_MAGIC = b"\x93NUMPY"
+NPY_MAGIC, JPEG_MAGIC = b"\x93NUMPY", b"\xff\xd8\xff"
 PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # decoded besides .npy
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # PIL refuses larger pictures as decompression bombs, also in prepare.py
+Shrink = Callable[[int, int], int]  # from a picture's height and width, the factor 1, 2, 4 or 8 to decode it at
 
 
-def decode(data: bytes, channels: int | None = None, shrink: Callable[[int, int], int] | None = None) -> Tensor:
+def decode(data: bytes, channels: int | None = None, shrink: Shrink | None = None) -> Tensor:
     """Decode an image to [C, H, W]: uint8, or float32 for more than 8 bits per channel (integers scaled to 0..1).
 
     Args:
         data: JPEG, PNG, WebP, GIF (first frame), or .npy of shape [H, W] or [H, W, C]
         channels: convert pictures to 1 (grey), 3 (RGB) or 4 (RGBA); None = as stored; .npy arrays are not converted
-        shrink: from a picture's height and width the factor 1, 2, 4 or 8 by which a JPEG may be smaller; its decoder
-            computes only the frequencies that the smaller picture needs
+        shrink: the factor by which a JPEG may be smaller; its decoder computes only the frequencies that are needed
     Raises:
         UserError: damaged, of an unknown type, or a .npy with another number of channels. Pictures of more than
             `MAX_PIXELS`, and .npy headers that promise more bytes than follow, are refused before memory is allocated
@@ -44,9 +46,11 @@ def decode(data: bytes, channels: int | None = None, shrink: Callable[[int, int]
     return image if channels is None else _to_channels(image, channels)
 
 
-def _decode_picture(data: bytes, channels: int | None, shrink: Callable[[int, int], int] | None) -> Tensor:
-    """Decode a picture. PIL checks the header first (40 us): torchvision would allocate whatever size it claims."""
+def _decode_picture(data: bytes, channels: int | None, shrink: Shrink | None) -> Tensor:
+    """Decode a picture. The header is checked first: decoders would allocate whatever size it claims."""
     try:
+        if data.startswith(JPEG_MAGIC) and (image := _decode_jpeg(data, channels, shrink)) is not None:
+            return image
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's read-only buffer, which is not written to; PIL's large images
             picture = Image.open(io.BytesIO(data), formats=PIL_FORMATS)
@@ -54,11 +58,6 @@ def _decode_picture(data: bytes, channels: int | None, shrink: Callable[[int, in
                 return _from_pil(picture, channels)
             if picture.format == "PNG":  # torchvision's libpng crashes the process on damaged files (0.29)
                 return _decode_png(picture, data, channels)
-            if shrink and picture.format == "JPEG" and picture.mode in ("L", "RGB"):
-                factor = shrink(picture.height, picture.width)
-                if factor > 1:
-                    picture.draft(picture.mode, (picture.width // factor, picture.height // factor))
-                    return _from_pil(picture, channels)
             mode = MODES[3 if channels == 4 and picture.format != "WEBP" else channels]  # JPEG has no alpha
             return decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
     except Image.DecompressionBombError:
@@ -67,6 +66,19 @@ def _decode_picture(data: bytes, channels: int | None, shrink: Callable[[int, in
         raise UserError("not a readable image (not a JPEG, PNG, WebP or GIF, or its header is damaged)") from None
     except Exception as error:  # damaged files raise almost any exception in PIL
         raise UserError(f"not a readable image ({reason(error)})") from None
+
+
+def _decode_jpeg(data: bytes, channels: int | None, shrink: Shrink | None) -> Tensor | None:
+    """A JPEG in grey or colour; None for one in CMYK."""
+    height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    if space not in ("Gray", "YCbCr", "RGB"):
+        return None
+    if height * width > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    factor = shrink(height, width) if shrink else 1
+    mode = JPEG_MODES[channels or (1 if space == "Gray" else 3)]
+    pixels = simplejpeg.decode_jpeg(data, mode, min_height=height // factor, min_width=width // factor)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _from_pil(picture: Image.Image, channels: int | None) -> Tensor:

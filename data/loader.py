@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from configs.errors import UserError
 from configs.schema import Data, Optim
 from data.cache import RemoteUserError
-from data.decode import decode
+from data.decode import Shrink, decode
 from data.prefetch import Prefetcher
 from data.remote import Remote
 from data.sampler import SUBSTITUTES, EpochOrder, EvalBatches, TrainBatches
@@ -42,33 +42,37 @@ class Samples(Dataset):
 
     A damaged image is replaced by another one and marked in "damaged". The replacement depends on seed, epoch and
     sample only, so it is the same on every machine and in resumed runs. With `score`, for evaluation, it gets target
-    -1, so that it is not counted. If all replacements are damaged as well, `UserError` is raised. For `shrink` see
-    `data.decode.decode`.
+    -1, so that it is not counted. If all replacements are damaged as well, `UserError` is raised.
+
+    With `crops`, for transforms that begin with `random_crop`, a JPEG is decoded at the fraction of its size at which
+    the crop still has all its pixels.
     """
 
     def __init__(
         self, split: Split, channels: int, seed: int, transform: Transform, score: bool = False,
-        shrink: Callable[[int, int], int] | None = None,
+        crops: Data | None = None,
     ):  # fmt: skip
         self.split, self.channels, self.seed, self.transform, self.score = split, channels, seed, transform, score
-        self.shrink = shrink
+        self.crops = crops
 
     def __getitem__(self, index: tuple[int, int, int]) -> dict[str, Tensor | int | bool]:
         epoch, sample, view = index
         loaded = max(0, sample)
-        image, label = self.load(loaded)
+        draw = partial(sample_rng, self.seed, epoch, loaded, view)
+        shrink = partial(crop_shrink, self.crops, draw()) if self.crops else None
+        image, label = self.load(loaded, shrink)
         damaged = image is None
         if damaged:
             image, label = self._replacement(epoch, loaded)
         target = -1 if sample < 0 or (damaged and self.score) else label
-        entries = self.transform(image, target, sample_rng(self.seed, epoch, loaded, view))
+        entries = self.transform(image, target, draw())
         return {**entries, "sample": sample, "damaged": damaged and sample >= 0}  # padding is not a sample
 
-    def load(self, sample: int) -> tuple[Tensor | None, int | str]:
+    def load(self, sample: int, shrink: Shrink | None = None) -> tuple[Tensor | None, int | str]:
         """Image and label of a sample, or None and a description of the damage."""
         try:
             data, label = self.split.read(sample)
-            return decode(data, self.channels, self.shrink), label
+            return decode(data, self.channels, shrink), label
         except RemoteUserError:  # the image is not damaged, but cannot be fetched
             raise
         except UserError as error:
@@ -174,8 +178,8 @@ def train_loader(
     if batches.steps_per_epoch == 0:
         problem = f"{split.folder} has {len(order)} samples in split {split.name}, fewer than one batch"
         raise UserError(f"{problem}: lower optim.batch_size (now {optim.batch_size})")
-    shrink = partial(crop_shrink, data) if data.shrink_jpeg else None
-    return Loader(Samples(split, channels, seed, transform, shrink=shrink), batches, data.workers, pin)
+    samples = Samples(split, channels, seed, transform, crops=data if data.shrink_jpeg else None)
+    return Loader(samples, batches, data.workers, pin)
 
 
 def eval_loader(

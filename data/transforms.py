@@ -56,10 +56,13 @@ def random_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def crop_shrink(data: Data, height: int, width: int) -> int:
-    """Factor 1, 2, 4 or 8 by which an image may be smaller so that no random crop has fewer pixels than `data.size`."""
-    area, (low, high) = height * width * data.crop_scale[0], data.crop_ratio
-    spare = min(math.sqrt(area / high) / data.height_width[0], math.sqrt(area * low) / data.height_width[1])
+def crop_shrink(data: Data, rng: np.random.Generator, height: int, width: int) -> int:
+    """Factor 1, 2, 4 or 8 by which an image may be smaller and the crop still has at least `data.size` pixels.
+
+    `rng` is in the state in which `random_crop` gets it, and draws the same crop.
+    """
+    *_, h, w = random_box(rng, height, width, data.crop_scale, data.crop_ratio)
+    spare = min(h / data.height_width[0], w / data.height_width[1])
     return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, spare))
 
 

@@ -122,7 +122,9 @@ def forward(h: Tensor, gamma: Tensor, beta: Tensor, eps: float, over_batch: bool
     return out, norm, mean
 
 
-def backward(grad: Tensor, h: Tensor, gamma: Tensor, norm: Tensor, mean: Tensor, over_batch: bool) -> tuple[Tensor, ...]:
+def backward(
+    grad: Tensor, h: Tensor, gamma: Tensor, norm: Tensor, mean: Tensor, over_batch: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h, gamma and beta."""
     out, grad_gamma, grad_beta = torch.empty_like(h), torch.empty_like(gamma), torch.empty_like(gamma)
     sums, ratio = torch.empty(len(h), 2, h.shape[2]), torch.empty_like(norm)

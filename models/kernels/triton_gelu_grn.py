@@ -104,7 +104,9 @@ def forward(h: Tensor, gamma: Tensor, beta: Tensor, eps: float, over_batch: bool
     return out, norm, mean
 
 
-def backward(grad: Tensor, h: Tensor, gamma: Tensor, norm: Tensor, mean: Tensor, over_batch: bool) -> tuple[Tensor, ...]:
+def backward(
+    grad: Tensor, h: Tensor, gamma: Tensor, norm: Tensor, mean: Tensor, over_batch: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h, gamma and beta."""
     images, tokens, width = h.shape
     partial = torch.empty(images, _reduce_grid(h)[1], 2, width, dtype=torch.float32, device=h.device)

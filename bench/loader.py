@@ -26,7 +26,7 @@ from configs.keys import argument, option
 from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Data
 
 SCALE = (0.2, 1.0)
-TOLERANCE = 2.0  # mean over an image, of 255 grey levels; smaller decoding is another, as good, low-pass filter
+TOLERANCE = 2.0  # mean over an image, of 255 grey levels: decoding at a smaller size is another low-pass filter
 
 
 @dataclass(frozen=True)

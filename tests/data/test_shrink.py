@@ -53,21 +53,20 @@ def test_damage_is_still_an_error():
     [
         (224, (0.2, 1.0), (3000, 4000), {4, 8}),
         (224, (0.2, 1.0), (375, 500), {1}),
-        (224, (1.0, 1.0), (2000, 2000), {8}),
+        (224, (1.0, 1.0), (2000, 2000), {4}),
         (32, (0.2, 1.0), (3000, 4000), {8}),
-        ((64, 512), (0.2, 1.0), (3000, 4000), {2, 4}),
+        ((64, 512), (0.2, 1.0), (3000, 4000), {1, 2, 4}),
         (224, (0.2, 1.0), (1, 1), {1}),
     ],
 )
 def test_no_crop_has_fewer_pixels_than_asked_for(size, scale, side, factors):
-    """The crop of the smaller picture, drawn by the same generator, is as large as the outputs or just below."""
     data, seen = Data(size=size, crop_scale=scale), set()
     for sample in range(200):
         factor = crop_shrink(data, sample_rng(0, 0, sample), *side)
         *_, height, width = random_box(
             sample_rng(0, 0, sample), *(-(-pixels // factor) for pixels in side), data.crop_scale, data.crop_ratio
         )
-        assert factor == 1 or (height >= data.height_width[0] - 1 and width >= data.height_width[1] - 1)
+        assert factor == 1 or (height >= data.height_width[0] and width >= data.height_width[1])
         seen.add(factor)
     assert seen == factors
 
@@ -85,6 +84,6 @@ def test_the_loader_does_it_unless_switched_off(tmp_path):
             return super().__call__(image, *rest)
 
     for shrink in (True, False):
-        data = Data(path=str(tmp_path / "shards"), size=64, workers=0, shrink_jpeg=shrink, crop_scale=(0.2, 0.3))
+        data = Data(path=str(tmp_path / "shards"), size=32, workers=0, shrink_jpeg=shrink, crop_scale=(0.2, 0.3))
         next(iter(train_loader(open_split(data), Seen(data, (2, 2), 2), 3, 0, data, Optim(batch_size=2, epochs=1))))
     assert shapes == [(3, 150, 200)] * 2 + [(3, 600, 800)] * 2

@@ -16,7 +16,7 @@ for model in "${models[@]}"; do
     "$python" bench/encoder.py "${gpu[@]}" --peers masked compiled --save "$name-encoder-$model"
     "$python" bench/step.py pretrain "${gpu[@]}" --save "$name-step-pretrain-$model"
     for recompute in mlp block; do
-        "$python" bench/step.py pretrain "${gpu[@]}" --no-compiled --recompute "$recompute" \
+        "$python" bench/step.py pretrain "${gpu[@]}" --peers masked --recompute "$recompute" \
             --save "$name-step-pretrain-$model-$recompute"
     done
 done

@@ -1,11 +1,13 @@
 """Time a training step against other implementations: forward, forward + backward, and with the optimizer.
 
-python bench/step.py pretrain --model convnextv2_tiny --batch 8
+python bench/step.py pretrain --model convnextv2_tiny --batch 8 --threads 1
 python bench/step.py finetune --model convnextv2_tiny --batch 8 --device cuda --precision bf16
 
 Peers in pretraining: the masked autoencoder on dense convolutions and a mask (masked), the same under torch.compile
-(compiled). In fine-tuning: timm's model with the same weights (timm), and under torch.compile, channels-last
-(timm-compiled). Losses and all gradients are first compared with plain code in fp32; a wrong result is not timed.
+(compiled), and on MinkowskiEngine's sparse convolutions (minkowski; it has no bf16, so it is always fp32). In
+fine-tuning: timm's model with the same weights (timm), channels-last (timm-nhwc), and so under torch.compile
+(timm-compiled). Peers have the same number of threads, matrix products and precision as ours. Losses and all
+gradients are first compared with plain code in fp32; a wrong result is not timed.
 """
 
 import sys
@@ -19,12 +21,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 
 from bench.options import PATCH, ModelOptions, report
 from configs.command import parse_options
-from configs.errors import run_main
+from configs.errors import UserError, run_main
 from configs.keys import argument, option
 from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, FCMAESettings, PretrainModel
 
 CLASSES = 1000
+PEERS = {
+    "pretrain": ("masked", "compiled", "minkowski"),
+    "finetune": ("timm", "timm-nhwc", "timm-compiled"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,16 @@ class StepOptions(ModelOptions):
 
     stage: Literal["pretrain", "finetune"] = argument("pretrain or finetune")
     recompute: Literal["none", "mlp", "block"] = option("none", "checkpointing of our model")
-    no_compiled: bool = option(False, "skip the peers under torch.compile")
+    peers: tuple[str, ...] = option((), "some of the peers (default: all but minkowski)")
+
+    def __post_init__(self):
+        if unknown := set(self.peers) - set(PEERS[self.stage]):
+            raise UserError(f"--peers {' '.join(sorted(unknown))}: {self.stage} has {', '.join(PEERS[self.stage])}")
+
+    @property
+    def chosen(self) -> list[str]:
+        """The peers to time."""
+        return [name for name in PEERS[self.stage] if name in self.peers or (not self.peers and name != "minkowski")]
 
 
 parse = partial(parse_options, StepOptions, __doc__)
@@ -54,43 +69,52 @@ from models.weights import Weights, split_by_prefix
 Models = dict[str, tuple[nn.Module, timing.Run]]  # with their losses; ours first, then its peers
 
 
-def pretraining(options: StepOptions) -> tuple[Models, tuple[float, float]]:
-    """The models, and the work of one image as `roofline.count` returns it."""
+def pretraining(options: StepOptions) -> tuple[Models, tuple[nn.Module, timing.Run], tuple[float, float]]:
+    """The models, plain code to check them against, and the work of one image as `roofline.count` returns it."""
     config, settings = PretrainModel(options.model, recompute=options.recompute), FCMAESettings()
     ours, plain = FCMAE(config, settings), FCMAE(replace(config, backend="masked", recompute="none"), settings)
     timing.randomize(ours)
     plain.load_state_dict(ours.state_dict())
     ours, plain = ours.to(options.device), plain.to(options.device)
     image, visible, n = timing.inputs(options.batch, options.size, settings.mask_ratio, options.device)
-    models = {"packed": (ours, lambda: ours(image, visible)), "masked": (plain, lambda: plain(image, visible))}
-    if not options.no_compiled:
-        compiled = torch.compile(plain)
-        models["compiled"] = plain, lambda: compiled(image, visible)
-    return models, count(config, n, visible[0].numel(), (settings.decoder_dim, settings.decoder_depth))
+    models = {"packed": (ours, lambda: ours(image, visible))}
+    for name in options.chosen:
+        model = plain
+        if name == "minkowski":
+            model = FCMAE(replace(config, backend="minkowski"), settings).to(options.device)
+            model.load_state_dict(ours.state_dict())
+        models[name] = model, partial(torch.compile(model) if name == "compiled" else model, image, visible)
+    return (
+        models,
+        (plain, partial(plain, image, visible)),
+        count(config, n, visible[0].numel(), (settings.decoder_dim, settings.decoder_depth)),
+    )
 
 
-def finetuning(options: StepOptions) -> tuple[Models, tuple[float, float]]:
+def finetuning(options: StepOptions) -> tuple[Models, tuple[nn.Module, timing.Run], tuple[float, float]]:
     """The same for a classifier, with timm's model as its peer."""
     arch = Encoder(options.model)
     ours = ConvNeXt(arch, CLASSES, recompute=options.recompute)
     timing.randomize(ours)
     head, encoder = split_by_prefix(ours.state_dict(), "head.")
-    theirs = timm.create_model(options.model, num_classes=CLASSES)
     preprocessing = Preprocessing((options.size, options.size), 3)
-    theirs.load_state_dict(to_form(Weights(ours.arch, preprocessing, encoder, head=head), "timm")[0])
-    ours, theirs = ours.to(options.device), theirs.to(options.device)
+    state, _ = to_form(Weights(ours.arch, preprocessing, encoder, head=head), "timm")
+    ours = ours.to(options.device)
     image = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
     label = torch.randint(CLASSES, (options.batch,), device=options.device)
 
     def loss(model: Callable[[Tensor], Tensor], x: Tensor = image) -> timing.Run:
         return lambda: nn.functional.cross_entropy(model(x).float(), label)
 
-    models = {"ours": (ours, loss(ours)), "timm": (theirs, loss(theirs))}
-    if not options.no_compiled:
-        theirs = theirs.to(memory_format=torch.channels_last)
-        rows = image.contiguous(memory_format=torch.channels_last)
-        models["timm-compiled"] = theirs, loss(torch.compile(theirs), rows)
-    return models, count(arch, (options.size // PATCH) ** 2)
+    models = {"ours": (ours, loss(ours))}
+    for name in options.chosen:
+        form = torch.contiguous_format if name == "timm" else torch.channels_last
+        theirs = timm.create_model(options.model, num_classes=CLASSES)
+        theirs.load_state_dict(state)
+        theirs = theirs.to(options.device, memory_format=form)
+        run = torch.compile(theirs) if name == "timm-compiled" else theirs
+        models[name] = theirs, loss(run, image.contiguous(memory_format=form))
+    return models, models["ours"], count(arch, (options.size // PATCH) ** 2)
 
 
 def optimizer_step(model: nn.Module, loss: timing.Run) -> Callable[[], None]:
@@ -109,10 +133,9 @@ def main() -> None:
     options = parse()
     device, precision = options.device, options.precision
     timing.prepare(device, options.threads)
-    models, work = pretraining(options) if options.stage == "pretrain" else finetuning(options)
-    plain = models["masked" if options.stage == "pretrain" else "ours"]
+    models, plain, work = pretraining(options) if options.stage == "pretrain" else finetuning(options)
     autocast = timing.autocast(device, precision)
-    models = {name: (model, autocast(loss)) for name, (model, loss) in models.items()}
+    models = {name: (model, loss if name == "minkowski" else autocast(loss)) for name, (model, loss) in models.items()}
     error = timing.check_models(models, plain, precision)
     runs = {
         "forward": {name: loss for name, (_, loss) in models.items()},

@@ -9,14 +9,20 @@ from bench import step
 from bench.roofline import count, floor_seconds
 from configs.schema import Encoder
 
+MINKOWSKI = pytest.param("pretrain", "minkowski", marks=pytest.mark.minkowski)
 
-@pytest.mark.parametrize(("stage", "peer"), [("pretrain", "masked"), ("finetune", "timm")])
+
+@pytest.mark.parametrize(("stage", "peer"), [("pretrain", "masked"), ("finetune", "timm-nhwc"), MINKOWSKI])
 def test_json(stage, peer, command):
-    small = ["--model", "convnextv2_atto", "--batch", "1", "--size", "64", "--rounds", "1", "--no-compiled", "--json"]
+    small = ["--model", "convnextv2_atto", "--batch", "1", "--size", "64", "--rounds", "1", "--peers", peer, "--json"]
     result = json.loads(command(step.main, stage, *small))
     assert result["parts"].keys() == {"forward", "forward+backward", "step"}
     assert result["parts"]["step"]["speedup"].keys() == {peer} and result["relative_error"] < 1e-4
     assert all(0 < share < 1 for share in result["roofline_share"].values())
+
+
+def test_an_unknown_peer(refused):
+    assert "masked, compiled, minkowski" in refused(step.main, "pretrain", "--peers", "timm")
 
 
 def test_counted_work_is_the_published():

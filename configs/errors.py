@@ -8,8 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from unicodedata import category
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # raised without a file name
+ESCAPED = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control, surrogate, line and paragraph separator
+BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # would reorder the line
 LAUNCHER_SECONDS = 4  # launchers poll once a second, so by then they have stopped the other ranks
 SAVED, INTERRUPTED, HUNG = 75, 128 + signal.SIGINT, 70  # exit codes; 75 is "try again later" in sysexits.h
 
@@ -42,6 +45,17 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def printable(text: object) -> str:
+    """Text for a terminal or one line of a file: control characters and bytes that are not UTF-8 become `\\x1b`."""
+    return "".join(_escape(c) if category(c) in ESCAPED or c in BIDIRECTIONAL else c for c in str(text))
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    code -= 0xDC00 if 0xDC80 <= code <= 0xDCFF else 0  # a byte of a file name, see PEP 383
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
 def output_is_closed() -> bool:
     """Whether the reader of standard output has closed it, as `head` does."""
     poll = select.poll()
@@ -72,7 +86,7 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as error:
         if rank != "0" or isinstance(error, LostPeer):
             time.sleep(LAUNCHER_SECONDS)
-        line = " ".join(str(error).split("\n"))  # file names may contain line breaks
+        line = printable(" ".join(str(error).split("\n")))  # file names may contain line breaks
         print("error:", line if rank == "0" else f"[rank {rank}] {line}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Stopped as stopped:

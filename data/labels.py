@@ -1,0 +1,276 @@
+"""Give images the labels of a table, of files beside each image, or of known data sets."""
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from configs.errors import UserError, printable
+from data.layouts import UNLABELED, split_name
+from data.listing import Listing, suffix
+from data.sources import READABLE, Item
+from data.tables import LABEL_NAMES, Columns, Row, shown
+from data.tars import IMAGE_TYPES, split_member_name
+
+TARGETS = ("labels", "numbers", "boxes", "mask")  # columns that are kept for tasks, whatever the label
+SINGLE = "only one label per image can be trained on now; they are kept in the json of each sample"
+
+
+def label_by_table(
+    items: list[Item], rows: list[Row], columns: Columns, name: str
+) -> tuple[list[Item], list[str]]:
+    """The images with the labels and splits of a table's rows, and lines on what was decided.
+
+    Raises `UserError` if no row names an image, or the rows contradict each other.
+    """
+    matches, column = _match(items, rows, columns.path, name)
+    notes, by_image = [], defaultdict(list)
+    for number, image in enumerate(matches):
+        if image is not None:
+            by_image[image].append(rows[number])
+    without_image = [rows[i][column] for i, image in enumerate(matches) if image is None]
+    if without_image:
+        notes.append(f"{printable(name)}: {_rows(len(without_image))} without an image, such as {_cell(without_image[0])}")
+    repeated = sum(len(found) - 1 for found in by_image.values())
+    read = _reader(columns, [rows[i] for i, image in enumerate(matches) if image is not None], name, notes)
+    out, several = [], 0
+    for i, item in enumerate(items):
+        values = [read(row) for row in by_image[i]] if i in by_image else []
+        labels = list(dict.fromkeys(label for label, _ in values if label is not None))
+        targets: dict[str, Any] = {}
+        for _, more in values:
+            targets |= more
+        if len(labels) > 1:
+            several, targets = several + 1, {"labels": labels} | targets
+        split = _split_of(by_image[i], columns.split, name) if i in by_image else None
+        label = labels[0] if len(labels) == 1 and "labels" not in targets else None
+        out.append(replace(item, label=label, split=split or item.split, targets=targets or None))
+    if several:
+        notes.append(f"{several:,} images have rows with several labels: {SINGLE}")
+    elif repeated:
+        notes.append(f"{printable(name)}: {_rows(repeated)} name an image again")
+    return _without_rows(out, set(by_image), name, notes), notes
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} {'row' if count == 1 else 'rows'}"
+
+
+def _cell(value: Any) -> str:
+    return printable(str(value)[:80])
+
+
+def _without_rows(items: list[Item], labelled: set[int], name: str, notes: list[str]) -> list[Item]:
+    """Images without a row go to split `unlabeled`, but a split without any row stays together."""
+    by_split = defaultdict(list)
+    for i, item in enumerate(items):
+        by_split[item.split].append(i)
+    moved = []
+    for split, members in by_split.items():
+        without = [i for i in members if i not in labelled]
+        if len(without) == len(members) and split is not None:
+            notes.append(f"{printable(name)} has no rows for split {split}: its {len(without):,} images have no labels")
+        else:
+            moved += without
+    if moved:
+        first = printable(items[min(moved)].name)
+        notes.append(f"{len(moved):,} images without a row in {printable(name)}, such as {first}: split {UNLABELED}")
+    gone = set(moved)
+    return [replace(item, split=UNLABELED) if i in gone else item for i, item in enumerate(items)]
+
+
+def _match(items: list[Item], rows: list[Row], candidates: tuple[str, ...], name: str) -> tuple[list[int | None], str]:
+    """Number of each row's image, and the column that names it."""
+    found = {}
+    paths = _Paths(items)
+    for column in candidates:
+        matches = [paths.find(row.get(column), name) for row in rows]
+        if any(image is not None for image in matches):
+            found[column] = matches
+    if not found:
+        example = next((row[c] for c in candidates for row in rows if row.get(c) is not None), "")
+        compared = f"the images are named like {printable(items[0].name)}, the rows like {_cell(example)}"
+        raise UserError(f"{printable(name)}: no row names an image: {compared}: name the column with --path-column")
+    best = max(found, key=lambda column: sum(image is not None for image in found[column]))
+    if any(matches != found[best] for matches in found.values()):
+        columns = ", ".join(map(printable, found))
+        raise UserError(f"{printable(name)}: columns {columns} name different images: choose one with --path-column")
+    return found[best], best
+
+
+class _Paths:
+    """Finds an image by its path, with or without folders or suffix."""
+
+    def __init__(self, items: list[Item]):
+        self.names = [str(PurePosixPath(item.name)) for item in items]
+        self.by_tail: dict[int, dict[str, list[int]]] = {}
+
+    def find(self, value: Any, table: str) -> int | None:
+        """Number of the image that a cell names, None if there is none; `UserError` if there are several."""
+        if value is None or isinstance(value, (bool, float, dict, list)) or not str(value).strip():
+            return None
+        parts = PurePosixPath(str(value).strip().replace("\\", "/").lstrip("/")).parts
+        for first in range(len(parts)):  # a table may name folders that the source does not have
+            hits = self._index(len(parts) - first).get("/".join(parts[first:]), ())
+            if len(hits) == 1:
+                return hits[0]
+            if hits:
+                one, two = (printable(self.names[i]) for i in hits[:2])
+                raise UserError(f"{printable(table)}: {_cell(value)} may be {one} or {two}: write paths with folders")
+        return None
+
+    def _index(self, length: int) -> dict[str, list[int]]:
+        """Images by the last parts of their paths, with and without suffix."""
+        if length not in self.by_tail:
+            index = self.by_tail[length] = defaultdict(list)
+            for i, name in enumerate(self.names):
+                tail = "/".join(name.split("/")[-length:])
+                index[tail].append(i)
+                index[tail.rpartition(".")[0]].append(i)
+        return self.by_tail[length]
+
+
+def _reader(
+    columns: Columns, rows: list[Row], name: str, notes: list[str]
+) -> Callable[[Row], tuple[str | None, dict[str, Any]]]:
+    """A function from a row to its label, None if it has none, and to its other targets."""
+    values = [[row.get(column) for column in columns.labels] for row in rows]
+    kept = [column for column in TARGETS if column not in columns.labels and any(column in row for row in rows)]
+    numeric = all(_number(v) is not None for row in values for v in row if not _empty(v))
+    whole = numeric and all(_number(v).is_integer() for row in values for v in row if not _empty(v))
+    several = len(columns.labels) > 1
+    if not several and any(isinstance(row[0], (list, tuple)) or "|" in str(row[0]) for row in values):
+        kind, what = _several_labels, "has several labels per image"
+    elif several and whole and {_number(v) for row in values for v in row if not _empty(v)} <= {0, 1}:
+        kind, what = _flags, "columns are 0 or 1, so each column with 1 is a label"
+    elif numeric and (several or not whole):
+        kind, what = _numbers, "has numbers as labels"
+    elif several:
+        kind, what = _several_columns, "has several labels per image"
+    else:
+        kind, what = _single, ""
+    if what:
+        notes.append(f"{printable(name)}: {', '.join(map(printable, columns.labels))}: {what}: {SINGLE}")
+
+    def read(row: Row) -> tuple[str | None, dict[str, Any]]:
+        label, targets = kind([row.get(column) for column in columns.labels], columns)
+        return label, {column: row[column] for column in kept if not _empty(row.get(column))} | targets
+
+    return read
+
+
+def _single(values: list, columns: Columns) -> tuple[str | None, dict]:
+    return (None if _empty(values[0]) else as_label(values[0])), {}
+
+
+def _several_labels(values: list, columns: Columns) -> tuple[str | None, dict]:
+    value = values[0]
+    if _empty(value):
+        return None, {}
+    parts = value if isinstance(value, (list, tuple)) else str(value).split("|")
+    return None, {"labels": [as_label(part) for part in parts if not _empty(part)]}
+
+
+def _several_columns(values: list, columns: Columns) -> tuple[str | None, dict]:
+    return None, {"labels": [as_label(value) for value in values if not _empty(value)]}
+
+
+def _flags(values: list, columns: Columns) -> tuple[str | None, dict]:
+    flagged = [column for column, v in zip(columns.labels, values, strict=True) if not _empty(v) and _number(v) == 1]
+    return None, {"labels": [printable(column) for column in flagged]}
+
+
+def _numbers(values: list, columns: Columns) -> tuple[str | None, dict]:
+    return None, {"numbers": [None if _empty(value) else _number(value) for value in values]}
+
+
+def _empty(value: Any) -> bool:
+    missing = isinstance(value, float) and math.isnan(value)
+    return value is None or missing or (isinstance(value, str) and not value.strip())
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, None if the value is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
+
+
+def as_label(value: Any) -> str:
+    """A class name from a cell: `3` from 3.0, and text that can be printed."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return printable(str(value).strip())
+
+
+def _split_of(rows: list[Row], column: str | None, name: str) -> str | None:
+    if column is None:
+        return None
+    values = {str(row[column]).strip() for row in rows if not _empty(row.get(column))}
+    splits = {split_name(value) for value in values}
+    if None in splits or len(splits) > 1:
+        listed = ", ".join(sorted(map(_cell, values)))
+        raise UserError(f"{printable(name)}, column {printable(column)}: {listed}: write train, val or test, one per image")
+    return next(iter(splits), None)
+
+
+def label_by_sidecars(listing: Listing, items: list[Item]) -> tuple[list[Item], list[str]]:
+    """Labels from a `.cls` or `.json` file beside each image, as in WebDataset tars; those files are then used up.
+
+    An image has the label of `KEY.cls`; KEY is its name without suffix, or up to the first dot. Images with a longer
+    suffix, like KEY.seg.png, belong to the sample of KEY.jpg and are left out.
+    """
+    files = {name: item for name, item in listing.label_files.items() if suffix(name) in ("cls", "json")}
+    plain = {split_member_name(item.name)[0] for item in items if split_member_name(item.name)[1] in READABLE}
+    if not files:
+        return items, []
+    out, used, parts, notes = [], set(), Counter(), []
+    for item in items:
+        stem = item.name.rpartition(".")[0]
+        key, kind = split_member_name(item.name)
+        found = [f"{k}.{t}" for t in ("cls", "json") for k in dict.fromkeys((stem, key)) if f"{k}.{t}" in files]
+        if kind not in READABLE and key in plain and f"{stem}.cls" not in files and f"{stem}.json" not in files:
+            parts[f".{kind}"] += any(f"{key}.{t}" in files for t in ("cls", "json"))
+            if any(f"{key}.{t}" in files for t in ("cls", "json")):
+                continue
+        label, targets = None, {}
+        for name in found:
+            one, more = _sidecar(files[name], name)
+            label, targets = label or one, more | targets
+            if one is not None or more:
+                used.add(name)
+        out.append(replace(item, label=None if "labels" in targets and label is None else label, targets=targets or None))
+    if not used:
+        return items, []
+    listing.ignored += parts
+    for name in used:
+        del listing.label_files[name]
+    labelled = sum(item.label is not None for item in out)
+    notes.append(f"labels from .cls or .json files beside the images: {labelled:,} of {len(out):,} images")
+    if any(item.targets for item in out):
+        notes.append(f"the .json files hold {', '.join(sorted({k for i in out for k in i.targets or ()}))}: {SINGLE}")
+    return out, notes
+
+
+def _sidecar(item: Item, name: str) -> tuple[str | None, dict[str, Any]]:
+    """Label and other targets of a `.cls` or `.json` file."""
+    data = item.image_bytes()
+    if suffix(name) == "cls":
+        text = data.decode("utf-8", "surrogateescape").strip()
+        return (as_label(text) if text else None), {}
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return None, {}
+    if not isinstance(content, dict):
+        return None, {}
+    targets = {key: content[key] for key in TARGETS if content.get(key) is not None}
+    for key, value in content.items():
+        if key.lower() in ("class", "class_name", *LABEL_NAMES - {"labels"}) and isinstance(value, (str, int)):
+            return as_label(value), targets
+    return None, targets

@@ -1,0 +1,143 @@
+"""Read files of labels: csv, tsv, JSON lines, parquet, and `path label` lines. Values are data, never code."""
+
+import csv
+import io
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import UserError, printable, reason
+from data.listing import suffix
+from data.sources import READABLE
+
+PATH_NAMES = {
+    "path", "paths", "file", "filename", "filenames", "filepath", "image", "images", "imageid", "imagename",
+    "imagepath", "imagefile", "imagefilename", "imageindex", "img", "imgid", "imgname", "imgpath", "imgfile", "id",
+    "idcode", "key", "name", "fname", "relpath", "relativepath", "photo", "picture", "isicid", "uri", "url",
+}  # fmt: skip
+LABEL_NAMES = {
+    "label", "labels", "class", "classes", "category", "target", "targets", "classname", "labelname", "categoryname",
+    "classid", "labelid", "categoryid", "classlabel", "diagnosis", "dx", "species", "breed", "tag", "tags", "y", "cls",
+    "finelabel", "groundtruth", "annotation", "findinglabels",
+}  # fmt: skip
+SPLIT_NAMES = {"split", "splits", "subset", "partition", "set", "dataset"}
+READS = "csv, tsv, json lines, parquet or `path label` lines (.txt)"
+MAX_SHOWN_COLUMNS = 20
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold what."""
+
+    path: tuple[str, ...]  # candidates: the one that names the images is used
+    labels: tuple[str, ...]
+    split: str | None
+
+
+def read_table(data: bytes, name: str) -> list[Row]:
+    """The rows of a file of labels. Raises `UserError` for a file that cannot be read."""
+    kind = suffix(name)
+    try:
+        if kind == "parquet":
+            return _parquet(data)
+        text = data.decode("utf-8-sig", "surrogateescape")
+        if kind in ("jsonl", "ndjson", "json"):
+            return _json_rows(text, kind, name)
+        if kind in ("csv", "tsv"):
+            return _csv(text, kind, name)
+        if kind in ("txt", "lst"):
+            return _lines(text, name)
+    except (ValueError, csv.Error, RecursionError) as error:  # pyarrow's errors are ValueErrors too
+        raise UserError(f"{printable(name)} cannot be read ({reason(error)}): it must be {READS}") from None
+    raise UserError(f"{printable(name)} is of an unknown type: labels are read from {READS}")
+
+
+def _parquet(data: bytes) -> list[Row]:
+    import pyarrow
+    from pyarrow import parquet  # slow to import
+
+    try:
+        return parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(reason(error)) from None
+
+
+def _json_rows(text: str, kind: str, name: str) -> list[Row]:
+    if kind == "json":
+        content = json.loads(text)
+        if isinstance(content, dict) and not any(isinstance(value, dict) for value in content.values()):
+            return [{"path": path, "label": label} for path, label in content.items()]
+        rows = content
+    else:
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{printable(name)}: every row must be an object, such as {{\"path\": ..., \"label\": ...}}")
+    return rows
+
+
+def _csv(text: str, kind: str, name: str) -> list[Row]:
+    header = text.split("\n", 1)[0]
+    delimiter = "\t" if kind == "tsv" else max(",;\t", key=header.count)
+    lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    lines = [line for line in lines if any(cell.strip() for cell in line)]
+    if not lines:
+        raise UserError(f"{printable(name)} is empty")
+    columns = [column.strip() for column in lines[0]]
+    if any(suffix(cell) in READABLE for cell in columns):
+        way_out = f"put a line such as `file{delimiter}label` first"
+        raise UserError(f"{printable(name)} has no header, its first line is {printable(header.strip())}: {way_out}")
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{printable(name)} has two columns of one name: {shown(columns)}: rename one")
+    for number, line in enumerate(lines[1:], 2):
+        if len(line) != len(columns):
+            problem = f"row {number} has {len(line)} cells, the header {len(columns)}"
+            raise UserError(f"{printable(name)}: {problem}: put texts that contain {delimiter!r} in quotes")
+    return [dict(zip(columns, (cell.strip() for cell in line), strict=True)) for line in lines[1:]]
+
+
+def _lines(text: str, name: str) -> list[Row]:
+    rows = [line.rsplit(None, 1) for line in text.split("\n") if line.strip()]
+    if not all(len(row) == 2 for row in rows):
+        one = "lines without a path are only known for the ILSVRC2012 validation images"
+        raise UserError(f"{printable(name)}: write `path label` in every line; {one}")
+    return [{"path": path.strip(), "label": label} for path, label in rows]
+
+
+def find_columns(rows: list[Row], name: str, path: str | None, labels: tuple[str, ...]) -> Columns:
+    """The columns of a table by their names, or those that the user names.
+
+    Raises `UserError`, with the columns, if there is none, or several may be the label.
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    for wanted in (*([path] if path else []), *labels):
+        if wanted not in columns:
+            raise UserError(f"{printable(name)} has no column {printable(wanted)}, but {shown(columns)}")
+    paths = (path,) if path else tuple(c for c in columns if _plain(c) in PATH_NAMES and c not in labels)
+    if not paths:
+        raise UserError(f"{printable(name)}: name the column of file names with --path-column: {shown(columns)}")
+    found = labels or tuple(c for c in columns if _plain(c) in LABEL_NAMES and c not in (path,))
+    if len(found) != 1 and not labels:
+        problem = f"{', '.join(map(printable, found))} may all be the label" if found else "no column is named like a label"
+        raise UserError(f"{printable(name)}: {problem}: name it with --label-column: {shown(columns)}")
+    split = next((c for c in columns if _plain(c) in SPLIT_NAMES and c not in (*paths, *found)), None)
+    return Columns(paths, found, split)
+
+
+def may_hold_labels(data: bytes, name: str) -> bool:
+    """Whether a file looks like a table of labels, from its first line."""
+    if suffix(name) not in ("csv", "tsv"):
+        return True
+    header = data[: 1 << 12].decode("utf-8-sig", "replace").split("\n", 1)[0]
+    return len(re.split(r"[,;\t]", header)) > 1
+
+
+def shown(columns: list[str]) -> str:
+    """Names of columns, for a message."""
+    names = ", ".join(map(printable, columns[:MAX_SHOWN_COLUMNS]))
+    return f"its columns are {names}{', ...' if len(columns) > MAX_SHOWN_COLUMNS else ''}"
+
+
+def _plain(column: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", column.lower())

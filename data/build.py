@@ -6,14 +6,15 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 from configs.files import write_atomic
+from data.collection import check_val, open_collection
 from data.index import check_every_byte, describe
 from data.planning import PrepareOptions, ShardPlan, claim_folder, hold_out, plan_shards
 from data.pool import run_tasks
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
-from data.sources import Item, open_source
+from data.sources import Item
 
 
 def build(options: PrepareOptions) -> None:
@@ -29,20 +30,19 @@ def build(options: PrepareOptions) -> None:
     created = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open_source(options.source, out, options.no_labels) as items:
-            print(f"{options.source}: {len(items):,} images", flush=True)
-            _write_missing(options, items)
+        with open_collection(options, out) as (items, classes):
+            _write_missing(options, items, classes)
     finally:
         if created and out.exists() and not any(out.iterdir()):
             out.rmdir()
 
 
-def _write_missing(options: PrepareOptions, items: list[Item]) -> None:
+def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None) -> None:
     out, splits = options.out, hold_out(items, options.val_fraction)
+    check_val(splits)
     claim_folder(options, items)
     for file in out.glob(".*.part"):  # left behind by a killed run
         file.unlink()
-    classes = None if options.no_labels or items[0].label is None else sorted({item.label for item in items})
     plans = plan_shards(out, splits, classes, options.shard_size)
     done = _finished_shards(plans, options)
     missing = [plan for plan in plans if plan not in done]
@@ -74,7 +74,10 @@ def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[Sh
             record = json.loads(plan.record.read_bytes())
             done[plan] = Shard(**record["shard"]), record["skipped"]
         elif plan.path.name in listed:
-            done[plan] = listed[plan.path.name], [skipped[i.name] for i, _ in plan.items if i.name in skipped]
+            done[plan] = (
+                listed[plan.path.name],
+                [skipped[n] for i, _ in plan.items if (n := printable(i.name)) in skipped],
+            )
     shards = [shard for shard, _ in done.values()]
     if options.repair and shards:
         damage = check_every_byte(out, shards, options.workers)
@@ -86,7 +89,7 @@ def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[Sh
 
 
 def _skipped_lines(out: Path) -> dict[str, str]:
-    """Lines `name: reason` of skipped.txt by name; a name may contain `: ` itself, so every prefix is a key."""
+    """Lines `name: reason` of skipped.txt by printable name; it may contain `: ` itself, so every prefix is a key."""
     path = out / "skipped.txt"
     lines = path.read_bytes().decode().split("\n") if path.exists() else []
     return {line[: colon.start()]: line for line in lines for colon in re.finditer(": ", line)}

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.errors import UserError, nearest
+from configs.errors import UserError, nearest, printable
 from configs.log import say
 from configs.schema import Data
+from data.layouts import arrange
+from data.listing import Listing, list_source
 from data.remote import is_url
 from data.shards import Split, open_split
-from data.sources import Item, open_source
+from data.sources import Item
 from data.tars import IMAGE_TYPES, split_member_name
 
 
@@ -20,14 +22,17 @@ class Folder:
     """The labelled images of a folder, with the interface of `data.shards.Split` that evaluation uses.
 
     Sub-folders are classes. Top folders named like splits (train, val, test) are splits; without them, the split
-    contains all images. Classes are those of all splits, sorted by name as in `data/prepare.py`; None if an image is
-    outside the class folders. Raises `UserError` if there are no images, or no such split.
+    contains all images. Classes are those of all splits, sorted by name as in `data/prepare.py`; None if all images
+    are outside of class folders. Raises `UserError` if there are no images, no such split, or the folders could mean
+    several things.
     """
 
     def __init__(self, folder: Path, name: str):
-        self.folder, self.name, self.items = folder, name, list_images(folder)
-        labelled = all(item.label is not None for item in self.items)
-        self.classes = sorted({item.label for item in self.items}) if labelled else None
+        self.folder, self.name = folder, name
+        self.items, notes = arrange(_listed(folder))
+        for note in notes:
+            say(f"{printable(folder)}: {printable(note)}")
+        self.classes = sorted({item.label for item in self.items} - {None}) or None
         splits = {item.split for item in self.items}
         if splits == {None}:
             say(f"{folder} has no split folders: using all {len(self.items):,} images as split {name}")
@@ -52,9 +57,15 @@ class Folder:
 
 def list_images(folder: Path) -> list[Item]:
     """All images below a folder, sorted by name. Raises `UserError` if there are none."""
-    path = str(folder.absolute())  # absolute: a folder named digits is not the built-in source
-    with open_source(path, folder, ignore_labels=True) as items:
-        return items
+    return _listed(folder).images
+
+
+def _listed(folder: Path) -> Listing:
+    """Files below a folder; says what is left out."""
+    with list_source(str(folder), None) as listing:
+        for note in listing.notes():
+            say(f"{printable(folder)}: {printable(note)}")
+        return listing
 
 
 def read_image(path: Path) -> bytes:
@@ -82,10 +93,10 @@ def open_images(path: str, split: str) -> Split | Folder:
 
 
 def sample_names(images: Split | Folder) -> list[str]:
-    """Original name of each sample: its path in the folder, or the name stored in the shard."""
+    """Original name of each sample, printable: its path in the folder, or the name stored in the shard."""
     if isinstance(images, Folder):
-        return [item.name for item in images.items]
-    return [name for number in range(len(images.shards)) for name in _shard_names(images, number)]
+        return [printable(item.name) for item in images.items]
+    return [printable(name) for number in range(len(images.shards)) for name in _shard_names(images, number)]
 
 
 def _shard_names(split: Split, number: int) -> list[str]:

@@ -17,11 +17,12 @@ def describe(folder: Path) -> None:
     index = read_index(folder)
     for split, shards in index.splits.items():
         samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
-        print(f"  {split:6} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
+        print(f"  {split:9} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
     print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
     source = folder / "source.json"
     recipe = "digits" if source.exists() and b'"source": "digits"' in source.read_bytes() else "photos"
-    command = f"deepspeed pretrain/main.py --config configs/pretrain/{recipe}.yaml --data.path {folder}"
+    split = "" if "train" in index.splits else f" --data.split {next(iter(index.splits))}"
+    command = f"deepspeed pretrain/main.py --config configs/pretrain/{recipe}.yaml --data.path {folder}{split}"
     print(f"ready: {command} --run.name {folder.absolute().name}")
 
 

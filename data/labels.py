@@ -10,18 +10,16 @@ from typing import Any
 
 from configs.errors import UserError, printable
 from data.layouts import UNLABELED, split_name
-from data.listing import Listing, suffix
+from data.listing import SIDECARS, Listing, suffix
 from data.sources import READABLE, Item
-from data.tables import LABEL_NAMES, Columns, Row, shown
-from data.tars import IMAGE_TYPES, split_member_name
+from data.tables import LABEL_NAMES, Columns, Row, plain
+from data.tars import split_member_name
 
 TARGETS = ("labels", "numbers", "boxes", "mask")  # columns that are kept for tasks, whatever the label
 SINGLE = "only one label per image can be trained on now; they are kept in the json of each sample"
 
 
-def label_by_table(
-    items: list[Item], rows: list[Row], columns: Columns, name: str
-) -> tuple[list[Item], list[str]]:
+def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: str) -> tuple[list[Item], list[str]]:
     """The images with the labels and splits of a table's rows, and lines on what was decided.
 
     Raises `UserError` if no row names an image, or the rows contradict each other.
@@ -33,7 +31,9 @@ def label_by_table(
             by_image[image].append(rows[number])
     without_image = [rows[i][column] for i, image in enumerate(matches) if image is None]
     if without_image:
-        notes.append(f"{printable(name)}: {_rows(len(without_image))} without an image, such as {_cell(without_image[0])}")
+        notes.append(
+            f"{printable(name)}: {_rows(len(without_image))} without an image, such as {_cell(without_image[0])}"
+        )
     repeated = sum(len(found) - 1 for found in by_image.values())
     read = _reader(columns, [rows[i] for i, image in enumerate(matches) if image is not None], name, notes)
     out, several = [], 0
@@ -47,12 +47,12 @@ def label_by_table(
             several, targets = several + 1, {"labels": labels} | targets
         split = _split_of(by_image[i], columns.split, name) if i in by_image else None
         label = labels[0] if len(labels) == 1 and "labels" not in targets else None
-        out.append(replace(item, label=label, split=split or item.split, targets=targets or None))
+        out.append(_labelled(item, label, targets, split or item.split))
     if several:
         notes.append(f"{several:,} images have rows with several labels: {SINGLE}")
     elif repeated:
         notes.append(f"{printable(name)}: {_rows(repeated)} name an image again")
-    return _without_rows(out, set(by_image), name, notes), notes
+    return set_apart(out, set(by_image), name, notes), notes
 
 
 def _rows(count: int) -> str:
@@ -63,13 +63,24 @@ def _cell(value: Any) -> str:
     return printable(str(value)[:80])
 
 
-def _without_rows(items: list[Item], labelled: set[int], name: str, notes: list[str]) -> list[Item]:
-    """Images without a row go to split `unlabeled`, but a split without any row stays together."""
+def _labelled(item: Item, label: str | None, targets: dict[str, Any], split: str | None) -> Item:
+    """The image with its labels, which its stamp contains, so that other labels are another data set."""
+    stamp = f"{item.stamp} {split} {label} {json.dumps(targets, default=str)}"
+    return replace(item, label=label, split=split, targets=targets or None, stamp=stamp)
+
+
+def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]) -> list[Item]:
+    """Images without a row in `name` go to split `unlabeled`, but a split without any row stays together.
+
+    `labelled` has the positions of the others.
+    """
     by_split = defaultdict(list)
     for i, item in enumerate(items):
         by_split[item.split].append(i)
     moved = []
     for split, members in by_split.items():
+        if split == UNLABELED:
+            continue
         without = [i for i in members if i not in labelled]
         if len(without) == len(members) and split is not None:
             notes.append(f"{printable(name)} has no rows for split {split}: its {len(without):,} images have no labels")
@@ -215,46 +226,48 @@ def _split_of(rows: list[Row], column: str | None, name: str) -> str | None:
     splits = {split_name(value) for value in values}
     if None in splits or len(splits) > 1:
         listed = ", ".join(sorted(map(_cell, values)))
-        raise UserError(f"{printable(name)}, column {printable(column)}: {listed}: write train, val or test, one per image")
+        way_out = "write train, val or test, one per image"
+        raise UserError(f"{printable(name)}, column {printable(column)}: {listed}: {way_out}")
     return next(iter(splits), None)
 
 
-def label_by_sidecars(listing: Listing, items: list[Item]) -> tuple[list[Item], list[str]]:
-    """Labels from a `.cls` or `.json` file beside each image, as in WebDataset tars; those files are then used up.
+def label_by_sidecars(listing: Listing) -> list[str]:
+    """Label the images from a `.cls` or `.json` file beside each, as in WebDataset tars. Returns lines on it.
 
-    An image has the label of `KEY.cls`; KEY is its name without suffix, or up to the first dot. Images with a longer
-    suffix, like KEY.seg.png, belong to the sample of KEY.jpg and are left out.
+    An image has the label of KEY.cls; KEY is its name without suffix, or up to the first dot. Images with a longer
+    suffix, like KEY.seg.png, are parts of the sample of KEY.jpg, and left out.
     """
-    files = {name: item for name, item in listing.label_files.items() if suffix(name) in ("cls", "json")}
-    plain = {split_member_name(item.name)[0] for item in items if split_member_name(item.name)[1] in READABLE}
+    files = {name: item for name, item in listing.label_files.items() if suffix(name) in SIDECARS}
     if not files:
-        return items, []
-    out, used, parts, notes = [], set(), Counter(), []
-    for item in items:
-        stem = item.name.rpartition(".")[0]
-        key, kind = split_member_name(item.name)
-        found = [f"{k}.{t}" for t in ("cls", "json") for k in dict.fromkeys((stem, key)) if f"{k}.{t}" in files]
-        if kind not in READABLE and key in plain and f"{stem}.cls" not in files and f"{stem}.json" not in files:
-            parts[f".{kind}"] += any(f"{key}.{t}" in files for t in ("cls", "json"))
-            if any(f"{key}.{t}" in files for t in ("cls", "json")):
-                continue
+        return []
+    samples = {key for key, kind in (split_member_name(item.name) for item in listing.images) if kind in READABLE}
+    out, used, parts = [], set(), Counter()
+    for item in listing.images:
+        stem, (key, kind) = item.name.rpartition(".")[0], split_member_name(item.name)
+        own, shared = ([n for s in SIDECARS if (n := f"{base}.{s}") in files] for base in (stem, key))
+        if kind not in READABLE and not own and shared and key in samples:
+            parts[f".{kind}"] += 1
+            continue
         label, targets = None, {}
-        for name in found:
+        for name in own or shared:
             one, more = _sidecar(files[name], name)
-            label, targets = label or one, more | targets
+            if one is not None and (label is None or (label.isdecimal() and not one.isdecimal())):
+                label = one  # a name tells more than a number
+            targets |= more
             if one is not None or more:
                 used.add(name)
-        out.append(replace(item, label=None if "labels" in targets and label is None else label, targets=targets or None))
+        out.append(_labelled(item, label, targets, None))
     if not used:
-        return items, []
+        return []
+    listing.images, listing.sidecars = out, True
     listing.ignored += parts
     for name in used:
         del listing.label_files[name]
-    labelled = sum(item.label is not None for item in out)
-    notes.append(f"labels from .cls or .json files beside the images: {labelled:,} of {len(out):,} images")
-    if any(item.targets for item in out):
-        notes.append(f"the .json files hold {', '.join(sorted({k for i in out for k in i.targets or ()}))}: {SINGLE}")
-    return out, notes
+    count = sum(item.label is not None for item in out)
+    notes = [f"labels from .cls or .json files beside the images: {count:,} of {len(out):,} images"]
+    if found := sorted({key for item in out for key in item.targets or ()}):
+        notes.append(f"the .json files have {', '.join(found)}: {SINGLE}")
+    return notes
 
 
 def _sidecar(item: Item, name: str) -> tuple[str | None, dict[str, Any]]:
@@ -271,6 +284,6 @@ def _sidecar(item: Item, name: str) -> tuple[str | None, dict[str, Any]]:
         return None, {}
     targets = {key: content[key] for key in TARGETS if content.get(key) is not None}
     for key, value in content.items():
-        if key.lower() in ("class", "class_name", *LABEL_NAMES - {"labels"}) and isinstance(value, (str, int)):
+        if plain(key) in LABEL_NAMES - {"labels"} and isinstance(value, (str, int)):
             return as_label(value), targets
     return None, targets

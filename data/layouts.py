@@ -59,11 +59,11 @@ def arrange(
     Args:
         splits: `NAME=FOLDER` pairs; images outside of the folders are left out
         no_splits: top folders are classes, whatever their names
-        labelled: False: folders are not classes
+        labelled: False: folders are not classes; labels that the images have already are kept
     Raises:
         UserError: the folders could mean several things
     """
-    items, notes = listing.images, []
+    items, notes, labelled = listing.images, [], labelled and not listing.sidecars
     if listing.shards:
         return _from_shards(listing), notes
     full = [_folders(item.name) for item in items]
@@ -77,7 +77,7 @@ def arrange(
         names = [None] * len(items)
     else:
         names, folders = _found(folders, items, listing.source, notes)
-    labels = [None] * len(items)
+    labels = [None if split == UNLABELED else item.label for item, split in zip(items, names, strict=True)]
     if labelled:
         labels = _labels(names, folders, items, listing.source, notes)
     return [replace(item, split=s, label=c) for item, s, c in zip(items, names, labels, strict=True)], notes
@@ -92,8 +92,8 @@ def _from_shards(listing: Listing) -> list[Item]:
     """Numbered archives like train-0001.tar: the split is in their names, classes are beside the images."""
     found = []
     for item in listing.images:
-        shard = next((name for name in listing.shards if item.name.startswith(f"{name}/")), "")
-        stem = PurePosixPath(shard).name.rstrip("0123456789").rstrip("-_.")
+        shard = next((p for p in PurePosixPath(item.name).parents if str(p) in listing.shards), PurePosixPath())
+        stem = shard.name.rstrip("0123456789").rstrip("-_.")
         words = [split_name(word) for word in re.split(r"[-_.]", stem)]
         found.append(replace(item, split=next(filter(None, reversed(words)), None)))
     if any(item.split for item in found) and not all(item.split for item in found):
@@ -241,7 +241,7 @@ def _labels(
         elif any(group):
             stray = next(items[i].name for i, parts in zip(members, group, strict=True) if not parts)
             problem = f"some images are in class folders, others, like {printable(stray)}, are not"
-            raise UserError(f"{source}: {problem}: use --no-labels")
+            raise UserError(f"{source}: {problem}: move them, or use --no-labels (option of data/prepare.py)")
         else:
             flat.append(split)
     if any(labels):

@@ -49,6 +49,7 @@ class Listing:
     repeats: list[tuple[str, str]] = field(default_factory=list)  # name of a link, name of the same file
     broken: list[str] = field(default_factory=list)  # links without a file
     shards: set[str] = field(default_factory=set)  # archives that are numbered parts, not classes
+    sidecars: bool = False  # labels are from files beside the images
 
     def add(self, item: Item) -> None:
         """Sort a file by its name."""
@@ -102,8 +103,10 @@ def is_hidden(part: str) -> bool:
 
 
 @contextmanager
-def list_source(source: str, scratch: Path) -> Iterator[Listing]:
+def list_source(source: str, scratch: Path | None) -> Iterator[Listing]:
     """List a folder, zip or tar; images are sorted by name. What has to be unpacked is in `scratch` until the end.
+
+    With `scratch` None, archives in a folder are not read.
 
     Raises `UserError` if the source does not exist, is of an unknown type, damaged, or without images.
     """
@@ -116,9 +119,9 @@ def list_source(source: str, scratch: Path) -> Iterator[Listing]:
         if path.is_dir():
             _list_folder(path, listing)
         else:
-            _list_archive(path, path.name, listing, scratch, unpacked)
+            _list_archive(path, source, listing, scratch, unpacked)
         archives, listing.archives = listing.archives, []
-        if listing.images:  # an archive beside its own files would double them
+        if listing.images or scratch is None:  # an archive beside its own files would double them
             listing.ignored += _by_suffix(archives)
         else:
             for archive in archives:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,8 @@ Pixels = Annotated[int, Field(ge=1, le=1 << 16)]
 Quality = Annotated[int, Field(ge=1, le=100)]
 ShardSize = Annotated[int, Field(ge=1, le=1 << 30)]
 Workers = Annotated[int, Field(ge=1, le=1 << 12)]
+FILES = ("labels", "val", "val_labels", "test", "test_labels")
+LABEL_OPTIONS = ("splits", "no_splits", "label_column", "path_column", *FILES)
 ORDER_SEED = 0  # of the order of images in shards, and of the choice of held-out images
 
 
@@ -40,6 +43,19 @@ class PrepareOptions:
     workers: Workers = option(os.cpu_count(), "processes")
     val_fraction: BelowOne = option(0.0, "hold out this share of each class as split val")
     no_labels: bool = option(False, "folders are not classes: write shards without labels")
+    splits: tuple[str, ...] = option(
+        (),
+        "folders that are splits, NAME=FOLDER, such as train=Training test=Testing; "
+        "the rest is left out; the split `unlabeled` has no classes",
+    )
+    no_splits: bool = option(False, "top folders are classes, also those named like splits")
+    labels: Path | None = option(None, "labels of SOURCE: csv, tsv, json lines, parquet, or `path label` lines (.txt)")
+    label_column: tuple[str, ...] = option((), "column of --labels with the class; several are kept for other tasks")
+    path_column: str | None = option(None, "column of --labels with the file names")
+    val: str | None = option(None, "another source: its images are split val")
+    val_labels: Path | None = option(None, "labels of split val, as --labels; or the devkit of ILSVRC2012")
+    test: str | None = option(None, "another source: its images are split test")
+    test_labels: Path | None = option(None, "labels of split test, as --labels")
     index: bool = option(False, "index the .tar files of other tools in SOURCE")
     verify: bool = option(False, "check every byte of the shards in SOURCE")
     repair: bool = option(
@@ -79,8 +95,10 @@ def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
     for item in splits.pop("train"):
         by_label[item.label].append(item)
     for members in by_label.values():
-        members.sort(key=lambda item: hashlib.sha256(f"{ORDER_SEED} {item.name}".encode()).digest())
-        count = round(fraction * len(members))
+        members.sort(
+            key=lambda item: hashlib.sha256(f"{ORDER_SEED} {item.name}".encode(errors="surrogateescape")).digest()
+        )
+        count = min(round(fraction * len(members)), len(members) - 1)  # train keeps at least one
         splits["val"] += members[:count]
         splits["train"] += members[count:]
     if not splits["val"] or not splits["train"]:
@@ -90,10 +108,13 @@ def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
 
 def claim_folder(options: PrepareOptions, items: list[Item]) -> None:
     """Write source.json. Raises `UserError` if there is one of another source or other options."""
-    content = hashlib.sha256("\n".join(f"{item.name} {item.stamp}" for item in items).encode()).hexdigest()[:16]
+    content = _digest(f"{item.name} {item.stamp}" for item in items)
     new = {"source": Path(options.source).name, "images": len(items), "content": content}
     for key in ("resize", "quality", "shard_size", "val_fraction", "no_labels"):
         new[key] = getattr(options, key)
+    for key in LABEL_OPTIONS:  # only those that are given: older folders do not list them
+        if value := getattr(options, key):
+            new[key] = list(value) if isinstance(value, tuple) else Path(value).name if key in FILES else value
     path = options.out / "source.json"
     if not path.exists():
         write_atomic(path, json.dumps(new, indent=1).encode())
@@ -103,9 +124,14 @@ def claim_folder(options: PrepareOptions, items: list[Item]) -> None:
     except (ValueError, TypeError):
         way_out = f"delete {options.out} and run this again, or choose another folder"
         raise UserError(f"{path} is damaged: {way_out}") from None
-    changes = "; ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in new if old.get(key) != new[key])
+    keys = [*new, *(key for key in LABEL_OPTIONS if key in old and key not in new)]
+    changes = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys if old.get(key) != new.get(key))
     if changes:
         raise UserError(f"{options.out} has another data set ({changes}): choose another folder or delete it")
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def plan_shards(

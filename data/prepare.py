@@ -2,7 +2,9 @@
 
 python data/prepare.py digits shards/digits                               built-in example
 python data/prepare.py photos/ shards/photos --val-fraction 0.1           a folder; sub-folders are the classes
-python data/prepare.py ILSVRC2012_img_train.tar shards/imagenet --resize 512
+python data/prepare.py ILSVRC2012_img_train.tar shards/imagenet --resize 512 \\
+    --val ILSVRC2012_img_val.tar --val-labels ILSVRC2012_devkit_t12.tar.gz
+python data/prepare.py photos/ shards/photos --labels labels.csv          labels in a table instead of folders
 python data/prepare.py cifar10.tar.xz shards/cifar10 --val-fraction 0.1   tar (gz, bz2, xz) or zip
 python data/prepare.py shards/made-elsewhere --index                      index WebDataset tars of other tools
 python data/prepare.py shards/photos --verify                             check every byte
@@ -22,10 +24,18 @@ from data.index import index_folder, verify
 from data.planning import PrepareOptions
 from data.repair import repair
 
+LABEL_FILES = ("labels", "val_labels", "test_labels")
+
 
 def parse(argv: list[str] | None = None) -> PrepareOptions:
     """The command line. Raises `UserError` for options that do not go together."""
     options = parse_options(PrepareOptions, __doc__, argv)
+    if options.splits and options.no_splits:
+        raise UserError("--splits and --no-splits exclude each other: give one")
+    if options.no_labels and (given := next((k for k in LABEL_FILES if getattr(options, k)), None)):
+        raise UserError(f"--no-labels and --{given.replace('_', '-')} exclude each other: give one")
+    if options.val and options.val_fraction:
+        raise UserError("--val and --val-fraction exclude each other: give one")
     actions = options.index + options.verify + options.repair
     if actions > 1 or (options.out is None and not actions) or (options.out and (options.index or options.verify)):
         raise UserError("give SOURCE OUT, or one folder of shards with --index, --verify or --repair (see --help)")

@@ -73,7 +73,7 @@ def _json_rows(text: str, kind: str, name: str) -> list[Row]:
     else:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{printable(name)}: every row must be an object, such as {{\"path\": ..., \"label\": ...}}")
+        raise UserError(f'{printable(name)}: every row must be an object, such as {{"path": ..., "label": ...}}')
     return rows
 
 
@@ -114,14 +114,15 @@ def find_columns(rows: list[Row], name: str, path: str | None, labels: tuple[str
     for wanted in (*([path] if path else []), *labels):
         if wanted not in columns:
             raise UserError(f"{printable(name)} has no column {printable(wanted)}, but {shown(columns)}")
-    paths = (path,) if path else tuple(c for c in columns if _plain(c) in PATH_NAMES and c not in labels)
+    paths = (path,) if path else tuple(c for c in columns if plain(c) in PATH_NAMES and c not in labels)
     if not paths:
         raise UserError(f"{printable(name)}: name the column of file names with --path-column: {shown(columns)}")
-    found = labels or tuple(c for c in columns if _plain(c) in LABEL_NAMES and c not in (path,))
+    found = labels or tuple(c for c in columns if plain(c) in LABEL_NAMES and c not in (path,))
     if len(found) != 1 and not labels:
-        problem = f"{', '.join(map(printable, found))} may all be the label" if found else "no column is named like a label"
+        names = ", ".join(map(printable, found))
+        problem = f"{names} may all be the label" if found else "no column is named like a label"
         raise UserError(f"{printable(name)}: {problem}: name it with --label-column: {shown(columns)}")
-    split = next((c for c in columns if _plain(c) in SPLIT_NAMES and c not in (*paths, *found)), None)
+    split = next((c for c in columns if plain(c) in SPLIT_NAMES and c not in (*paths, *found)), None)
     return Columns(paths, found, split)
 
 
@@ -139,5 +140,6 @@ def shown(columns: list[str]) -> str:
     return f"its columns are {names}{', ...' if len(columns) > MAX_SHOWN_COLUMNS else ''}"
 
 
-def _plain(column: str) -> str:
+def plain(column: str) -> str:
+    """A column's name without case and punctuation."""
     return re.sub(r"[^a-z0-9]", "", column.lower())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import webdataset
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 from configs.files import atomic_file, write_atomic
 from data.planning import ShardPlan
 from data.pool import add_progress
@@ -31,10 +31,10 @@ def write_shard(plan: ShardPlan, resize: int | None, quality: int | None) -> tup
             try:
                 kind, data = reencode(item.image_bytes(), item.name, resize, quality)
             except UserError as error:
-                skipped.append(f"{item.name}: {error}")
+                skipped.append(printable(f"{item.name}: {error}"))
             else:
-                about = {"name": item.name} | ({} if label is None else {"class": item.label})
-                members = {"__key__": f"{number:09}", kind: data, "json": json.dumps(about).encode()}
+                about = {"name": item.name} | ({} if label is None else {"class": item.label}) | (item.targets or {})
+                members = {"__key__": f"{number:09}", kind: data, "json": json.dumps(about, default=str).encode()}
                 yield members | ({} if label is None else {"cls": str(label).encode()})
             add_progress(1)
 

@@ -44,9 +44,19 @@ def test_without_split_folders_all_images_are_the_split(tmp_path, capsys):
     assert "split val" in capsys.readouterr().out
 
 
-def test_images_beside_class_folders_have_no_labels(tmp_path):
-    images = Folder(as_folder(collection({"a": 1, "": 1}), tmp_path / "in"), "val")
+def test_images_beside_class_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"some images are in class folders, others, like 0\.jpg"):
+        Folder(as_folder(collection({"a": 1, "": 1}), tmp_path / "in"), "val")
+
+
+def test_images_without_class_folders_have_no_labels(tmp_path):
+    images = Folder(as_folder(collection({"": 2}), tmp_path / "in"), "val")
     assert images.classes is None and images.labels().tolist() == [-1, -1]
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    images = Folder(as_folder(collection({"a": 1}) | {"a/x.heic": b"x"}, tmp_path / "in"), "val")
+    assert len(images) == 1 and "1 file ignored: 1 .heic" in capsys.readouterr().out
 
 
 def test_an_unknown_split(tmp_path):

@@ -370,7 +370,6 @@ def test_checks_and_help_do_not_import_torch():
             "x.tar is not a folder",
         ),
         (lambda path: as_zip({"x.jpg": b""}, path / "x.zip"), "no image of the source could be read"),
-        (lambda path: as_tar({"1.jpg": picture(0), "1.cls": b"0"}, path / "x.tar"), "--index"),
         (lambda path: as_folder({"x.jpg": b"broken"}, path / "in"), "no image of the source could be read"),
     ],
 )

@@ -91,6 +91,9 @@ def _arranged(
     items, notes = arrange(listing, splits, no_splits, labelled=not (labels or options.no_labels))
     if labels:
         items = _with_labels(items, labels, options, notes)
+        for name, file in [*listing.label_files.items()]:
+            if file.offset is None and Path(file.container).resolve() == labels.resolve():
+                del listing.label_files[name]  # used, not ignored
     elif listing.sidecars:
         labelled = {i for i, item in enumerate(items) if item.label is not None or item.targets}
         items = set_apart(items, labelled, "the .cls and .json files", notes)

@@ -12,10 +12,9 @@ from configs.errors import UserError, printable
 from data.layouts import UNLABELED, split_name
 from data.listing import SIDECARS, Listing, suffix
 from data.sources import READABLE, Item
-from data.tables import LABEL_NAMES, Columns, Row, plain
+from data.tables import LABEL_NAMES, TARGETS, Columns, Row, plain
 from data.tars import split_member_name
 
-TARGETS = ("labels", "numbers", "boxes", "mask")  # columns that are kept for tasks, whatever the label
 SINGLE = "only one label per image can be trained on now; they are kept in the json of each sample"
 
 
@@ -46,7 +45,7 @@ def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: s
         if len(labels) > 1:
             several, targets = several + 1, {"labels": labels} | targets
         split = _split_of(by_image[i], columns.split, name) if i in by_image else None
-        label = labels[0] if len(labels) == 1 and "labels" not in targets else None
+        label = labels[0] if len(labels) == 1 else None
         out.append(_labelled(item, label, targets, split or item.split))
     if several:
         notes.append(f"{several:,} images have rows with several labels: {SINGLE}")

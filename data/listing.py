@@ -15,7 +15,7 @@ import tarfile
 import zipfile
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
@@ -262,7 +262,8 @@ def _list_zip(path: Path, folder: str, listing: Listing) -> None:
             continue
         name = entry.filename
         if not entry.flag_bits & 0x800:  # not marked as UTF-8: zipfile takes it for cp437, but it mostly is UTF-8
-            name = name.encode("cp437").decode("utf-8", "surrogateescape")
+            with suppress(UnicodeEncodeError):  # its Unicode name is in an extra field
+                name = name.encode("cp437").decode("utf-8", "surrogateescape")
         if "\\" in name and "/" not in name:  # written by a tool for Windows, against the standard
             name = name.replace("\\", "/")
         if stat.S_ISLNK(entry.external_attr >> 16):

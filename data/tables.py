@@ -21,7 +21,8 @@ LABEL_NAMES = {
     "classid", "labelid", "categoryid", "classlabel", "diagnosis", "dx", "species", "breed", "tag", "tags", "y", "cls",
     "finelabel", "groundtruth", "annotation", "findinglabels",
 }  # fmt: skip
-SPLIT_NAMES = {"split", "splits", "subset", "partition", "set", "dataset"}
+SPLIT_NAMES = {"split", "splits", "subset", "partition", "set"}
+TARGETS = ("labels", "numbers", "boxes", "mask")  # columns that are kept for tasks, whatever the label
 READS = "csv, tsv, json lines, parquet or `path label` lines (.txt)"
 MAX_SHOWN_COLUMNS = 20
 Row = dict[str, Any]
@@ -118,6 +119,8 @@ def find_columns(rows: list[Row], name: str, path: str | None, labels: tuple[str
     if not paths:
         raise UserError(f"{printable(name)}: name the column of file names with --path-column: {shown(columns)}")
     found = labels or tuple(c for c in columns if plain(c) in LABEL_NAMES and c not in (path,))
+    if len(found) > 1 and not labels:
+        found = tuple(c for c in found if c not in TARGETS)
     if len(found) != 1 and not labels:
         names = ", ".join(map(printable, found))
         problem = f"{names} may all be the label" if found else "no column is named like a label"

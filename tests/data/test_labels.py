@@ -86,6 +86,23 @@ def test_a_split_without_rows_keeps_its_images(tmp_path, capsys):
     assert "no rows for split test" in capsys.readouterr().out
 
 
+def test_lines_of_paths_and_labels(tmp_path, capsys):
+    source = as_folder(IMAGES, tmp_path / "in")
+    (source / "list.txt").write_text("images/0.jpg 3\nimages/1.jpg 11\nimages/2.jpg 3\nimages/3.jpg 3\n")
+    prepared(source, tmp_path / "out", "--labels", source / "list.txt")
+    assert read_index(tmp_path / "out").classes == ["3", "11"]
+    assert content(tmp_path / "out") == {picture(0): 0, picture(1): 1, picture(2): 0, picture(3): 0}
+    assert "ignored" not in capsys.readouterr().out
+
+
+def test_labels_and_other_targets_of_json_lines(tmp_path):
+    rows = [{"file": "0.jpg", "label": "a", "boxes": [[1, 2, 3, 4]], "labels": ["a", "z"]}]
+    source = as_folder({"0.jpg": picture(0)}, tmp_path / "in")
+    prepared(source, tmp_path / "out", "--labels", write(tmp_path / "x.jsonl", rows))
+    about = {"name": "0.jpg", "class": "a", "boxes": [[1, 2, 3, 4]], "labels": ["a", "z"]}
+    assert samples(tmp_path / "out") == {"0.jpg": about} and content(tmp_path / "out") == {picture(0): 0}
+
+
 def test_a_table_beside_the_images_is_pointed_out(tmp_path, capsys):
     source = as_folder(IMAGES | {"labels.csv": b"file,label\n0.jpg,a\n", "one.csv": b"hello\n"}, tmp_path / "in")
     prepared(source, tmp_path / "out")
@@ -139,7 +156,7 @@ def test_a_name_that_fits_two_images(tmp_path):
         (["age"], [["0.5"], ["3"]], [{"numbers": [0.5]}, {"numbers": [3.0]}]),
         (["x", "y"], [["1.5", "2"], ["3", ""]], [{"numbers": [1.5, 2.0]}, {"numbers": [3.0, None]}]),
         (["cat", "dog"], [["1.0", "0"], ["1", "1"]], [{"labels": ["cat"]}, {"labels": ["cat", "dog"]}]),
-        (["colour", "size"], [["red", "big"], ["blue", "small"]], [{"labels": ["red", "big"]}, {"labels": ["blue", "small"]}]),
+        (["colour", "size"], [["red", "big"], ["blue", "s"]], [{"labels": ["red", "big"]}, {"labels": ["blue", "s"]}]),
     ],
 )  # fmt: skip
 def test_several_labels_and_numbers_are_kept_for_other_tasks(columns, rows, targets, tmp_path, capsys):

@@ -45,6 +45,11 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun, such as `1 image` or `1,200 images`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def printable(text: object) -> str:
     """Text for a terminal or one line of a file: control characters and bytes that are not UTF-8 become `\\x1b`."""
     return "".join(_escape(c) if category(c) in ESCAPED or c in BIDIRECTIONAL else c for c in str(text))

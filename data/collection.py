@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from configs.errors import UserError, printable
+from configs.errors import UserError, counted, printable
 from data.known import find_val_labels, known_rows, without_image_class
 from data.labels import label_by_sidecars, label_by_table, set_apart
 from data.layouts import UNLABELED, arrange
@@ -149,15 +149,15 @@ def _with_labels(
         columns = find_columns(rows, path.name, options.path_column, options.label_column)
     labelled, more = label_by_table(open_items, rows, columns, path.name)
     of = f"column {', '.join(map(printable, columns.labels))} of " if columns.labels != ("label",) else ""
-    count = sum(item.label is not None for item in labelled)
-    notes.append(f"labels from {of}{printable(path.name)}: {count:,} of {len(labelled):,} images")
+    count = sum(item.label is not None or item.targets is not None for item in labelled)
+    notes.append(f"labels from {of}{printable(path.name)}: {count:,} of {counted(len(labelled), 'image')}")
     notes += more
     return labelled + [item for item in items if item.split == UNLABELED]
 
 
 def _report(listing: Listing, items: list[Item], notes: list[str], hint: bool, flag: str = "--labels") -> None:
     """Print what a source has, and what was left out or decided."""
-    print(f"{printable(listing.source)}: {len(items):,} images", flush=True)
+    print(f"{printable(listing.source)}: {counted(len(items), 'image')}", flush=True)
     for note in (*listing.notes(), *notes):
         print(f"  {printable(note)}", flush=True)
     tables = [item for name, item in listing.label_files.items() if suffix(name) in TABLES] if hint else []
@@ -175,13 +175,18 @@ def class_names(items: list[Item], by_number: bool) -> list[str] | None:
 
 def check_classes(items: list[Item], source: str) -> None:
     """Print the classes of each split. Raises `UserError` if train and another split have no class in common."""
-    counts = defaultdict(Counter)
+    counts, without = defaultdict(Counter), Counter()
     for item in items:
-        if item.label is not None:
+        if item.label is None:
+            without[item.split or "train"] += 1
+        else:
             counts[item.split or "train"][item.label] += 1
     for split, found in sorted(counts.items()):
         shown = ", ".join(f"{name} ({count:,})" for name, count in sorted(found.items())[:SHOWN])
-        print(f"  {split}: {len(found):,} classes: {shown}{', ...' if len(found) > SHOWN else ''}", flush=True)
+        more = ", ..." if len(found) > SHOWN else ""
+        print(f"  {split}: {counted(len(found), 'class', 'classes')}: {shown}{more}", flush=True)
+    for split, number in sorted(without.items()) if counts else ():
+        print(f"  {split}: {counted(number, 'image')} without a label", flush=True)
     train = counts.get("train")
     if train is None:
         return
@@ -203,9 +208,8 @@ def check_val(splits: dict[str, list[Item]]) -> None:
         have = {item.label for item in splits["val"]}
         absent = sorted({item.label for item in splits.get("train", ())} - have - {None})
         if absent and have != {None}:
-            word = "class" if len(absent) == 1 else "classes"
-            verb = "has" if len(absent) == 1 else "have"
-            print(f"  warning: {word} {_few(absent)} {verb} no validation image", flush=True)
+            subject = f"class {absent[0]} has" if len(absent) == 1 else f"classes {_few(absent)} have"
+            print(f"  warning: {subject} no validation image", flush=True)
 
 
 def _few(names: list[str]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from configs.errors import UserError, printable
+from configs.errors import UserError, counted, printable
 from data.layouts import UNLABELED, split_name
 from data.listing import SIDECARS, Listing, suffix
 from data.sources import READABLE, Item
@@ -30,9 +30,8 @@ def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: s
             by_image[image].append(rows[number])
     without_image = [rows[i][column] for i, image in enumerate(matches) if image is None]
     if without_image:
-        notes.append(
-            f"{printable(name)}: {_rows(len(without_image))} without an image, such as {_cell(without_image[0])}"
-        )
+        number, first = counted(len(without_image), "row"), _cell(without_image[0])
+        notes.append(f"{printable(name)}: {number} without an image, such as {first}")
     repeated = sum(len(found) - 1 for found in by_image.values())
     read = _reader(columns, [rows[i] for i, image in enumerate(matches) if image is not None], name, notes)
     out, several = [], 0
@@ -48,14 +47,10 @@ def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: s
         label = labels[0] if len(labels) == 1 else None
         out.append(_labelled(item, label, targets, split or item.split))
     if several:
-        notes.append(f"{several:,} images have rows with several labels: {SINGLE}")
+        notes.append(f"{counted(several, 'image')} with rows of several labels: {SINGLE}")
     elif repeated:
-        notes.append(f"{printable(name)}: {_rows(repeated)} name an image again")
+        notes.append(f"{printable(name)}: {counted(repeated, 'row')} of images that have one already")
     return set_apart(out, set(by_image), name, notes), notes
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} {'row' if count == 1 else 'rows'}"
 
 
 def _cell(value: Any) -> str:
@@ -82,12 +77,16 @@ def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]
             continue
         without = [i for i in members if i not in labelled]
         if len(without) == len(members) and split is not None:
-            notes.append(f"{printable(name)} has no rows for split {split}: its {len(without):,} images have no labels")
+            notes.append(
+                f"{printable(name)} has no rows for split {split}: {counted(len(without), 'image')} without a label"
+            )
         else:
             moved += without
     if moved:
         first = printable(items[min(moved)].name)
-        notes.append(f"{len(moved):,} images without a row in {printable(name)}, such as {first}: split {UNLABELED}")
+        notes.append(
+            f"{counted(len(moved), 'image')} without a row in {printable(name)}, such as {first}: split {UNLABELED}"
+        )
     gone = set(moved)
     return [replace(item, split=UNLABELED) if i in gone else item for i, item in enumerate(items)]
 
@@ -263,7 +262,7 @@ def label_by_sidecars(listing: Listing) -> list[str]:
     for name in used:
         del listing.label_files[name]
     count = sum(item.label is not None for item in out)
-    notes = [f"labels from .cls or .json files beside the images: {count:,} of {len(out):,} images"]
+    notes = [f"labels from .cls or .json files beside the images: {count:,} of {counted(len(out), 'image')}"]
     if found := sorted({key for item in out for key in item.targets or ()}):
         notes.append(f"the .json files have {', '.join(found)}: {SINGLE}")
     return notes

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from configs.errors import UserError, printable
+from configs.errors import UserError, counted, printable
 from data.listing import Listing
 from data.sources import Item
 
@@ -71,7 +71,7 @@ def arrange(
     if splits:
         names, folders, kept = _chosen(splits, full, folders, listing.source)
         if len(kept) < len(items):
-            notes.append(f"{len(items) - len(kept):,} images outside of --splits are left out")
+            notes.append(f"{counted(len(items) - len(kept), 'image')} outside of --splits left out")
         items = [items[i] for i in kept]
     elif no_splits:
         names = [None] * len(items)
@@ -224,7 +224,6 @@ def _labels(
     by_split = defaultdict(list)
     for i, name in enumerate(names):
         by_split[name].append(i)
-    flat = []
     if all(len(parts) == 1 and parts[0].lower() in IMAGE_FOLDERS for parts in folders) and len(set(folders)) == 1:
         notes.append(f"{folders[0][0]}/ is not taken as a class")
         folders = [()] * len(folders)
@@ -242,13 +241,10 @@ def _labels(
             stray = next(items[i].name for i, parts in zip(members, group, strict=True) if not parts)
             problem = f"some images are in class folders, others, like {printable(stray)}, are not"
             raise UserError(f"{source}: {problem}: move them, or use --no-labels (option of data/prepare.py)")
-        else:
-            flat.append(split)
-    if any(labels):
-        notes.extend(f"split {split} has no class folders: its images have no labels" for split in flat)
     odd = {part for parts in folders for part in parts[:1] if printable(part) != part}
     if odd and any(labels):
-        notes.append(f"{len(odd)} class names with bytes that cannot be printed are written like {printable(min(odd))}")
+        names = counted(len(odd), "class name")
+        notes.append(f"{names} with bytes that cannot be printed, written like {printable(min(odd))}")
     return labels
 
 

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
 from typing import BinaryIO
 
-from configs.errors import UserError, printable, reason
+from configs.errors import UserError, counted, printable, reason
 from data.sources import READABLE, Item, open_zip
 from data.tars import CHUNK_BYTES, check_end, member_end
 
@@ -72,24 +72,23 @@ class Listing:
         """What is left out, a line each."""
         counts = self.ignored + Counter(f".{suffix(name)}" for name in self.label_files)
         if counts:
-            total = sum(counts.values())
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
-            yield f"{total:,} {'file' if total == 1 else 'files'} ignored: {kinds}"
+            yield f"{counted(sum(counts.values()), 'file')} ignored: {kinds}"
         if self.hidden:
             names = sorted({posixpath.basename(path) for path in self.hidden})
             shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            yield f"{len(self.hidden):,} hidden files or folders skipped: {shown}"
+            yield f"{counted(len(self.hidden), 'hidden file or folder', 'hidden files or folders')} skipped: {shown}"
         if self.repeats:
             link, same = self.repeats[0]
-            yield f"{len(self.repeats):,} links to files of the source counted once, such as {link} = {same}"
+            yield f"{counted(len(self.repeats), 'link')} to files of the source, counted once, such as {link} = {same}"
         if self.broken:
-            yield f"{len(self.broken):,} links without a file skipped, such as {self.broken[0]}"
+            yield f"{counted(len(self.broken), 'link')} without a file skipped, such as {self.broken[0]}"
         doubles = [name for name, count in Counter(item.name for item in self.images).items() if count > 1]
         if doubles:
-            yield f"{len(doubles):,} names occur more than once, such as {doubles[0]}: each is an image of its own"
+            yield f"{counted(len(doubles), 'name')} of several images, such as {doubles[0]}: all are used"
         if self.shards:
             first = min(self.shards)
-            yield f"{len(self.shards):,} archives such as {first} are taken as numbered parts, not as classes"
+            yield f"{counted(len(self.shards), 'archive')} such as {first} taken as numbered parts, not as classes"
 
 
 def suffix(name: str) -> str:

@@ -75,7 +75,7 @@ def test_images_without_rows_and_rows_without_images(tmp_path, capsys):
     assert sizes(tmp_path / "out") == {"train": 3, "unlabeled": 1}
     assert content(tmp_path / "out", "unlabeled") == {picture(3): -1}
     out = capsys.readouterr().out
-    assert has(out, "2 rows without an image, such as 7.jpg") and has(out, "1 images without a row images/3.jpg")
+    assert has(out, "2 rows without an image, such as 7.jpg") and has(out, "1 image without a row images/3.jpg")
 
 
 def test_a_split_without_rows_keeps_its_images(tmp_path, capsys):
@@ -178,7 +178,7 @@ def test_rows_with_other_labels_of_one_image(tmp_path, capsys):
     prepared(as_folder(images, tmp_path / "in"), tmp_path / "out", "--labels", table)
     assert content(tmp_path / "out") == {picture(0): -1, picture(1): 0}
     assert samples(tmp_path / "out")["0.jpg"]["labels"] == ["a", "b"]
-    assert "1 images have rows with several labels" in capsys.readouterr().out
+    assert "1 image with rows of several labels" in capsys.readouterr().out
 
 
 WNIDS = {490: "n01751748", 361: "n09193705", 171: "n02105855"}

@@ -75,7 +75,7 @@ def test_a_folder_of_images_is_not_a_class(tmp_path, capsys):
 def test_a_split_without_class_folders_has_no_labels(tmp_path, capsys):
     prepared(as_folder(collection({"train/a": 1, "train/b": 1, "test": 2}), tmp_path / "in"), tmp_path / "out")
     assert set(content(tmp_path / "out", "test").values()) == {-1}
-    assert "split test has no class folders" in capsys.readouterr().out
+    assert "test: 2 images without a label" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,11 @@ def test_links_are_followed_once(tmp_path, capsys):
     prepared(source, tmp_path / "out")
     assert read_index(tmp_path / "out").classes == ["cat", "dog", "emu"] and sizes(tmp_path / "out") == {"train": 4}
     out = capsys.readouterr().out
-    assert has(out, "3 links counted once") and "cat/hard.jpg" in out and "2 links without a file" in out
+    assert (
+        has(out, "3 links to files of the source, counted once")
+        and "cat/hard.jpg" in out
+        and "2 links without a file" in out
+    )
 
 
 def test_hidden_files_and_other_types_are_counted(tmp_path, capsys):

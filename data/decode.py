@@ -83,9 +83,7 @@ def _decode_picture(data: bytes, kind: str, channels: int | None, shrink: Shrink
         raise ImageError(f"not a readable image ({reason(error)})") from None
 
 
-def _decode_jpeg(
-    data: bytes, channels: int | None, shrink: Shrink | None, turn: int, max_pixels: int
-) -> Tensor | None:
+def _decode_jpeg(data: bytes, channels: int | None, shrink: Shrink | None, turn: int, max_pixels: int) -> Tensor | None:
     """A JPEG in grey or colour, not turned; None for one in CMYK."""
     height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     if space not in ("Gray", "YCbCr", "RGB"):
@@ -162,7 +160,7 @@ def _to_channels(image: Tensor, channels: int) -> Tensor:
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """A .npy array as [H, W, C]. Unlike np.load, which allocates what the header claims, checks that the bytes exist."""
+    """A .npy array as [H, W, C]; unlike np.load, it checks that the bytes exist before it allocates what they claim."""
     file, npy = io.BytesIO(data), np.lib.format
     try:
         version_1 = npy.read_magic(file) == (1, 0)

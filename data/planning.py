@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -17,6 +17,8 @@ from pydantic import Field
 from configs.errors import UserError
 from configs.files import write_atomic
 from configs.keys import BelowOne, argument, option
+from data.reading import Reading
+from data.shards import Shard
 from data.sources import Item
 
 Pixels = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -27,7 +29,7 @@ ORDER_SEED = 0  # of the order of images in shards, and of the choice of held-ou
 
 
 @dataclass(frozen=True)
-class PrepareOptions:
+class PrepareOptions(Reading):
     """The command line of data/prepare.py: what to write, and how."""
 
     source: str = argument("`digits`, a folder, a zip, a tar (plain, gz, bz2, xz), or the ILSVRC2012 train tar")
@@ -63,6 +65,14 @@ class ShardPlan:
         return self.path.with_name(f".{self.path.stem}.record.json")
 
 
+class Written(NamedTuple):
+    """A complete shard, a line `NAME: KIND: REASON` per image that is left out, and a number for each kind of change."""
+
+    shard: Shard
+    skipped: list[str]
+    notes: dict[str, int]
+
+
 def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
     """Items of each split; `fraction` of each class of `train` moves to `val`, chosen by a hash of the name.
 
@@ -92,14 +102,16 @@ def claim_folder(options: PrepareOptions, items: list[Item]) -> None:
     """Write source.json. Raises `UserError` if there is one of another source or other options."""
     content = hashlib.sha256("\n".join(f"{item.name} {item.stamp}" for item in items).encode()).hexdigest()[:16]
     new = {"source": Path(options.source).name, "images": len(items), "content": content}
-    for key in ("resize", "quality", "shard_size", "val_fraction", "no_labels"):
-        new[key] = getattr(options, key)
+    defaults = {field.name: field.default for field in fields(Reading)}
+    for key in ("resize", "quality", "shard_size", "val_fraction", "no_labels", *defaults):
+        value = getattr(options, key)
+        new[key] = list(value) if isinstance(value, tuple) else value
     path = options.out / "source.json"
     if not path.exists():
         write_atomic(path, json.dumps(new, indent=1).encode())
         return
     try:
-        old = dict(json.loads(path.read_bytes()))
+        old = defaults | dict(json.loads(path.read_bytes()))  # older folders lack these options
     except (ValueError, TypeError):
         way_out = f"delete {options.out} and run this again, or choose another folder"
         raise UserError(f"{path} is damaged: {way_out}") from None

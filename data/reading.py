@@ -16,8 +16,9 @@ BYTES_PER_PIXEL = 4  # allowed for each pixel of the limit: RGBA, or one float32
 DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE = "damaged", "too large", "unsupported", "not an image"  # kinds of refusals
 CHANNELS, PAGES, VALUES, NODATA = "wrong channels", "needs --pages", "needs --value-range", "needs --nodata"
 KINDS = (DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NODATA)
-NEED_OPTION = (PAGES, VALUES, NODATA)
+NEED_OPTION = (PAGES, VALUES, NODATA)  # of the user, before a collection can be written
 
+FIRST_PAGE = "{:,} files have several pages or frames: only the first was taken (--pages first)"
 Notes = Counter  # line with a place for its number -> number
 PixelLimit = Annotated[int, Field(ge=1, le=1 << 34)]
 
@@ -62,6 +63,7 @@ class Page:
 
     `value_range` are the values that mean 0 and 1 if the file says so, `nodata` its value for missing data. The last
     channel of `alpha` images is opacity. `inverted`: low values are bright. `deep_png`: 16 bits that stay a PNG.
+    `number` counts the pages of a file with several from 1, 0 = a single one.
     """
 
     pixels: np.ndarray
@@ -71,6 +73,7 @@ class Page:
     inverted: bool = False
     orientation: int = 1
     deep_png: bool = False
+    number: int = 0
 
 
 def number(value: float) -> str:
@@ -98,7 +101,7 @@ def raise_limit(height: int, width: int, pixel_bytes: int) -> str:
 
 
 def sniff(data: bytes) -> str:
-    """The type of a file by its first bytes: jpg, png, webp, gif, npy, tif, dcm, heif, avif, jp2, pnm, or `` = other."""
+    """Type of a file by its first bytes: jpg, png, webp, gif, npy, tif, dcm, heif, avif, jp2 or pnm; `` = another."""
     for kind, start in (("jpg", b"\xff\xd8\xff"), ("png", b"\x89PNG\r\n\x1a\n"), ("npy", b"\x93NUMPY")):
         if data.startswith(start):
             return kind

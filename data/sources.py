@@ -14,10 +14,10 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
 from typing import BinaryIO
@@ -25,7 +25,12 @@ from typing import BinaryIO
 from configs.errors import UserError, reason
 from data.tars import CHUNK_BYTES, IMAGE_TYPES, check_end, member_end
 
-READABLE = (*IMAGE_TYPES, "bmp", "tif", "tiff", "ppm", "pgm")
+# with those that data/reencode.py converts
+READABLE = (
+    *IMAGE_TYPES, "jpe", "jfif", "bmp", "dib", "tif", "tiff", "btf", "ppm", "pgm", "pbm", "pnm", "tga", "pcx", "sgi",
+    "qoi", "jp2", "j2k", "j2c", "jpf", "jpx", "avif", "heic", "heif", "hif", "dcm", "dicom",
+)  # fmt: skip
+DICOM_HEAD = 132  # bytes, of which the last four are DICM
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 DIGITS_VAL_SHARE = 5  # every fifth image of a class is held out
 
@@ -88,14 +93,15 @@ def _list(path: Path) -> Iterator[Item]:
     """All images of a folder, zip or uncompressed tar, without split and class."""
     if path.is_dir():
         for file in path.rglob("*"):
-            if _is_image(file.name) and file.is_file():
+            if file.is_file() and (_is_image(file.name) or _is_dicom(file.name, lambda file=file: file.open("rb"))):
                 about = file.stat()
                 yield Item(file.relative_to(path).as_posix(), str(file), f"{about.st_size} {about.st_mtime_ns}")
     elif _is_tar(path):  # before zip: a tar whose last member is a zip looks like a zip
         yield from _list_tar(path)
     else:
         for entry in _open_zip(str(path), os.getpid()).infolist():
-            if _is_image(entry.filename) and not entry.is_dir():
+            opened = partial(_open_zip(str(path), os.getpid()).open, entry)
+            if not entry.is_dir() and (_is_image(entry.filename) or _is_dicom(entry.filename, opened)):
                 yield Item(entry.filename, str(path), f"{entry.CRC}", zipped=True)
 
 
@@ -124,7 +130,7 @@ def _list_members(file: BinaryIO, path: Path, limit: int, outer: str | None = No
             elif outer is None and member.name.endswith(".cls"):
                 way_out = f"run `python data/prepare.py {path.parent} --index`"
                 raise UserError(f"{path} contains WebDataset shards: {way_out}")
-            elif _is_image(member.name):
+            elif _is_image(member.name) or _is_dicom(member.name, partial(tar.extractfile, member)):
                 name = member.name.removeprefix("./") if outer is None else f"{outer}/{member.name}"
                 yield Item(name, str(path), f"{offset} {size}", offset, size)
     check_end(file, end, limit, path)
@@ -157,6 +163,18 @@ def _from_paths(items: Iterator[Item], source: str, ignore_labels: bool) -> list
 def _is_image(name: str) -> bool:
     base = name.rsplit("/", 1)[-1]
     return not base.startswith(".") and base.rsplit(".", 1)[-1].lower() in READABLE
+
+
+def _is_dicom(name: str, opened: Callable[[], BinaryIO]) -> bool:
+    """Whether a file without a suffix, or with a number for one, is DICOM: scanners write 1.2.840.1 or IM0001."""
+    base = name.rsplit("/", 1)[-1]
+    if base.startswith(".") or not ("." not in base or base.rsplit(".", 1)[-1].isdigit()):
+        return False
+    try:
+        with opened() as file:
+            return file.read(DICOM_HEAD).endswith(b"DICM")
+    except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):  # RuntimeError: encrypted in a zip
+        return False
 
 
 def _is_tar(path: Path) -> bool:

@@ -10,10 +10,13 @@ import numpy as np
 from configs.errors import UserError, nearest
 from configs.log import say
 from configs.schema import Data
+from data.reading import KEPT, Reading, sniff
 from data.remote import is_url
 from data.shards import Split, open_split
 from data.sources import Item, open_source
 from data.tars import IMAGE_TYPES, split_member_name
+
+DEFAULT = Reading()
 
 
 class Folder:
@@ -24,8 +27,8 @@ class Folder:
     outside the class folders. Raises `UserError` if there are no images, or no such split.
     """
 
-    def __init__(self, folder: Path, name: str):
-        self.folder, self.name, self.items = folder, name, list_images(folder)
+    def __init__(self, folder: Path, name: str, reading: Reading = DEFAULT):
+        self.folder, self.name, self.items, self.reading = folder, name, list_images(folder), reading
         labelled = all(item.label is not None for item in self.items)
         self.classes = sorted({item.label for item in self.items}) if labelled else None
         splits = {item.split for item in self.items}
@@ -43,7 +46,7 @@ class Folder:
 
     def read(self, sample: int) -> tuple[bytes, int]:
         """Image bytes for `data.decode.decode` and label (-1 = none); errors as `read_image`."""
-        return read_image(Path(self.items[sample].container)), int(self._labels[sample])
+        return read_image(Path(self.items[sample].container), self.reading), int(self._labels[sample])
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none."""
@@ -57,28 +60,33 @@ def list_images(folder: Path) -> list[Item]:
         return items
 
 
-def read_image(path: Path) -> bytes:
-    """Content of an image file for `data.decode.decode`; bmp, tif, ppm are converted; `UserError` if unreadable."""
+def read_image(path: Path, reading: Reading = DEFAULT) -> bytes:
+    """Content of an image file for `data.decode.decode`, converted as in a shard; `UserError` if it cannot be used."""
+    if reading.pages == "all":
+        raise UserError("--pages all makes several images of one: use --pages first, or make shards")
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror.lower()})") from None
-    if path.suffix.lower().removeprefix(".") in IMAGE_TYPES:
+    if sniff(data) in KEPT and reading.as_stored:
         return data
     from data.reencode import reencode  # imports torch
 
-    return reencode(data, path.name)[1]
+    return reencode(data, path.name, reading=reading)[1]
 
 
-def open_images(path: str, split: str) -> Split | Folder:
-    """Open a split of shards (a folder or a URL) or of a plain folder of images; `UserError` if the path is neither."""
+def open_images(path: str, split: str, reading: Reading = DEFAULT) -> Split | Folder:
+    """Open a split of shards (a folder or a URL) or of a plain folder of images; `UserError` if the path is neither.
+
+    `reading` decides how files of the folder are read.
+    """
     folder = Path(path)
     if is_url(path) or (folder / "index.json").exists() or (folder.is_dir() and any(folder.glob("*.tar"))):
         return open_split(Data(path), split)
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{path} {problem}: give a folder of shards or of images, or the URL of a folder of shards")
-    return Folder(folder, split)
+    return Folder(folder, split, reading)
 
 
 def sample_names(images: Split | Folder) -> list[str]:

@@ -66,7 +66,7 @@ class ShardPlan:
 
 
 class Written(NamedTuple):
-    """A complete shard, a line `NAME: KIND: REASON` per image that is left out, and a number for each kind of change."""
+    """A complete shard, a line `NAME: KIND: REASON` per image left out, and the number of each kind of change."""
 
     shard: Shard
     skipped: list[str]

@@ -11,6 +11,7 @@ from pydantic import Field
 from configs.errors import UserError
 from configs.keys import option, require
 
+HEAD_BYTES = 132  # of a file, from which `sniff` knows its type
 MAX_PIXELS = 178_956_970  # the size at which PIL refuses pictures as decompression bombs
 BYTES_PER_PIXEL = 4  # allowed for each pixel of the limit: RGBA, or one float32
 DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE = "damaged", "too large", "unsupported", "not an image"  # kinds of refusals
@@ -19,6 +20,7 @@ KINDS = (DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NOD
 NEED_OPTION = (PAGES, VALUES, NODATA)  # of the user, before a collection can be written
 
 FIRST_PAGE = "{:,} files have several pages or frames: only the first was taken (--pages first)"
+KEPT = ("jpg", "png", "webp", "gif")  # pictures that the loader decodes
 Notes = Counter  # line with a place for its number -> number
 PixelLimit = Annotated[int, Field(ge=1, le=1 << 34)]
 
@@ -55,6 +57,11 @@ class Reading:
             low, high = self.value_range
             given = " ".join(map(number, self.value_range))
             require(-math.inf < low < high < math.inf, "--value-range", given, "two numbers, LOW below HIGH")
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether files that the loader decodes are taken as they are."""
+        return not self.no_exif and self.value_range is None and self.nodata in (None, "nan")
 
 
 @dataclass(frozen=True, eq=False)

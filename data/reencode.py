@@ -11,6 +11,7 @@ from data.decode import PIL_FORMATS, decode, is_deep, read_deep_png, read_npy
 from data.exif import orientation, without_exif
 from data.reading import (
     BYTES_PER_PIXEL,
+    KEPT,
     TOO_LARGE,
     ImageError,
     Notes,
@@ -22,7 +23,6 @@ from data.reading import (
 )
 from data.values import PLAIN, encode_page, fill_missing
 
-KEPT = ("jpg", "png", "webp", "gif")  # pictures that the loader decodes
 Encoded = tuple[str, bytes]  # member type and content
 
 

@@ -15,7 +15,7 @@ from configs.schema import Data, Optim
 from data.cache import RemoteUserError
 from data.decode import Shrink, decode
 from data.prefetch import Prefetcher
-from data.reading import MAX_PIXELS
+from data.reading import MAX_PIXELS, ImageError
 from data.remote import Remote
 from data.sampler import SUBSTITUTES, EpochOrder, EvalBatches, TrainBatches
 from data.shards import Split
@@ -70,13 +70,15 @@ class Samples(Dataset):
         return {**entries, "sample": sample, "damaged": damaged and sample >= 0}  # padding is not a sample
 
     def load(self, sample: int, shrink: Shrink | None = None) -> tuple[Tensor | None, int | str]:
-        """Image and label of a sample, or None and a description of the damage."""
+        """Image and label of a sample, or None and the reason why it cannot be used."""
         try:
             data, label = self.split.read(sample)
             return decode(data, self.channels, shrink, self.max_pixels), label
         except RemoteUserError:  # the image is not damaged, but cannot be fetched
             raise
-        except UserError as error:
+        except ImageError as error:
+            return None, f"{self._place(sample)}: {error.kind}: {error}"
+        except UserError as error:  # the shard is damaged, or a file of a folder
             return None, f"{self._place(sample)}: {error}"
 
     def _replacement(self, epoch: int, sample: int) -> tuple[Tensor, int]:

@@ -9,6 +9,7 @@ import webdataset
 
 from configs.errors import UserError
 from configs.files import atomic_file, write_atomic
+from data.decode import read_npy
 from data.planning import PrepareOptions, ShardPlan, Written
 from data.pool import add_progress
 from data.reading import ImageError, Notes
@@ -36,6 +37,9 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
                     skipped.append(f"{name}: {image.kind}: {image}")
                     continue
                 kind, data = image
+                if kind == "npy":
+                    channels = read_npy(data).shape[2]
+                    notes[f"{{:,}} images are arrays: they need --model.channels {channels}"] += 1
                 key = f"{number:09}{name[len(item.name) :].replace('#', '-')}"  # -1, -2, ... for pages
                 about = {"name": name} | ({} if label is None else {"class": item.label})
                 members = {"__key__": key, kind: data, "json": json.dumps(about).encode()}

@@ -214,7 +214,8 @@ def test_a_second_run_with_other_decisions_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
-        (["--value-range", "5", "5"], "--value-range is 5 5: .*LOW below HIGH"), (["--value-range", "1"], "2 arguments"),
+        (["--value-range", "5", "5"], "--value-range is 5 5: .*LOW below HIGH"),
+        (["--value-range", "1"], "2 arguments"),
         (["--value-range", "a", "2"], "a number"), (["--nodata", "nothing"], "--nodata is nothing"),
         (["--pages", "second"], "first or all"), (["--max-pixels", "0"], "--max-pixels is 0"),
     ],

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from dataclasses import is_dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from configs.errors import UserError, nearest
 from configs.keys import REQUIRED, fields_of, keys, require
 from configs.log import say
 from configs.recipes import RECIPES, check_keys, load_recipe
-from configs.values import Config, build, from_text, is_list, notation
+from configs.values import Config, build, from_text, is_list, notation, word_types
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,6 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # so that -1e-3 is a value, as in Python 3.14
         self.add_argument("--local_rank", help=argparse.SUPPRESS)  # of DeepSpeed's launcher; RANK is read instead
 
     def error(self, message: str) -> None:
@@ -115,9 +117,12 @@ def parse_options(kind: type[Config], about: str, argv: list[str] | None = None,
         if field.type is bool:
             parser.add_argument(name, action="store_true", help=text)
             continue
-        element = get_args(field.type)[0] if several else field.type
+        words = word_types(field.type)
+        element = get_args(field.type)[0] if several else words[0] if words else field.type
         more = {"metavar": name.upper()} if positional else {"metavar": notation(element), "required": required}
-        if several:
+        if words:
+            more |= {"nargs": len(words), "metavar": (more["metavar"],) * len(words)}
+        elif several:
             more["nargs"] = "*" if field.default == () else "+"
         elif positional and not required:
             more["nargs"] = "?"

@@ -124,6 +124,7 @@ class Data:
     )
     cache: str = free("~/.cache/convnext-fcmae", "folder for downloaded shards, shared by ranks and runs of a machine")
     cache_gb: PositiveFloat = free(100.0, "maximum size of the cache, 10^9 bytes; least recently used shards go first")
+    max_pixels: PositiveInt = free(178_956_970, "refuse larger images, as --max-pixels of data/prepare.py")
     max_damaged: Probability = free(0.01, "share of images that may be unreadable; they are replaced and reported")
 
     def __post_init__(self):

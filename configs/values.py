@@ -40,6 +40,13 @@ def is_list(kind: Any) -> bool:
     return get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
 
 
+def word_types(kind: Any) -> tuple:
+    """Types of the words of an option whose value is a tuple of fixed length, or null; () for other types."""
+    parts = [part for part in members(kind) if part is not NULL]
+    fixed_length = len(parts) == 1 and get_origin(parts[0]) is tuple and not is_list(parts[0])
+    return get_args(parts[0]) if fixed_length else ()
+
+
 def in_words(kind: Any) -> str:
     """A type in words, like `a whole number above 0 or null`."""
     origin, args = get_origin(kind), get_args(kind)

@@ -2,19 +2,25 @@
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from configs.errors import UserError, printable
 from configs.files import write_atomic
 from data.collection import check_val, open_collection
 from data.index import check_every_byte, describe
-from data.planning import PrepareOptions, ShardPlan, claim_folder, hold_out, plan_shards
+from data.planning import PrepareOptions, ShardPlan, Written, claim_folder, hold_out, plan_shards
 from data.pool import run_tasks
+from data.reading import DAMAGED, KINDS, NEED_OPTION, VALUES, ImageError, Notes, number
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
 from data.sources import Item
+
+KIND = re.compile(rf": ({'|'.join(KINDS)}): ")  # in a line of skipped.txt
+SAMPLED = 6  # files of each suffix that are read before anything is written
 
 
 def build(options: PrepareOptions) -> None:
@@ -40,6 +46,8 @@ def build(options: PrepareOptions) -> None:
 def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None) -> None:
     out, splits = options.out, hold_out(items, options.val_fraction)
     check_val(splits)
+    if not (out / "source.json").exists():
+        _check_first(options, items)
     claim_folder(options, items)
     for file in out.glob(".*.part"):  # left behind by a killed run
         file.unlink()
@@ -52,13 +60,41 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
     if missing:
         from data.writing import write_shard  # imports torch: here, so that the forked processes share it
 
-        write = partial(write_shard, resize=options.resize, quality=options.quality)
+        write = partial(write_shard, options=options)
         written = run_tasks(write, missing, options.workers, sum(len(plan.items) for plan in missing))
         done |= dict(zip(missing, written, strict=True))
     _finish(out, {plan: done[plan] for plan in plans}, classes)
 
 
-def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[ShardPlan, tuple[Shard, list[str]]]:
+def _check_first(options: PrepareOptions, items: list[Item]) -> None:
+    """Read some files of each suffix. Raises `UserError` if one needs an option, before the work begins."""
+    from data.reencode import reencode_all  # imports torch
+
+    by_suffix = defaultdict(list)
+    for item in items:
+        by_suffix[Path(item.name).suffix.lower()].append(item)
+    found: list[tuple[str, ImageError]] = []
+    for members in by_suffix.values():
+        for i in np.unique(np.linspace(0, len(members) - 1, SAMPLED).astype(int)):
+            try:
+                data = members[i].image_bytes()
+            except (UserError, OSError):  # counted or raised when its shard is written
+                continue
+            images = reencode_all(data, members[i].name, options.resize, options.quality, options, Notes())
+            found += [(name, error) for name, error in images if isinstance(error, ImageError)]
+    needs = [(name, error) for name, error in found if error.kind in NEED_OPTION]
+    if not needs:
+        return
+    name, error = needs[0]
+    ranges = [error.found for _, error in needs if error.kind == VALUES]
+    more = ""
+    if len(set(ranges)) > 1:
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+        more = f" ({len(ranges)} files like it: {number(low)} to {number(high)})"
+    raise UserError(f"{name} {error}{more}")
+
+
+def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[ShardPlan, Written]:
     """Finished shards and their skipped images, from index.json or from the records of an interrupted run.
 
     Their sizes are checked, with `--repair` every byte. Shards that lost images to a repair without the source do not
@@ -72,13 +108,11 @@ def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[Sh
             continue
         if plan.record.exists():
             record = json.loads(plan.record.read_bytes())
-            done[plan] = Shard(**record["shard"]), record["skipped"]
+            done[plan] = Written(Shard(**record["shard"]), record["skipped"], record.get("notes", {}))
         elif plan.path.name in listed:
-            done[plan] = (
-                listed[plan.path.name],
-                [skipped[n] for i, _ in plan.items if (n := printable(i.name)) in skipped],
-            )
-    shards = [shard for shard, _ in done.values()]
+            lines = [line for item, _ in plan.items for line in skipped.get(printable(item.name), ())]
+            done[plan] = Written(listed[plan.path.name], lines, {})
+    shards = [written.shard for written in done.values()]
     if options.repair and shards:
         damage = check_every_byte(out, shards, options.workers)
     else:
@@ -88,20 +122,31 @@ def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[Sh
     return {plan: done[plan] for plan, found in zip(done, damage, strict=True) if found is None}
 
 
-def _skipped_lines(out: Path) -> dict[str, str]:
-    """Lines `name: reason` of skipped.txt by printable name; it may contain `: ` itself, so every prefix is a key."""
-    path = out / "skipped.txt"
-    lines = path.read_bytes().decode().split("\n") if path.exists() else []
-    return {line[: colon.start()]: line for line in lines for colon in re.finditer(": ", line)}
+def _skipped_lines(out: Path) -> dict[str, list[str]]:
+    """Lines `NAME: REASON` or `NAME#PAGE: REASON` of skipped.txt by name.
+
+    A name may contain `: ` itself, so every prefix is a key.
+    """
+    path, found = out / "skipped.txt", defaultdict(list)
+    for line in path.read_bytes().decode().split("\n") if path.exists() else []:
+        for prefix in {re.sub(r"#\d+$", "", line[: colon.start()]) for colon in re.finditer(": ", line)}:
+            found[prefix].append(line)
+    return found
 
 
-def _finish(out: Path, done: dict[ShardPlan, tuple[Shard, list[str]]], classes: list[str] | None) -> None:
+def _by_kind(skipped: list[str]) -> str:
+    """Numbers of the kinds of refusals, the most frequent first."""
+    kinds = Counter(found[1] if (found := KIND.search(line)) else DAMAGED for line in skipped)
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+
+
+def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None) -> None:
     """Write skipped.txt and index.json, remove the records, print a summary."""
     splits = defaultdict(list)
-    for plan, (shard, _) in done.items():
-        splits[plan.path.name.rsplit("-", 1)[0]].append(shard)
+    for plan, written in done.items():
+        splits[plan.path.name.rsplit("-", 1)[0]].append(written.shard)
     index = Index(dict(splits), classes)
-    skipped = [line for _, lines in done.values() for line in lines]
+    skipped = [line for written in done.values() for line in written.skipped]
     if not any(shard.samples for shard in index.shards):
         for plan in done:
             for file in (plan.path, index_file(plan.path), plan.record):
@@ -110,7 +155,9 @@ def _finish(out: Path, done: dict[ShardPlan, tuple[Shard, list[str]]], classes: 
         raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
     if skipped:
         write_atomic(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
-        print(f"{len(skipped):,} damaged images were left out, listed in {out / 'skipped.txt'}")
+        print(f"{len(skipped):,} images were left out, listed in {out / 'skipped.txt'}: {_by_kind(skipped)}")
+    for note, count in sorted(sum((Counter(written.notes) for written in done.values()), Counter()).items()):
+        print(note.format(count))
     write_index(out, index)
     (out / LOST).unlink(missing_ok=True)  # images lost to a repair without the source are complete again
     for plan in done:

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 
+import imagecodecs
 import numpy as np
 import simplejpeg
 import torch
@@ -13,72 +14,98 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
-from configs.errors import UserError, reason
+from configs.errors import reason
+from data.exif import orientation, swaps, upright
+from data.reading import CHANNELS, MAX_PIXELS, NO_IMAGE, ImageError, check_size, sniff
 
 MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA, None: ImageReadMode.UNCHANGED}
 JPEG_MODES = {1: "GRAY", 3: "RGB", 4: "RGB"}  # JPEG has no alpha
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-NPY_MAGIC, JPEG_MAGIC = b"\x93NUMPY", b"\xff\xd8\xff"
 PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # decoded besides .npy
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # PIL refuses larger pictures as decompression bombs, also in prepare.py
+PNG_BANDS = {"I": 1, "L": 2, "R": 3}  # of 16 bits, by the first letter of PIL's raw mode; RGBA has 4
 Shrink = Callable[[int, int], int]  # from a picture's height and width, the factor 1, 2, 4 or 8 to decode it at
+Image.MAX_IMAGE_PIXELS = None  # `check_size` limits pictures instead: its limit can be raised
 
 
-def decode(data: bytes, channels: int | None = None, shrink: Shrink | None = None) -> Tensor:
+def decode(
+    data: bytes, channels: int | None = None, shrink: Shrink | None = None, max_pixels: int = MAX_PIXELS
+) -> Tensor:
     """Decode an image to [C, H, W]: uint8, or float32 for more than 8 bits per channel (integers scaled to 0..1).
+
+    JPEG, PNG and WebP are turned upright by their EXIF orientation.
 
     Args:
         data: JPEG, PNG, WebP, GIF (first frame), or .npy of shape [H, W] or [H, W, C]
         channels: convert pictures to 1 (grey), 3 (RGB) or 4 (RGBA); None = as stored; .npy arrays are not converted
-        shrink: the factor by which a JPEG may be smaller; its decoder computes only the frequencies that are needed
+        shrink: from the upright height and width, the factor by which a JPEG may be smaller; its decoder computes only
+            the frequencies that are needed
+        max_pixels: refuse larger pictures, and pictures of more than 4 times as many decoded bytes
     Raises:
-        UserError: damaged, of an unknown type, or a .npy with another number of channels. Pictures of more than
-            `MAX_PIXELS`, and .npy headers that promise more bytes than follow, are refused before memory is allocated
+        ImageError: damaged, of an unknown type, too large, or a .npy with another number of channels. Headers that
+            promise too much, also those of .npy, are refused before memory is allocated
     """
-    if data.startswith(NPY_MAGIC):
-        image = _decode_npy(data)
+    kind = sniff(data)
+    if kind == "npy":
+        image = torch.from_numpy(np.array(scaled(read_npy(data)), order="C")).permute(2, 0, 1)
         if channels not in (None, len(image)):
-            raise UserError(f"a .npy image has {len(image)} channels, model.channels is {channels}")
+            raise ImageError(f"a .npy image has {len(image)} channels, model.channels is {channels}", CHANNELS)
         return image
     if channels not in MODES:
-        raise UserError(f"pictures cannot be read with {channels} channels: use .npy, or model.channels 1, 3 or 4")
-    image = _decode_picture(data, channels, shrink)
+        message = f"pictures cannot be read with {channels} channels: use .npy, or model.channels 1, 3 or 4"
+        raise ImageError(message, CHANNELS)
+    image = _decode_picture(data, kind, channels, shrink, max_pixels)
     return image if channels is None else _to_channels(image, channels)
 
 
-def _decode_picture(data: bytes, channels: int | None, shrink: Shrink | None) -> Tensor:
+def _decode_picture(data: bytes, kind: str, channels: int | None, shrink: Shrink | None, max_pixels: int) -> Tensor:
     """Decode a picture. The header is checked first: decoders would allocate whatever size it claims."""
     try:
-        if data.startswith(JPEG_MAGIC) and (image := _decode_jpeg(data, channels, shrink)) is not None:
-            return image
+        turn = orientation(data)
+        if kind == "jpg" and (image := _decode_jpeg(data, channels, shrink, turn, max_pixels)) is not None:
+            return upright(image, turn, rows=1)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's read-only buffer, which is not written to; PIL's large images
+            warnings.simplefilter("ignore")  # torch's read-only buffer, which is not written to
             picture = Image.open(io.BytesIO(data), formats=PIL_FORMATS)
+            check_size(picture.height, picture.width, _pixel_bytes(picture), max_pixels)
             if picture.format == "GIF":  # torchvision would decode every frame
                 return _from_pil(picture, channels)
             if picture.format == "PNG":  # torchvision's libpng crashes the process on damaged files (0.29)
-                return _decode_png(picture, data, channels)
+                return upright(_decode_png(picture, data, channels), turn, rows=1)
             mode = MODES[3 if channels == 4 and picture.format != "WEBP" else channels]  # JPEG has no alpha
-            return decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
-    except Image.DecompressionBombError:
-        raise UserError(f"not a readable image (its header claims more than {MAX_PIXELS:,} pixels)") from None
+            image = decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
+            return upright(image, turn, rows=1)
+    except ImageError:
+        raise
     except UnidentifiedImageError:
-        raise UserError("not a readable image (not a JPEG, PNG, WebP or GIF, or its header is damaged)") from None
+        message = "not a readable image (not a JPEG, PNG, WebP or GIF, or its header is damaged)"
+        raise ImageError(message, "damaged" if kind else NO_IMAGE) from None
     except Exception as error:  # damaged files raise almost any exception in PIL
-        raise UserError(f"not a readable image ({reason(error)})") from None
+        raise ImageError(f"not a readable image ({reason(error)})") from None
 
 
-def _decode_jpeg(data: bytes, channels: int | None, shrink: Shrink | None) -> Tensor | None:
-    """A JPEG in grey or colour; None for one in CMYK."""
+def _decode_jpeg(data: bytes, channels: int | None, shrink: Shrink | None, turn: int, max_pixels: int) -> Tensor | None:
+    """A JPEG in grey or colour, not turned; None for one in CMYK."""
     height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     if space not in ("Gray", "YCbCr", "RGB"):
         return None
-    if height * width > MAX_PIXELS:
-        raise Image.DecompressionBombError
-    factor = shrink(height, width) if shrink else 1
+    check_size(height, width, 3, max_pixels)
+    factor = shrink(*((width, height) if swaps(turn) else (height, width))) if shrink else 1
     mode = JPEG_MODES[channels or (1 if space == "Gray" else 3)]
     pixels = simplejpeg.decode_jpeg(data, mode, min_height=height // factor, min_width=width // factor)
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def is_deep(picture: Image.Image) -> bool:
+    """Whether an opened PNG has 16 bits per channel."""
+    return picture.format == "PNG" and bool(picture.tile) and "16" in picture.tile[0].args
+
+
+def _pixel_bytes(picture: Image.Image) -> int:
+    """Bytes of a decoded pixel: 16-bit channels become float32."""
+    if is_deep(picture):
+        stored = picture.tile[0].args
+        return 4 * (4 if stored.startswith("RGBA") else PNG_BANDS[stored[0]])
+    return len(picture.getbands())
 
 
 def _from_pil(picture: Image.Image, channels: int | None) -> Tensor:
@@ -90,28 +117,31 @@ def _from_pil(picture: Image.Image, channels: int | None) -> Tensor:
 
 
 def _decode_png(picture: Image.Image, data: bytes, channels: int | None) -> Tensor:
-    """A PNG as [C, H, W]: uint8, or float32 from 0 to 1 for 16 bits per channel.
-
-    PIL keeps 8 bits of colours, so the high and low bytes of 16-bit channels are decoded separately.
-    """
-
-    def decode_as(raw_mode: str) -> np.ndarray:
-        reopened = Image.open(io.BytesIO(data), formats=PIL_FORMATS)
-        reopened.tile = [reopened.tile[0]._replace(args=raw_mode)]
-        return np.asarray(reopened).astype(np.uint16)
-
-    stored = picture.tile[0].args
+    """A PNG as [C, H, W]: uint8, or float32 from 0 to 1 for 16 bits per channel."""
+    deep = is_deep(picture)
     picture.verify()  # checksums, which decoding ignores
-    if "16" not in stored:
+    if not deep:
         return _from_pil(Image.open(io.BytesIO(data), formats=PIL_FORMATS), channels)
-    if stored == "LA;16B":
-        bytes_ = decode_as("RGBA")
-        pixels = bytes_[..., ::2] * 256 + bytes_[..., 1::2]
-    elif stored == "I;16B":
-        pixels = decode_as(stored)[..., None]
-    else:
-        pixels = decode_as(stored) * 256 + decode_as(stored.replace("16B", "16L"))  # the other byte order
-    return torch.from_numpy(pixels / np.float32(65535)).permute(2, 0, 1)
+    return torch.from_numpy(scaled(read_deep_png(data))).permute(2, 0, 1)
+
+
+def read_deep_png(data: bytes) -> np.ndarray:
+    """A PNG of 16 bits per channel as uint16 [H, W, C]; PIL would keep 8 bits of colours."""
+    pixels = imagecodecs.png_decode(data)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def scaled(pixels: np.ndarray) -> np.ndarray:
+    """Pixels as the model gets them: uint8 as it is; other integers as float32, divided by their type's maximum."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == np.uint16:  # in place: a large picture fits once
+        image = pixels.astype(np.float32)
+        image /= np.float32(65535)
+        return image
+    if pixels.dtype.kind in "ui":
+        pixels = pixels / np.iinfo(pixels.dtype).max
+    return pixels.astype(np.float32, copy=False)
 
 
 def _to_channels(image: Tensor, channels: int) -> Tensor:
@@ -129,8 +159,8 @@ def _to_channels(image: Tensor, channels: int) -> Tensor:
     return torch.cat([_to_channels(image, 3), alpha])
 
 
-def _decode_npy(data: bytes) -> Tensor:
-    """Decode an array. Unlike np.load, which allocates what the header claims, this checks that the bytes exist."""
+def read_npy(data: bytes) -> np.ndarray:
+    """A .npy array as [H, W, C]; unlike np.load, it checks that the bytes exist before it allocates what they claim."""
     file, npy = io.BytesIO(data), np.lib.format
     try:
         version_1 = npy.read_magic(file) == (1, 0)
@@ -138,14 +168,11 @@ def _decode_npy(data: bytes) -> Tensor:
         array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
         array = array.reshape(shape, order="F" if fortran_order else "C")
     except Exception as error:  # damaged headers raise almost any exception in numpy
-        raise UserError(f"not a readable .npy image ({reason(error)})") from None
+        raise ImageError(f"not a readable .npy image ({reason(error)})") from None
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.dtype.kind not in "uif" or 0 in array.shape:
         kind = f"{array.dtype} {array.shape}"
-        raise UserError(f"a .npy image must be a numeric array of shape [H, W] or [H, W, C], not {kind}")
-    if array.dtype.kind in "ui" and array.dtype != np.uint8:
-        array = array / np.iinfo(array.dtype).max
-    if array.dtype != np.uint8:
-        array = array.astype(np.float32)
-    return torch.from_numpy(np.array(array, order="C")).permute(2, 0, 1)
+        message = f"a .npy image must be a numeric array of shape [H, W] or [H, W, C], not {kind}"
+        raise ImageError(message, "unsupported")
+    return array

@@ -12,10 +12,13 @@ from configs.log import say
 from configs.schema import Data
 from data.layouts import arrange
 from data.listing import Listing, list_source
+from data.reading import KEPT, Reading, sniff
 from data.remote import is_url
 from data.shards import Split, open_split
 from data.sources import Item
 from data.tars import IMAGE_TYPES, split_member_name
+
+DEFAULT = Reading()
 
 
 class Folder:
@@ -27,8 +30,8 @@ class Folder:
     several things.
     """
 
-    def __init__(self, folder: Path, name: str):
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, name: str, reading: Reading = DEFAULT):
+        self.folder, self.name, self.reading = folder, name, reading
         self.items, notes = arrange(_listed(folder))
         for note in notes:
             say(f"{printable(folder)}: {printable(note)}")
@@ -48,7 +51,7 @@ class Folder:
 
     def read(self, sample: int) -> tuple[bytes, int]:
         """Image bytes for `data.decode.decode` and label (-1 = none); errors as `read_image`."""
-        return read_image(Path(self.items[sample].container)), int(self._labels[sample])
+        return read_image(Path(self.items[sample].container), self.reading), int(self._labels[sample])
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none."""
@@ -68,28 +71,33 @@ def _listed(folder: Path) -> Listing:
         return listing
 
 
-def read_image(path: Path) -> bytes:
-    """Content of an image file for `data.decode.decode`; bmp, tif, ppm are converted; `UserError` if unreadable."""
+def read_image(path: Path, reading: Reading = DEFAULT) -> bytes:
+    """Content of an image file for `data.decode.decode`, converted as in a shard; `UserError` if it cannot be used."""
+    if reading.pages == "all":
+        raise UserError("--pages all makes several images of one: use --pages first, or make shards")
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror.lower()})") from None
-    if path.suffix.lower().removeprefix(".") in IMAGE_TYPES:
+    if sniff(data) in KEPT and reading.as_stored:
         return data
     from data.reencode import reencode  # imports torch
 
-    return reencode(data, path.name)[1]
+    return reencode(data, path.name, reading=reading)[1]
 
 
-def open_images(path: str, split: str) -> Split | Folder:
-    """Open a split of shards (a folder or a URL) or of a plain folder of images; `UserError` if the path is neither."""
+def open_images(path: str, split: str, reading: Reading = DEFAULT) -> Split | Folder:
+    """Open a split of shards (a folder or a URL) or of a plain folder of images; `UserError` if the path is neither.
+
+    `reading` decides how files of the folder are read.
+    """
     folder = Path(path)
     if is_url(path) or (folder / "index.json").exists() or (folder.is_dir() and any(folder.glob("*.tar"))):
         return open_split(Data(path), split)
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{path} {problem}: give a folder of shards or of images, or the URL of a folder of shards")
-    return Folder(folder, split)
+    return Folder(folder, split, reading)
 
 
 def sample_names(images: Split | Folder) -> list[str]:

@@ -22,6 +22,7 @@ from shutil import copyfileobj
 from typing import BinaryIO
 
 from configs.errors import UserError, counted, printable, reason
+from data.reading import HEAD_BYTES, sniff
 from data.sources import READABLE, Item, open_zip
 from data.tars import CHUNK_BYTES, check_end, member_end
 
@@ -59,7 +60,7 @@ class Listing:
                 self.hidden.add("/".join(parts[: i + 1]))
                 return
         kind = suffix(item.name)
-        if kind in READABLE:
+        if kind in READABLE or _is_dicom(item):
             self.images.append(item)
         elif kind in LABEL_FILES:
             self.label_files[item.name] = item
@@ -94,6 +95,12 @@ class Listing:
 def suffix(name: str) -> str:
     """Type of a file from its name, in lower case, without the dot; empty without one."""
     return posixpath.splitext(name)[1][1:].lower()
+
+
+def _is_dicom(item: Item) -> bool:
+    """Whether a file without a suffix, or with a number for one, is DICOM: scanners write 1.2.840.1 or IM0001."""
+    kind = suffix(item.name)
+    return (not kind or kind.isdigit()) and sniff(item.head(HEAD_BYTES)) == "dcm"
 
 
 def is_hidden(part: str) -> bool:

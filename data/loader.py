@@ -15,6 +15,7 @@ from configs.schema import Data, Optim
 from data.cache import RemoteUserError
 from data.decode import Shrink, decode
 from data.prefetch import Prefetcher
+from data.reading import MAX_PIXELS, ImageError
 from data.remote import Remote
 from data.sampler import SUBSTITUTES, EpochOrder, EvalBatches, TrainBatches
 from data.shards import Split
@@ -50,10 +51,10 @@ class Samples(Dataset):
 
     def __init__(
         self, split: Split, channels: int, seed: int, transform: Transform, score: bool = False,
-        crops: Data | None = None,
+        crops: Data | None = None, max_pixels: int = MAX_PIXELS,
     ):  # fmt: skip
         self.split, self.channels, self.seed, self.transform, self.score = split, channels, seed, transform, score
-        self.crops = crops
+        self.crops, self.max_pixels = crops, max_pixels
 
     def __getitem__(self, index: tuple[int, int, int]) -> dict[str, Tensor | int | bool]:
         epoch, sample, view = index
@@ -69,13 +70,15 @@ class Samples(Dataset):
         return {**entries, "sample": sample, "damaged": damaged and sample >= 0}  # padding is not a sample
 
     def load(self, sample: int, shrink: Shrink | None = None) -> tuple[Tensor | None, int | str]:
-        """Image and label of a sample, or None and a description of the damage."""
+        """Image and label of a sample, or None and the reason why it cannot be used."""
         try:
             data, label = self.split.read(sample)
-            return decode(data, self.channels, shrink), label
+            return decode(data, self.channels, shrink, self.max_pixels), label
         except RemoteUserError:  # the image is not damaged, but cannot be fetched
             raise
-        except UserError as error:
+        except ImageError as error:
+            return None, f"{self._place(sample)}: {error.kind}: {error}"
+        except UserError as error:  # the shard is damaged, or a file of a folder
             return None, f"{self._place(sample)}: {error}"
 
     def _replacement(self, epoch: int, sample: int) -> tuple[Tensor, int]:
@@ -178,7 +181,8 @@ def train_loader(
     if batches.steps_per_epoch == 0:
         problem = f"{split.folder} has {len(order)} samples in split {split.name}, fewer than one batch"
         raise UserError(f"{problem}: lower optim.batch_size (now {optim.batch_size})")
-    samples = Samples(split, channels, seed, transform, crops=data if data.shrink_jpeg else None)
+    crops = data if data.shrink_jpeg else None
+    samples = Samples(split, channels, seed, transform, crops=crops, max_pixels=data.max_pixels)
     return Loader(samples, batches, data.workers, pin)
 
 
@@ -195,4 +199,5 @@ def eval_loader(
 ) -> Loader:
     """The given samples of a split, once each, in batches of `batch` per rank; None = all samples."""
     batches = EvalBatches(range(len(split)) if samples is None else samples, batch, rank, ranks)
-    return Loader(Samples(split, channels, 0, transform, score=True), batches, data.workers, pin)
+    scored = Samples(split, channels, 0, transform, score=True, max_pixels=data.max_pixels)
+    return Loader(scored, batches, data.workers, pin)

@@ -8,9 +8,9 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -18,6 +18,8 @@ from pydantic import Field
 from configs.errors import UserError
 from configs.files import write_atomic
 from configs.keys import BelowOne, argument, option
+from data.reading import Reading
+from data.shards import Shard
 from data.sources import Item
 
 Pixels = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -30,7 +32,7 @@ ORDER_SEED = 0  # of the order of images in shards, and of the choice of held-ou
 
 
 @dataclass(frozen=True)
-class PrepareOptions:
+class PrepareOptions(Reading):
     """The command line of data/prepare.py: what to write, and how."""
 
     source: str = argument("`digits`, a folder, a zip, a tar (plain, gz, bz2, xz), or the ILSVRC2012 train tar")
@@ -79,6 +81,14 @@ class ShardPlan:
         return self.path.with_name(f".{self.path.stem}.record.json")
 
 
+class Written(NamedTuple):
+    """A complete shard, a line `NAME: KIND: REASON` per image left out, and the number of each kind of change."""
+
+    shard: Shard
+    skipped: list[str]
+    notes: dict[str, int]
+
+
 def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
     """Items of each split; `fraction` of each class of `train` moves to `val`, chosen by a hash of the name.
 
@@ -110,8 +120,10 @@ def claim_folder(options: PrepareOptions, items: list[Item]) -> None:
     """Write source.json. Raises `UserError` if there is one of another source or other options."""
     content = _digest(f"{item.name} {item.stamp}" for item in items)
     new = {"source": Path(options.source).name, "images": len(items), "content": content}
-    for key in ("resize", "quality", "shard_size", "val_fraction", "no_labels"):
-        new[key] = getattr(options, key)
+    defaults = {field.name: field.default for field in fields(Reading)}
+    for key in ("resize", "quality", "shard_size", "val_fraction", "no_labels", *defaults):
+        value = getattr(options, key)
+        new[key] = list(value) if isinstance(value, tuple) else value
     for key in LABEL_OPTIONS:  # only those that are given: older folders do not list them
         if value := getattr(options, key):
             new[key] = list(value) if isinstance(value, tuple) else Path(value).name if key in FILES else value
@@ -120,7 +132,7 @@ def claim_folder(options: PrepareOptions, items: list[Item]) -> None:
         write_atomic(path, json.dumps(new, indent=1).encode())
         return
     try:
-        old = dict(json.loads(path.read_bytes()))
+        old = defaults | dict(json.loads(path.read_bytes()))  # older folders lack these options
     except (ValueError, TypeError):
         way_out = f"delete {options.out} and run this again, or choose another folder"
         raise UserError(f"{path} is damaged: {way_out}") from None

@@ -15,7 +15,11 @@ from pathlib import Path
 from configs.errors import UserError, reason
 from data.tars import IMAGE_TYPES
 
-READABLE = (*IMAGE_TYPES, "bmp", "tif", "tiff", "ppm", "pgm")
+# with those that data/reencode.py converts
+READABLE = (
+    *IMAGE_TYPES, "jpe", "jfif", "bmp", "dib", "tif", "tiff", "btf", "ppm", "pgm", "pbm", "pnm", "tga", "pcx", "sgi",
+    "qoi", "jp2", "j2k", "j2c", "jpf", "jpx", "avif", "heic", "heif", "hif", "dcm", "dicom",
+)  # fmt: skip
 MAX_MEMBER_BYTES = 1 << 30  # of a zip: a small file may unpack to more than the memory
 DIGITS_VAL_SHARE = 5  # every fifth image of a class is held out
 
@@ -44,6 +48,18 @@ class Item:
             with Path(self.container).open("rb") as file:
                 return os.pread(file.fileno(), self.size, self.offset)
         return Path(self.container).read_bytes()
+
+    def head(self, count: int) -> bytes:
+        """The first bytes; none if the file cannot be read."""
+        try:
+            if self.zipped:
+                archive, members = open_zip(self.container, os.getpid())
+                with archive.open(members[self.offset]) as file:
+                    return file.read(count)
+            with Path(self.container).open("rb") as file:
+                return os.pread(file.fileno(), count, self.offset or 0)
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):  # RuntimeError: encrypted in a zip
+            return b""
 
     def _from_zip(self) -> bytes:
         archive, members = open_zip(self.container, os.getpid())

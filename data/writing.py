@@ -9,10 +9,13 @@ import webdataset
 
 from configs.errors import UserError, printable
 from configs.files import atomic_file, write_atomic
-from data.planning import ShardPlan
+from data.decode import read_npy
+from data.planning import PrepareOptions, ShardPlan, Written
 from data.pool import add_progress
-from data.reencode import reencode
-from data.shards import Shard, index_tar
+from data.reading import ImageError, Notes
+from data.reencode import Encoded, reencode_all
+from data.shards import index_tar
+from data.sources import Item
 
 
 def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
@@ -22,23 +25,39 @@ def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
             tar.write(sample)
 
 
-def write_shard(plan: ShardPlan, resize: int | None, quality: int | None) -> tuple[Shard, list[str]]:
-    """Write one shard, its index, and a record that it is complete. Returns the shard and a line per skipped image."""
+def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
+    """Write one shard, its index, and a record that it is complete."""
     skipped: list[str] = []
+    notes = Notes()
 
     def samples() -> Iterator[dict[str, bytes | str]]:
         for number, (item, label) in enumerate(plan.items, plan.first):
-            try:
-                kind, data = reencode(item.image_bytes(), item.name, resize, quality)
-            except UserError as error:
-                skipped.append(printable(f"{item.name}: {error}"))
-            else:
-                about = {"name": item.name} | ({} if label is None else {"class": item.label}) | (item.targets or {})
-                members = {"__key__": f"{number:09}", kind: data, "json": json.dumps(about, default=str).encode()}
+            for name, image in _images(item, options, notes):
+                if isinstance(image, ImageError):
+                    skipped.append(printable(f"{name}: {image.kind}: {image}"))
+                    continue
+                kind, data = image
+                if kind == "npy":
+                    channels = read_npy(data).shape[2]
+                    notes[f"{{:,}} images are arrays: they need --model.channels {channels}"] += 1
+                key = f"{number:09}{name[len(item.name) :].replace('#', '-')}"  # -1, -2, ... for pages
+                about = {"name": name} | ({} if label is None else {"class": item.label}) | (item.targets or {})
+                members = {"__key__": key, kind: data, "json": json.dumps(about, default=str).encode()}
                 yield members | ({} if label is None else {"cls": str(label).encode()})
             add_progress(1)
 
     write_tar(plan.path, samples())
     shard = index_tar(plan.path)
-    write_atomic(plan.record, json.dumps({"shard": asdict(shard), "skipped": skipped}).encode())
-    return shard, skipped
+    record = {"shard": asdict(shard), "skipped": skipped, "notes": notes}
+    write_atomic(plan.record, json.dumps(record).encode())
+    return Written(shard, skipped, dict(notes))
+
+
+def _images(item: Item, options: PrepareOptions, notes: Notes) -> Iterator[tuple[str, Encoded | ImageError]]:
+    """Images of a file, or why it cannot be read."""
+    try:
+        data = item.image_bytes()
+    except UserError as error:
+        yield item.name, ImageError(str(error))
+    else:
+        yield from reencode_all(data, item.name, options.resize, options.quality, options, notes)

@@ -16,9 +16,11 @@ from rich.progress import track
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.log import say
 from data.decode import decode
 from data.folder import list_images, open_images, read_image
 from data.loader import Loader
+from data.reading import HEAD_BYTES, Reading, sniff
 from data.sources import READABLE
 from data.transforms import EvalTransform, to_float
 from finetune.options import STDIN
@@ -57,28 +59,34 @@ def find_pictures(arguments: Sequence[str]) -> Iterator[Path]:
     """Paths of pictures from arguments: files, folders, or `-` for standard input, whose paths are not checked.
 
     Raises:
-        UserError: a file is not a picture, or a folder contains none
+        UserError: no argument is a picture, or a folder contains none
     """
     if STDIN in arguments:
         if len(arguments) > 1:
             raise UserError(f"{STDIN} reads paths from standard input: give no other paths")
         sys.stdin.reconfigure(errors="surrogateescape")
         return (Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
+    if not any(Path(path).is_dir() or is_picture(Path(path)) for path in arguments):
+        raise UserError(f"{arguments[0]}: {UNKNOWN_TYPE}")
     paths = []
     for path in map(Path, arguments):
-        if not (path.is_dir() or is_picture(path)):
-            raise UserError(f"{path}: {UNKNOWN_TYPE}")
         paths += [path / item.name for item in list_images(path)] if path.is_dir() else [path]
     return iter(paths)
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file name has the suffix of a readable picture."""
-    return path.suffix.lower().removeprefix(".") in READABLE
+    """Whether a file has the suffix or the first bytes of a readable picture."""
+    if path.suffix.lower().removeprefix(".") in READABLE:
+        return True
+    try:
+        with path.open("rb") as file:
+            return sniff(file.read(HEAD_BYTES)) != ""
+    except OSError:
+        return False
 
 
 def picture_batches(
-    paths: Iterator[Path], transform: EvalTransform, channels: int, batch: int, prefetched: int
+    paths: Iterator[Path], transform: EvalTransform, channels: int, batch: int, prefetched: int, reading: Reading
 ) -> Iterator[list[Picture]]:
     """Batches of pictures, decoded by threads `prefetched` batches in advance."""
 
@@ -86,7 +94,8 @@ def picture_batches(
         if not is_picture(path):
             return Picture(path, error=UNKNOWN_TYPE)
         try:
-            return Picture(path, transform(decode(read_image(path), channels))["image"])
+            image = decode(read_image(path, reading), channels, max_pixels=reading.max_pixels)
+            return Picture(path, transform(image)["image"])
         except UserError as error:
             return Picture(path, error=str(error))
 
@@ -103,8 +112,10 @@ def picture_batches(
 def sample_images(path: str, split: str, count: int, transform: EvalTransform, channels: int) -> Tensor:
     """Up to `count` images [N, C, H, W] from 0 to 1 of a picture file, or evenly spread over a folder or shards.
 
+    Unreadable ones are reported and left out.
+
     Raises:
-        UserError: there is no image, or one is unreadable
+        UserError: there is no readable image
     """
     images = None if Path(path).is_file() else open_images(path, split)
     available = 1 if images is None else len(images)
@@ -116,6 +127,10 @@ def sample_images(path: str, split: str, count: int, transform: EvalTransform, c
             data = read_image(Path(path)) if images is None else images.read(sample)[0]
             image = decode(data, channels)
         except UserError as error:
-            raise UserError(f"{path}{'' if images is None else f', sample {sample}'}: {error}") from None
+            problem = f"{path}{'' if images is None else f', sample {sample}'}: {error}"
+            say(f"left out: {problem}")
+            continue
         stack.append(to_float(transform(image)["image"]))
+    if not stack:
+        raise UserError(problem)
     return torch.stack(stack)

@@ -23,11 +23,12 @@ from configs.command import parse_options
 from configs.errors import run_main
 from configs.keys import argument, option
 from configs.schema import Data, Optim, Run
+from data.reading import Reading
 from finetune.options import DeviceOptions
 
 
 @dataclass(frozen=True)
-class Options(DeviceOptions):
+class Options(Reading, DeviceOptions):
     """The command line."""
 
     data: str = argument("folder of shards or its URL, or a folder of images")
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(Options, __doc__, argv)
     check_exists(options.weights)
     check_dataset(options.data)
-    data = Data(workers=options.workers)
+    data = Data(workers=options.workers, max_pixels=options.max_pixels)
 
     # slow imports, after parsing, so that --help and user errors are quick
     from data.folder import open_images, sample_names
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     from models.opening import open_classifier
 
     trained = open_classifier(options.weights, options.ema, options.size)
-    images = open_images(options.data, options.split)
+    images = open_images(options.data, options.split, options)
     task = make_inference(trained)
     task.match(images)
     weights = Path(options.weights).absolute()

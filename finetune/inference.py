@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from data.folder import Folder
+from data.reading import Reading
 from data.shards import Split
 from data.transforms import normalize
 from launch.training.precision import autocast
@@ -57,8 +58,8 @@ class Inference(Collector, Protocol):
     def predict(self, output: Any, paths: list[Path], top: int) -> list[Any]:
         """Predictions, with `path` and `lines` (text), of pictures; `top` classes each if the task has classes."""
 
-    def annotate(self, folder: Path, number: int, prediction: Any) -> None:
-        """Write a copy of a picture with its prediction; `number` makes the file name unique."""
+    def annotate(self, folder: Path, number: int, prediction: Any, reading: Reading) -> None:
+        """Write a copy of a picture, read as before, with its prediction; `number` makes the file name unique."""
 
     def write_csv(self, file: Path, predictions: list[Any], top: int) -> None:
         """Write predictions as a table; `top` as in `predict`."""

@@ -23,11 +23,12 @@ from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import argument, option
 from configs.schema import Optim, Run
+from data.reading import Reading
 from finetune.options import STDIN, DeviceOptions
 
 
 @dataclass(frozen=True)
-class Options(DeviceOptions):
+class Options(Reading, DeviceOptions):
     """The command line."""
 
     images: tuple[str, ...] = argument("file, folder, or - for paths from standard input")
@@ -81,7 +82,7 @@ def classify(options: Options) -> tuple[int, int]:
     prefetched = 0 if options.images == (STDIN,) else PREFETCHED  # answer whoever writes the paths at once
     kept = []
     done = failed = 0
-    for pictures in picture_batches(paths, transform, channels, options.batch, prefetched):
+    for pictures in picture_batches(paths, transform, channels, options.batch, prefetched, options):
         readable = [picture for picture in pictures if not picture.error]
         if readable:
             image = collate([{"image": picture.image} for picture in readable])["image"].to(world.device)
@@ -90,7 +91,7 @@ def classify(options: Options) -> tuple[int, int]:
             for number, prediction in enumerate(predictions, done + 1):
                 print(f"{prediction.path}: {', '.join(prediction.lines)}")
                 if options.annotate:
-                    task.annotate(options.annotate, number, prediction)
+                    task.annotate(options.annotate, number, prediction, options)
             kept += predictions if options.csv or options.json else []
         sys.stdout.flush()
         for picture in pictures:

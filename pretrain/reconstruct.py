@@ -58,13 +58,16 @@ def main(argv: list[str] | None = None) -> None:
     files = []
     for path in map(Path, options.images):
         files += [Path(item.container) for item in list_images(path)] if path.is_dir() else [path]
-    images = []
+    images, problems = [], []
     for file in files[: options.max_images]:
         try:
             image = center_crop(decode(read_image(file), channels), size, 1)
         except UserError as error:
-            raise UserError(f"{file}: {error}") from None
+            problems.append(f"{file}: {error}")
+            continue
         images.append(normalize(image, trained.mean, trained.std))
+    if not images:
+        raise UserError(problems[0])
     patches = grid[0] * grid[1]
     n = visible_patches(patches, model.settings.mask_ratio)
     visible = [draw_visible(np.random.default_rng([options.seed, i]), grid, n) for i in range(len(images))]
@@ -72,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         sheet = reconstruction_grid(model, torch.stack(images), torch.stack(visible), trained.mean, trained.std)
     write_png(options.out, sheet)
     print(f"wrote {options.out}: {len(images)} images, {n} of {patches} patches visible")
+    for problem in problems:
+        print(f"left out: {problem}")
     if model.settings.norm_pix:
         print("the model predicts normalised pixels: predicted patches are shown with the true mean and variance")
 

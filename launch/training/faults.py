@@ -84,12 +84,12 @@ class Faults:
             if sample not in self.damaged[split]:
                 self.damaged[split].add(sample)
                 self.log.record(step, "damaged", {"split": split, "sample": sample, "error": complaint})
-                self.log.say(f"damaged, replaced by another image: {complaint}")
+                self.log.say(f"replaced by another image: {complaint}")
         for name, split in self.splits.items():
             damaged = len(self.damaged[name])
             if damaged > self.max_damaged * len(split):
                 raise UserError(
-                    f"{damaged} of {len(split)} images of split {name} are damaged, more than data.max_damaged "
-                    f"{self.max_damaged} allows (log.jsonl lists them): repair the shards with "
+                    f"{damaged} of {len(split)} images of split {name} cannot be used, more than data.max_damaged "
+                    f"{self.max_damaged} allows (log.jsonl lists them with reasons): repair damaged shards with "
                     "`python data/prepare.py SHARDS --repair`"
                 )

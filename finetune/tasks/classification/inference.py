@@ -17,6 +17,7 @@ from configs.files import atomic_file, write_atomic
 from configs.log import say
 from data.decode import decode
 from data.folder import Folder, read_image
+from data.reading import Reading
 from data.shards import Split
 from finetune.tasks.classification import scores
 from finetune.tasks.classification.scores import Predictions, calibration_error
@@ -144,12 +145,13 @@ class ClassifierInference:
         columns = zip(paths, names, shares.tolist(), strict=True)
         return [Prediction(path, list(zip(row, share, strict=True))) for path, row, share in columns]
 
-    def annotate(self, folder: Path, number: int, prediction: Prediction) -> None:
+    def annotate(self, folder: Path, number: int, prediction: Prediction, reading: Reading) -> None:
         from finetune.tasks.classification.pictures import annotate  # matplotlib, sklearn
 
         path = prediction.path
         kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else "png"
-        copy = annotate(decode(read_image(path), self.trained.preprocessing.channels), prediction.lines)
+        image = decode(read_image(path, reading), self.trained.preprocessing.channels, max_pixels=reading.max_pixels)
+        copy = annotate(image, prediction.lines)
         with atomic_file(folder / f"{number:05}-{path.stem}.{kind}") as file:
             copy.save(file, kind, quality=95)
 

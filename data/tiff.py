@@ -1,0 +1,201 @@
+"""Pages of a TIFF, BigTIFF or GeoTIFF, as stored."""
+
+import io
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import tifffile
+from tifffile import PHOTOMETRIC, TiffFile, TiffPage
+
+from data.reading import (
+    BYTES_PER_PIXEL,
+    FIRST_PAGE,
+    PAGES,
+    TOO_LARGE,
+    UNSUPPORTED,
+    ImageError,
+    Notes,
+    Page,
+    Reading,
+    check_size,
+    raise_limit,
+)
+from data.values import reduced
+
+NODATA_TAG, ORIENTATION_TAG = 42113, 274
+ALPHA = (1, 2)  # values of the tag ExtraSamples; 0 = a band
+GREY = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE)
+KNOWN = (*GREY, PHOTOMETRIC.RGB, PHOTOMETRIC.PALETTE, PHOTOMETRIC.YCBCR, PHOTOMETRIC.SEPARATED)
+JPEG = (6, 7, 34892, 33007)  # compressions whose decoder converts YCbCr to RGB
+logging.getLogger("tifffile").disabled = True  # complaints about tags go to stderr; damage is raised
+
+Fill = Callable[[np.ndarray, Page], np.ndarray]  # replaces missing values, or refuses them
+
+
+def read_tiff(data: bytes, reading: Reading, resize: int | None, notes: Notes, fill: Fill) -> Iterator[Page]:
+    """Pages of a TIFF, of which `reading.pages` decides. Overviews, thumbnails and masks are no pages.
+
+    With `resize`, a page over the limit of `reading.max_pixels` is reduced strip by strip or tile by tile to at least
+    twice the shorter side; `fill` is applied before.
+
+    Raises `ImageError`: damaged, of an unsupported kind, too large, or of several pages without `reading.pages`.
+    """
+    try:
+        with TiffFile(io.BytesIO(data)) as tif:
+            pages = [page.aspage() for page in tif.pages]
+            pages = [page for page in pages if not page.is_reduced and not page.subfiletype & 4] or pages[:1]
+            depth = _stacked(tif, pages[0]) if len(pages) == 1 else 1
+            if len(pages) * depth > 1 and reading.pages is None:
+                many = f"has {len(pages) * depth:,} pages: add --pages first or --pages all"
+                raise ImageError(many, PAGES)
+            several = len(pages) * depth > 1 and reading.pages == "all"
+            notes[FIRST_PAGE] += len(pages) * depth > 1 and not several
+            found = (_read_page(tif, page, data, reading, resize, fill) for page in pages)
+            for number, page in enumerate(found if depth == 1 else _slices(tif, pages[0], depth, reading), 1):
+                yield replace(page, number=number) if several else page
+                if not several:
+                    return
+    except ImageError:
+        raise
+    except MemoryError:
+        raise ImageError("needs more memory than there is", TOO_LARGE) from None
+    except Exception:  # damaged files raise almost any exception in tifffile
+        raise ImageError("not a readable image (a damaged TIFF)") from None
+
+
+def _stacked(tif: TiffFile, page: TiffPage) -> int:
+    """Number of slices that share the tags of one page."""
+    if page.imagedepth > 1:
+        return page.imagedepth
+    if not (tif.is_imagej or tif.is_shaped or tif.is_stk) or not tif.series:
+        return 1
+    return max(1, int(np.prod(tif.series[0].shape)) // int(np.prod(page.shape)))
+
+
+def _slices(tif: TiffFile, page: TiffPage, depth: int, reading: Reading) -> Iterator[Page]:
+    """Slices of a volume."""
+    _check_kind(page)
+    check_size(page.imagelength * depth, page.imagewidth, _pixel_bytes(page), reading.max_pixels, ": split it")
+    volume = page.asarray() if page.imagedepth > 1 else tif.series[0].asarray()
+    channels = page.samplesperpixel
+    volume = volume.reshape(channels, depth, page.imagelength, page.imagewidth) if page.planarconfig == 2 else volume
+    volume = np.moveaxis(volume, 0, -1) if page.planarconfig == 2 else volume
+    volume = volume.reshape(depth, page.imagelength, page.imagewidth, channels)
+    for pixels in volume:
+        yield _as_page(page, pixels, reading)
+
+
+def _read_page(tif: TiffFile, page: TiffPage, data: bytes, reading: Reading, resize: int | None, fill: Fill) -> Page:
+    _check_kind(page)
+    size, pixel_bytes, limit = (page.imagelength, page.imagewidth), _pixel_bytes(page), reading.max_pixels
+    too_large = max(size[0] * size[1], size[0] * size[1] * pixel_bytes // BYTES_PER_PIXEL) > limit
+    factor = min(size) // (2 * resize) if resize else 1
+    tile = int(np.prod(page.chunks)) * page.dtype.itemsize
+    reducible = too_large and factor > 1 and page.colormap is None
+    if tile > limit * BYTES_PER_PIXEL and not (reducible and page.is_contiguous):
+        reducible = False
+        check_size(*page.chunks[:2], pixel_bytes, limit, f": add --max-pixels {raise_limit(*size, pixel_bytes)}")
+    if not reducible:
+        way_out = " or --resize" if resize is None else ""
+        check_size(*size, pixel_bytes, limit, f": add --max-pixels {raise_limit(*size, pixel_bytes)}{way_out}")
+        pixels = page.asarray()
+        if page.planarconfig == 2 and page.samplesperpixel > 1:
+            pixels = np.moveaxis(pixels, 0, -1)
+        return _as_page(page, pixels.reshape(*size, -1), reading)
+    parts = _rows(tif, page, data) if page.is_contiguous else _segments(page)
+    about = _as_page(page, np.empty((0, 0, page.samplesperpixel), page.dtype), reading)
+    filled = ((fill(pixels, about), *place) for pixels, *place in parts)
+    return _as_page(page, reduced(filled, size, page.samplesperpixel, page.dtype, factor), reading)
+
+
+def _check_kind(page: TiffPage) -> None:
+    """Raise `ImageError` for what tifffile cannot decode, or not as what it is."""
+    if page.dtype is None:
+        raise ImageError(f"a TIFF with {page.bitspersample} bits per sample is not supported: convert it", UNSUPPORTED)
+    if page.compression not in tifffile.TIFF.DECOMPRESSORS:
+        name = getattr(page.compression, "name", page.compression)
+        raise ImageError(f"a TIFF with compression {name} is not supported: convert it", UNSUPPORTED)
+    subsampled = page.photometric == PHOTOMETRIC.YCBCR and page.compression not in JPEG
+    if page.photometric not in KNOWN or subsampled:
+        name = getattr(page.photometric, "name", page.photometric)
+        raise ImageError(f"a TIFF with {name} colours is not supported: convert it", UNSUPPORTED)
+
+
+def _pixel_bytes(page: TiffPage) -> int:
+    return page.samplesperpixel * page.dtype.itemsize
+
+
+def _as_page(page: TiffPage, pixels: np.ndarray, reading: Reading) -> Page:
+    """A page with what its tags say about the values."""
+    inverted, value_range, bits = page.photometric == PHOTOMETRIC.MINISWHITE, None, page.bitspersample
+    alpha = bool(page.extrasamples) and page.extrasamples[-1] in ALPHA
+    if page.photometric == PHOTOMETRIC.PALETTE and page.colormap is not None:
+        pixels = _coloured(pixels[..., 0], page.colormap)
+    elif page.photometric == PHOTOMETRIC.SEPARATED:
+        pixels, inverted = _from_inks(page, pixels), False
+    elif pixels.dtype == np.uint8 and bits in (2, 4):
+        pixels = pixels * (255 // ((1 << bits) - 1))
+    elif pixels.dtype == np.uint16 and 8 < bits < 16:
+        value_range = 0, (1 << bits) - 1
+    if alpha and page.extrasamples[-1] == 1:
+        pixels = _unassociated(pixels)
+    bands = pixels.shape[2] - alpha
+    alpha = alpha and bands == (3 if page.photometric == PHOTOMETRIC.RGB else 1)  # otherwise it is kept as a band
+    turn = page.tags.valueof(ORIENTATION_TAG, 1)
+    turn = int(turn) if turn in range(1, 9) and not reading.no_exif else 1
+    return Page(pixels, value_range, _nodata(page), alpha, inverted, turn)
+
+
+def _nodata(page: TiffPage) -> float | None:
+    """The value of GDAL's tag for missing data."""
+    try:
+        return float(str(page.tags.valueof(NODATA_TAG, "")).strip("\0 "))
+    except ValueError:
+        return None
+
+
+def _coloured(indices: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Colours [H, W, 3] of a palette [3, N] of 16 bits: uint8 if they have 8 bits."""
+    pixels = np.moveaxis(colours[:, indices.astype(np.intp)], 0, -1)
+    eight_bit = any((colours % unit == 0).all() for unit in (256, 257))
+    return (pixels >> 8).astype(np.uint8) if eight_bit else pixels
+
+
+def _from_inks(page: TiffPage, pixels: np.ndarray) -> np.ndarray:
+    """CMYK as RGB."""
+    if page.samplesperpixel != 4 or pixels.dtype not in (np.uint8, np.uint16):
+        raise ImageError("a TIFF with inks other than 8-bit or 16-bit CMYK is not supported: convert it", UNSUPPORTED)
+    full = np.iinfo(pixels.dtype).max
+    light = (full - pixels).astype(np.float32)
+    return np.rint(light[..., :3] * (light[..., 3:] / full)).astype(pixels.dtype)
+
+
+def _unassociated(pixels: np.ndarray) -> np.ndarray:
+    """Colours divided by their alpha, with which an associated one has multiplied them."""
+    if pixels.dtype.kind != "u":
+        return pixels
+    full = np.iinfo(pixels.dtype).max
+    alpha = np.maximum(pixels[..., -1:], 1).astype(np.float64)
+    colours = np.rint(pixels[..., :-1] * (full / alpha)).clip(0, full).astype(pixels.dtype)
+    return np.concatenate([colours, pixels[..., -1:]], 2)
+
+
+def _rows(tif: TiffFile, page: TiffPage, data: bytes) -> Iterator[tuple[np.ndarray, int, int, int]]:
+    """Blocks of rows of an uncompressed page, without a copy: (pixels [h, w, C], row, column, first channel)."""
+    dtype = page.dtype.newbyteorder(tif.byteorder)
+    planes = page.samplesperpixel if page.planarconfig == 2 else 1
+    shape = planes, page.imagelength, page.imagewidth, page.samplesperpixel // planes
+    pixels = np.frombuffer(data, dtype, int(np.prod(shape)), page.dataoffsets[0]).reshape(shape)
+    for channel, plane in enumerate(pixels):
+        for row in range(0, page.imagelength, 256):
+            yield plane[row : row + 256], row, 0, channel
+
+
+def _segments(page: TiffPage) -> Iterator[tuple[np.ndarray, int, int, int]]:
+    """Decoded strips or tiles: (pixels [h, w, C], row, column, first channel)."""
+    for pixels, (channel, _, row, column, _), shape in page.segments(maxworkers=1):
+        if pixels is None:
+            raise ImageError("not a readable image (a TIFF with missing parts)")
+        yield pixels[0, : shape[1], : shape[2]], row, column, channel

@@ -7,9 +7,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 for threads in "$(nproc)" 1; do
+    rounds=$((threads > 1 ? 5 : 3))
     for model in tiny atto; do
         for precision in fp32 bf16; do
-            step=(--model "convnextv2_$model" --threads "$threads" --precision "$precision")
+            step=(--model "convnextv2_$model" --threads "$threads" --precision "$precision" --rounds "$rounds")
             "$python" bench/step.py pretrain "${step[@]}" --peers masked compiled minkowski \
                 --save "cpu-pretrain-$model-$precision-$threads"
             "$python" bench/step.py finetune "${step[@]}" --save "cpu-finetune-$model-$precision-$threads"

@@ -1,8 +1,13 @@
-"""A plain folder of images with the interface of `data.shards.Split`; opening either of the two. Free of torch."""
+"""Images that were not prepared, with the interface of `data.shards.Split`; opening either of the two.
 
+This module does not import torch.
+"""
+
+import hashlib
 import json
 import os
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +17,29 @@ from configs.log import say
 from configs.schema import Data
 from data.remote import is_url
 from data.shards import Split, open_split
-from data.sources import Item, open_source
+from data.sources import Item, is_tar, open_source
 from data.tars import IMAGE_TYPES, split_member_name
 
 
 class Folder:
-    """The labelled images of a folder, with the interface of `data.shards.Split` that evaluation uses.
+    """The images of a folder, zip or uncompressed tar, with the interface of `data.shards.Split`.
 
     Sub-folders are classes. Top folders named like splits (train, val, test) are splits; without them, the split
-    contains all images. Classes are those of all splits, sorted by name as in `data/prepare.py`; None if an image is
-    outside the class folders. Raises `UserError` if there are no images, or no such split.
+    contains all images or, with `strict` and a name other than train, is missing. Classes are those of all splits,
+    sorted by name as in `data/prepare.py`; None if an image is outside the class folders. Raises `UserError` if there
+    are no images, or no such split.
     """
 
-    def __init__(self, folder: Path, name: str):
+    shards = ()  # none to fetch
+
+    def __init__(self, folder: Path, name: str, strict: bool = False):
         self.folder, self.name, self.items = folder, name, list_images(folder)
         labelled = all(item.label is not None for item in self.items)
         self.classes = sorted({item.label for item in self.items}) if labelled else None
         splits = {item.split for item in self.items}
+        if splits == {None} and strict and name != "train":
+            way_out = f"make folders train/ and {name}/ in it, or shards with `data/prepare.py --val-fraction 0.1`"
+            raise UserError(f"{folder} has no split {name}: {way_out}")
         if splits == {None}:
             say(f"{folder} has no split folders: using all {len(self.items):,} images as split {name}")
         elif name not in splits:
@@ -37,13 +48,24 @@ class Folder:
             self.items = [item for item in self.items if item.split == name]
         number = {label: i for i, label in enumerate(self.classes or [])}
         self._labels = np.array([number.get(item.label, -1) for item in self.items], np.int32)
+        self.counts = np.array([len(self.items)])
 
     def __len__(self) -> int:
         return len(self.items)
 
+    @property
+    def digest(self) -> str:
+        """Digest of names, labels, sizes and times of the images, compared on resume."""
+        listed = hashlib.sha256()
+        for item in self.items:
+            listed.update(f"{item.name}\0{item.stamp}\0{item.label}\0".encode(errors="surrogateescape"))
+        return listed.hexdigest()[:16]
+
     def read(self, sample: int) -> tuple[bytes, int]:
         """Image bytes for `data.decode.decode` and label (-1 = none); errors as `read_image`."""
-        return read_image(Path(self.items[sample].container)), int(self._labels[sample])
+        item = self.items[sample]
+        data = read_image(Path(item.container)) if item.is_file else loadable(item.image_bytes(), item.name)
+        return data, int(self._labels[sample])
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none."""
@@ -51,8 +73,10 @@ class Folder:
 
 
 def list_images(folder: Path) -> list[Item]:
-    """All images below a folder, sorted by name. Raises `UserError` if there are none."""
+    """All images of a folder, zip or uncompressed tar, sorted by name. Raises `UserError` if there are none."""
     path = str(folder.absolute())  # absolute: a folder named digits is not the built-in source
+    if folder.is_file() and not zipfile.is_zipfile(folder) and not is_tar(folder):
+        raise UserError(f"{folder} is compressed: unpack it, or prepare it with `python data/prepare.py {folder} OUT`")
     with open_source(path, folder, ignore_labels=True) as items:
         return items
 
@@ -63,22 +87,41 @@ def read_image(path: Path) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror.lower()})") from None
-    if path.suffix.lower().removeprefix(".") in IMAGE_TYPES:
+    return loadable(data, path.name)
+
+
+def loadable(data: bytes, name: str) -> bytes:
+    """The bytes of an image, converted if `data.decode.decode` does not read its type; `UserError` if unreadable."""
+    if name.rsplit(".", 1)[-1].lower() in IMAGE_TYPES:
         return data
     from data.reencode import reencode  # imports torch
 
-    return reencode(data, path.name)[1]
+    return reencode(data, name)[1]
+
+
+def is_collection(path: str) -> bool:
+    """Whether a path has images that were not prepared: a folder without shards, a zip, a tar."""
+    folder = Path(path)
+    if is_url(path) or (folder / "index.json").exists() or (folder.is_dir() and any(folder.glob("*.tar"))):
+        return False
+    return folder.is_dir() or (folder.is_file() and (zipfile.is_zipfile(folder) or tarfile.is_tarfile(folder)))
 
 
 def open_images(path: str, split: str) -> Split | Folder:
-    """Open a split of shards (a folder or a URL) or of a plain folder of images; `UserError` if the path is neither."""
-    folder = Path(path)
-    if is_url(path) or (folder / "index.json").exists() or (folder.is_dir() and any(folder.glob("*.tar"))):
-        return open_split(Data(path), split)
-    if not folder.is_dir():
-        problem = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"{path} {problem}: give a folder of shards or of images, or the URL of a folder of shards")
-    return Folder(folder, split)
+    """Open a split of shards (a folder or a URL) or of a collection of images; `UserError` if the path is neither."""
+    if is_collection(path):
+        return Folder(Path(path), split)
+    if not (is_url(path) or Path(path).is_dir()):
+        problem = "is a file" if Path(path).exists() else "does not exist"
+        raise UserError(f"{path} {problem}: give a folder of shards or of images, a zip, a tar, or the URL of shards")
+    return open_split(Data(path), split)
+
+
+def open_for_training(data: Data, name: str | None = None) -> Split | Folder:
+    """Open split `name`, by default `data.split`, of `data.path`: shards, or a collection that was not prepared."""
+    if is_collection(data.path):
+        return Folder(Path(data.path), name or data.split, strict=True)
+    return open_split(data, name)
 
 
 def sample_names(images: Split | Folder) -> list[str]:

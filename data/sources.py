@@ -43,6 +43,11 @@ class Item:
     split: str | None = None  # None: not divided
     label: str | None = None
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the image is a file of its own."""
+        return self.container != "digits" and self.offset is None and not self.zipped
+
     def image_bytes(self) -> bytes:
         """The encoded image. Raises `UserError` if it is damaged in a zip, `OSError` if the source has disappeared."""
         if self.container == "digits":
@@ -75,7 +80,7 @@ def open_source(source: str, scratch: Path, ignore_labels: bool = False) -> Iter
         raise UserError(f"{source} does not exist: give a folder, a zip, a tar, or `digits`")
     unpacked = scratch / f".{path.name}.unpacked"
     try:
-        if path.is_file() and not _is_tar(path) and not zipfile.is_zipfile(path):
+        if path.is_file() and not is_tar(path) and not zipfile.is_zipfile(path):
             _unpack(path, unpacked)
             path = unpacked
         yield sorted(_from_paths(_list(path), source, ignore_labels), key=lambda item: item.name)
@@ -91,7 +96,7 @@ def _list(path: Path) -> Iterator[Item]:
             if _is_image(file.name) and file.is_file():
                 about = file.stat()
                 yield Item(file.relative_to(path).as_posix(), str(file), f"{about.st_size} {about.st_mtime_ns}")
-    elif _is_tar(path):  # before zip: a tar whose last member is a zip looks like a zip
+    elif is_tar(path):  # before zip: a tar whose last member is a zip looks like a zip
         yield from _list_tar(path)
     else:
         for entry in _open_zip(str(path), os.getpid()).infolist():
@@ -159,7 +164,7 @@ def _is_image(name: str) -> bool:
     return not base.startswith(".") and base.rsplit(".", 1)[-1].lower() in READABLE
 
 
-def _is_tar(path: Path) -> bool:
+def is_tar(path: Path) -> bool:
     """Whether a file is an uncompressed tar."""
     try:
         tarfile.open(path, "r:").close()

@@ -35,8 +35,8 @@ def main() -> None:
 
     from timm.utils import random_seed
 
+    from data.folder import open_for_training
     from data.loader import train_loader
-    from data.shards import open_split
     from launch.training.dry_run import plan
     from launch.training.engine import Engine
     from launch.training.parameter_groups import parameter_groups
@@ -53,7 +53,7 @@ def main() -> None:
     config = replace(config, data=with_statistics(config.data, init, config.model.channels))
     data, optim, objective = config.data, config.optim, make_objective(config)
     statistics = data.statistics(config.model.channels)
-    split, probe = open_split(data), probe_splits(config)
+    split, probe = open_for_training(data), probe_splits(config)
     if (ranks := dry_run()) is not None:
         model = objective.build()
         groups = parameter_groups(model, optim)

@@ -42,7 +42,7 @@ class Optim:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = fixed(
         "auto",
         "bf16 and fp16 = autocast with fp32 weights; fp16 with loss scaling, for GPUs without bf16; auto = bf16 on a "
-        "GPU that has it, else fp32",
+        "GPU that has it and, in pretraining, on a CPU that has it (AMX, AVX-512 BF16), else fp32",
     )
     zero_stage: Literal[0, 1, 2, 3] = fixed(
         1,

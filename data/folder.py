@@ -1,8 +1,13 @@
-"""A plain folder of images with the interface of `data.shards.Split`; opening either of the two. Free of torch."""
+"""Images that were not prepared, with the interface of `data.shards.Split`; opening either of the two.
 
+This module does not import torch.
+"""
+
+import hashlib
 import json
 import os
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,21 +27,26 @@ DEFAULT = Reading()
 
 
 class Folder:
-    """The labelled images of a folder, with the interface of `data.shards.Split` that evaluation uses.
+    """The images of a folder, zip or uncompressed tar, with the interface of `data.shards.Split`.
 
     Sub-folders are classes. Top folders named like splits (train, val, test) are splits; without them, the split
-    contains all images. Classes are those of all splits, sorted by name as in `data/prepare.py`; None if all images
-    are outside of class folders. Raises `UserError` if there are no images, no such split, or the folders could mean
-    several things.
+    contains all images or, with `strict` and a name other than train, is missing. Classes are those of all splits,
+    sorted by name as in `data/prepare.py`; None if all images are outside of class folders. `reading` decides how files
+    are read. Raises `UserError` if there are no images, no such split, or the folders could mean several things.
     """
 
-    def __init__(self, folder: Path, name: str, reading: Reading = DEFAULT):
+    shards = ()  # none to fetch
+
+    def __init__(self, folder: Path, name: str, reading: Reading = DEFAULT, strict: bool = False):
         self.folder, self.name, self.reading = folder, name, reading
         self.items, notes = arrange(_listed(folder))
         for note in notes:
             say(f"{printable(folder)}: {printable(note)}")
         self.classes = sorted({item.label for item in self.items} - {None}) or None
         splits = {item.split for item in self.items}
+        if splits == {None} and strict and name != "train":
+            way_out = f"make folders train/ and {name}/ in it, or shards with `data/prepare.py --val-fraction 0.1`"
+            raise UserError(f"{folder} has no split {name}: {way_out}")
         if splits == {None}:
             say(f"{folder} has no split folders: using all {len(self.items):,} images as split {name}")
         elif name not in splits:
@@ -45,13 +55,27 @@ class Folder:
             self.items = [item for item in self.items if item.split == name]
         number = {label: i for i, label in enumerate(self.classes or [])}
         self._labels = np.array([number.get(item.label, -1) for item in self.items], np.int32)
+        self.counts = np.array([len(self.items)])
 
     def __len__(self) -> int:
         return len(self.items)
 
+    @property
+    def digest(self) -> str:
+        """Digest of names, labels, sizes and times of the images, compared on resume."""
+        listed = hashlib.sha256()
+        for item in self.items:
+            listed.update(f"{item.name}\0{item.stamp}\0{item.label}\0".encode(errors="surrogateescape"))
+        return listed.hexdigest()[:16]
+
     def read(self, sample: int) -> tuple[bytes, int]:
         """Image bytes for `data.decode.decode` and label (-1 = none); errors as `read_image`."""
-        return read_image(Path(self.items[sample].container), self.reading), int(self._labels[sample])
+        item = self.items[sample]
+        if item.is_file:
+            data = read_image(Path(item.container), self.reading)
+        else:
+            data = loadable(item.image_bytes(), item.name, self.reading)
+        return data, int(self._labels[sample])
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none."""
@@ -59,7 +83,7 @@ class Folder:
 
 
 def list_images(folder: Path) -> list[Item]:
-    """All images below a folder, sorted by name. Raises `UserError` if there are none."""
+    """All images of a folder, zip or uncompressed tar, sorted by name. Raises `UserError` if there are none."""
     return _listed(folder).images
 
 
@@ -79,25 +103,44 @@ def read_image(path: Path, reading: Reading = DEFAULT) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror.lower()})") from None
+    return loadable(data, path.name, reading)
+
+
+def loadable(data: bytes, name: str, reading: Reading = DEFAULT) -> bytes:
+    """The bytes of an image, converted if `data.decode.decode` does not read its type; `UserError` if unreadable."""
     if sniff(data) in KEPT and reading.as_stored:
         return data
     from data.reencode import reencode  # imports torch
 
-    return reencode(data, path.name, reading=reading)[1]
+    return reencode(data, name, reading=reading)[1]
+
+
+def is_collection(path: str) -> bool:
+    """Whether a path has images that were not prepared: a folder without shards, a zip, a tar."""
+    folder = Path(path)
+    if is_url(path) or (folder / "index.json").exists() or (folder.is_dir() and any(folder.glob("*.tar"))):
+        return False
+    return folder.is_dir() or (folder.is_file() and (zipfile.is_zipfile(folder) or tarfile.is_tarfile(folder)))
 
 
 def open_images(path: str, split: str, reading: Reading = DEFAULT) -> Split | Folder:
-    """Open a split of shards (a folder or a URL) or of a plain folder of images; `UserError` if the path is neither.
+    """Open a split of shards (a folder or a URL) or of a collection of images; `UserError` if the path is neither.
 
-    `reading` decides how files of the folder are read.
+    `reading` decides how files of a collection are read.
     """
-    folder = Path(path)
-    if is_url(path) or (folder / "index.json").exists() or (folder.is_dir() and any(folder.glob("*.tar"))):
-        return open_split(Data(path), split)
-    if not folder.is_dir():
-        problem = "is a file" if folder.exists() else "does not exist"
-        raise UserError(f"{path} {problem}: give a folder of shards or of images, or the URL of a folder of shards")
-    return Folder(folder, split, reading)
+    if is_collection(path):
+        return Folder(Path(path), split, reading)
+    if not (is_url(path) or Path(path).is_dir()):
+        problem = "is a file" if Path(path).exists() else "does not exist"
+        raise UserError(f"{path} {problem}: give a folder of shards or of images, a zip, a tar, or the URL of shards")
+    return open_split(Data(path), split)
+
+
+def open_for_training(data: Data, name: str | None = None) -> Split | Folder:
+    """Open split `name`, by default `data.split`, of `data.path`: shards, or a collection that was not prepared."""
+    if is_collection(data.path):
+        return Folder(Path(data.path), name or data.split, strict=True)
+    return open_split(data, name)
 
 
 def sample_names(images: Split | Folder) -> list[str]:

@@ -112,7 +112,7 @@ def is_hidden(part: str) -> bool:
 def list_source(source: str, scratch: Path | None) -> Iterator[Listing]:
     """List a folder, zip or tar; images are sorted by name. What has to be unpacked is in `scratch` until the end.
 
-    With `scratch` None, archives in a folder are not read.
+    With `scratch` None, archives in a folder are not read, compressed ones refused.
 
     Raises `UserError` if the source does not exist, is of an unknown type, damaged, or without images.
     """
@@ -185,13 +185,15 @@ def _list_folder(root: Path, listing: Listing) -> None:
             listing.ignored["special"] += 1
 
 
-def _list_archive(path: Path, shown: str, listing: Listing, scratch: Path, unpacked: list[Path]) -> None:
+def _list_archive(path: Path, shown: str, listing: Listing, scratch: Path | None, unpacked: list[Path]) -> None:
     """Files of a zip or tar at `path`; a compressed tar is unpacked. `shown` is its name."""
     if _is_tar(path):  # before zip: a tar whose last member is a zip looks like a zip
         with path.open("rb") as file:
             _list_members(file, path, path.stat().st_size, "", listing)
     elif zipfile.is_zipfile(path):
         _list_zip(path, "", listing)
+    elif scratch is None:
+        raise UserError(f"{shown} is compressed: unpack it, or prepare it with `python data/prepare.py {shown} OUT`")
     else:
         target = scratch / f".{len(unpacked)}.{posixpath.basename(shown)}.unpacked"
         unpacked.append(target)

@@ -38,6 +38,11 @@ class Item:
     label: str | None = None
     targets: dict | None = field(default=None, compare=False)  # `labels`, `numbers`, `boxes` of a table, for tasks
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the image is a file of its own."""
+        return self.container != "digits" and self.offset is None and not self.zipped
+
     def image_bytes(self) -> bytes:
         """The encoded image. Raises `UserError` if it is damaged in a zip, `OSError` if the source has disappeared."""
         if self.container == "digits":

@@ -31,8 +31,8 @@ def main() -> None:
     import numpy as np
     from timm.utils import ModelEmaV3, random_seed
 
+    from data.folder import open_for_training
     from data.loader import eval_loader, train_loader
-    from data.shards import open_split
     from finetune.finetuning import Finetuning
     from finetune.layer_decay import layer_decay
     from launch.training.dry_run import plan
@@ -49,7 +49,7 @@ def main() -> None:
     data, optim = config.data, config.optim
     data.grid(arch.stem_stride)  # raises for a size that is not a multiple of the patch
     statistics = data.statistics(arch.channels)
-    train_split, eval_split = open_split(data), open_split(data, config.eval_split)
+    train_split, eval_split = open_for_training(data), open_for_training(data, config.eval_split)
     task = TASKS[config.task.name].make_task(config, train_split, eval_split)
     transform, weights = task.train_transform(statistics[0]), task.sample_weights()
     images = len(train_split) if weights is None else np.count_nonzero(weights)

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     from timm.utils import random_seed  # slow imports, after parsing
 
     from configs.log import say
-    from data.shards import open_split
+    from data.folder import open_for_training
     from data.transforms import EvalTransform
     from launch.training.feature_eval import check_labels, probe_loader
     from launch.training.precision import precision
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     trained = open_encoder(options.weights, options.ema, options.size)
     arch, preprocessing = trained.weights.arch, trained.preprocessing
     preprocessing = replace(preprocessing, crop=options.crop or preprocessing.crop)
-    splits = open_split(data, options.train_split), open_split(data, options.eval_split)
+    splits = open_for_training(data, options.train_split), open_for_training(data, options.eval_split)
     for split in splits:
         check_labels(split)
     images = min(options.images or len(splits[0]), len(splits[0]))

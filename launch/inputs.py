@@ -4,6 +4,7 @@ from pathlib import Path
 
 from configs.checks import check_exists
 from configs.schema import Finetune, Pretrain
+from data.folder import is_collection
 from data.remote import is_url
 from data.shards import read_index
 from models.sizes import resolve
@@ -15,5 +16,5 @@ def check_inputs(config: Pretrain | Finetune) -> None:
         resolve(config.model)
     if config.init != "none":
         check_exists(config.init)
-    if not is_url(config.data.path):
+    if not (is_url(config.data.path) or is_collection(config.data.path)):
         read_index(Path(config.data.path))

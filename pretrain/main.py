@@ -35,8 +35,8 @@ def main() -> None:
 
     from timm.utils import random_seed
 
+    from data.folder import open_for_training
     from data.loader import train_loader
-    from data.shards import open_split
     from launch.training.dry_run import plan
     from launch.training.engine import Engine
     from launch.training.parameter_groups import parameter_groups
@@ -53,7 +53,7 @@ def main() -> None:
     config = replace(config, data=with_statistics(config.data, init, config.model.channels))
     data, optim, objective = config.data, config.optim, make_objective(config)
     statistics = data.statistics(config.model.channels)
-    split, probe = open_split(data), probe_splits(config)
+    split, probe = open_for_training(data), probe_splits(config)
     if (ranks := dry_run()) is not None:
         model = objective.build()
         groups = parameter_groups(model, optim)
@@ -64,7 +64,7 @@ def main() -> None:
     model = objective.build()
     if init:
         objective.load(model, init)
-    engine = Engine(model, parameter_groups(model, optim), optim, world)
+    engine = Engine(model, parameter_groups(model, optim), optim, world, pretraining=True)
 
     place = world.rank, world.ranks, world.device.type == "cuda"
     loader = train_loader(split, objective.transform(), config.model.channels, config.run.seed, data, optim, *place)
@@ -73,7 +73,7 @@ def main() -> None:
     if config.model.grn_scope == "batch":
         identity["grn_batch"], _ = optim.accumulation(world.ranks)  # otherwise the micro batch may change on resume
     size = f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f}M encoder parameters"
-    where = f"{config.model.backend} backend on {world.device.type} x {world.ranks}"
+    where = f"{config.model.backend} backend on {world.device.type} x {world.ranks} in {engine.precision}"
     intro = f"{config.model.name}, {size}, {where}; {len(split):,} images; {objective.describe()}"
     online = OnlineEval(config, probe, statistics, world) if probe else None
     stage = Pretraining(config, objective, engine, world, intro, statistics, online)

@@ -7,7 +7,8 @@ import torch
 from configs.errors import UserError
 from configs.feature_eval import KS, LRS, TEMPERATURE
 from configs.schema import Pretrain
-from data.shards import Split, open_split
+from data.folder import Folder, open_for_training
+from data.shards import Split
 from data.transforms import EvalTransform
 from launch.training.engine import Engine
 from launch.training.feature_eval import best_of, check_labels, count, features, knn, linear, probe_loader
@@ -16,7 +17,7 @@ from launch.training.watchdog import Progress
 from launch.training.world import World
 
 
-def probe_splits(config: Pretrain) -> tuple[Split, Split] | None:
+def probe_splits(config: Pretrain) -> tuple[Split | Folder, Split | Folder] | None:
     """(training split, evaluation split) of the probe; None if `probe.every` is 0.
 
     Raises:
@@ -27,7 +28,7 @@ def probe_splits(config: Pretrain) -> tuple[Split, Split] | None:
         return None
     data = replace(config.data, path=probe.path or config.data.path)
     try:
-        splits = open_split(data, probe.train_split), open_split(data, probe.eval_split)
+        splits = open_for_training(data, probe.train_split), open_for_training(data, probe.eval_split)
         for split in splits:
             check_labels(split)
         images = min(probe.images, len(splits[0]))
@@ -47,7 +48,9 @@ class OnlineEval:
         UserError: the first image of a split cannot be read
     """
 
-    def __init__(self, config: Pretrain, splits: tuple[Split, Split], statistics: tuple, world: World):
+    def __init__(
+        self, config: Pretrain, splits: tuple[Split | Folder, Split | Folder], statistics: tuple, world: World
+    ):
         self.probe, self.world, self.splits, self.seed = config.probe, world, splits, config.run.seed
         self.mean, self.std = (torch.tensor(values, device=world.device) for values in statistics)
         data, channels, images = config.data, config.model.channels, self.probe.images

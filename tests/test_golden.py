@@ -22,7 +22,18 @@ GOLDEN = ROOT / "tests/golden.json"
 TOLERANCE = 1e-5  # relative: another CPU rounds differently
 MODEL = ["--model.depths", "[1,1,2,1]", "--model.dims", "[8,16,16,24]", "--objective.decoder_dim", "16"]
 RUN = ["--optim.epochs", "2", "--run.max_steps", "4", "--run.log_every", "1", "--run.device", "cpu"]
-RUN += ["--data.workers", "0", "--optim.batch_size", "240", "--optim.lr", "3e-3", "--optim.warmup_epochs", "0.5"]
+RUN += [
+    "--optim.precision",
+    "fp32",
+    "--data.workers",
+    "0",
+    "--optim.batch_size",
+    "240",
+    "--optim.lr",
+    "3e-3",
+    "--optim.warmup_epochs",
+    "0.5",
+]
 ACCUMULATED = ["--optim.micro_batch", "60"]
 MIXED = ["--task.mixup", "0.8", "--task.cutmix", "1", "--augment.erase", "0.25", "--augment.ema", "0.9"]
 SAMPLED = ["--task.balance", "0.5", "--task.label_share", "0.9", "--task.smoothing", "0.2"]

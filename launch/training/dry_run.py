@@ -29,7 +29,7 @@ ON_CPU = """\
                The kernels, which are off here, store .75 times as much for ConvNeXt V2 in fp32, .55 in bf16; with
                recompute as much in fp32, up to 1.5 times as much in bf16"""
 AUTO = """\
-               optim.precision auto is fp32 here and bf16 on a GPU; use --optim.precision bf16 to plan for a GPU"""
+               optim.precision auto is {kind} here and bf16 on a GPU; use --optim.precision bf16 to plan for a GPU"""
 
 
 def plan(
@@ -50,7 +50,7 @@ def plan(
     ranks = ranks or torch.cuda.device_count() or 1
     micro, _ = optim.accumulation(ranks)
     device = torch.device("cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu")
-    kind = precision(optim, device)
+    kind = precision(optim, device, isinstance(config, Pretrain))
     encoder = getattr(model, "encoder", model)
     parameters = sum(p.numel() for p in model.parameters())
     height, width = config.data.height_width
@@ -64,7 +64,7 @@ def plan(
     notes = [LEGEND.format(kind=kind, mode=encoder.recompute, few=few, many=many, device=device.type.upper())]
     if device.type == "cpu":
         notes += [] if config.run.kernels == "fused" and kernels.compiled() else [ON_CPU]
-        notes += [AUTO] if optim.precision == "auto" else []
+        notes += [AUTO.format(kind=kind)] if optim.precision == "auto" and kind != "bf16" else []
     lines = ["parameters", *parameter_table(model, groups, optim)]
     lines += [f"\n{config.run.name} on {_count(ranks, 'rank')}; nothing is started or written\n"]
     lines += [f"model   {encoder.arch.name}, {parameters / 1e6:.1f}M parameters, images of {height}x{width}", *steps]

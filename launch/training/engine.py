@@ -26,6 +26,7 @@ class Engine:
     Args:
         model: on any device; it is moved to the rank's
         groups: parameter groups with `weight_decay` and `lr_scale`
+        pretraining: see `launch.training.precision.precision`
     Attributes:
         model: the model, without any wrapper
         precision: fp32, bf16 or fp16
@@ -34,9 +35,9 @@ class Engine:
         UserError: the global batch is not a multiple of the micro batch times ranks
     """
 
-    def __init__(self, model: nn.Module, groups: list[dict], optim: Optim, world: World):
+    def __init__(self, model: nn.Module, groups: list[dict], optim: Optim, world: World, pretraining: bool = False):
         self.model, self.device, self.zero_stage = model.to(world.device), world.device, optim.zero_stage
-        self.precision = precision(optim, world.device)
+        self.precision = precision(optim, world.device, pretraining)
         self._loss_scale = LossScale() if self.precision == "fp16" else None
         micro, accumulation = optim.accumulation(world.ranks)
         bucket = bucket_size(sum(p.numel() for p in model.parameters()))

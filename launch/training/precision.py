@@ -10,14 +10,22 @@ from configs.schema import Optim
 LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def precision(optim: Optim, device: torch.device) -> str:
-    """`optim.precision` on a device: fp32, bf16 or fp16. Raises `UserError` for bf16 on a GPU without it."""
+def precision(optim: Optim, device: torch.device, pretraining: bool = False) -> str:
+    """`optim.precision` on a device: fp32, bf16 or fp16. Raises `UserError` for bf16 on a GPU without it.
+
+    `auto` is bf16 on a GPU that has it and, in pretraining, on a CPU that has it: measured to learn as good features.
+    """
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if optim.precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise UserError("optim.precision is bf16, but this GPU has no bf16: use fp16 or fp32")
     if optim.precision == "auto":
-        return "bf16" if has_bf16 else "fp32"
+        return "bf16" if has_bf16 or (pretraining and device.type == "cpu" and cpu_has_bf16()) else "fp32"
     return optim.precision
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has instructions for products in bf16; False where Linux does not say."""
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(cpu_info("flags").split())
 
 
 def autocast(device: torch.device, kind: str) -> torch.autocast:

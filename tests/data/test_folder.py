@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from configs.errors import UserError
+from configs.schema import Data
 from data.decode import decode
-from data.folder import Folder, open_images, read_image, sample_names
+from data.folder import Folder, open_for_training, open_images, read_image, sample_names
 from data.index import index_folder
 from data.shards import Split, index_file
-from tests.data.helpers import as_folder, as_tar, collection, picture
+from tests.data.helpers import as_folder, as_tar, as_zip, collection, picture
 from tests.data.test_prepare import prepared
 
 SPLITS = {"train/cat": 2, "train/dog": 1, "train/emu": 1, "val/emu": 2, "val/cat": 1}
@@ -69,6 +70,37 @@ def test_a_folder_named_digits_is_not_the_built_in_source(tmp_path, monkeypatch)
     as_folder(collection({"a": 1}), tmp_path / "digits")
     monkeypatch.chdir(tmp_path)
     assert len(open_images("digits", "val")) == 1
+
+
+@pytest.mark.parametrize("make", [as_folder, as_zip, as_tar])
+def test_training_reads_a_folder_a_zip_or_a_tar(make, tmp_path):
+    images = collection(SPLITS) | {"train/cat/7.bmp": picture(7, kind="bmp")}
+    data = Data(str(make(images, tmp_path / "in")))
+    train, val = open_for_training(data), open_for_training(data, "val")
+    assert [len(train), len(val)] == [5, 3] and train.counts.sum() == 5
+    assert train.labels().tolist() == [0, 0, 0, 1, 2] and train.classes == val.classes == ["cat", "dog", "emu"]
+    assert train.read(1)[0] == images["train/cat/1.jpg"] and decode(train.read(2)[0], 3).shape[0] == 3
+    assert train.digest == open_for_training(data).digest != val.digest
+
+
+def test_the_digest_changes_with_any_image(tmp_path):
+    folder = as_folder(collection({"a": 2}), tmp_path / "in")
+    before = Folder(folder, "train").digest
+    (folder / "a/1.jpg").write_bytes(picture(5))
+    assert Folder(folder, "train").digest != before
+
+
+def test_training_does_not_take_all_images_as_validation_split(tmp_path):
+    data = Data(str(as_folder(collection({"a": 2, "b": 1}), tmp_path / "in")))
+    assert len(open_for_training(data)) == 3
+    with pytest.raises(UserError, match=r"no split val.*--val-fraction"):
+        open_for_training(data, "val")
+
+
+def test_a_compressed_tar_cannot_be_read_at_random(tmp_path):
+    data = Data(str(as_tar(collection({"a": 2}), tmp_path / "in.tar.gz", "w:gz")))
+    with pytest.raises(UserError, match=r"compressed.*prepare"):
+        open_for_training(data)
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGB", "bmp"), ("L", "tiff"), ("RGB", "ppm"), ("RGBA", "png")])

@@ -15,6 +15,7 @@ from models.formats.write import write_weights
 from models.opening import open_weights
 from pretrain.main import main
 from tests.conftest import QUICK, ROOT, TINY, has, losses, names, run, run_ranks, started
+from tests.data.helpers import as_folder, collection
 
 
 def words(digits, runs, name, *more, epochs=2):
@@ -124,6 +125,22 @@ def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path):
     (checkpoints / "step-00000024/manifest.json").unlink()  # a checkpoint that is not complete does not count
     done = run("python", *command)
     assert "step-00000018" in done.stdout and losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_a_folder_of_images_resumes_exactly(tmp_path):
+    """Without shards: the losses after a stop are those of an uninterrupted run; a changed folder is refused."""
+    folder = as_folder(collection({"train/cat": 9, "train/dog": 8}), tmp_path / "photos")
+    more = ["--data.size", "32", "--optim.batch_size", "4", "--model.channels", "3"]
+
+    def command(name, *extra):
+        return "python", "pretrain/main.py", *words(folder, tmp_path, name, *more, *extra)
+
+    run(*command("whole"))
+    assert "stopping" in run(*command("stopped", "--run.max_steps", "3")).stdout
+    run(*command("stopped", "--resume", "must"))
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 8
+    (folder / "train/cat/0.jpg").unlink()
+    assert "data_digest" in run(*command("stopped"), code=2).stderr
 
 
 def test_continues_from_official_weights(digits, pretrained, tmp_path):

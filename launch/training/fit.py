@@ -147,7 +147,7 @@ def fit_memory(
     if wanted > limit:
         raise UserError(f"{tight}: {f'add --optim.micro_batch {best}' if best else _remedies(config)}")
     if wanted > roomy:
-        advice = f": --optim.micro_batch {best} leaves more" if best < wanted else ""
+        advice = f": --optim.micro_batch {best} leaves more room" if best < wanted else ""
         say(f"memory may run out, because temporary tensors come on top: {tight}{advice}")
     return replace(optim, micro_batch=wanted) if auto else optim
 

@@ -25,9 +25,11 @@ class Optim:
     """AdamW with linear warm-up and cosine decay; the learning rate changes every step."""
 
     lr: PositiveFloat = fixed(1.5e-4, "base learning rate; the actual one is lr x batch_size / 256")
-    batch_size: PositiveInt = fixed(4096, "images per optimizer step, over all ranks")
-    micro_batch: PositiveInt | None = free(
-        None, "images per rank and forward pass; gradients are accumulated; null = batch_size / ranks"
+    batch_size: PositiveInt = fixed(4096, "images per optimizer step, over all ranks; fewer if there are fewer images")
+    micro_batch: PositiveInt | Literal["auto"] | None = free(
+        None,
+        "images per rank and forward pass; gradients are accumulated; null = batch_size / ranks; auto = the largest "
+        "that fits into memory",
     )
     epochs: PositiveInt = fixed(800, "passes over the data")
     warmup_epochs: NonNegativeFloat = fixed(40, "epochs of linear warm-up")
@@ -64,8 +66,11 @@ class Optim:
         return self.scaled(self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
     def accumulation(self, ranks: int) -> tuple[int, int]:
-        """Micro batch of a rank and number of accumulated micro batches. Raises `UserError` if they do not divide."""
-        micro = self.micro_batch or self.batch_size // ranks
+        """Micro batch of a rank and number of accumulated micro batches. Raises `UserError` if they do not divide.
+
+        `micro_batch` auto is as null; `launch.training.fit.fit_memory` replaces it.
+        """
+        micro = self.batch_size // ranks if self.micro_batch in (None, "auto") else self.micro_batch
         if micro == 0 or self.batch_size % (micro * ranks):
             raise UserError(
                 f"optim.batch_size {self.batch_size} is not a whole number of micro batches: optim.micro_batch "

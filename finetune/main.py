@@ -35,8 +35,10 @@ def main() -> None:
     from data.loader import eval_loader, train_loader
     from finetune.finetuning import Finetuning
     from finetune.layer_decay import layer_decay
+    from launch.training.checkpoints import recorded_optim
     from launch.training.dry_run import plan
     from launch.training.engine import Engine
+    from launch.training.fit import fit_batch, fit_memory
     from launch.training.parameter_groups import parameter_groups
     from launch.training.report import write_report
     from launch.training.trainer import Trainer
@@ -56,18 +58,23 @@ def main() -> None:
     decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
     if (ranks := dry_run()) is not None:
         model = task.build(arch)
-        say(plan(config, model, parameter_groups(model, optim, decay), images, ranks))
+        say(plan(config, model, parameter_groups(model, optim, decay), images, ranks, check=task.check_batch))
         return
 
     world = init_world(config.run)
-    micro, _ = optim.accumulation(world.ranks)
-    task.check_batch(micro)
+    recorded, check = recorded_optim(config.run, "fine-tuning"), task.check_batch
+    optim = fit_batch(optim, images, world.ranks, data.repeats, check, recorded)
+    check(optim.accumulation(world.ranks)[0])
+    config = replace(config, optim=optim)
     random_seed(config.run.seed)
     model = task.build(arch)
     task.load(model, init)
-    model.to(world.device)
+    groups = parameter_groups(model, optim, decay)
+    optim = fit_memory(config, model, groups, world, lambda image: (image,), check, recorded)
+    micro, _ = optim.accumulation(world.ranks)
+    config = replace(config, optim=optim)
     ema = ModelEmaV3(model, config.augment.ema) if config.augment.ema else None  # before the engine wraps the model
-    engine = Engine(model, parameter_groups(model, optim, decay), optim, world)
+    engine = Engine(model, groups, optim, world)
 
     place = world.rank, world.ranks, world.device.type == "cuda"
     loader = train_loader(train_split, transform, arch.channels, config.run.seed, data, optim, *place, weights)

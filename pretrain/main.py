@@ -34,11 +34,14 @@ def main() -> None:
     check_inputs(config)
 
     from timm.utils import random_seed
+    from torch import Tensor
 
     from data.folder import open_for_training
     from data.loader import train_loader
+    from launch.training.checkpoints import recorded_optim
     from launch.training.dry_run import plan
     from launch.training.engine import Engine
+    from launch.training.fit import fit_batch, fit_memory
     from launch.training.parameter_groups import parameter_groups
     from launch.training.report import write_report
     from launch.training.summary import write_summary
@@ -54,17 +57,25 @@ def main() -> None:
     data, optim, objective = config.data, config.optim, make_objective(config)
     statistics = data.statistics(config.model.channels)
     split, probe = open_for_training(data), probe_splits(config)
+
+    def inputs(image: Tensor) -> tuple[Tensor, ...]:
+        return objective.inputs(image, objective.example(len(image)))
+
     if (ranks := dry_run()) is not None:
         model = objective.build()
-        groups = parameter_groups(model, optim)
-        say(plan(config, model, groups, len(split), ranks, lambda x: objective.inputs(x, objective.example(len(x)))))
+        say(plan(config, model, parameter_groups(model, optim), len(split), ranks, inputs))
         return
     world = init_world(config.run)
+    recorded = recorded_optim(config.run, "pretraining")
+    config = replace(config, optim=fit_batch(optim, len(split), world.ranks, data.repeats, recorded=recorded))
     random_seed(config.run.seed)
     model = objective.build()
     if init:
         objective.load(model, init)
-    engine = Engine(model, parameter_groups(model, optim), optim, world, pretraining=True)
+    groups = parameter_groups(model, optim)
+    optim = fit_memory(config, model, groups, world, inputs, recorded=recorded)
+    config = replace(config, optim=optim)
+    engine = Engine(model, groups, optim, world, pretraining=True)
 
     place = world.rank, world.ranks, world.device.type == "cuda"
     loader = train_loader(split, objective.transform(), config.model.channels, config.run.seed, data, optim, *place)

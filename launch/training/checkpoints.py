@@ -22,6 +22,7 @@ from configs.compare import differences
 from configs.errors import UserError, reason
 from configs.files import sha256, sync_folder, write_atomic
 from configs.log import say
+from configs.schema import Run
 from launch.training.engine import Engine, to_universal
 from launch.training.world import World, barrier, broadcast, gather, process_errors
 
@@ -208,6 +209,17 @@ class Checkpoints:
             barrier()
             if self.world.first:
                 shutil.rmtree(target)
+
+
+def recorded_optim(run: Run, stage: str) -> dict:
+    """Section `optim` of the newest complete checkpoint of a run, as the first rank sees it; all ranks call this.
+
+    Empty if there is no checkpoint, or if it is of another stage.
+    """
+    folder = Path(run.folder) / run.name / "checkpoints"
+    manifests = map(_manifest, sorted(folder.glob("step-*"), reverse=True))
+    config = next(filter(None, manifests), {"config": {}})["config"]
+    return broadcast(config["optim"] if config.get("stage") == stage else {})
 
 
 def _temporary(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from configs.schema import Encoder, FCMAESettings, Finetune, Pretrain, PretrainM
 from data import prepare
 from finetune import evaluate, export, predict, probe
 from finetune.tasks import TASKS
-from launch.training.dry_run import MEASURED_BATCHES, activation_bytes
+from launch.training.memory import MEASURED_BATCHES, measure_activations
 from models import convert
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
@@ -120,7 +120,7 @@ def test_the_table_of_activations_is_what_a_plan_says(size):
         probes = [(torch.rand(count, 3, 224, 224),) for count in MEASURED_BATCHES]
         if isinstance(model, FCMAE):
             probes = [objective.inputs(image, objective.example(len(image))) for (image,) in probes]
-        sums.append(f"{activation_bytes(model, probes, 64, low=True) / 2**30:.1f}")
+        sums.append(f"{measure_activations(model, probes, low=True).bytes(64) / 2**30:.1f}")
     assert sums == [cell.strip() for cell in row.split("|")[2:-1]]
 
 

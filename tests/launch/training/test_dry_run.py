@@ -10,15 +10,8 @@ import torch
 from configs.errors import UserError
 from configs.schema import Augment, Data, Encoder, FCMAESettings, Finetune, Optim, Pretrain, PretrainModel, Run
 from finetune.layer_decay import layer_decay
-from launch.training.dry_run import (
-    MEASURED_BATCHES,
-    RECOMPUTED,
-    activation_bytes,
-    plan,
-    saved_bytes,
-    schedule,
-    state_bytes,
-)
+from launch.training.dry_run import plan, schedule
+from launch.training.memory import MEASURED_BATCHES, RECOMPUTED, measure_activations, saved_bytes, state_bytes
 from launch.training.parameter_groups import parameter_groups
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
@@ -83,7 +76,7 @@ def pretraining(model: PretrainModel | None = None, size: int = 32, **optim) -> 
 
 
 def measured(model: FCMAE, micro: int, low: bool = False) -> int:
-    return activation_bytes(model, [inputs(model, count) for count in MEASURED_BATCHES], micro, low)
+    return measure_activations(model, [inputs(model, count) for count in MEASURED_BATCHES], low).bytes(micro)
 
 
 def inputs(model: FCMAE, count: int, size: int = 32) -> tuple[torch.Tensor, ...]:
@@ -129,7 +122,7 @@ def test_warm_up_of_part_of_an_epoch_and_longer_than_the_run():
     [
         ({"batch_size": 64, "micro_batch": 7}, 3, r"optim\.batch_size 64 "),
         ({"batch_size": 64}, 65, r"optim\.batch_size 64 .*65 ranks"),
-        ({"batch_size": 101}, 1, r"100 images .*optim\.batch_size .*101"),
+        ({"batch_size": 101}, 101, r"100 images .*101 ranks"),
     ],
 )
 def test_impossible_batches(optim, ranks, says):
@@ -266,7 +259,7 @@ def test_activations_as_a_gpu_allocates_them(mode):
         loss = model(*batch)
     stored, _ = saved_bytes(model, batch, True)
     assert torch.cuda.memory_allocated() - before == pytest.approx(stored, rel=0.1) and loss.isfinite()
-    assert stored <= activation_bytes(model, probes, 32, True)
+    assert stored <= measure_activations(model, probes, True).bytes(32)
 
 
 def test_counts_what_autograd_keeps():

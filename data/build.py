@@ -6,21 +6,19 @@ from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from configs.errors import UserError, printable
 from configs.files import write_atomic
 from data.collection import check_val, open_collection
 from data.index import check_every_byte, describe
 from data.planning import PrepareOptions, ShardPlan, Written, claim_folder, hold_out, plan_shards
 from data.pool import run_tasks
-from data.reading import DAMAGED, KINDS, NEED_OPTION, VALUES, ImageError, Notes, number
+from data.reading import DAMAGED, KINDS, NEED_OPTION, VALUES, ImageError, number
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
 from data.sources import Item
 
 KIND = re.compile(rf": ({'|'.join(KINDS)}): ")  # in a line of skipped.txt
-SAMPLED = 6  # files of each suffix that are read before anything is written
+PREVIEW = "preview.png"
 
 
 def build(options: PrepareOptions) -> None:
@@ -46,9 +44,12 @@ def build(options: PrepareOptions) -> None:
 def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None) -> None:
     out, splits = options.out, hold_out(items, options.val_fraction)
     check_val(splits)
-    if not (out / "source.json").exists():
-        _check_first(options, items)
-    claim_folder(options, items)
+    first = not (out / "source.json").exists()
+    found = _preview(options, splits) if first or options.dry_run else None
+    if options.dry_run:
+        print("no shards were written (--dry-run)")
+        return
+    claim_folder(options, items, found)
     for file in out.glob(".*.part"):  # left behind by a killed run
         file.unlink()
     plans = plan_shards(out, splits, classes, options.shard_size)
@@ -66,23 +67,28 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
     _finish(out, {plan: done[plan] for plan in plans}, classes)
 
 
-def _check_first(options: PrepareOptions, items: list[Item]) -> None:
-    """Read some files of each suffix. Raises `UserError` if one needs an option, before the work begins."""
-    from data.reencode import reencode_all  # imports torch
+def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> dict:
+    """Print what the collection contains and write a contact sheet; the survey for index.json.
 
-    by_suffix = defaultdict(list)
-    for item in items:
-        by_suffix[Path(item.name).suffix.lower()].append(item)
-    found: list[tuple[str, ImageError]] = []
-    for members in by_suffix.values():
-        for i in np.unique(np.linspace(0, len(members) - 1, SAMPLED).astype(int)):
-            try:
-                data = members[i].image_bytes()
-            except (UserError, OSError):  # counted or raised when its shard is written
-                continue
-            images = reencode_all(data, members[i].name, options.resize, options.quality, options, Notes())
-            found += [(name, error) for name, error in images if isinstance(error, ImageError)]
-    needs = [(name, error) for name, error in found if error.kind in NEED_OPTION]
+    Raises `UserError` if images need an option, before the work begins.
+    """
+    from data.preview import describe, write_pictures  # import torch
+    from data.survey import survey
+
+    found = survey(options, splits)
+    for line in describe(found):
+        print(f"  {line}", flush=True)
+    _check_options(found.refused)
+    if found.pictures:
+        sheet = options.out.with_name(f"{options.out.name}.preview.png") if options.dry_run else options.out / PREVIEW
+        write_pictures(found, sheet)
+        print(f"  see {sheet}", flush=True)
+    return found.as_plain()
+
+
+def _check_options(refused: list[tuple[str, ImageError]]) -> None:
+    """Raise `UserError` if images cannot be used without an option."""
+    needs = [(name, error) for name, error in refused if error.kind in NEED_OPTION]
     if not needs:
         return
     name, error = needs[0]
@@ -91,7 +97,7 @@ def _check_first(options: PrepareOptions, items: list[Item]) -> None:
     if len(set(ranges)) > 1:
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         more = f" ({len(ranges)} files like it: {number(low)} to {number(high)})"
-    raise UserError(f"{name} {error}{more}")
+    raise UserError(f"{printable(name)} {error}{more}")
 
 
 def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[ShardPlan, Written]:
@@ -145,7 +151,7 @@ def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None
     splits = defaultdict(list)
     for plan, written in done.items():
         splits[plan.path.name.rsplit("-", 1)[0]].append(written.shard)
-    index = Index(dict(splits), classes)
+    index = Index(dict(splits), classes, json.loads((out / "source.json").read_bytes()).get("survey"))
     skipped = [line for written in done.values() for line in written.skipped]
     if not any(shard.samples for shard in index.shards):
         for plan in done:

@@ -58,6 +58,7 @@ class PrepareOptions(Reading):
     val_labels: Path | None = option(None, "labels of split val, as --labels; or the devkit of ILSVRC2012")
     test: str | None = option(None, "another source: its images are split test")
     test_labels: Path | None = option(None, "labels of split test, as --labels")
+    dry_run: bool = option(False, "look at the images and write OUT.preview.png; no shards")
     index: bool = option(False, "index the .tar files of other tools in SOURCE")
     verify: bool = option(False, "check every byte of the shards in SOURCE")
     repair: bool = option(
@@ -116,8 +117,8 @@ def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
     return dict(splits)
 
 
-def claim_folder(options: PrepareOptions, items: list[Item]) -> None:
-    """Write source.json. Raises `UserError` if there is one of another source or other options."""
+def claim_folder(options: PrepareOptions, items: list[Item], survey: dict | None) -> None:
+    """Write source.json with the survey. Raises `UserError` if there is one of another source or other options."""
     content = _digest(f"{item.name} {item.stamp}" for item in items)
     new = {"source": Path(options.source).name, "images": len(items), "content": content}
     defaults = {field.name: field.default for field in fields(Reading)}
@@ -129,7 +130,7 @@ def claim_folder(options: PrepareOptions, items: list[Item]) -> None:
             new[key] = list(value) if isinstance(value, tuple) else Path(value).name if key in FILES else value
     path = options.out / "source.json"
     if not path.exists():
-        write_atomic(path, json.dumps(new, indent=1).encode())
+        write_atomic(path, json.dumps(new | {"survey": survey}, indent=1).encode())
         return
     try:
         old = defaults | dict(json.loads(path.read_bytes()))  # older folders lack these options

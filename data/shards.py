@@ -50,6 +50,7 @@ class Index:
 
     splits: dict[str, list[Shard]]
     classes: list[str] | None
+    survey: dict | None = None  # what data/prepare.py found in the source
 
     @property
     def shards(self) -> list[Shard]:
@@ -103,6 +104,7 @@ def write_index(folder: Path, index: Index) -> None:
     """Write index.json, which marks a folder of shards as complete."""
     splits = {split: [asdict(shard) for shard in shards] for split, shards in index.splits.items()}
     content = {"format": FORMAT, "classes": index.classes, "splits": splits}
+    content |= {"survey": index.survey} if index.survey else {}
     write_atomic(folder / "index.json", json.dumps(content, indent=1).encode())
 
 
@@ -118,7 +120,7 @@ def read_index(folder: Path | Remote) -> Index:
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}: prepare it again")
         splits = {split: [Shard(**shard) for shard in shards] for split, shards in content["splits"].items()}
-        index = Index(splits, content["classes"])
+        index = Index(splits, content["classes"], content.get("survey"))
         for shard in index.shards:
             _check_entry(shard, path)
         return index

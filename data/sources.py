@@ -54,6 +54,13 @@ class Item:
                 return os.pread(file.fileno(), self.size, self.offset)
         return Path(self.container).read_bytes()
 
+    @property
+    def byte_size(self) -> int | str:
+        """Something that equal images have in common without being read: the size or, in a zip, the checksum."""
+        if self.is_file:
+            return int(self.stamp.split()[0])
+        return self.stamp if self.zipped or self.container == "digits" else self.size
+
     def head(self, count: int) -> bytes:
         """The first bytes; none if the file cannot be read."""
         try:

@@ -1,0 +1,87 @@
+"""The preview of a collection: lines on one screen, and a contact sheet. Imports torch."""
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from configs.errors import counted, printable
+from configs.files import write_atomic
+from data.survey import MOST_COMPARED, Survey, value_range
+
+SHOWN, COLUMNS = 5, 8
+
+
+def describe(found: Survey) -> list[str]:
+    """Lines of a preview; warnings begin with `warning:`."""
+    lines = [_split_line(split, classes) for split, classes in sorted(found.splits.items())]
+    if not found.sampled:
+        return lines
+    of = f"of {found.sampled:,} looked at" if found.sampled < sum(map(Counter.total, found.splits.values())) else "all"
+    lines.append(f"types     {_counts(found.types)} ({of})")
+    if found.sides:
+        pixels = Counter({f"{_channels(channels)}, {bits}": n for (channels, bits), n in found.pixels.items()})
+        heights, widths = zip(*found.sides, strict=True)
+        lines += [f"pixels    {_counts(pixels)}", f"size      height {_sizes(heights)}, width {_sizes(widths)}"]
+    if found.rotated:
+        lines.append(f"rotated   {counted(found.rotated, 'image')} turned upright by EXIF (--no-exif leaves them)")
+    return lines + _warnings(found)
+
+
+def _warnings(found: Survey) -> list[str]:
+    lines = []
+    for kind in dict.fromkeys(error.kind for _, error in found.refused):
+        same = [(name, error) for name, error in found.refused if error.kind == kind]
+        name, error = same[0]
+        lines.append(f"warning: {len(same):,} {kind}, such as {printable(name)}: {error}")
+    if len({channels for channels, _ in found.pixels}) > 1:
+        lines.append(
+            "warning: images differ in their channels: pictures are converted to model.channels, arrays are not"
+        )
+    if found.duplicates is None:
+        lines.append(f"equal files were not searched among more than {MOST_COMPARED:,} images")
+    elif found.duplicates:
+        first = ", ".join(printable(item.name) for _, item in found.duplicates[0][:3])
+        count = sum(len(group) - 1 for group in found.duplicates)
+        lines.append(f"warning: {counted(count, 'image')} equal to another one byte for byte, such as {first}")
+        leaks = [group for group in found.duplicates if len({split for split, _ in group}) > 1]
+        if leaks:
+            (one, a), (other, b) = leaks[0][0], next(m for m in leaks[0] if m[0] != leaks[0][0][0])
+            where = f"{printable(a.name)} ({one}) = {printable(b.name)} ({other})"
+            lines.append(f"warning: {counted(len(leaks), 'image')} in several splits, so scores are too good: {where}")
+    return lines
+
+
+def _split_line(split: str, classes: Counter) -> str:
+    line = f"{split:<9} {counted(classes.total(), 'image')}"
+    names = sorted((name for name in classes if name is not None), key=lambda name: (classes[name], name))
+    if not names:
+        return f"{line}, no labels"
+    small, large = names[0], names[-1]
+    line += f", {counted(len(names), 'class', 'classes')}: {printable(small)} ({classes[small]:,})"
+    line += f" to {printable(large)} ({classes[large]:,})" if len(names) > 1 else ""
+    return line + (f", {classes[None]:,} without a label" if classes[None] else "")
+
+
+def _counts(found: Counter) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in found.most_common(SHOWN))
+
+
+def _channels(count: int) -> str:
+    return {1: "grey", 3: "colour", 4: "4 channels"}.get(count, f"{count} channels")
+
+
+def _sizes(values: Sequence[int]) -> str:
+    low, middle, high = value_range(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,} (median {middle:,})"
+
+
+def write_pictures(found: Survey, path: Path) -> None:
+    """Write the pictures as a contact sheet, a PNG."""
+    out = io.BytesIO()
+    to_pil_image(make_grid(torch.stack(found.pictures), COLUMNS, padding=4, pad_value=255)).save(out, "png")
+    write_atomic(path, out.getvalue())

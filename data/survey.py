@@ -1,0 +1,148 @@
+"""What a collection contains: counts, types, sizes, refusals, duplicates, a few pictures.
+
+Counts and duplicates are of all images; everything that needs decoding is of a sample. Imports torch.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+from torch import Tensor
+
+from configs.errors import UserError
+from data.decode import decode
+from data.exif import orientation
+from data.planning import PrepareOptions
+from data.reading import KEPT, ImageError, Notes, sniff
+from data.reencode import reencode_all
+from data.sources import Item
+from data.transforms import center_crop, to_float, to_rgb
+
+SAMPLE = 1000  # images that are decoded
+MOST_COMPARED = 300_000  # images in which duplicates are searched
+HEAD = 1 << 16  # bytes that are compared first
+PICTURES, TILE, CROP = 32, 112, 0.95  # pictures that are kept; their side in pixels; share of the image's side
+PAGES = 4  # of a file
+
+
+@dataclass
+class Survey:
+    """What was found; `sampled` images were decoded, the others only listed."""
+
+    splits: dict[str, Counter] = field(default_factory=dict)  # images of each class, None = without a label
+    sampled: int = 0
+    types: Counter = field(default_factory=Counter)
+    pixels: Counter = field(default_factory=Counter)  # (channels, kind of values)
+    sides: list[tuple[int, int]] = field(default_factory=list)  # height, width
+    rotated: int = 0
+    refused: list[tuple[str, ImageError]] = field(default_factory=list)
+    duplicates: list[list[tuple[str, Item]]] | None = field(default_factory=list)  # of equal files; None = not searched
+    pictures: list[Tensor] = field(default_factory=list)  # uint8 [3, TILE, TILE]
+
+    def as_plain(self) -> dict:
+        """For index.json."""
+        heights, widths = zip(*self.sides, strict=True) if self.sides else ((0,), (0,))
+        groups = self.duplicates or []
+        return {
+            "sampled": self.sampled,
+            "types": dict(self.types),
+            "pixels": {f"{channels} x {kind}": count for (channels, kind), count in self.pixels.items()},
+            "height": value_range(heights),
+            "width": value_range(widths),
+            "rotated": self.rotated,
+            "refused": dict(Counter(error.kind for _, error in self.refused)),
+            "duplicates": None if self.duplicates is None else sum(len(group) - 1 for group in groups),
+            "in_several_splits": sum(len({split for split, _ in group}) > 1 for group in groups),
+        }
+
+
+def survey(options: PrepareOptions, splits: dict[str, list[Item]]) -> Survey:
+    """Look at a collection. Nothing is written."""
+    found = Survey({split: Counter(item.label for item in items) for split, items in splits.items()})
+    every = [(split, item) for split, items in sorted(splits.items()) for item in items]
+    chosen = np.unique(np.linspace(0, len(every) - 1, min(SAMPLE, len(every))).round().astype(int))
+    shown = set(chosen[:: max(1, len(chosen) // PICTURES)])
+    with ThreadPoolExecutor(options.workers) as pool:
+        for looks in pool.map(lambda i: _look(every[i][1], options, i in shown), chosen):
+            _add(found, looks)
+        found.duplicates = _duplicates(every, pool) if len(every) <= MOST_COMPARED else None
+    return found
+
+
+def _look(item: Item, options: PrepareOptions, show: bool) -> list[tuple]:
+    """(name, type, EXIF orientation, (C, H, W, kind of values) or why not, picture or None) of each image of a file."""
+    try:
+        data = item.image_bytes()
+    except (UserError, OSError) as error:
+        return [(item.name, "", 1, ImageError(str(error)), None)]
+    kind, turn, looks = sniff(data), 1, []
+    if kind in KEPT and not options.no_exif:
+        turn = orientation(data)
+    for name, image in islice(reencode_all(data, item.name, options.resize, options.quality, options, Notes()), PAGES):
+        tile = None
+        if not isinstance(image, ImageError):
+            image = decode(image[1], max_pixels=options.max_pixels)
+            tile = _tile(image) if show and not looks else None
+            image = (*image.shape, "8 bits" if image.dtype.itemsize == 1 else "more than 8 bits")
+        looks.append((name, kind, turn, image, tile))
+    return looks
+
+
+def _add(found: Survey, looks: list[tuple]) -> None:
+    for name, kind, turn, image, tile in looks:
+        found.sampled += 1
+        found.types[kind or "unknown"] += 1
+        found.rotated += turn != 1
+        if isinstance(image, ImageError):
+            found.refused.append((name, image))
+            continue
+        channels, height, width, bits = image
+        found.pixels[channels, bits] += 1
+        found.sides.append((height, width))
+        if tile is not None:
+            found.pictures.append(tile)
+
+
+def _tile(image: Tensor) -> Tensor:
+    """The centre of an image as uint8 [3, TILE, TILE]; more than 8 bits are shown from the lowest to the highest."""
+    small = to_float(center_crop(image, (TILE, TILE), CROP))
+    if image.dtype.itemsize > 1:
+        small = (small - small.min()) / (small.max() - small.min()).clamp(min=1e-9)
+    return to_rgb(small)
+
+
+def _duplicates(every: Sequence[tuple[str, Item]], pool: ThreadPoolExecutor) -> list[list[tuple[str, Item]]]:
+    """Groups of images with equal bytes: by size, then by the first bytes, then by all."""
+    groups = _grouped(every, [item.byte_size for _, item in every])
+    members = [member for group in groups for member in group]
+    groups = _grouped(members, pool.map(_head_digest, [item for _, item in members]))
+    members = [member for group in groups for member in group]
+    return _grouped(members, pool.map(_digest, [item for _, item in members]))
+
+
+def _grouped(members: Sequence[tuple[str, Item]], keys: Iterable) -> list[list[tuple[str, Item]]]:
+    groups = defaultdict(list)
+    for member, key in zip(members, keys, strict=True):
+        groups[key].append(member)
+    return [group for key, group in groups.items() if len(group) > 1 and key is not None]
+
+
+def _head_digest(item: Item) -> tuple | None:
+    head = item.head(HEAD)
+    return (item.byte_size, hashlib.sha256(head).digest()) if head else None
+
+
+def _digest(item: Item) -> bytes | None:
+    try:
+        return hashlib.sha256(item.image_bytes()).digest()
+    except (UserError, OSError):
+        return None
+
+
+def value_range(values: Sequence[int]) -> list[int]:
+    """Lowest, middle and highest of some values."""
+    return [int(value) for value in np.quantile(values, (0, 0.5, 1))]

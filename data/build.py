@@ -76,14 +76,15 @@ def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> dict:
     from data.survey import survey
 
     found = survey(options, splits)
-    for line in describe(found):
+    lines = describe(found)
+    for line in lines:
         print(f"  {line}", flush=True)
     _check_options(found.refused)
     if found.pictures:
         sheet = options.out.with_name(f"{options.out.name}.preview.png") if options.dry_run else options.out / PREVIEW
         write_pictures(found, sheet)
         print(f"  see {sheet}", flush=True)
-    return found.as_plain()
+    return found.as_plain() | {"preview": lines}
 
 
 def _check_options(refused: list[tuple[str, ImageError]]) -> None:

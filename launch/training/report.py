@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from configs.errors import UserError
 from configs.files import write_atomic
+from data.shards import read_index
 from launch.training.runlog import read_log
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -52,8 +53,10 @@ def write_report(run: Path) -> Path:
     pictures = {}
     for name in dict.fromkeys([*PICTURES, *sorted(path.name for path in run.glob("*.png"))]):
         if (run / name).exists():
-            data = base64.b64encode((run / name).read_bytes()).decode()
-            pictures[PICTURES.get(name, name)] = f"data:image/png;base64,{data}"
+            pictures[PICTURES.get(name, name)] = _data_url(run / name)
+    shards = Path(config["data"]["path"])
+    if (shards / "preview.png").exists():
+        pictures["Some of the images"] = _data_url(shards / "preview.png")
     page = template.render(
         name=config["run"]["name"],
         stage="fine-tuning" if "augment" in config else "pretraining",
@@ -61,6 +64,7 @@ def write_report(run: Path) -> Path:
         commands=next_commands(run, config),
         plots=[_svg(title, curves) for title, curves in curves_of(lines).items()],
         pictures=pictures,
+        preview=preview(shards),
         faults=[line for line in lines if "skipped" in line or "damaged" in line],
         config=text,
     )
@@ -91,6 +95,19 @@ def results(run: Path, lines: list[dict]) -> dict[str, str]:
             found["best scores"] = f"{summary['shown']}, {where}"
         found["started from"] = "scratch" if summary["init"] == "none" else summary["init"]
     return found
+
+
+def preview(shards: Path) -> list[str]:
+    """What data/prepare.py found in the images, line by line; none if it did not make these shards."""
+    try:
+        return (read_index(shards).survey or {}).get("preview", [])
+    except UserError:  # a URL, images without shards, or shards that are gone
+        return []
+
+
+def _data_url(path: Path) -> str:
+    """A PNG as a URL that contains it."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def next_commands(run: Path, config: dict) -> dict[str, str]:

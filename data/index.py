@@ -9,6 +9,7 @@ import numpy as np
 from configs.errors import UserError
 from data.pool import add_progress, run_tasks
 from data.shards import Index, Shard, find_damage, index_file, index_tar, read_index, repair_hint, write_index
+from data.suggest import pretrain_command
 from data.tars import read_rows
 
 
@@ -19,11 +20,7 @@ def describe(folder: Path) -> None:
         samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
         print(f"  {split:9} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
     print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
-    source = folder / "source.json"
-    recipe = "digits" if source.exists() and b'"source": "digits"' in source.read_bytes() else "photos"
-    split = "" if "train" in index.splits else f" --data.split {next(iter(index.splits))}"
-    command = f"deepspeed pretrain/main.py --config configs/pretrain/{recipe}.yaml --data.path {folder}{split}"
-    print(f"ready: {command} --run.name {folder.absolute().name}")
+    print(f"ready: {pretrain_command(folder, index)}")
 
 
 def index_folder(folder: Path, workers: int) -> None:

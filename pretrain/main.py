@@ -38,6 +38,7 @@ def main() -> None:
 
     from data.folder import open_for_training
     from data.loader import train_loader
+    from data.suggest import finetune_command
     from launch.training.checkpoints import recorded_optim
     from launch.training.dry_run import plan
     from launch.training.engine import Engine
@@ -99,7 +100,7 @@ def main() -> None:
             save(path, replace(weights, classes=split.classes, objective=config.objective.name))
             summary = summarize(trainer.folder / "log.jsonl", config, trainer.steps_per_epoch)
             write_summary(trainer.folder, config, world, seconds, summary)
-            print(f"wrote {path}: fine-tune it with `python finetune/main.py --init {path} ...`")
+            print(f"wrote {path}: fine-tune it with `{finetune_command(path, to_dict(config))}`")
             print(f"wrote {write_report(trainer.folder)}: open it in a browser")
     destroy_world()
 

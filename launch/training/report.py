@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from configs.errors import UserError
 from configs.files import write_atomic
 from data.shards import read_index
+from data.suggest import finetune_command
 from launch.training.runlog import read_log
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -125,7 +126,7 @@ def next_commands(run: Path, config: dict) -> dict[str, str]:
     if (run / f"{objective}.pt").exists():
         grid = f"python pretrain/reconstruct.py photos/ --weights {pretrained} --out grid.png"
         return {
-            "fine-tune it on labels": f"python finetune/main.py --init {pretrained} --data.path {shards} ...",
+            "fine-tune it on labels": finetune_command(run / f"{objective}.pt", config),
             "evaluate its features": f"python finetune/probe.py {pretrained} {shards}",
             **({"draw its reconstructions": grid} if objective == "fcmae" else {}),
             "use it in timm": f"python models/convert.py {pretrained} encoder.safetensors --to timm",

@@ -69,7 +69,7 @@ class Item:
                 with archive.open(members[self.offset]) as file:
                     return file.read(count)
             with Path(self.container).open("rb") as file:
-                return os.pread(file.fileno(), count, self.offset or 0)
+                return os.pread(file.fileno(), min(count, self.size or count), self.offset or 0)
         except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):  # RuntimeError: encrypted in a zip
             return b""
 

@@ -186,7 +186,8 @@ def check_classes(items: list[Item], source: str) -> None:
         more = ", ..." if len(found) > SHOWN else ""
         print(f"  {split}: {counted(len(found), 'class', 'classes')}: {shown}{more}", flush=True)
     for split, number in sorted(without.items()) if counts else ():
-        print(f"  {split}: {counted(number, 'image')} without a label", flush=True)
+        way_out = f": add --{split}-labels FILE to evaluate on them" if split in ("val", "test") else ""
+        print(f"  {split}: {counted(number, 'image')} without a label{way_out}", flush=True)
     train = counts.get("train")
     if train is None:
         return

@@ -52,13 +52,13 @@ class Listing:
     shards: set[str] = field(default_factory=set)  # archives that are numbered parts, not classes
     sidecars: bool = False  # labels are from files beside the images
 
-    def add(self, item: Item) -> None:
-        """Sort a file by its name."""
+    def add(self, item: Item) -> bool:
+        """Sort a file by its name. Returns whether it is an image."""
         parts = PurePosixPath(item.name).parts
         for i, part in enumerate(parts):
             if is_hidden(part):
                 self.hidden.add("/".join(parts[: i + 1]))
-                return
+                return False
         kind = suffix(item.name)
         if kind in READABLE or _is_dicom(item):
             self.images.append(item)
@@ -68,6 +68,7 @@ class Listing:
             self.archives.append(item)
         else:
             self.ignored[f".{kind}" if kind else "without a suffix"] += 1
+        return kind in READABLE
 
     def notes(self) -> Iterator[str]:
         """What is left out, a line each."""
@@ -178,9 +179,8 @@ def _list_folder(root: Path, listing: Listing) -> None:
                     queue = links if entry.is_symlink() else folders
                     queue.append((Path(entry.path), f"{name}/{entry.name}".removeprefix("/")))
         elif stat.S_ISREG(about.st_mode):
-            if about.st_nlink > 1 or suffix(name) in READABLE:
+            if listing.add(Item(name, str(path), f"{about.st_size} {about.st_mtime_ns}")):
                 seen[identity] = name
-            listing.add(Item(name, str(path), f"{about.st_size} {about.st_mtime_ns}"))
         else:
             listing.ignored["special"] += 1
 
@@ -288,9 +288,8 @@ def _list_members(file: BinaryIO, path: Path, limit: int, folder: str, listing: 
         name = name.removeprefix("./")
         if offset in seen:
             listing.repeats.append((name, seen[offset]))
-        else:
+        elif listing.add(Item(f"{folder}/{name}" if folder else name, str(path), f"{offset} {size}", offset, size)):
             seen[offset] = name
-            listing.add(Item(f"{folder}/{name}" if folder else name, str(path), f"{offset} {size}", offset, size))
 
     try:
         with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:  # offsets count from byte 0

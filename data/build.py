@@ -88,7 +88,7 @@ def _check_first(options: PrepareOptions, items: list[Item]) -> None:
     name, error = needs[0]
     ranges = [error.found for _, error in needs if error.kind == VALUES]
     more = ""
-    if len(set(ranges)) > 1:
+    if error.kind == VALUES and len(set(ranges)) > 1:
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         more = f" ({len(ranges)} files like it: {number(low)} to {number(high)})"
     raise UserError(f"{name} {error}{more}")

@@ -9,7 +9,6 @@ import numpy as np
 import pillow_heif
 from PIL import Image, UnidentifiedImageError
 
-from configs.errors import reason
 from data.reading import NO_IMAGE, ImageError, Notes, Page, Reading, check_size, raise_limit
 
 # no formats that start programs (EPS) or describe drawings (WMF)
@@ -54,8 +53,8 @@ def read_picture(data: bytes, kind: str, name: str, reading: Reading, notes: Not
             raise ImageError("not a readable image (its header is damaged)") from None
         archive = ": an archive; unpack it, and save arrays of .npz as .npy" if data[:2] == b"PK" else ""
         raise ImageError(f"not an image of a known type{archive}", NO_IMAGE) from None
-    except Exception as error:  # damaged files raise almost any exception in PIL
-        raise ImageError(f"not a readable image ({reason(error)})") from None
+    except Exception:  # damaged files raise almost any exception in PIL
+        raise ImageError("not a readable image (damaged or cut short)") from None
 
 
 def from_pil(picture: Image.Image, orientation: int = 1) -> Page:

@@ -106,8 +106,12 @@ def _read_page(tif: TiffFile, page: TiffPage, data: bytes, reading: Reading, res
         return _as_page(page, pixels.reshape(*size, -1), reading)
     parts = _rows(tif, page, data) if page.is_contiguous else _segments(page)
     about = _as_page(page, np.empty((0, 0, page.samplesperpixel), page.dtype), reading)
+    if page.dtype == bool:
+        parts = ((pixels.astype(np.uint8) * 255, *place) for pixels, *place in parts)
     filled = ((fill(pixels, about), *place) for pixels, *place in parts)
-    return _as_page(page, reduced(filled, size, page.samplesperpixel, page.dtype, factor), reading)
+    dtype = np.dtype(np.uint8) if page.dtype == bool else page.dtype
+    pixels = reduced(filled, size, page.samplesperpixel, dtype, factor)
+    return replace(_as_page(page, pixels, reading), nodata=None)  # a mean may equal it
 
 
 def _check_kind(page: TiffPage) -> None:

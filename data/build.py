@@ -137,7 +137,9 @@ def _skipped_lines(out: Path) -> dict[str, list[str]]:
 def _by_kind(skipped: list[str]) -> str:
     """Numbers of the kinds of refusals, the most frequent first."""
     kinds = Counter(found[1] if (found := KIND.search(line)) else DAMAGED for line in skipped)
-    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    return ", ".join(
+        f"{count:,} {kind}" for kind, count in sorted(kinds.items(), key=lambda found: (-found[1], found[0]))
+    )
 
 
 def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None) -> None:

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from data.reading import NO_IMAGE, ImageError, Notes, Page, Reading, check_size, raise_limit
 
 # no formats that start programs (EPS) or describe drawings (WMF)
-FORMATS = ("AVIF", "BMP", "DIB", "ICO", "JPEG2000", "MPO", "PCX", "PPM", "QOI", "SGI", "SUN", "XBM")
+FORMATS = ("AVIF", "BMP", "DIB", "ICO", "JPEG2000", "PCX", "PPM", "QOI", "SGI", "SUN", "XBM")
 STORED = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "La": "LA"}
 CODESTREAM_SIZE = b"\xff\x4f\xff\x51"  # of JPEG 2000: start of code stream, size marker
 PNM_HEADER = re.compile(rb"P([56])(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)\s")

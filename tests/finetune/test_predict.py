@@ -132,7 +132,7 @@ def test_no_file_of_any_type_stops_the_others(best, folder, tmp_path, capsys):
     heic.write_bytes(b"\0\0\0\x1cftypheic" + bytes(40))
     text.write_text("no picture")
     np.save(scan, np.full((8, 8), -5, np.int16))
-    with pytest.raises(UserError, match="^3 of 4 images"):
+    with pytest.raises(UserError, match=r"^3 of 4 images"):
         call(main, best, heic, text, scan, next(folder.rglob("*.png")))
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 1

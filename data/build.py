@@ -95,7 +95,7 @@ def _check_options(refused: list[tuple[str, ImageError]]) -> None:
     name, error = needs[0]
     ranges = [error.found for _, error in needs if error.kind == VALUES]
     more = ""
-    if len(set(ranges)) > 1:
+    if error.kind == VALUES and len(set(ranges)) > 1:
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         more = f" ({len(ranges)} files like it: {number(low)} to {number(high)})"
     raise UserError(f"{printable(name)} {error}{more}")
@@ -144,7 +144,9 @@ def _skipped_lines(out: Path) -> dict[str, list[str]]:
 def _by_kind(skipped: list[str]) -> str:
     """Numbers of the kinds of refusals, the most frequent first."""
     kinds = Counter(found[1] if (found := KIND.search(line)) else DAMAGED for line in skipped)
-    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    return ", ".join(
+        f"{count:,} {kind}" for kind, count in sorted(kinds.items(), key=lambda found: (-found[1], found[0]))
+    )
 
 
 def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
-from configs.errors import reason
 from data.exif import orientation, swaps, upright
 from data.reading import CHANNELS, MAX_PIXELS, NO_IMAGE, ImageError, check_size, sniff
 
@@ -67,8 +66,8 @@ def _decode_picture(data: bytes, kind: str, channels: int | None, shrink: Shrink
             warnings.simplefilter("ignore")  # torch's read-only buffer, which is not written to
             picture = Image.open(io.BytesIO(data), formats=PIL_FORMATS)
             check_size(picture.height, picture.width, _pixel_bytes(picture), max_pixels)
-            if picture.format == "GIF":  # torchvision would decode every frame
-                return _from_pil(picture, channels)
+            if picture.format == "GIF" or (kind == "webp" and picture.is_animated):
+                return upright(_from_pil(picture, channels), turn, rows=1)  # torchvision would decode every frame
             if picture.format == "PNG":  # torchvision's libpng crashes the process on damaged files (0.29)
                 return upright(_decode_png(picture, data, channels), turn, rows=1)
             mode = MODES[3 if channels == 4 and picture.format != "WEBP" else channels]  # JPEG has no alpha
@@ -79,8 +78,8 @@ def _decode_picture(data: bytes, kind: str, channels: int | None, shrink: Shrink
     except UnidentifiedImageError:
         message = "not a readable image (not a JPEG, PNG, WebP or GIF, or its header is damaged)"
         raise ImageError(message, "damaged" if kind else NO_IMAGE) from None
-    except Exception as error:  # damaged files raise almost any exception in PIL
-        raise ImageError(f"not a readable image ({reason(error)})") from None
+    except Exception:  # damaged files raise almost any exception in PIL
+        raise ImageError("not a readable image (damaged or cut short)") from None
 
 
 def _decode_jpeg(data: bytes, channels: int | None, shrink: Shrink | None, turn: int, max_pixels: int) -> Tensor | None:
@@ -167,8 +166,8 @@ def read_npy(data: bytes) -> np.ndarray:
         shape, fortran_order, dtype = (npy.read_array_header_1_0 if version_1 else npy.read_array_header_2_0)(file)
         array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
         array = array.reshape(shape, order="F" if fortran_order else "C")
-    except Exception as error:  # damaged headers raise almost any exception in numpy
-        raise ImageError(f"not a readable .npy image ({reason(error)})") from None
+    except Exception:  # damaged headers raise almost any exception in numpy
+        raise ImageError("not a readable .npy image (damaged, cut short, or of Python objects)") from None
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.dtype.kind not in "uif" or 0 in array.shape:

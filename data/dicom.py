@@ -97,6 +97,7 @@ def _read_frame(image: pydicom.Dataset, frame: int, reading: Reading, notes: Not
     outside = None if padding is None else pixels == padding
     tags = _frame_tags(image, frame)
     values = apply_rescale(pixels, tags)
+    values = pixels if np.array_equal(values, pixels) else values
     if values.dtype.kind == "f" and (values == np.rint(values)).all() and np.abs(values).max() < 1 << 31:
         values = values.astype(np.int32)  # whole values, as Hounsfield units are
     values, limits = _windowed(values, tags, reading, notes)

@@ -2,7 +2,9 @@
 
 import struct
 import zlib
+from typing import TypeVar
 
+Pixels = TypeVar("Pixels")  # an array or a tensor
 ORIENTATION = 0x0112  # tag
 # axes to flip after swapping height and width for orientations 5 to 8: "v" = rows, "h" = columns
 FLIPS = {1: "", 2: "h", 3: "vh", 4: "v", 5: "", 6: "h", 7: "vh", 8: "v"}
@@ -31,7 +33,7 @@ def swaps(orientation: int) -> bool:
     return orientation >= 5
 
 
-def upright(image, orientation: int, rows: int = 0):
+def upright(image: Pixels, orientation: int, rows: int = 0) -> Pixels:
     """An image turned upright: an array or tensor whose axes `rows` and `rows + 1` are height and width."""
     if swaps(orientation):
         image = image.swapaxes(rows, rows + 1)

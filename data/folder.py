@@ -97,8 +97,6 @@ def _listed(folder: Path) -> Listing:
 
 def read_image(path: Path, reading: Reading = DEFAULT) -> bytes:
     """Content of an image file for `data.decode.decode`, converted as in a shard; `UserError` if it cannot be used."""
-    if reading.pages == "all":
-        raise UserError("--pages all makes several images of one: use --pages first, or make shards")
     try:
         data = path.read_bytes()
     except OSError as error:

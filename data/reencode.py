@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from configs.errors import UserError, reason
+from configs.errors import UserError
 from data.decode import PIL_FORMATS, decode, is_deep, read_deep_png, read_npy
 from data.exif import orientation, without_exif
 from data.reading import (
@@ -135,8 +135,8 @@ def _picture(
         page = from_pil(picture, orientation(data))
     except UserError:
         raise
-    except Exception as error:  # damaged files raise almost any exception in PIL
-        raise ImageError(f"not a readable image ({reason(error)})") from None
+    except Exception:  # damaged files raise almost any exception in PIL
+        raise ImageError("not a readable image (damaged or cut short)") from None
     return encode_page(page, resize, quality or (95 if kind == "jpg" else None), reading, notes)
 
 

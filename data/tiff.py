@@ -46,6 +46,8 @@ def read_tiff(data: bytes, reading: Reading, resize: int | None, notes: Notes, f
         with TiffFile(io.BytesIO(data)) as tif:
             pages = [page.aspage() for page in tif.pages]
             pages = [page for page in pages if not page.is_reduced and not page.subfiletype & 4] or pages[:1]
+            if not pages:
+                raise ImageError("not a readable image (a damaged TIFF)")
             depth = _stacked(tif, pages[0]) if len(pages) == 1 else 1
             if len(pages) * depth > 1 and reading.pages is None:
                 many = f"has {len(pages) * depth:,} pages: add --pages first or --pages all"
@@ -93,21 +95,23 @@ def _read_page(tif: TiffFile, page: TiffPage, data: bytes, reading: Reading, res
     too_large = max(size[0] * size[1], size[0] * size[1] * pixel_bytes // BYTES_PER_PIXEL) > limit
     factor = min(size) // (2 * resize) if resize else 1
     tile = int(np.prod(page.chunks)) * page.dtype.itemsize
-    reducible = too_large and factor > 1 and page.colormap is None
-    if tile > limit * BYTES_PER_PIXEL and not (reducible and page.is_contiguous):
-        reducible = False
-        check_size(*page.chunks[:2], pixel_bytes, limit, f": add --max-pixels {raise_limit(*size, pixel_bytes)}")
-    if not reducible:
-        way_out = " or --resize" if resize is None else ""
-        check_size(*size, pixel_bytes, limit, f": add --max-pixels {raise_limit(*size, pixel_bytes)}{way_out}")
+    in_parts = page.colormap is None and (page.is_contiguous or tile <= limit * BYTES_PER_PIXEL)
+    if not (too_large and in_parts and factor > 1):
+        advice = f": add --max-pixels {raise_limit(*size, pixel_bytes)}"
+        check_size(*size, pixel_bytes, limit, advice + (" or --resize" if in_parts and resize is None else ""))
+        check_size(*page.chunks[:2], pixel_bytes, limit, advice)
         pixels = page.asarray()
         if page.planarconfig == 2 and page.samplesperpixel > 1:
             pixels = np.moveaxis(pixels, 0, -1)
         return _as_page(page, pixels.reshape(*size, -1), reading)
     parts = _rows(tif, page, data) if page.is_contiguous else _segments(page)
     about = _as_page(page, np.empty((0, 0, page.samplesperpixel), page.dtype), reading)
+    if page.dtype == bool:
+        parts = ((pixels.astype(np.uint8) * 255, *place) for pixels, *place in parts)
     filled = ((fill(pixels, about), *place) for pixels, *place in parts)
-    return _as_page(page, reduced(filled, size, page.samplesperpixel, page.dtype, factor), reading)
+    dtype = np.dtype(np.uint8) if page.dtype == bool else page.dtype
+    pixels = reduced(filled, size, page.samplesperpixel, dtype, factor)
+    return replace(_as_page(page, pixels, reading), nodata=None)  # a mean may equal it
 
 
 def _check_kind(page: TiffPage) -> None:
@@ -178,7 +182,7 @@ def _unassociated(pixels: np.ndarray) -> np.ndarray:
         return pixels
     full = np.iinfo(pixels.dtype).max
     alpha = np.maximum(pixels[..., -1:], 1).astype(np.float64)
-    colours = np.rint(pixels[..., :-1] * (full / alpha)).clip(0, full).astype(pixels.dtype)
+    colours = np.rint(pixels[..., :-1] * float(full) / alpha).clip(0, full).astype(pixels.dtype)
     return np.concatenate([colours, pixels[..., -1:]], 2)
 
 
@@ -195,7 +199,7 @@ def _rows(tif: TiffFile, page: TiffPage, data: bytes) -> Iterator[tuple[np.ndarr
 
 def _segments(page: TiffPage) -> Iterator[tuple[np.ndarray, int, int, int]]:
     """Decoded strips or tiles: (pixels [h, w, C], row, column, first channel)."""
-    for pixels, (channel, _, row, column, _), shape in page.segments(maxworkers=1):
+    for pixels, (channel, _, row, column, _), _ in page.segments(maxworkers=1):
         if pixels is None:
             raise ImageError("not a readable image (a TIFF with missing parts)")
-        yield pixels[0, : shape[1], : shape[2]], row, column, channel
+        yield pixels[0, : page.imagelength - row, : page.imagewidth - column], row, column, channel  # tiles overlap

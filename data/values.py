@@ -77,11 +77,13 @@ def _limits(dtype: np.dtype, page: Page, reading: Reading) -> tuple[float, float
 
 def _missing(pixels: np.ndarray, declared: float | None, given: float | str | None) -> np.ndarray | None:
     """Bools like `pixels`: where data are missing; None = nowhere."""
-    missing = ~np.isfinite(pixels) if pixels.dtype.kind == "f" else np.zeros(pixels.shape, bool)
-    for value in (declared, given):
-        if value not in (None, "nan") and np.isfinite(value):
-            missing |= pixels == (pixels.dtype.type(value) if pixels.dtype.kind == "f" else value)
-    return missing if missing.any() else None
+    floats = pixels.dtype.kind == "f"
+    missing = ~np.isfinite(pixels) if floats else None
+    for value in {declared, given} - {None, "nan"}:
+        if np.isfinite(value) and (floats or value == int(value)):
+            equal = pixels == (pixels.dtype.type(value) if floats else int(value))
+            missing = equal if missing is None else missing | equal
+    return missing if missing is not None and missing.any() else None
 
 
 def _found(pixels: np.ndarray, missing: np.ndarray | None) -> tuple[float, float]:
@@ -104,7 +106,8 @@ def _undecided(pixels: np.ndarray, missing: np.ndarray | None, found: tuple[floa
         options.append(f"--value-range {low} {high}")
     if missing is not None:
         kinds = {"NaN" if np.isnan(v) else number(float(v)) for v in np.unique(pixels[missing])[:3]}
-        problems.append(f"{int(missing.sum()):,} values without data ({', '.join(sorted(kinds))})")
+        count = int(missing.sum())
+        problems.append(f"{count:,} {'value' if count == 1 else 'values'} without data ({', '.join(sorted(kinds))})")
         options.append("--nodata nan")
     return ImageError(f"has {' and '.join(problems)}: add {' '.join(options)}", VALUES if found else NODATA, found)
 

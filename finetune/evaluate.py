@@ -23,12 +23,11 @@ from configs.command import parse_options
 from configs.errors import run_main
 from configs.keys import argument, option
 from configs.schema import Data, Optim, Run
-from data.reading import Reading
-from finetune.options import DeviceOptions
+from finetune.options import ImageOptions
 
 
 @dataclass(frozen=True)
-class Options(Reading, DeviceOptions):
+class Options(ImageOptions):
     """The command line."""
 
     data: str = argument("folder of shards or its URL, or a folder of images")

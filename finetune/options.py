@@ -5,7 +5,8 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from configs.keys import argument, option
+from configs.keys import argument, option, require
+from data.reading import Reading
 
 STDIN = "-"  # in place of paths: read them from standard input
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
@@ -26,3 +27,14 @@ class DeviceOptions(ModelOptions):
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto = a GPU if available")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto = bf16 on a GPU that has it, else fp32")
+
+
+@dataclass(frozen=True)
+class ImageOptions(Reading, DeviceOptions):
+    """Which model to use, where it runs, and how files of images are read."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.pages != "all", "--pages", self.pages, "first: a file has one prediction, shards may have all pages"
+        )

@@ -23,12 +23,11 @@ from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import argument, option
 from configs.schema import Optim, Run
-from data.reading import Reading
-from finetune.options import STDIN, DeviceOptions
+from finetune.options import STDIN, ImageOptions
 
 
 @dataclass(frozen=True)
-class Options(Reading, DeviceOptions):
+class Options(ImageOptions):
     """The command line."""
 
     images: tuple[str, ...] = argument("file, folder, or - for paths from standard input")

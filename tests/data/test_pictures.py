@@ -42,7 +42,7 @@ def heic(pixels: np.ndarray) -> bytes:
 
 
 FILES = {
-    "a.avif": (saved("avif", quality=100, subsampling="4:4:4"), 2),
+    "a.avif": (saved("avif", quality=100, subsampling="4:4:4"), 4),
     "a.heic": (heic(PIXELS), 6),
     "a.jp2": (saved("jpeg2000", irreversible=False), 0),
     "a.tga": (saved("tga"), 0),

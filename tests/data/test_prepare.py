@@ -20,6 +20,7 @@ from configs.errors import UserError
 from data import prepare
 from data.decode import decode
 from data.index import describe, index_folder, verify
+from data.reading import Reading
 from data.reencode import reencode
 from data.shards import Split, index_file, read_index
 from tests.conftest import ROOT, names, run
@@ -139,10 +140,13 @@ def test_resize_keeps_the_depth_of_grey_pictures(kind):
     columns[32:] = 60000  # an edge, where bicubic overshoots
     out = io.BytesIO()
     Image.fromarray(np.tile(columns, (32, 1))).save(out, "tiff")
-    name, data = reencode(out.getvalue(), "scan.tif", resize=16)
+    reading = Reading(value_range=None if kind == np.uint16 else (0, 65535))
+    name, data = reencode(out.getvalue(), "scan.tif", resize=16, reading=reading)
     small = np.load(io.BytesIO(data))
-    assert (name, small.dtype, small.shape) == ("npy", np.dtype(kind), (16, 32))
-    assert np.allclose(small[:, :14], columns.reshape(32, 2).mean(1)[:14], atol=400) and small.max() == 60000
+    stored = np.float32 if kind == np.float32 else np.uint16
+    assert (name, small.dtype, small.shape) == ("npy", np.dtype(stored), (16, 32, 1))
+    small = small[..., 0] * (65535 if kind == np.float32 else 1.0)
+    assert np.allclose(small[:, :14], columns.reshape(32, 2).mean(1)[:14], atol=400) and np.isclose(small.max(), 60000)
 
 
 def test_types_the_loader_cannot_decode_are_converted_without_loss(tmp_path):
@@ -173,7 +177,7 @@ def test_damaged_images_are_left_out_and_listed(tmp_path, capsys):
     assert content(tmp_path / "out") == {whole: 0}
     listed = (tmp_path / "out/skipped.txt").read_text()
     assert all(name in listed for name in ("a/cut.jpg", "a/page.jpg", "a/none.png"))
-    assert "3 damaged images" in capsys.readouterr().out
+    assert "3 images were left out" in capsys.readouterr().out
 
 
 def test_unusual_images_stay_and_bombs_are_left_out(tmp_path, capsys):
@@ -199,7 +203,7 @@ def test_unusual_images_stay_and_bombs_are_left_out(tmp_path, capsys):
     assert all(decode(data, channels).shape == (channels, 16, 20) for data in good.values() for channels in (1, 3, 4))
     listed = (tmp_path / "out/skipped.txt").read_text().splitlines()
     assert {line.split(": ")[0] for line in listed} == set(bad)
-    assert "7 damaged images" in capsys.readouterr().out
+    assert "7 images were left out" in capsys.readouterr().out
     assert not (tmp_path / "executed").exists()
 
 

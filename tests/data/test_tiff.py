@@ -149,7 +149,7 @@ def test_nan_and_nodata_are_named_and_replaced_on_demand():
     assert found[2, 3] == found[0, 0] == 0 and np.array_equal(found[3:], pixels[3:])
     tagged = np.array([[-9999, 0], [5, 10]], np.int16)
     data = tiff(tagged, extratags=[(42113, 2, 0, "-9999", True)])
-    with pytest.raises(ImageError, match=r"values from 0 to 10 and 1 values without data \(-9999\)"):
+    with pytest.raises(ImageError, match=r"values from 0 to 10 and 1 value without data \(-9999\)"):
         stored(data)
     assert np.array_equal(stored(data, value_range=(0, 10), nodata="nan")[..., 0], [[0, 0], [32768, 65535]])
     unmarked = stored(tiff(tagged), value_range=(0, 10), nodata=-9999)
@@ -211,7 +211,8 @@ def test_palettes_bits_and_white_is_zero():
     found = stored(tiff(indices, photometric="palette", colormap=colours))
     assert found.dtype == np.uint8 and np.array_equal(found, np.moveaxis((colours >> 8)[:, indices], 0, -1))
     bits = PIXELS[..., 0] > 100
-    assert np.array_equal(stored(tiff(bits))[..., 0], bits * 255)
+    assert np.array_equal(stored(tiff(bits, photometric="minisblack"))[..., 0], bits * 255)
+    assert np.array_equal(stored(tiff(bits, photometric="miniswhite"))[..., 0], ~bits * 255)
     assert np.array_equal(stored(tiff(indices, photometric="miniswhite"))[..., 0], 255 - indices)
 
 

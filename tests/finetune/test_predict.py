@@ -127,6 +127,25 @@ def test_unreadable_pictures_are_reported_and_skipped(best, folder, tmp_path, ca
     assert five.startswith(f"error: {tmp_path / 'five.npy'}: ") and has(five, "5 model.channels 1")
 
 
+def test_no_file_of_any_type_stops_the_others(best, folder, tmp_path, capsys):
+    heic, text, scan = (tmp_path / name for name in ("a.heic", "notes.txt", "scan.npy"))
+    heic.write_bytes(b"\0\0\0\x1cftypheic" + bytes(40))
+    text.write_text("no picture")
+    np.save(scan, np.full((8, 8), -5, np.int16))
+    with pytest.raises(UserError, match=r"^3 of 4 images"):
+        call(main, best, heic, text, scan, next(folder.rglob("*.png")))
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1
+    for line, words in zip(
+        err.splitlines(), ("a.heic damaged", "notes.txt known", "scan.npy --value-range"), strict=True
+    ):
+        assert has(line, words)
+    call(main, best, scan, "--value-range", "-10", "0")
+    assert capsys.readouterr().out.startswith(f"{scan}: ")
+    with pytest.raises(UserError, match="--pages is all"):
+        call(main, best, scan, "--pages", "all")
+
+
 def test_a_table_without_rows_has_its_columns(best, tmp_path):
     (tmp_path / "cut.png").write_bytes(b"cut")
     with pytest.raises(SystemExit):

@@ -261,6 +261,44 @@ def test_ranks_of_a_machine_share_its_memory():
     assert owner(torch.device("cpu")) == owner(torch.device("cpu")) != ""
 
 
+# three real steps: bytes by the estimate, and the peak of the process above what it had before
+STEPS = """
+import json, resource, sys
+sys.path[:0] = [sys.argv[1]]
+import psutil, torch
+from configs.schema import Data, FCMAESettings, Optim, Pretrain, PretrainModel, Run
+from launch.training.engine import Engine
+from launch.training.fit import measure_need
+from launch.training.parameter_groups import parameter_groups
+from launch.training.world import destroy_world, init_world
+from models.fcmae import FCMAE
+from pretrain.objectives.fcmae import Objective
+
+name, micro = sys.argv[2], int(sys.argv[3])
+world = init_world(Run(device="cpu"))
+config = Pretrain(model=PretrainModel(name), objective=FCMAESettings(), optim=Optim(batch_size=micro, precision="fp32"))
+objective, model = Objective(config), FCMAE(config.model, config.objective)
+before = psutil.Process().memory_info().rss - 4 * sum(p.numel() for p in model.parameters())
+groups = parameter_groups(model, config.optim)
+inputs = lambda image: objective.inputs(image, objective.example(len(image)))
+estimate = measure_need(config, model, groups, 1, inputs).bytes(micro)
+engine = Engine(model, groups, config.optim, world)
+for _ in range(3):
+    engine.step(engine(*inputs(torch.rand(micro, 3, 224, 224))))
+print(json.dumps([estimate, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
+destroy_world()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "micro"), [("convnextv2_atto", 64), ("convnextv2_tiny", 16)])
+def test_real_steps_take_more_than_the_estimate_but_not_more_than_the_margin(name, micro, tmp_path):
+    (tmp_path / "steps.py").write_text(STEPS)
+    done = run("python", tmp_path / "steps.py", ROOT, name, micro)
+    estimate, peak = json.loads(done.stdout.splitlines()[-1])
+    assert estimate < peak < MARGIN * estimate
+
+
 # ---- commands
 
 # pretrain/main.py on a machine with as many free bytes as the first argument says; those of several ranks differ

@@ -117,7 +117,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(runs: dict[str, Callable[[], object]], rounds: int, device: str, warm_up: int = 2) -> dict:
+def measure(runs: dict[str, Callable[[], object]], rounds: int, device: str, warm_up: int = 1) -> dict:
     """Median and range of the milliseconds, and how many times faster the first run is than the others.
 
     The runs alternate within a round, so that drift of the machine affects all alike.

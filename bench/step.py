@@ -40,6 +40,7 @@ class StepOptions(ModelOptions):
     stage: Literal["pretrain", "finetune"] = argument("pretrain or finetune")
     recompute: Literal["none", "mlp", "block"] = option("none", "checkpointing of our model")
     peers: tuple[str, ...] = option((), "some of the peers (default: all but minkowski)")
+    gradients: bool = option(False, "time forward + backward only")
 
     def __post_init__(self):
         if unknown := set(self.peers) - set(PEERS[self.stage]):
@@ -143,6 +144,8 @@ def main() -> None:
         "step": {name: optimizer_step(*pair) for name, pair in models.items()},
     }
     memory = timing.peak_memory(runs["step"], device)
+    if options.gradients:
+        runs = {"forward+backward": runs["forward+backward"]}
     timed = {part: timing.measure(run, options.rounds, device) for part, run in runs.items()}
     dtype = timing.DTYPES[precision]
     peak = peaks(device, dtype)
@@ -156,7 +159,7 @@ def main() -> None:
     def row(head: str, cells: Iterable[object], form: str = "16.1f") -> str:
         return f"{head:16}{''.join(format(cell, form) for cell in cells)}"
 
-    step, first = timed["step"], next(iter(models))
+    (last, step), first = list(timed.items())[-1], next(iter(models))
     about = f"{options.stage}, {options.model}, {precision}, batch {options.batch}, {options.size} px"
     about += f", {result['threads']} threads" if device == "cpu" else ""
     lines = [f"{about}, {result['device']}", row("ms", models, ">16")]
@@ -166,7 +169,7 @@ def main() -> None:
     lines.append(
         "the roofline has {gflops} GFLOP/s (product by {product}), {gb_per_second} GB/s".format(**result["peak"])
     )
-    lines += [f"the step of {first} is {x:.2f}x as fast as that of {name}" for name, x in step["speedup"].items()]
+    lines += [f"{last} of {first} is {x:.2f}x as fast as that of {name}" for name, x in step["speedup"].items()]
     report(result, lines, options)
 
 

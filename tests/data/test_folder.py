@@ -56,8 +56,8 @@ def test_images_without_class_folders_have_no_labels(tmp_path):
 
 
 def test_what_is_left_out_is_said(tmp_path, capsys):
-    images = Folder(as_folder(collection({"a": 1}) | {"a/x.heic": b"x"}, tmp_path / "in"), "val")
-    assert len(images) == 1 and "1 file ignored: 1 .heic" in capsys.readouterr().out
+    images = Folder(as_folder(collection({"a": 1}) | {"a/x.psd": b"x"}, tmp_path / "in"), "val")
+    assert len(images) == 1 and "1 file ignored: 1 .psd" in capsys.readouterr().out
 
 
 def test_an_unknown_split(tmp_path):

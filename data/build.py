@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from data.shards import Index, Shard, find_damage, index_file, read_index, write
 from data.sources import Item
 
 KIND = re.compile(rf": ({'|'.join(KINDS)}): ")  # in a line of skipped.txt
-PREVIEW = "preview.png"
 
 
 def build(options: PrepareOptions) -> None:
@@ -44,12 +44,16 @@ def build(options: PrepareOptions) -> None:
 def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None) -> None:
     out, splits = options.out, hold_out(items, options.val_fraction)
     check_val(splits)
-    first = not (out / "source.json").exists()
-    found = _preview(options, splits) if first or options.dry_run else None
+    survey = write_sheet = None
+    if options.dry_run or not (out / "source.json").exists():
+        survey, write_sheet = _preview(options, splits)
     if options.dry_run:
+        write_sheet(out.with_name(f"{out.name}.preview.png"))
         print("no shards were written (--dry-run)")
         return
-    claim_folder(options, items, found)
+    claim_folder(options, items, survey)
+    if write_sheet:
+        write_sheet(out / "preview.png")
     for file in out.glob(".*.part"):  # left behind by a killed run
         file.unlink()
     plans = plan_shards(out, splits, classes, options.shard_size)
@@ -67,8 +71,8 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
     _finish(out, {plan: done[plan] for plan in plans}, classes)
 
 
-def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> dict:
-    """Print what the collection contains and write a contact sheet; the survey for index.json.
+def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[dict, Callable[[Path], None]]:
+    """Print what the collection contains. Returns the survey for index.json, and what writes the contact sheet.
 
     Raises `UserError` if images need an option, before the work begins.
     """
@@ -80,11 +84,7 @@ def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> dict:
     for line in lines:
         print(f"  {line}", flush=True)
     _check_options(found.refused)
-    if found.pictures:
-        sheet = options.out.with_name(f"{options.out.name}.preview.png") if options.dry_run else options.out / PREVIEW
-        write_pictures(found, sheet)
-        print(f"  see {sheet}", flush=True)
-    return found.as_plain() | {"preview": lines}
+    return found.as_plain() | {"preview": lines}, partial(write_pictures, found)
 
 
 def _check_options(refused: list[tuple[str, ImageError]]) -> None:

@@ -81,7 +81,10 @@ def _sizes(values: Sequence[int]) -> str:
 
 
 def write_pictures(found: Survey, path: Path) -> None:
-    """Write the pictures as a contact sheet, a PNG."""
+    """Write the pictures, if there are any, as a contact sheet, a PNG."""
+    if not found.pictures:
+        return
     out = io.BytesIO()
     to_pil_image(make_grid(torch.stack(found.pictures), COLUMNS, padding=4, pad_value=255)).save(out, "png")
     write_atomic(path, out.getvalue())
+    print(f"  see {path}", flush=True)

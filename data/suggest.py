@@ -47,8 +47,9 @@ def finetune_command(weights: Path, config: dict) -> str:
     data = config["data"]
     words = ["python", "finetune/main.py", "--init", str(weights), "--data.path", data["path"]]
     if not made_of_digits(Path(data["path"])):
-        size = data["size"]
-        words += ["--config", "configs/finetune/photos.yaml", "--data.size", json.dumps(size).replace(" ", "")]
-        if config["model"]["channels"] != 3:
+        words += ["--config", "configs/finetune/photos.yaml"]
+        if size := data.get("size"):
+            words += ["--data.size", json.dumps(size).replace(" ", "")]
+        if config.get("model", {}).get("channels", 3) != 3:
             words += ["--augment.auto_augment", "null", "--data.mean", "null", "--data.std", "null"]
     return shlex.join([*words, "--run.name", f"{config['run']['name']}-finetuned"])

@@ -64,7 +64,17 @@ def test_commands_are_not_libraries():
 def test_every_library_is_a_dependency():
     """pyproject.toml names what the code imports; MinkowskiEngine is optional, triton comes with torch."""
     known = set(re.findall(r'"([\w-]+)(?:\[\w+\])?>=', (ROOT / "pyproject.toml").read_text()))
-    known |= {"PIL", "sklearn", "yaml", "MinkowskiEngine", "triton", "tests", *MAY_IMPORT, *sys.stdlib_module_names}
+    known |= {
+        "PIL",
+        "pillow_heif",
+        "sklearn",
+        "yaml",
+        "MinkowskiEngine",
+        "triton",
+        "tests",
+        *MAY_IMPORT,
+        *sys.stdlib_module_names,
+    }
     used = {
         name for folder in (*MAY_IMPORT, "tests") for path in (ROOT / folder).rglob("*.py") for name in imports(path)
     }

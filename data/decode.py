@@ -22,6 +22,7 @@ JPEG_MODES = {1: "GRAY", 3: "RGB", 4: "RGB"}  # JPEG has no alpha
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # decoded besides .npy
 PNG_BANDS = {"I": 1, "L": 2, "R": 3}  # of 16 bits, by the first letter of PIL's raw mode; RGBA has 4
+LARGE = 1 << 24  # pixels
 Shrink = Callable[[int, int], int]  # from a picture's height and width, the factor 1, 2, 4 or 8 to decode it at
 Image.MAX_IMAGE_PIXELS = None  # `check_size` limits pictures instead: its limit can be raised
 
@@ -99,6 +100,12 @@ def is_deep(picture: Image.Image) -> bool:
     return picture.format == "PNG" and bool(picture.tile) and "16" in picture.tile[0].args
 
 
+def is_direct(picture: Image.Image) -> bool:
+    """Whether an opened PNG is for `read_png`: of 16 bits, or so large that PIL's 4 bytes per pixel matter."""
+    plain = picture.mode in ("L", "RGB", "RGBA") and "transparency" not in picture.info
+    return is_deep(picture) or (picture.format == "PNG" and plain and picture.width * picture.height > LARGE)
+
+
 def _pixel_bytes(picture: Image.Image) -> int:
     """Bytes of a decoded pixel: 16-bit channels become float32."""
     if is_deep(picture):
@@ -117,15 +124,15 @@ def _from_pil(picture: Image.Image, channels: int | None) -> Tensor:
 
 def _decode_png(picture: Image.Image, data: bytes, channels: int | None) -> Tensor:
     """A PNG as [C, H, W]: uint8, or float32 from 0 to 1 for 16 bits per channel."""
-    deep = is_deep(picture)
+    direct = is_direct(picture)
     picture.verify()  # checksums, which decoding ignores
-    if not deep:
+    if not direct:
         return _from_pil(Image.open(io.BytesIO(data), formats=PIL_FORMATS), channels)
-    return torch.from_numpy(scaled(read_deep_png(data))).permute(2, 0, 1)
+    return torch.from_numpy(scaled(read_png(data))).permute(2, 0, 1)
 
 
-def read_deep_png(data: bytes) -> np.ndarray:
-    """A PNG of 16 bits per channel as uint16 [H, W, C]; PIL would keep 8 bits of colours."""
+def read_png(data: bytes) -> np.ndarray:
+    """A PNG as uint8 or uint16 [H, W, C], in one pass; PIL would keep 8 bits of colours."""
     pixels = imagecodecs.png_decode(data)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 Pixels = TypeVar("Pixels")  # an array or a tensor
 ORIENTATION = 0x0112  # tag
+SEGMENT, CHUNK = struct.Struct(">BBH"), struct.Struct(">I4s")  # of a JPEG: 0xFF, marker, size; of a PNG: size, name
 # axes to flip after swapping height and width for orientations 5 to 8: "v" = rows, "h" = columns
 FLIPS = {1: "", 2: "h", 3: "vh", 4: "v", 5: "", 6: "h", 7: "vh", 8: "v"}
 
@@ -55,28 +56,27 @@ def _find(data: bytes) -> tuple[int, int, int] | None:
 
 
 def _find_in_jpeg(data: bytes) -> tuple[int, int, int] | None:
-    at = 2
-    while data[at : at + 1] == b"\xff":
-        marker = data[at + 1 : at + 2]
-        if marker == b"\xff":  # padding
+    at, last = 2, len(data) - 4
+    while at <= last:
+        start, marker, size = SEGMENT.unpack_from(data, at)
+        if (start, marker) == (0xFF, 0xFF):  # padding
             at += 1
             continue
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker in b"\xd9\xda" or end < at + 4:  # the compressed pixels begin, or damage
+        end = at + 2 + size
+        if start != 0xFF or marker in (0xD9, 0xDA) or size < 2:  # the compressed pixels begin, or damage
             return None
-        if marker == b"\xe1" and data[at + 4 : at + 10] == b"Exif\0\0":
+        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
             return at, end, at + 10
         at = end
     return None
 
 
 def _find_in_png(data: bytes) -> tuple[int, int, int] | None:
-    if b"eXIf" not in data:  # far quicker than a walk over all chunks
-        return None
-    at = 8
-    while at + 12 <= len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] == b"eXIf":
+    at, last = 8, len(data) - 12
+    while at <= last:
+        size, name = CHUNK.unpack_from(data, at)
+        end = at + 12 + size
+        if name == b"eXIf":
             intact = data[end - 4 : end] == zlib.crc32(data[at + 4 : end - 4]).to_bytes(4, "big")
             return (at, end, at + 8) if intact else None
         at = end

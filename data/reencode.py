@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from configs.errors import UserError
-from data.decode import PIL_FORMATS, decode, is_deep, read_deep_png, read_npy
+from data.decode import PIL_FORMATS, decode, is_deep, is_direct, read_npy, read_png
 from data.exif import orientation, without_exif
 from data.reading import (
     BYTES_PER_PIXEL,
@@ -119,16 +119,16 @@ def _picture(
             notes["{:,} pictures are animated: only their first frame is used"] += 1
         if deep and small and reading.value_range is None and reading.nodata in (None, "nan"):
             picture.verify()
-            read_deep_png(data)  # in 2 bytes per value; the loader needs 4
+            read_png(data)  # in 2 bytes per value; the loader needs 4
             return kind, data
-        if deep:
-            picture.verify()  # checksums
-            pixels = read_deep_png(data)
-            page = Page(pixels, alpha=pixels.shape[2] in (2, 4), orientation=orientation(data), deep_png=True)
-            return encode_page(page, resize, quality, reading, notes)
-        if small and quality is None:
+        if not deep and small and quality is None:
             decode(data, 3, max_pixels=reading.max_pixels)  # as the loader will
             return kind, data
+        if is_direct(picture):
+            picture.verify()  # checksums
+            pixels = read_png(data)
+            page = Page(pixels, alpha=pixels.shape[2] in (2, 4), orientation=orientation(data), deep_png=deep)
+            return encode_page(page, resize, quality, reading, notes)
         from data.pictures import from_pil
 
         picture.load()

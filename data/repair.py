@@ -26,7 +26,7 @@ from configs.errors import UserError
 from configs.files import sha256, sync_folder, write_atomic
 from data.index import describe
 from data.pool import add_progress, run_tasks
-from data.reading import DAMAGED, NO_IMAGE, ImageError
+from data.reading import TOO_LARGE, ImageError
 from data.shards import Index, Shard, index_file, index_tar, read_index, write_index
 from data.tars import IMAGE_TYPES, ROW, member_end, parse_label, split_member_name
 
@@ -192,7 +192,7 @@ def _decodable(file: BinaryIO, members: list[Member]) -> tuple[np.ndarray, np.nd
             try:
                 decodes[member.key] = decode(data).numel() > 0
             except ImageError as error:
-                decodes[member.key] = error.kind not in (DAMAGED, NO_IMAGE)
+                decodes[member.key] = error.kind == TOO_LARGE  # perhaps prepared with a higher limit
     intact = [decodes[key] and (not labels or labels.get(key, -1) >= 0) for key in rows]
     return np.array([(*row, labels.get(key, -1)) for key, row in rows.items()], ROW), np.array(intact, bool)
 

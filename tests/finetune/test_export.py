@@ -201,7 +201,7 @@ def test_files_are_for_any_device(digits, tmp_path):
     assert "Device" not in str(scripted.inlined_graph)
 
 
-def test_images_of_a_folder_and_one_alone(digits, tmp_path):
+def test_images_of_a_folder_and_one_alone(digits, tmp_path, capsys):
     split = open_split(Data(str(digits)), "val")
     (tmp_path / "in").mkdir()
     for i in range(3):
@@ -209,8 +209,10 @@ def test_images_of_a_folder_and_one_alone(digits, tmp_path):
     exported(trained(), tmp_path, tmp_path / "in", "torchscript")
     call(tmp_path / "best.pt", tmp_path / "one.pt", "--to", "torchscript", "--images", tmp_path / "in/0.png")
     (tmp_path / "in/1.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"in, sample 1"):
-        call(tmp_path / "best.pt", tmp_path / "two.pt", "--to", "torchscript", "--images", tmp_path / "in")
+    call(tmp_path / "best.pt", tmp_path / "two.pt", "--to", "torchscript", "--images", tmp_path / "in")
+    assert has(capsys.readouterr().out, "left out: in, sample 1")
+    with pytest.raises(UserError, match=r"1\.png: not an image"):
+        call(tmp_path / "best.pt", tmp_path / "three.pt", "--to", "torchscript", "--images", tmp_path / "in/1.png")
 
 
 def test_a_large_model_has_a_second_file(digits, tmp_path, monkeypatch, capsys):

@@ -71,7 +71,7 @@ def plan(
     lines += ["\nparameter groups", *group_table(model, groups, optim)]
     lines += ["\nmemory per rank, GiB", *memory_table(groups, ranks, optim.zero_stage, extra)]
     enough = f"enough for micro batches of {best}" if best else "too little for any micro batch"
-    lines += [f"free  {room.free / GIB:.2f} on this {device.type.upper()}: {enough}"]
+    lines += [f"\nfree  {room.free / GIB:.2f} on this {device.type.upper()}: {enough}"]
     return "\n".join(lines + notes)
 
 

@@ -164,6 +164,15 @@ def test_plan_of_a_pretraining():
     assert all(len(line) <= 120 for line in text.splitlines()) and "\x1b" not in text
 
 
+def test_plan_of_fewer_images_than_a_batch_and_of_an_automatic_micro_batch(capsys):
+    config, model = pretraining(batch_size=512, micro_batch="auto")
+    text = plan(config, model, parameter_groups(model, Optim()), 265, 4, noise(model))
+    assert has(capsys.readouterr().out, "265 optim.batch_size 512 using 264")
+    assert "micro batch 66 x accumulation 1 x 4 ranks = 264" in text and "each epoch drops 1," in text
+    free = next(line for line in text.splitlines() if line.startswith("free"))
+    assert float(free.split()[1]) > 0 and has(free, "CPU micro batches of 66")
+
+
 def test_plan_of_a_finetuning_with_layer_decay_and_ema():
     """Depths (1, 1, 2, 1) are five layers below the head's; the stem has the first block's scale."""
     arch = Encoder("convnextv2_atto", 3, 1, (1, 1, 2, 1), (8, 16, 32, 64))

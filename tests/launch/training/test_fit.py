@@ -187,25 +187,26 @@ def test_auto_keeps_the_micro_batch_of_the_run_while_it_fits(monkeypatch, capsys
     assert "rounding" in capsys.readouterr().out
 
 
-def rank_fits(rank: int, free: list[float], machines: list[str]) -> tuple:
-    """In a rank: the chosen micro batch, or the refusal."""
-    fit.free_bytes, fit.owner = lambda device: free[rank], lambda device: machines[rank]
+def rank_fits(rank: int, cases: list[tuple[list[float], list[str]]]) -> list:
+    """In a rank: for free bytes and machines of the ranks, the chosen micro batch or the refusal."""
     config, model = pretraining(batch_size=64, micro_batch="auto")
-    world = World(rank, len(free), torch.device("cpu"))
-    try:
-        return "fits", fit_memory(config, model, parameter_groups(model, config.optim), world, inputs).micro_batch
-    except UserError as error:
-        return "refused", str(error)
+    groups, answers = parameter_groups(model, config.optim), []
+    for free, machines in cases:
+        fit.free_bytes = lambda device, free=free: free[rank]
+        fit.owner = lambda device, machines=machines: machines[rank]
+        try:
+            world = World(rank, len(free), torch.device("cpu"))
+            answers.append(fit_memory(config, model, groups, world, inputs).micro_batch)
+        except UserError as error:
+            answers.append(str(error))
+    return answers
 
 
 def test_ranks_agree_on_the_smallest(tmp_path):
     need = MARGIN * needs(8)
-    for name in "abc":
-        (tmp_path / name).mkdir()
-    assert on_ranks(2, rank_fits, tmp_path / "a", [1e12, need], ["x", "y"]) == [("fits", 8)] * 2
-    assert on_ranks(2, rank_fits, tmp_path / "b", [2 * need] * 2, ["x", "x"]) == [("fits", 8)] * 2  # share a machine
-    first, second = on_ranks(2, rank_fits, tmp_path / "c", [1e12, 1000], ["x", "y"])
-    assert first == second and has(first, "refused rank 1")
+    cases = [([1e12, need], ["x", "y"]), ([2 * need] * 2, ["x", "x"]), ([1e12, 1000], ["x", "y"])]
+    first, second = on_ranks(2, rank_fits, tmp_path, cases)
+    assert first == second and first[:2] == [8, 8] and has(first[2], "rank 1 GiB")
 
 
 def test_the_need_counts_what_is_frozen_and_averaged():
@@ -311,7 +312,7 @@ fit.free_bytes = lambda device: int(free[int(os.environ.get("RANK", 0)) % len(fr
 fit.owner = lambda device: os.environ.get("RANK", "0")
 runpy.run_path({str(ROOT / "pretrain/main.py")!r}, run_name="__main__")
 """
-SCARCE = 20e6  # bytes: too few for the whole batch of 240
+SCARCE = 6e6  # bytes: too few for the whole batch of 240
 
 
 @pytest.fixture
@@ -354,16 +355,14 @@ def test_auto_is_recorded_and_resumed_on_two_ranks(digits, patched, tmp_path):
 def test_fewer_images_than_a_batch(digits, tmp_path):
     """1,442 digits and a batch of 2,000: every epoch is a step, also of a resumed run."""
     more = ["--optim.batch_size", "2000", "--optim.lr", "1e-3", "--optim.warmup_epochs", "0"]
-    done = run("python", "pretrain/main.py", *words(digits, tmp_path / "whole", *more, epochs=3))
+    done = run("python", "pretrain/main.py", *words(digits, tmp_path / "whole", *more))
     assert has(done.stdout, "1,442 optim.batch_size 2000 1442 0.0078 0.0056")
-    assert recorded(tmp_path / "whole")["batch_size"] == 1442 and len(losses(tmp_path / "whole")) == 3
+    assert recorded(tmp_path / "whole")["batch_size"] == 1442 and len(losses(tmp_path / "whole")) == 2
     entries = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     assert entries[0]["lr"] == pytest.approx(1e-3 * 1442 / 256)
-    run("python", "pretrain/main.py", *words(digits, tmp_path / "x", *more, "--run.max_steps", 1, epochs=3))
-    assert "resuming" in run("python", "pretrain/main.py", *words(digits, tmp_path / "x", *more, epochs=3)).stdout
+    run("python", "pretrain/main.py", *words(digits, tmp_path / "x", *more, "--run.max_steps", 1))
+    assert "resuming" in run("python", "pretrain/main.py", *words(digits, tmp_path / "x", *more)).stdout
     assert losses(tmp_path / "x") == losses(tmp_path / "whole")
-    plan = run("python", "pretrain/main.py", "--dry-run", 4, *words(digits, tmp_path / "y", *more, epochs=3))
-    assert has(plan.stdout, "using 1440") and "micro batch 360 x accumulation 1 x 4 ranks = 1440" in plan.stdout
 
 
 def test_one_image(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.files import write_atomic
 from data.index import check_every_byte, describe
+from data.name_lists import escape_name, read_lists, select
 from data.planning import PrepareOptions, ShardPlan, claim_folder, hold_out, plan_shards
 from data.pool import run_tasks
 from data.repair import LOST, salvaged_shards
@@ -26,11 +27,13 @@ def build(options: PrepareOptions) -> None:
         raise UserError(f"{out} is a file: choose another folder")
     if out.exists() and not (out / "source.json").exists() and any(not f.name.startswith(".") for f in out.iterdir()):
         raise UserError(f"{out} is not empty and was not made by this command: choose another folder")
+    lists = read_lists(options.only, options.without)
     created = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         with open_source(options.source, out, options.no_labels) as items:
             print(f"{options.source}: {len(items):,} images", flush=True)
+            items = select(items, lists, options.source)
             _write_missing(options, items)
     finally:
         if created and out.exists() and not any(out.iterdir()):
@@ -88,7 +91,7 @@ def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[Sh
 def _skipped_lines(out: Path) -> dict[str, str]:
     """Lines `name: reason` of skipped.txt by name; a name may contain `: ` itself, so every prefix is a key."""
     path = out / "skipped.txt"
-    lines = path.read_bytes().decode().split("\n") if path.exists() else []
+    lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n") if path.exists() else []
     return {line[: colon.start()]: line for line in lines for colon in re.finditer(": ", line)}
 
 
@@ -104,9 +107,9 @@ def _finish(out: Path, done: dict[ShardPlan, tuple[Shard, list[str]]], classes: 
             for file in (plan.path, index_file(plan.path), plan.record):
                 file.unlink()
         (out / "source.json").unlink()
-        raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
+        raise UserError(f"no image of the source could be read, the first: {escape_name(skipped[0])}")
     if skipped:
-        write_atomic(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
+        write_atomic(out / "skipped.txt", "\n".join([*skipped, ""]).encode("utf-8", "surrogateescape"))
         print(f"{len(skipped):,} damaged images were left out, listed in {out / 'skipped.txt'}")
     write_index(out, index)
     (out / LOST).unlink(missing_ok=True)  # images lost to a repair without the source are complete again

@@ -39,6 +39,8 @@ class PrepareOptions:
     shard_size: ShardSize = option(5000, "maximum images in a shard")
     workers: Workers = option(os.cpu_count(), "processes")
     val_fraction: BelowOne = option(0.0, "hold out this share of each class as split val")
+    only: Path | None = option(None, "use only the images whose names this file lists (see docs/guide/embed.md)")
+    without: tuple[Path, ...] = option((), "leave out the images whose names these files list")
     no_labels: bool = option(False, "folders are not classes: write shards without labels")
     index: bool = option(False, "index the .tar files of other tools in SOURCE")
     verify: bool = option(False, "check every byte of the shards in SOURCE")
@@ -90,7 +92,8 @@ def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
 
 def claim_folder(options: PrepareOptions, items: list[Item]) -> None:
     """Write source.json. Raises `UserError` if there is one of another source or other options."""
-    content = hashlib.sha256("\n".join(f"{item.name} {item.stamp}" for item in items).encode()).hexdigest()[:16]
+    content = "\n".join(f"{item.name} {item.stamp}" for item in items)
+    content = hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     new = {"source": Path(options.source).name, "images": len(items), "content": content}
     for key in ("resize", "quality", "shard_size", "val_fraction", "no_labels"):
         new[key] = getattr(options, key)

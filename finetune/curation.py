@@ -12,7 +12,7 @@ from torch import Tensor
 from launch.training.feature_eval import BANK, QUERIES, nearest
 from launch.training.watchdog import Progress
 
-BLOCK = 2048  # images compared with the earlier ones at a time
+BLOCK = 1024  # images compared with the earlier ones at a time
 ROUNDING = 1e-6  # of similarities: those of equal images may be this much below 1
 
 

@@ -51,7 +51,7 @@ def plain_duplicates(x: np.ndarray, threshold: float) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize(("block", "bank"), [(2048, 1 << 16), (7, 5), (1, 1)])
+@pytest.mark.parametrize(("block", "bank"), [(1024, 1 << 16), (7, 5), (1, 1)])
 def test_duplicates_in_blocks(block, bank, monkeypatch):
     monkeypatch.setattr(curation, "BLOCK", block)
     monkeypatch.setattr(curation, "BANK", bank)

@@ -61,9 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     check_new(options.out)
 
     # slow imports, after parsing, so that --help and user errors are quick
-    from configs.files import atomic_file
     from data.folder import Folder, open_images
-    from finetune.feature_file import FeatureWriter, Origin
+    from finetune.feature_file import Origin, feature_file
     from launch.training.precision import precision
     from launch.training.world import destroy_world, init_world, process_errors
     from models.formats.containers import digest
@@ -78,13 +77,11 @@ def main(argv: list[str] | None = None) -> None:
     world, width = init_world(Run(device=options.device)), trained.weights.arch.dims[-1]
     kind = precision(Optim(precision=options.precision), world.device)
     about = options.weights, digest(options.weights), options.ema, trained.preprocessing.size, kind, options.source
+    output = feature_file(options.out, width, options.dtype, Origin(*about)) if world.first else nullcontext()
     skipped = 0
-    with process_errors(), atomic_file(options.out) if world.first else nullcontext() as file:
-        writer = FeatureWriter(file, width, options.dtype, Origin(*about)) if world.first else None
+    with process_errors(), output as writer:
         for images in splits:
             skipped += write_features(trained, images, writer, kind, options, world)
-        if writer:
-            writer.close()
     if world.first:
         print(f"wrote {options.out}: {writer.rows:,} images, {width} features each")
         if skipped:

@@ -1,6 +1,8 @@
 """Parquet files of image features: one row per image, written in row groups, and how they were computed."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from configs.errors import UserError, reason
+from configs.files import atomic_file
 
 FORMAT, KEY = "convnext-fcmae-features/1", b"convnext-fcmae"  # KEY: of the file's metadata
 COLUMNS = ["name", "split", "sample", "feature"]  # those that are read; `label` is for other programs
@@ -69,11 +72,18 @@ class FeatureWriter:
             self.writer.write_table(self.waiting[:ROW_GROUP], ROW_GROUP)
             self.waiting = self.waiting[ROW_GROUP:]
 
-    def close(self) -> None:
-        """Write the last rows and the end of the file."""
-        if len(self.waiting):
-            self.writer.write_table(self.waiting, ROW_GROUP)
-        self.writer.close()
+
+@contextmanager
+def feature_file(path: Path, width: int, kind: str, origin: Origin) -> Iterator[FeatureWriter]:
+    """Open a file for `width` features an image, of type `kind`, float32 or float16; it appears when it is complete."""
+    with atomic_file(path) as file:
+        writer = FeatureWriter(file, width, kind, origin)
+        try:
+            yield writer
+            if len(writer.waiting):
+                writer.writer.write_table(writer.waiting, ROW_GROUP)
+        finally:
+            writer.writer.close()  # while the file is open, also after an error
 
 
 def read_features(path: Path) -> FeatureTable:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from sklearn.neighbors import NearestNeighbors
 from configs.errors import UserError
 from finetune import curate, curation, embed
 from finetune.curation import balanced_subset, even_shares, find_duplicates, nearest_images, outlier_scores, unit_rows
-from finetune.feature_file import FeatureWriter, Origin, read_features
+from finetune.feature_file import Origin, feature_file, read_features
 from models.opening import open_weights
 from models.weights import save
 from tests.conftest import has
@@ -232,10 +233,8 @@ def test_a_url_is_not_opened_because_a_file_names_it(tmp_path):
 
 def table(path, x=((1, 0), (0, 1)), source="photos"):
     """A feature file of two images."""
-    with path.open("wb") as file:
-        writer = FeatureWriter(file, 2, "float32", Origin(**{**vars(ORIGIN), "source": source}))
+    with feature_file(path, 2, "float32", replace(ORIGIN, source=source)) as writer:
         writer.add(["a", "b"], "train", [0, 1], [None] * 2, np.array(x, np.float32))
-        writer.close()
 
 
 def test_files_that_are_not_ours(tmp_path):

@@ -112,7 +112,7 @@ def test_an_interrupted_run_leaves_no_file(weights, photos, tmp_path, monkeypatc
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(feature_file.FeatureWriter, "close", interrupt)
+    monkeypatch.setattr(feature_file.FeatureWriter, "add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         embedded(weights, photos, tmp_path / "x.parquet")
     assert names(tmp_path) == set()
@@ -170,10 +170,12 @@ def test_batches_do_not_depend_on_the_ranks():
 
 def test_a_value_that_float16_cannot_hold(tmp_path):
     origin = feature_file.Origin("w.pt", "", False, (8, 8), "fp32", "photos")
-    with (tmp_path / "x").open("wb") as file:
-        writer = feature_file.FeatureWriter(file, 2, "float16", origin)
-        with pytest.raises(UserError, match=r"70000.*--dtype float32"):
-            writer.add(["a"], "train", [0], [None], np.array([[1, 70000]], np.float32))
+    with (
+        pytest.raises(UserError, match=r"70000.*--dtype float32"),
+        feature_file.feature_file(tmp_path / "x", 2, "float16", origin) as writer,
+    ):
+        writer.add(["a"], "train", [0], [None], np.array([[1, 70000]], np.float32))
+    assert names(tmp_path) == set()
 
 
 def test_the_origin_is_plain_json(weights, photos, tmp_path):

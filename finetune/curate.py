@@ -41,7 +41,8 @@ class Options:
     features: Path = argument("Parquet file that finetune/embed.py wrote")
     out: Path = argument("CSV file to write")
     duplicates: Share | None = option(
-        None, "list images whose cosine similarity to an earlier image that remains is at least this; 1 = equal"
+        None,
+        "list images whose cosine similarity to an earlier image that remains is at least this",
     )
     outliers: PositiveInt | None = option(None, "list so many images, those farthest from their nearest images")
     subset: PositiveInt | None = option(None, "list so many images, as evenly as possible from all clusters")

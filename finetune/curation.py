@@ -18,7 +18,8 @@ ROUNDING = 1e-6  # of similarities: those of equal images may be this much below
 
 def unit_rows(x: np.ndarray, device: torch.device) -> Tensor:
     """Features [N, D] with length 1, fp32."""
-    return F.normalize(torch.from_numpy(x).to(device).float())
+    rows = torch.from_numpy(x.astype(np.float32)).to(device)  # a copy: Arrow's memory is read-only
+    return F.normalize(rows, out=rows)
 
 
 def find_duplicates(x: Tensor, threshold: float, progress: Progress) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,13 +17,14 @@ from configs.errors import UserError
 from finetune import curate, curation, embed
 from finetune.curation import balanced_subset, even_shares, find_duplicates, nearest_images, outlier_scores, unit_rows
 from finetune.feature_file import Origin, feature_file, read_features
+from models.formats.write import write_weights
 from models.opening import open_weights
 from models.weights import save
 from tests.conftest import has
 from tests.data.helpers import as_folder
 from tests.data.test_prepare import content, prepared
 from tests.finetune.test_evaluate import call
-from tests.models.formats.helpers import autoencoder
+from tests.models.formats.helpers import SMALL, classifier
 
 ORIGIN = Origin("w.pt", "0", False, (32, 32), "fp32", "photos")
 
@@ -95,7 +96,7 @@ def test_a_subset_is_balanced():
     row, cluster, score = balanced_subset(x, 27, 3, seed=0)
     assert np.bincount(kind[row]).tolist() == [11, 11, 5] and len(set(row.tolist())) == 27
     assert len({(k, c) for k, c in zip(kind[row].tolist(), cluster.tolist(), strict=True)}) == 3
-    assert score.min() > 0.99 and np.array_equal(row, balanced_subset(x, 27, 3, seed=0)[0])
+    assert score.min() > 0.9 and np.array_equal(row, balanced_subset(x, 27, 3, seed=0)[0])
 
 
 def test_even_shares():
@@ -117,12 +118,22 @@ def png(picture: Image.Image) -> bytes:
     return out.getvalue()
 
 
+def spread(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Random weights that give different images different features."""
+    shapes = {name: x.shape for name, x in model.state_dict().items()}
+    weights = {name: torch.randn(shape) / shape[1:].numel() ** 0.5 for name, shape in shapes.items()}
+    for name in weights:
+        if weights[name].ndim == 1:
+            weights[name].fill_(name.endswith(".weight"))
+    return weights
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Weights, photographs (crops of one, a copy, a mirrored copy; another one), and their features."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("curate")
-    save(path / "w.pt", autoencoder(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)))
+    write_weights(path / "w.pt", classifier(classes=0, fill=spread, **SMALL), "ours")
     china, flower = (Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower"))
     images = {f"china/{i}.png": png(china.crop((i * 64, 0, i * 64 + 200, 200)).resize((64, 64))) for i in range(6)}
     first = Image.open(io.BytesIO(images["china/0.png"]))
@@ -159,7 +170,10 @@ def test_an_outlier_is_left_out_of_the_shards(folder, tmp_path):
     rows = listed(folder, tmp_path / "x.csv", "--outliers", "1", "--k", "2")
     assert [row["name"] for row in rows] == ["unrelated.png"]
     prepared(folder / "photos", tmp_path / "out", "--no-labels", "--without", tmp_path / "x.csv")
-    assert len(content(tmp_path / "out")) == 8
+    names = sorted(path.relative_to(folder / "photos").as_posix() for path in (folder / "photos").rglob("*.png"))
+    assert set(content(tmp_path / "out")) == {
+        (folder / "photos" / name).read_bytes() for name in names if name != "unrelated.png"
+    }
 
 
 def test_a_subset_becomes_shards(folder, tmp_path):
@@ -180,10 +194,12 @@ def test_a_file_as_query(folder, tmp_path):
 def test_the_sheet_shows_pairs(folder, tmp_path):
     sheet = tmp_path / "x.png"
     listed(folder, tmp_path / "x.csv", "--duplicates", "1", "--sheet", sheet)
-    left, right = (Image.open(sheet).convert("RGB").crop((x, 8, x + 160, 168)) for x in (8, 176))
+    with Image.open(sheet) as picture:
+        left, right = (picture.crop((x, 8, x + 160, 168)) for x in (8, 176))
     assert left.tobytes() == right.tobytes() and len(set(left.get_flattened_data())) > 100
     listed(folder, tmp_path / "x.csv", "--nearest", "copy.png", "--sheet", sheet)
-    assert Image.open(sheet).width == 6 * 168 + 8
+    with Image.open(sheet) as picture:
+        assert picture.width == 6 * 168 + 8
 
 
 def test_the_images_have_changed(folder, tmp_path):

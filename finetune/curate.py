@@ -141,7 +141,7 @@ def find(table: "FeatureTable", x: "Tensor", options: Options) -> Listing:
     query = x[row] if row is not None else embed_file(table, options).to(x.device)
     listing = Listing(*nearest_images(query, x, options.k, without=row))
     for i, score in zip(listing.row, listing.score, strict=True):
-        print(f"{score:.4f} {table.names[i]}")
+        print(f"{score:.6f} {table.names[i]}")
     return listing
 
 
@@ -209,7 +209,7 @@ def sheet_cells(table: "FeatureTable", listing: Listing, options: Options) -> li
     source = options.source or table.origin.source
     if options.source is None and is_url(source):
         raise UserError(f"the images of {options.features} are behind a URL: give it as --source")
-    rows, cells = [(i, f"{score:.4f}") for i, score in zip(listing.row, listing.score, strict=True)], []
+    rows, cells = [(i, f"{score:.6f}") for i, score in zip(listing.row, listing.score, strict=True)], []
     if listing.partner is not None:
         pairs = zip(rows, listing.partner, strict=True)
         rows = [cell for row, partner in pairs for cell in (row, (partner, "remains"))]

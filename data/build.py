@@ -11,6 +11,7 @@ from configs.errors import UserError, printable
 from configs.files import write_atomic
 from data.collection import check_val, open_collection
 from data.index import check_every_byte, describe
+from data.name_lists import read_lists, select
 from data.planning import PrepareOptions, ShardPlan, Written, claim_folder, hold_out, plan_shards
 from data.pool import run_tasks
 from data.reading import DAMAGED, KINDS, NEED_OPTION, VALUES, ImageError, number
@@ -31,11 +32,12 @@ def build(options: PrepareOptions) -> None:
         raise UserError(f"{out} is a file: choose another folder")
     if out.exists() and not (out / "source.json").exists() and any(not f.name.startswith(".") for f in out.iterdir()):
         raise UserError(f"{out} is not empty and was not made by this command: choose another folder")
+    lists = read_lists(options.only, options.without)
     created = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         with open_collection(options, out) as (items, classes):
-            _write_missing(options, items, classes)
+            _write_missing(options, select(items, lists, options.source), classes)
     finally:
         if created and out.exists() and not any(out.iterdir()):
             out.rmdir()

@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -143,9 +144,26 @@ def open_for_training(data: Data, name: str | None = None) -> Split | Folder:
 
 def sample_names(images: Split | Folder) -> list[str]:
     """Original name of each sample, printable: its path in the folder, or the name stored in the shard."""
+    return list(map(printable, iterate_names(images)))
+
+
+def iterate_names(images: Split | Folder) -> Iterator[str]:
+    """Original names of the samples, a shard at a time: a remote one is fetched when its first name is taken."""
     if isinstance(images, Folder):
-        return [printable(item.name) for item in images.items]
-    return [printable(name) for number in range(len(images.shards)) for name in _shard_names(images, number)]
+        return (item.name for item in images.items)
+    return (name for number in range(len(images.shards)) for name in _shard_names(images, number))
+
+
+def names_of(images: Split | Folder, samples: Iterable[int]) -> list[str]:
+    """Original names of some samples. Raises `IndexError` for one that is not in the split."""
+    if isinstance(images, Folder):
+        return [images.items[sample].name for sample in samples]
+    names, shards = [], {}
+    for sample in samples:
+        number = int(np.searchsorted(images.first, sample, "right")) - 1
+        shards[number] = shards.get(number) or _shard_names(images, number)
+        names.append(shards[number][sample - images.first[number]])
+    return names
 
 
 def _shard_names(split: Split, number: int) -> list[str]:

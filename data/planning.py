@@ -44,6 +44,8 @@ class PrepareOptions(Reading):
     shard_size: ShardSize = option(5000, "maximum images in a shard")
     workers: Workers = option(os.cpu_count(), "processes")
     val_fraction: BelowOne = option(0.0, "hold out this share of each class as split val")
+    only: Path | None = option(None, "use only the images whose names this file lists (see docs/guide/embed.md)")
+    without: tuple[Path, ...] = option((), "leave out the images whose names these files list")
     no_labels: bool = option(False, "folders are not classes: write shards without labels")
     splits: tuple[str, ...] = option(
         (),

@@ -6,6 +6,7 @@ python data/prepare.py ILSVRC2012_img_train.tar shards/imagenet --resize 512 \\
     --val ILSVRC2012_img_val.tar --val-labels ILSVRC2012_devkit_t12.tar.gz
 python data/prepare.py photos/ shards/photos --labels labels.csv          labels in a table instead of folders
 python data/prepare.py cifar10.tar.xz shards/cifar10 --val-fraction 0.1   tar (gz, bz2, xz) or zip
+python data/prepare.py photos/ shards/photos --only list.csv              only the images that a file lists by name
 python data/prepare.py shards/made-elsewhere --index                      index WebDataset tars of other tools
 python data/prepare.py shards/photos --verify                             check every byte
 python data/prepare.py photos/ shards/photos --repair                     rewrite damaged shards from the images
@@ -39,6 +40,8 @@ def parse(argv: list[str] | None = None) -> PrepareOptions:
     actions = options.index + options.verify + options.repair
     if actions > 1 or (options.out is None and not actions) or (options.out and (options.index or options.verify)):
         raise UserError("give SOURCE OUT, or one folder of shards with --index, --verify or --repair (see --help)")
+    if options.out is None and (options.only or options.without):
+        raise UserError("--only and --without select images of SOURCE for OUT: give both folders")
     return options
 
 

@@ -19,14 +19,15 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
     code = end.code or 0
-heavy = {"torch", "torchvision", "timm", "deepspeed", "webdataset", "sklearn", "scipy", "matplotlib"}
+heavy = {"torch", "torchvision", "timm", "deepspeed", "webdataset", "sklearn", "scipy", "matplotlib", "pyarrow"}
 print("imported:", *sorted(heavy & sys.modules.keys()))
 sys.exit(code)
 """
 STAGES = ["pretrain/main.py", "finetune/main.py"]
 EVALUATE, PREDICT, EXPORT, PROBE = (f"finetune/{name}.py" for name in ("evaluate", "predict", "export", "probe"))
+EMBED, CURATE = "finetune/embed.py", "finetune/curate.py"
 RECONSTRUCT, CONVERT = "pretrain/reconstruct.py", "models/convert.py"
-COMMANDS = [EVALUATE, PREDICT, EXPORT, PROBE, RECONSTRUCT, CONVERT]
+COMMANDS = [EVALUATE, PREDICT, EXPORT, PROBE, EMBED, CURATE, RECONSTRUCT, CONVERT]
 FILE = "README.md"  # exists; its content is not read
 MISTAKES = [
     (["--optm.lr", "1"], "optim.lr"),
@@ -83,6 +84,12 @@ def test_mistakes(command, words, names):
         ([PROBE, FILE, "nowhere"], "nowhere"),
         ([PROBE, FILE, "docs", "--crop", "2"], "--crop"),
         ([PROBE, FILE, "docs", "--out", "nowhere/x.json"], "nowhere"),
+        ([EMBED, "nowhere.pt", "docs", "x.parquet"], "nowhere.pt"),
+        ([EMBED, FILE, "nowhere", "x.parquet"], "nowhere"),
+        ([EMBED, FILE, "docs", "nowhere/x.parquet"], "nowhere"),
+        ([CURATE, "nowhere.parquet", "x.csv", "--outliers", "1"], "nowhere.parquet"),
+        ([CURATE, FILE, "x.csv"], "--duplicates"),
+        ([CURATE, FILE, FILE, "--outliers", "1"], FILE),
         ([RECONSTRUCT, "docs", "--weights", "nowhere.pt", "--out", "x.png"], "nowhere.pt"),
         ([RECONSTRUCT, "nowhere", "--weights", FILE, "--out", "x.png"], "nowhere"),
         ([RECONSTRUCT, "docs", "--weights", FILE, "--out", "nowhere/x.png"], "nowhere"),

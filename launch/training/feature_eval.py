@@ -65,26 +65,33 @@ def probe_loader(
 
 
 @torch.no_grad()
+def mean_tokens(encoder: ConvNeXt, image: Tensor, batch: int, mean: Tensor, std: Tensor, precision: str) -> Tensor:
+    """Features of images [B, C, H, W] as loaded: the mean over the tokens of the last stage, before any norm of a head.
+
+    The batch is padded to `batch` images, because features depend slightly on its size. `mean` and `std` are those of
+    the channels, `precision` is fp32, bf16 or fp16. Returns fp32 [batch, D] on the device of `mean`.
+    """
+    image = F.pad(image, (0,) * 7 + (batch - len(image),))
+    image = normalize(image.to(mean.device, non_blocking=True), mean, std)
+    with autocast(mean.device, precision):
+        tokens = encoder.forward_features(image, Dense())
+    return tokens.float().mean((1, 2))
+
+
 def features(
     encoder: ConvNeXt, loader: Loader, world: World, mean: Tensor, std: Tensor, precision: str, progress: Progress
 ) -> Features:
-    """Mean over the tokens of the last stage, before any norm of a head.
+    """Features of this rank's images, as `mean_tokens`.
 
-    Samples with label -1 are excluded: padding of a batch, and replacements of damaged images. `mean` and `std` are
-    those of the channels, `precision` is fp32, bf16 or fp16.
+    Samples with label -1 are excluded: padding of a batch, and replacements of damaged images.
     """
     training = encoder.training
     encoder.eval()
     parts = []
     for batch in progress(loader, len(loader.batches), f"features of {loader.samples.split.name}"):
-        missing = loader.batches.batch - len(batch["image"])
-        image = F.pad(batch["image"], (0,) * 7 + (missing,))  # features depend slightly on the batch size
-        image = normalize(image.to(world.device, non_blocking=True), mean, std)
-        with autocast(world.device, precision):
-            tokens = encoder.forward_features(image, Dense())
+        x = mean_tokens(encoder, batch["image"], loader.batches.batch, mean, std, precision)
         real = torch.nonzero(batch["label"] >= 0)[:, 0]
-        x = tokens.float().mean((1, 2))[real.to(world.device)]
-        parts.append((x, batch["label"][real].to(world.device), batch["sample"][real]))
+        parts.append((x[real.to(world.device)], batch["label"][real].to(world.device), batch["sample"][real]))
     encoder.train(training)
     return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
 

@@ -15,7 +15,7 @@ from configs.errors import UserError
 from configs.keys import keys
 from configs.schema import Encoder, FCMAESettings, Finetune, Pretrain, PretrainModel
 from data import prepare
-from finetune import evaluate, export, predict, probe
+from finetune import curate, embed, evaluate, export, predict, probe
 from finetune.tasks import TASKS
 from launch.training.memory import MEASURED_BATCHES, measure_activations
 from models import convert
@@ -37,6 +37,7 @@ HAS = {  # what the reader of a page is told to have
     "small-images": ("cifar10.tar.xz",),
     "one-gpu": ("shards/photos",),
     "many-nodes": ("shards/photos",),
+    "embed": ("photos", "new-photos", "runs/photos/fcmae.pt"),
     "elsewhere": ("shards/photos", "new-photos", "runs/photos/fcmae.pt", "runs/photos-finetuned/best.pt",
                   "checkpoint-799.pth", "convnextv2_atto_1k_224_ema.pt"),
 }  # fmt: skip
@@ -49,6 +50,8 @@ PARSERS = {
     "finetune/predict.py": partial(parse_options, predict.Options, ""),
     "finetune/export.py": partial(parse_options, export.Options, ""),
     "finetune/probe.py": partial(parse_options, probe.Options, ""),
+    "finetune/embed.py": partial(parse_options, embed.Options, ""),
+    "finetune/curate.py": partial(parse_options, curate.Options, ""),
     "pretrain/reconstruct.py": partial(parse_options, reconstruct.Options, ""),
 }
 

@@ -1,0 +1,70 @@
+"""Contact sheets: small copies of images with a line of text below each."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from configs.errors import UserError
+from configs.files import atomic_file
+from data.decode import decode
+from data.folder import names_of, open_images
+from data.name_lists import escape_name
+from data.transforms import to_rgb
+
+CELL, GAP, LETTERS = 160, 8, 11  # pixels: side of a cell, between cells, height of letters
+COLUMNS, MAX_CELLS = 6, 48
+FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # PIL's default has Latin letters only
+
+
+def thumbnail(image: Tensor) -> Image.Image:
+    """A copy of an image [C, H, W] that fits into a cell."""
+    return ImageOps.contain(F.to_pil_image(to_rgb(image)), (CELL, CELL))
+
+
+def thumbnails(source: str, rows: Sequence[tuple[str, int, str]]) -> list[Image.Image]:
+    """Small copies of the images (split, sample, escaped name).
+
+    Raises `UserError` if one is unreadable, or has another name: the source is not the one that was embedded.
+    """
+    splits, images = {}, []
+    for split, sample, name in rows:
+        splits[split] = splits.get(split) or open_images(source, split)
+        try:
+            found = escape_name(names_of(splits[split], [sample])[0])
+        except IndexError:
+            found = "missing"
+        if found != name:
+            problem = f"{source}, split {split}: sample {sample} is {found}, but was {name} when it was embedded"
+            raise UserError(f"{problem}: give the images with --source, or run finetune/embed.py again")
+        try:
+            images.append(thumbnail(decode(splits[split].read(sample)[0])))
+        except UserError as error:
+            raise UserError(f"{source}, {name}: {error}") from None
+    return images
+
+
+def write_sheet(path: Path, cells: Sequence[tuple[Image.Image, str, str]]) -> None:
+    """Write a PNG of cells: a thumbnail, and two lines of text below it."""
+    font, columns = ImageFont.truetype(str(FONT), LETTERS), min(COLUMNS, len(cells))
+    line = LETTERS + 4
+    height = CELL + 2 * line + GAP
+    sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, -(-len(cells) // columns) * height + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, *lines) in enumerate(cells):
+        left, top = GAP + i % columns * (CELL + GAP), GAP + i // columns * height
+        sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
+        for number, text in enumerate(lines):
+            draw.text((left, top + CELL + 2 + number * line), _fit(text, font), fill="black", font=font)
+    with atomic_file(path) as file:
+        sheet.save(file, "png")
+
+
+def _fit(line: str, font: ImageFont.FreeTypeFont) -> str:
+    """The end of a line that is wider than a cell: names differ there."""
+    if font.getlength(line) <= CELL:
+        return line
+    return next(part for start in range(1, len(line) + 1) if font.getlength(part := f"…{line[start:]}") <= CELL)

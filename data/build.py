@@ -47,7 +47,7 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
     out, splits = options.out, hold_out(items, options.val_fraction)
     check_val(splits)
     survey = write_sheet = None
-    if options.dry_run or not (out / "source.json").exists():
+    if options.dry_run or not (out / "preview.png").exists():
         survey, write_sheet = _preview(options, splits)
     if options.dry_run:
         write_sheet(out.with_name(f"{out.name}.preview.png"))

@@ -155,7 +155,7 @@ def iterate_names(images: Split | Folder) -> Iterator[str]:
 
 
 def names_of(images: Split | Folder, samples: Iterable[int]) -> list[str]:
-    """Original names of some samples. Raises `IndexError` for one that is not in the split."""
+    """Original names of some samples, as in `sample_names`; only their shards are read."""
     if isinstance(images, Folder):
         return [images.items[sample].name for sample in samples]
     names, shards = [], {}

@@ -30,21 +30,21 @@ def thumbnails(source: str, rows: Sequence[tuple[str, int, str]]) -> list[Image.
 
     Raises `UserError` if one is unreadable, or has another name: the source is not the one that was embedded.
     """
-    splits, images = {}, []
+    opened = {split: open_images(source, split) for split in dict.fromkeys(split for split, *_ in rows)}
+    found = {}
+    for name, images in opened.items():
+        samples = sorted({sample for split, sample, _ in rows if split == name and 0 <= sample < len(images)})
+        found |= {(name, i): escape_name(where) for i, where in zip(samples, names_of(images, samples), strict=True)}
+    copies = []
     for split, sample, name in rows:
-        splits[split] = splits.get(split) or open_images(source, split)
-        try:
-            found = escape_name(names_of(splits[split], [sample])[0])
-        except IndexError:
-            found = "missing"
-        if found != name:
-            problem = f"{source}, split {split}: sample {sample} is {found}, but was {name} when it was embedded"
+        if (now := found.get((split, sample), "missing")) != name:
+            problem = f"{source}, split {split}: sample {sample} is {now}, but was {name} when it was embedded"
             raise UserError(f"{problem}: give the images with --source, or run finetune/embed.py again")
         try:
-            images.append(thumbnail(decode(splits[split].read(sample)[0])))
+            copies.append(thumbnail(decode(opened[split].read(sample)[0])))
         except UserError as error:
             raise UserError(f"{source}, {name}: {error}") from None
-    return images
+    return copies
 
 
 def write_sheet(path: Path, cells: Sequence[tuple[Image.Image, str, str]]) -> None:

@@ -5,15 +5,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torchvision.transforms.v2.functional import to_pil_image
-from torchvision.utils import make_grid
+from PIL import Image
 
 from configs.errors import counted, printable
 from configs.files import write_atomic
-from data.survey import MOST_COMPARED, Survey, value_range
+from data.survey import MOST_COMPARED, TILE, Survey, value_range
 
-SHOWN, COLUMNS = 5, 8
+SHOWN, COLUMNS, GAP = 5, 8, 4  # entries in a line; pictures in a row; pixels between them
 
 
 def describe(found: Survey) -> list[str]:
@@ -84,7 +82,11 @@ def write_pictures(found: Survey, path: Path) -> None:
     """Write the pictures, if there are any, as a contact sheet, a PNG."""
     if not found.pictures:
         return
+    rows, side = -(-len(found.pictures) // COLUMNS), TILE + GAP
+    sheet = Image.new("RGB", (min(COLUMNS, len(found.pictures)) * side + GAP, rows * side + GAP), "white")
+    for i, picture in enumerate(found.pictures):
+        sheet.paste(picture, (i % COLUMNS * side + GAP, i // COLUMNS * side + GAP))
     out = io.BytesIO()
-    to_pil_image(make_grid(torch.stack(found.pictures), COLUMNS, padding=4, pad_value=255)).save(out, "png")
+    sheet.save(out, "png")
     write_atomic(path, out.getvalue())
     print(f"  see {path}", flush=True)

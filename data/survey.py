@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from configs.errors import UserError
@@ -20,12 +21,11 @@ from data.planning import PrepareOptions
 from data.reading import KEPT, ImageError, Notes, sniff
 from data.reencode import reencode_all
 from data.sources import Item
-from data.transforms import center_crop, to_float, to_rgb
 
 SAMPLE = 1000  # images that are decoded
 MOST_COMPARED = 300_000  # images in which duplicates are searched
 HEAD = 1 << 16  # bytes that are compared first
-PICTURES, TILE, CROP = 32, 112, 0.95  # pictures that are kept; their side in pixels; share of the image's side
+PICTURES, TILE = 32, 112  # pictures that are kept, their side in pixels
 PAGES = 4  # of a file
 
 
@@ -41,7 +41,7 @@ class Survey:
     rotated: int = 0
     refused: list[tuple[str, ImageError]] = field(default_factory=list)
     duplicates: list[list[tuple[str, Item]]] | None = field(default_factory=list)  # of equal files; None = not searched
-    pictures: list[Tensor] = field(default_factory=list)  # uint8 [3, TILE, TILE]
+    pictures: list[Image.Image] = field(default_factory=list)
 
     def as_plain(self) -> dict:
         """For index.json."""
@@ -107,12 +107,17 @@ def _add(found: Survey, looks: list[tuple]) -> None:
             found.pictures.append(tile)
 
 
-def _tile(image: Tensor) -> Tensor:
-    """The centre of an image as uint8 [3, TILE, TILE]; more than 8 bits are shown from the lowest to the highest."""
-    small = to_float(center_crop(image, (TILE, TILE), CROP))
-    if image.dtype.itemsize > 1:
-        small = (small - small.min()) / (small.max() - small.min()).clamp(min=1e-9)
-    return to_rgb(small)
+def _tile(image: Tensor) -> Image.Image:
+    """The centre of an image, TILE pixels wide and high; more than 8 bits are shown from the lowest to the highest.
+
+    Without torch: processes that are forked later could not use its threads.
+    """
+    pixels = image.numpy().transpose(1, 2, 0)
+    pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]
+    if pixels.dtype != np.uint8:
+        low, high = pixels.min(), pixels.max()
+        pixels = (255 * (pixels - low) / max(high - low, 1e-9)).astype(np.uint8)
+    return ImageOps.fit(Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB"), (TILE, TILE))
 
 
 def _duplicates(every: Sequence[tuple[str, Item]], pool: ThreadPoolExecutor) -> list[list[tuple[str, Item]]]:

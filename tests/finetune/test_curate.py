@@ -137,9 +137,9 @@ def folder(tmp_path_factory):
     china, flower = (Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower"))
     images = {f"china/{i}.png": png(china.crop((i * 64, 0, i * 64 + 200, 200)).resize((64, 64))) for i in range(6)}
     first = Image.open(io.BytesIO(images["china/0.png"]))
-    images["copy.png"] = png(first)
-    images["mirrored.png"] = png(ImageOps.mirror(first))
-    images["unrelated.png"] = png(flower.resize((64, 64)))
+    images["more/copy.png"] = png(first)
+    images["more/mirrored.png"] = png(ImageOps.mirror(first))
+    images["more/unrelated.png"] = png(flower.resize((64, 64)))
     as_folder(images, path / "photos")
     call(embed.main, path / "w.pt", path / "photos", path / "x.parquet", "--workers", "0", "--size", "64")
     return path
@@ -154,25 +154,25 @@ def listed(folder, out, *more) -> list[dict]:
 
 def test_a_copy_and_a_mirrored_copy(folder, tmp_path, capsys):
     strict = listed(folder, tmp_path / "strict.csv", "--duplicates", "1")
-    assert [(row["name"], row["remains"]) for row in strict] == [("copy.png", "china/0.png")]
+    assert [(row["name"], row["remains"]) for row in strict] == [("more/copy.png", "china/0.png")]
     near = listed(folder, tmp_path / "near.csv", "--nearest", "china/0.png", "--k", "8")
     score = {row["name"]: float(row["score"]) for row in near}
-    assert next(iter(score)) == "copy.png" and "china/0.png" not in score
-    assert score["copy.png"] > score["mirrored.png"] > score["unrelated.png"]
-    loose = listed(folder, tmp_path / "loose.csv", "--duplicates", score["mirrored.png"])
-    assert {"copy.png", "mirrored.png"} <= {row["name"] for row in loose}
-    assert "unrelated.png" not in {row["name"] for row in loose}
+    assert next(iter(score)) == "more/copy.png" and "china/0.png" not in score
+    assert score["more/copy.png"] > score["more/mirrored.png"] > score["more/unrelated.png"]
+    loose = listed(folder, tmp_path / "loose.csv", "--duplicates", score["more/mirrored.png"])
+    assert {"more/copy.png", "more/mirrored.png"} <= {row["name"] for row in loose}
+    assert "more/unrelated.png" not in {row["name"] for row in loose}
     assert [row["score"] for row in loose] == sorted((row["score"] for row in loose), key=float)
     assert has(capsys.readouterr().out, "loose.csv 9 near-duplicates")
 
 
 def test_an_outlier_is_left_out_of_the_shards(folder, tmp_path):
     rows = listed(folder, tmp_path / "x.csv", "--outliers", "1", "--k", "2")
-    assert [row["name"] for row in rows] == ["unrelated.png"]
+    assert [row["name"] for row in rows] == ["more/unrelated.png"]
     prepared(folder / "photos", tmp_path / "out", "--no-labels", "--without", tmp_path / "x.csv")
     names = sorted(path.relative_to(folder / "photos").as_posix() for path in (folder / "photos").rglob("*.png"))
     assert set(content(tmp_path / "out")) == {
-        (folder / "photos" / name).read_bytes() for name in names if name != "unrelated.png"
+        (folder / "photos" / name).read_bytes() for name in names if name != "more/unrelated.png"
     }
 
 
@@ -185,9 +185,9 @@ def test_a_subset_becomes_shards(folder, tmp_path):
 
 
 def test_a_file_as_query(folder, tmp_path):
-    (tmp_path / "query.png").write_bytes((folder / "photos/unrelated.png").read_bytes())
+    (tmp_path / "query.png").write_bytes((folder / "photos/more/unrelated.png").read_bytes())
     rows = listed(folder, tmp_path / "x.csv", "--nearest", tmp_path / "query.png", "--sheet", tmp_path / "x.png")
-    assert rows[0]["name"] == "unrelated.png" and float(rows[0]["score"]) == pytest.approx(1, abs=1e-5)
+    assert rows[0]["name"] == "more/unrelated.png" and float(rows[0]["score"]) == pytest.approx(1, abs=1e-5)
     assert len(rows) == 9
 
 
@@ -197,15 +197,17 @@ def test_the_sheet_shows_pairs(folder, tmp_path):
     with Image.open(sheet) as picture:
         left, right = (picture.crop((x, 8, x + 160, 168)) for x in (8, 176))
     assert left.tobytes() == right.tobytes() and len(set(left.get_flattened_data())) > 100
-    listed(folder, tmp_path / "x.csv", "--nearest", "copy.png", "--sheet", sheet)
+    listed(folder, tmp_path / "x.csv", "--nearest", "more/copy.png", "--sheet", sheet)
     with Image.open(sheet) as picture:
         assert picture.width == 6 * 168 + 8
 
 
 def test_the_images_have_changed(folder, tmp_path):
-    other = as_folder({"other.png": (folder / "photos/copy.png").read_bytes()}, tmp_path / "other")
+    other = as_folder({"other.png": (folder / "photos/more/copy.png").read_bytes()}, tmp_path / "other")
     with pytest.raises(UserError, match=r"other, .*copy\.png.*--source"):
-        listed(folder, tmp_path / "x.csv", "--nearest", "copy.png", "--sheet", tmp_path / "x.png", "--source", other)
+        listed(
+            folder, tmp_path / "x.csv", "--nearest", "more/copy.png", "--sheet", tmp_path / "x.png", "--source", other
+        )
     assert not (tmp_path / "x.csv").exists() and not (tmp_path / "x.png").exists()
 
 
@@ -236,7 +238,7 @@ def test_other_weights(folder, tmp_path):
     weights = open_weights(folder / "w.pt").weights
     weights.encoder["stem.0.bias"] += 1
     save(tmp_path / "other.pt", weights)
-    query = folder / "photos/copy.png"
+    query = folder / "photos/more/copy.png"
     with pytest.raises(UserError, match=r"other\.pt differs"):
         listed(folder, tmp_path / "x.csv", "--nearest", query, "--weights", tmp_path / "other.pt")
 

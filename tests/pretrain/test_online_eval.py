@@ -22,7 +22,7 @@ from tests.pretrain import test_main
 
 
 def words(digits, runs, name, *more):
-    return test_main.words(digits, runs, name, *more, epochs=3)
+    return test_main.words(digits, runs, name, "--optim.precision", "fp32", *more, epochs=3)
 
 
 def recorded(folder) -> dict[int, dict]:

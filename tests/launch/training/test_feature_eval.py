@@ -116,7 +116,7 @@ def test_damaged_images_and_fillings_are_left_out(alone, digits):
     split = open_split(Data(path=str(digits)), "val")
     loader = probe_loader(split, 10, EvalTransform((24, 24), 1), 1, Data(workers=0), 8, alone)
     load, bad = loader.samples.load, loader.batches.ids[3]
-    loader.samples.load = lambda sample: (None, "damaged") if sample == bad else load(sample)
+    loader.samples.load = lambda sample, *_: (None, "damaged") if sample == bad else load(sample)
     loader.batches.ids += [-1, -1]
     found = features(ConvNeXt(TINY), loader, alone, torch.zeros(1), torch.ones(1), "fp32", progress)
     assert found.sample.tolist() == [i for i in loader.batches.ids if i not in (bad, -1)]

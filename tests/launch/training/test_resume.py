@@ -1,5 +1,6 @@
 """Runs that are killed, moved to other numbers of ranks, or lose their disk, compared with undisturbed runs."""
 
+import io
 import json
 import random
 import re
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.opening import open_weights
 from tests.conftest import QUICK, ROOT, TINY, has, losses, run
+from tests.data.helpers import as_tar
 from tests.launch.training.helpers import Job, logged, saved, train
 
 
@@ -190,13 +192,16 @@ def test_a_learning_rate_that_blows_up(digits, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_one_image_that_is_not_finite(stage, tmp_path):
-    """NaN pixels in one image: all ranks skip its step and the log names it; other steps are applied."""
-    (tmp_path / "in").mkdir()
+    """NaN pixels in one image, in shards of another tool: all ranks skip its step and the log names it."""
+    members = {}
     for i in range(32):
-        image = np.random.default_rng(i).random((32, 32, 3), np.float32)
+        image, out = np.random.default_rng(i).random((32, 32, 3), np.float32), io.BytesIO()
         image[0] = np.nan if i == 7 else image[0]
-        np.save(tmp_path / f"in/{i:02}.npy", image)
-    run("python", "data/prepare.py", tmp_path / "in", tmp_path / "shards")
+        np.save(out, image)
+        members[f"{i:02}.npy"] = out.getvalue()
+    (tmp_path / "shards").mkdir()
+    as_tar(members, tmp_path / "shards/train-0.tar")
+    run("python", "data/prepare.py", tmp_path / "shards", "--index")
     more = [
         "--data.size",
         "32",

@@ -64,13 +64,18 @@ def survey(options: PrepareOptions, splits: dict[str, list[Item]]) -> Survey:
     """Look at a collection. Nothing is written."""
     found = Survey({split: Counter(item.label for item in items) for split, items in splits.items()})
     every = [(split, item) for split, items in sorted(splits.items()) for item in items]
-    chosen = np.unique(np.linspace(0, len(every) - 1, min(SAMPLE, len(every))).round().astype(int))
-    shown = set(chosen[:: max(1, len(chosen) // PICTURES)])
+    chosen = _spread(np.arange(len(every)), SAMPLE)
+    shown = set(_spread(chosen, PICTURES).tolist())
     with ThreadPoolExecutor(options.workers) as pool:
         for looks in pool.map(lambda i: _look(every[i][1], options, i in shown), chosen):
             _add(found, looks)
         found.duplicates = _duplicates(every, pool) if len(every) <= MOST_COMPARED else None
     return found
+
+
+def _spread(numbers: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the numbers, evenly spread."""
+    return numbers[np.unique(np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int))]
 
 
 def _look(item: Item, options: PrepareOptions, show: bool) -> list[tuple]:

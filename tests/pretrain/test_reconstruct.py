@@ -80,7 +80,7 @@ def test_bad_input(grid, weights, photos, tmp_path):
     (photos / "broken.png").write_bytes(b"nonsense")
     out = ["--out", tmp_path / "x.png"]
     for words, message in [
-        ([photos, "--weights", weights, *out], "broken.png"),
+        ([photos / "broken.png", "--weights", weights, *out], "broken.png"),
         ([tmp_path / "none.png", "--weights", weights, *out], "none.png exist"),
         ([photos / "0.png", "--weights", tmp_path / "encoder.pt", *out], "encoder.pt decoder"),
         ([photos / "0.png", "--weights", weights, "--size", "33", *out], "33 patch"),
@@ -91,6 +91,12 @@ def test_bad_input(grid, weights, photos, tmp_path):
             grid(*words)
         assert has(error.value, message)
         assert not (tmp_path / "x.png").exists()
+
+
+def test_an_unreadable_picture_is_named_and_the_others_are_drawn(grid, weights, photos, tmp_path):
+    (photos / "broken.png").write_bytes(b"nonsense")
+    said = grid(photos, "--weights", weights, "--out", tmp_path / "x.png")
+    assert "left out" in said and "broken.png" in said and (tmp_path / "x.png").exists()
 
 
 def test_as_a_command(weights, tmp_path):

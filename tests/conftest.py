@@ -31,6 +31,8 @@ QUICK = [
     "1",
     "--run.device",
     "cpu",
+    "--optim.precision",
+    "fp32",
 ]  # 6 steps an epoch
 BIN = Path(sys.executable).parent
 SECONDS = 600  # that a command may take

@@ -55,11 +55,9 @@ class Item:
         return Path(self.container).read_bytes()
 
     @property
-    def byte_size(self) -> int | str:
+    def byte_size(self) -> int | str | None:
         """Something that equal images have in common without being read: the size or, in a zip, the checksum."""
-        if self.is_file:
-            return int(self.stamp.split()[0])
-        return self.stamp if self.zipped or self.container == "digits" else self.size
+        return self.stamp.partition(" ")[0] if self.is_file or self.zipped else self.size
 
     def head(self, count: int) -> bytes:
         """The first bytes; none if the file cannot be read."""

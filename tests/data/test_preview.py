@@ -56,6 +56,16 @@ def test_an_image_in_two_splits_is_a_leak(preview):
     assert "1 image in several splits" in said and "train/cat/1.jpg (train) = val/cat/copy.jpg (val)" in said
 
 
+@pytest.mark.parametrize("make", [as_folder, as_zip, as_tar])
+def test_equal_files_with_different_labels_in_a_table(make, preview, tmp_path_factory):
+    images = collection({"": 3})
+    images["copy.jpg"] = images["0.jpg"]
+    labels = tmp_path_factory.mktemp("labels") / "in.csv"
+    labels.write_text("path,label\n0.jpg,a\n1.jpg,a\n2.jpg,b\ncopy.jpg,b\n")
+    said = preview(images, "--labels", str(labels), make=make)
+    assert "1 image equal to another" in said and "copy.jpg" in said
+
+
 def test_files_of_equal_size_are_compared_byte_by_byte(preview):
     data = bytearray(picture(0, kind="bmp"))
     data[-1] ^= 1  # the last pixel: equal size, equal beginning

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from bench.options import PATCH, ROOT
 from configs.errors import UserError
 from configs.schema import visible_patches
-from launch.training.malloc import keep_memory
-from launch.training.precision import exact_products
 from launch.training.summary import cpu_name
+from launch.training.world import prepare_cpu
 from models import kernels
 
 TOLERANCE = 1e-4  # relative to a tensor's norm: sums over thousands of tokens are reordered
@@ -32,9 +31,7 @@ def prepare(device: str, threads: int | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = False
     if device == "cpu":
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-        keep_memory()
-        exact_products()
-        kernels.compiled()
+        prepare_cpu(fused=True)
 
 
 def randomize(model: nn.Module) -> None:

@@ -62,10 +62,7 @@ def init_world(run: Run) -> World:
         device = torch.device("cpu")
         if local_ranks > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun always sets 1 for several ranks
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-        keep_memory()
-        exact_products()
-        if run.kernels == "fused":
-            kernels.compiled()  # now: it may take seconds
+        prepare_cpu(run.kernels == "fused")
     timeout = timedelta(minutes=run.hang_minutes + 10)  # later than the watchdog, which can name the late rank
     try:
         backend, bound = ("nccl", device) if use_cuda else ("gloo", None)
@@ -77,6 +74,14 @@ def init_world(run: Run) -> World:
             "same number of ranks on every node, with the same MASTER_ADDR and MASTER_PORT"
         ) from None
     return World(rank, ranks, device)
+
+
+def prepare_cpu(fused: bool) -> None:
+    """Set up torch for training on a CPU: freed memory kept, the fastest exact products, the kernels compiled."""
+    keep_memory()
+    exact_products()
+    if fused:
+        kernels.compiled()  # now: it may take seconds
 
 
 def destroy_world() -> None:

@@ -90,15 +90,15 @@ class Layout:
         return local_conv(x, conv)
 
     def depthwise_norm(self, x: Tensor, conv: nn.Conv2d, norm: nn.LayerNorm) -> Tensor:
-        """7x7 depthwise convolution, then LayerNorm; one kernel on a GPU."""
+        """7x7 depthwise convolution, then LayerNorm; one kernel where there are kernels."""
         if self.geometry is None or not kernels.fused(x):
             return norm(self.depthwise(x, conv))
-        from models.kernels.depthwise import Geometry, depthwise_norm  # imports Triton
+        from models.kernels.depthwise import Geometry, depthwise_norm
 
         return depthwise_norm(x.flatten(0, -2), conv, norm, Geometry(*self.geometry(x))).view_as(x)
 
     def gelu_grn(self, x: Tensor, grn: nn.Module) -> Tensor:
-        """GELU, then GRN; fused on a GPU."""
+        """GELU, then GRN; fused where there are kernels."""
         if self.geometry is None or not kernels.fused(x):
             return grn(F.gelu(x), self)
         from models.kernels.gelu_grn import gelu_grn

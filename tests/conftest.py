@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads of so small models only wait for each other, longer on a busy machine
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")  # before Triton's import
@@ -194,5 +195,8 @@ def pretrained(digits, shared) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _alone():
+    """Each test has the same random numbers, and leaves no variable (RANK, MASTER_PORT, ...) to the next."""
     torch.manual_seed(0)
+    with mock.patch.dict(os.environ):
+        yield

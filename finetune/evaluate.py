@@ -47,7 +47,6 @@ def main(argv: list[str] | None = None) -> None:
     # slow imports, after parsing, so that --help and user errors are quick
     from data.folder import open_images, sample_names
     from data.loader import eval_loader
-    from data.transforms import EvalTransform
     from finetune.batches import padded_batches
     from finetune.inference import predict
     from finetune.tasks import make_inference
@@ -55,9 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     from launch.training.world import destroy_world, gather, init_world, process_errors
     from models.opening import open_classifier
 
-    trained = open_classifier(options.weights, options.ema, options.size)
-    images = open_images(options.data, options.split, options)
-    task = make_inference(trained)
+    task = make_inference(open_classifier(options.weights, options.ema, options.size))
+    trained, images = task.trained, open_images(options.data, options.split, options)
     task.match(images)
     weights = Path(options.weights).absolute()
     # best.pt, last.pt and its average get different folders
@@ -69,8 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     kind = precision(Optim(precision=options.precision), world.device)
     batch = min(options.batch, len(images))
     place = world.rank, world.ranks, world.device.type == "cuda"
-    transform = EvalTransform.of(trained.preprocessing)
-    loader = eval_loader(images, transform, trained.preprocessing.channels, data, batch, *place)
+    channels = trained.preprocessing.channels
+    loader = eval_loader(images, task.transform, channels, data, batch, *place, read_target=task.read_target)
     damaged: dict[int, str] = {}
     batches = padded_batches(loader, batch, damaged, world.first)
     model, mean, std = (x.to(world.device) for x in (trained.model, trained.mean, trained.std))

@@ -77,8 +77,10 @@ def main() -> None:
     engine = Engine(model, groups, optim, world)
 
     place = world.rank, world.ranks, world.device.type == "cuda"
-    loader = train_loader(train_split, transform, arch.channels, config.run.seed, data, optim, *place, weights)
-    val_loader = eval_loader(eval_split, task.eval_transform(), arch.channels, data, micro, *place)
+    channels, read_target = arch.channels, task.read_target
+    train = train_split, transform, channels, config.run.seed, data, optim, *place
+    loader = train_loader(*train, weights=weights, read_target=read_target)
+    val_loader = eval_loader(eval_split, task.eval_transform(), channels, data, micro, *place, read_target=read_target)
     digests = {"data_digest": train_split.digest, "init_digest": init.digest if init else "none"}
     identity = to_dict(config) | {"stage": "fine-tuning"} | digests
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"

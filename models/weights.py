@@ -40,6 +40,7 @@ class Weights:
     ema: Tensors | None = None  # moving average of encoder and head
     classes: list[str] | None = None
     task: str | None = None  # name in finetune/tasks; None in older files, all of classification
+    task_config: dict = field(default_factory=dict)  # what else the task's head is built from
     objective: str | None = None  # name in pretrain/objectives; likewise, FCMAE
 
     @property

@@ -14,10 +14,11 @@ from configs.errors import UserError, counted, printable
 from data.known import find_val_labels, known_rows, without_image_class
 from data.labels import label_by_sidecars, label_by_table, set_apart
 from data.layouts import UNLABELED, arrange
-from data.listing import TABLES, Listing, list_source, suffix
+from data.listing import TABLES, Listing, suffix
 from data.planning import LABEL_OPTIONS, PrepareOptions
 from data.sources import Item, digits
 from data.tables import Columns, find_columns, may_hold_labels, read_table
+from data.walk import list_source
 
 SHOWN = 10  # names in a line
 

@@ -17,12 +17,13 @@ from configs.errors import UserError, nearest, printable
 from configs.log import say
 from configs.schema import Data
 from data.layouts import arrange
-from data.listing import Listing, list_source
+from data.listing import Listing
 from data.reading import KEPT, Reading, sniff
 from data.remote import is_url
 from data.shards import Split, open_split
 from data.sources import Item
 from data.tars import IMAGE_TYPES, split_member_name
+from data.walk import list_source
 
 DEFAULT = Reading()
 

@@ -37,6 +37,7 @@ class Listing:
     broken: list[str] = field(default_factory=list)  # links without a file
     shards: set[str] = field(default_factory=set)  # archives that are numbered parts, not classes
     sidecars: bool = False  # labels are from files beside the images
+    rows: list[dict] | None = None  # of the table that is the source
     files: int = 0  # that were added, of any type
     hidden_folders: dict[str, str | None] = field(default_factory=dict)  # folder: its first hidden part, if any
 

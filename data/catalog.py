@@ -92,13 +92,13 @@ def write_catalog(path: Path, catalog: Catalog) -> None:
     about = {"format": FORMAT} | {field: getattr(catalog, field) for field in fields}
     with atomic_file(path) as file:
         text = np.frombuffer(json.dumps(about).encode(), np.uint8)
-        np.savez(file, about=text, names=catalog.names, rows=catalog.rows, allow_pickle=False)
+        np.savez(file, about=text, names=catalog.names, rows=catalog.rows)
 
 
 def read_catalog(path: Path) -> Catalog:
     """Read a catalog. Raises `UserError` if it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             about, names, rows = json.loads(file["about"].tobytes()), file["names"], file["rows"]
         if about.pop("format") != FORMAT or rows.dtype != ROW or rows["name_end"][-1] != len(names):
             raise ValueError

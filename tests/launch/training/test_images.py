@@ -13,7 +13,6 @@ from launch.training.images import Images
 from launch.training.world import World
 from tests.data.helpers import as_folder, as_zip, collection, picture
 
-
 ONE = World(0, 1, torch.device("cpu"))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configs.errors import UserError, printable
 from configs.files import write_atomic
-from data.collection import check_val, open_collection
+from data.collection import check_val, count_classes, open_collection, split_lines
 from data.index import check_every_byte, describe
 from data.name_lists import read_lists, select
 from data.planning import PrepareOptions, ShardPlan, Written, claim_folder, hold_out, plan_shards
@@ -45,7 +45,10 @@ def build(options: PrepareOptions) -> None:
 
 def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None) -> None:
     out, splits = options.out, hold_out(items, options.val_fraction)
-    check_val(splits)
+    counts = count_classes(splits)
+    for line in split_lines(counts):
+        print(f"  {line}", flush=True)
+    check_val(counts)
     survey = write_sheet = None
     if options.dry_run or not (out / "preview.png").exists():
         survey, write_sheet = _preview(options, splits)
@@ -82,11 +85,11 @@ def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[di
     from data.survey import survey
 
     found = survey(options, splits)
-    lines = describe(found)
+    lines = describe(found, sum(map(len, splits.values())))
     for line in lines:
         print(f"  {line}", flush=True)
     _check_options(found.refused)
-    return found.as_plain() | {"preview": lines}, partial(write_pictures, found)
+    return found.as_plain() | {"preview": [*split_lines(count_classes(splits)), *lines]}, partial(write_pictures, found)
 
 
 def _check_options(refused: list[tuple[str, ImageError]]) -> None:

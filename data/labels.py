@@ -12,7 +12,7 @@ from configs.errors import UserError, counted, printable
 from data.layouts import UNLABELED, split_name
 from data.listing import SIDECARS, Listing, suffix
 from data.sources import READABLE, Item
-from data.tables import LABEL_NAMES, TARGETS, Columns, Row, plain
+from data.tables import LABEL_NAMES, TARGETS, Columns, Row, as_path, plain
 from data.tars import split_member_name
 
 SINGLE = "only one label per image can be trained on now; they are kept in the json of each sample"
@@ -114,14 +114,20 @@ class _Paths:
     """Finds an image by its path, with or without folders or suffix."""
 
     def __init__(self, items: list[Item]):
-        self.names = [str(PurePosixPath(item.name)) for item in items]
+        self.names = [item.name for item in items]
+        self.by_name = {name: i for i, name in enumerate(self.names)}
+        if len(self.by_name) < len(items):  # members of one name in an archive
+            self.by_name = {}
         self.by_tail: dict[int, dict[str, list[int]]] = {}
 
     def find(self, value: Any, table: str) -> int | None:
         """Number of the image that a cell names, None if there is none; `UserError` if there are several."""
-        if value is None or isinstance(value, (bool, float, dict, list)) or not str(value).strip():
+        path = as_path(value)
+        if not path:
             return None
-        parts = PurePosixPath(str(value).strip().replace("\\", "/").lstrip("/")).parts
+        if path in self.by_name:
+            return self.by_name[path]
+        parts = PurePosixPath(path.lstrip("/")).parts
         for first in range(len(parts)):  # a table may name folders that the source does not have
             hits = self._index(len(parts) - first).get("/".join(parts[first:]), ())
             if len(hits) == 1:
@@ -136,7 +142,7 @@ class _Paths:
         if length not in self.by_tail:
             index = self.by_tail[length] = defaultdict(list)
             for i, name in enumerate(self.names):
-                tail = "/".join(name.split("/")[-length:])
+                tail = "/".join(PurePosixPath(name).parts[-length:])
                 index[tail].append(i)
                 index[tail.rpartition(".")[0]].append(i)
         return self.by_tail[length]
@@ -146,7 +152,7 @@ def _reader(
     columns: Columns, rows: list[Row], name: str, notes: list[str]
 ) -> Callable[[Row], tuple[str | None, dict[str, Any]]]:
     """A function from a row to its label, None if it has none, and to its other targets."""
-    values = [[row.get(column) for column in columns.labels] for row in rows]
+    values = [[row.get(column) for column in columns.labels] or [None] for row in rows]
     kept = [column for column in TARGETS if column not in columns.labels and any(column in row for row in rows)]
     numeric = all(_number(v) is not None for row in values for v in row if not _empty(v))
     whole = numeric and all(_number(v).is_integer() for row in values for v in row if not _empty(v))
@@ -165,7 +171,7 @@ def _reader(
         notes.append(f"{printable(name)}: {', '.join(map(printable, columns.labels))}: {what}: {SINGLE}")
 
     def read(row: Row) -> tuple[str | None, dict[str, Any]]:
-        label, targets = kind([row.get(column) for column in columns.labels], columns)
+        label, targets = kind([row.get(column) for column in columns.labels] or [None], columns)
         return label, {column: row[column] for column in kept if not _empty(row.get(column))} | targets
 
     return read

@@ -92,9 +92,9 @@ class Samples(Dataset):
         except RemoteUserError:  # the image is not damaged, but cannot be fetched
             raise
         except ImageError as error:
-            return None, f"{self._place(sample)}: {error.kind}: {error}"
+            return None, f"{self.split.place(sample)}: {error.kind}: {error}"
         except UserError as error:  # the shard is damaged, or a file of a folder
-            return None, f"{self._place(sample)}: {error}"
+            return None, f"{self.split.place(sample)}: {error}"
 
     def _replacement(self, epoch: int, sample: int) -> tuple[Tensor, Any]:
         rng = np.random.default_rng([self.seed, SUBSTITUTES, epoch, sample])
@@ -107,10 +107,7 @@ class Samples(Dataset):
     def describe_damage(self, sample: int) -> str:
         """What is wrong with a damaged sample; it is read again."""
         image, damage = self.load(sample)
-        return damage if image is None else f"{self._place(sample)}: damaged at first, now readable"
-
-    def _place(self, sample: int) -> str:
-        return f"{self.split.folder}, split {self.split.name}, sample {sample}"
+        return damage if image is None else f"{self.split.place(sample)}: damaged at first, now readable"
 
 
 class Loader:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 import numpy as np
@@ -62,6 +62,20 @@ class Reading:
     def as_stored(self) -> bool:
         """Whether files that the loader decodes are taken as they are."""
         return not self.no_exif and self.value_range is None and self.nodata in (None, "nan")
+
+
+@dataclass(frozen=True)
+class FileOptions(Reading):
+    """How files of images are read by a command that has one result for a file."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.pages != "all", "--pages", self.pages, "first: a file has one result, shards may have all pages")
+
+
+def reading_of(options: Reading) -> Reading:
+    """The reading options of a command."""
+    return Reading(**{field.name: getattr(options, field.name) for field in fields(Reading)})
 
 
 @dataclass(frozen=True, eq=False)

@@ -214,6 +214,10 @@ class Split:
             raise UserError(f"{self.folder / shard.file} is damaged at byte {offset} (checksum): {hint}")
         return data
 
+    def place(self, sample: int) -> str:
+        """Where a sample is, for messages."""
+        return f"{self.folder}, split {self.name}, sample {sample}"
+
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none. Reads the indexes only, not the tars."""
         with ThreadPoolExecutor(CONCURRENT_FETCHES) as pool:

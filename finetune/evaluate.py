@@ -18,11 +18,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from configs.checks import check_dataset, check_exists
+from configs.checks import check_exists
 from configs.command import parse_options
 from configs.errors import run_main
 from configs.keys import argument, option
 from configs.schema import Data, Optim, Run
+from data.folder import check_images
 from finetune.options import ImageOptions
 
 
@@ -30,7 +31,7 @@ from finetune.options import ImageOptions
 class Options(ImageOptions):
     """The command line."""
 
-    data: str = argument("folder of shards or its URL, or a folder of images")
+    data: str = argument("labelled images: shards or their URL, a folder, a zip, a tar, a table of files")
     split: str = option("val", "split to evaluate")
     batch: PositiveInt = option(64, "images per batch and rank")
     workers: NonNegativeInt | None = option(None, "loader processes per rank (default: its cores, at most 8)")
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(Options, __doc__, argv)
     check_exists(options.weights)
-    check_dataset(options.data)
+    check_images(options.data)
     data = Data(workers=options.workers, max_pixels=options.max_pixels)
 
     # slow imports, after parsing, so that --help and user errors are quick

@@ -17,9 +17,12 @@ SHOWN, COLUMNS, GAP = 5, 8, 4  # entries in a line; pictures in a row; pixels be
 def describe(found: Survey) -> list[str]:
     """Lines of a preview; warnings begin with `warning:`."""
     lines = [_split_line(split, classes) for split, classes in sorted(found.splits.items())]
+    if found.tiles:
+        lines.append(_tiles_line(found))
     if not found.sampled:
         return lines
-    of = f"of {found.sampled:,} looked at" if found.sampled < sum(map(Counter.total, found.splits.values())) else "all"
+    every = found.tiles[0] if found.tiles else sum(map(Counter.total, found.splits.values()))
+    of = f"of {found.sampled:,} looked at" if found.sampled < every else "all"
     lines.append(f"types     {_counts(found.types)} ({of})")
     if found.sides:
         pixels = Counter({f"{_channels(channels)}, {bits}": n for (channels, bits), n in found.pixels.items()})
@@ -28,6 +31,17 @@ def describe(found: Survey) -> list[str]:
     if found.rotated:
         lines.append(f"rotated   {counted(found.rotated, 'image')} turned upright by EXIF (--no-exif leaves them)")
     return lines + _warnings(found)
+
+
+def _tiles_line(found: Survey) -> str:
+    number, side = found.tiles
+    line = f"tiles     {number:,} of {side} x {side} pixels before background is dropped"
+    if looked := found.sampled + found.background:
+        line += f"; {found.background:,} of {looked:,} looked at are background"
+    if found.originals:
+        heights, widths = zip(*found.originals, strict=True)
+        line += f"; images: height {_sizes(heights)}, width {_sizes(widths)}"
+    return line
 
 
 def _warnings(found: Survey) -> list[str]:

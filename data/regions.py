@@ -235,34 +235,33 @@ def png_regions(file: BinaryIO) -> Read | None:
     return Rows(blocks).read
 
 
-def png_orientation(file: BinaryIO) -> int:
-    """EXIF orientation of a PNG, which may follow its pixels."""
+def check_png(file: BinaryIO) -> int:
+    """Check the length and all checksums of a PNG, which decoding ignores. Returns its EXIF orientation."""
+    turn = 1
     file.seek(8)
     while len(head := file.read(8)) == 8:
         size, kind = struct.unpack(">I4s", head)
+        crc, exif = zlib.crc32(kind), b""
+        for piece in _pieces(file, file.tell(), size):
+            crc, exif = zlib.crc32(piece, crc), exif + piece if kind == b"eXIf" else b""
+        check = file.read(4)
+        if check != crc.to_bytes(4, "big"):
+            raise ImageError("not a readable image (damaged or cut short)")
         if kind == b"eXIf":
-            return orientation(PNG + head + file.read(size + 4))
-        file.seek(size + 4, 1)
-    return 1
+            turn = orientation(PNG + head + exif + check)
+        if kind == b"IEND":
+            return turn
+    raise ImageError(CUT)
 
 
 def _png_data(file: BinaryIO) -> Iterator[bytes]:
-    """The compressed pixels of a PNG; checksums are checked."""
-    file.seek(8)
-    while len(head := file.read(8)) == 8:
+    """The compressed pixels of a PNG."""
+    at = 8
+    while file.seek(at) == at and len(head := file.read(8)) == 8:
         size, kind = struct.unpack(">I4s", head)
-        crc, left = zlib.crc32(kind), size
-        if kind == b"IEND":
-            return
-        while left:
-            piece = file.read(min(left, 1 << 20))
-            if not piece:
-                raise ImageError(CUT)
-            crc, left = zlib.crc32(piece, crc), left - len(piece)
-            if kind == b"IDAT":
-                yield piece
-        if file.read(4) != crc.to_bytes(4, "big"):
-            raise ImageError("not a readable image (damaged)")
+        if kind == b"IDAT":
+            yield from _pieces(file, at + 8, size)
+        at += 12 + size
 
 
 def _png(width: int, height: int, kind: bytes, rows: bytes) -> bytes:

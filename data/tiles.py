@@ -35,7 +35,7 @@ from data.reading import (
     sniff,
 )
 from data.reencode import JPEG_QUALITY, Encoded, picture_page, reencode_all
-from data.regions import BLOCK_ROWS, View, check_band, png_orientation, png_regions, stored_rows, whole
+from data.regions import BLOCK_ROWS, View, check_band, check_png, png_regions, stored_rows, whole
 from data.sources import Item
 from data.tiff import tiff_views
 from data.values import encode, final_pixels, share_without_data, undecided_range
@@ -211,13 +211,18 @@ def _picture_view(item: Item, file: BinaryIO, kind: str, reading: PrepareOptions
     if direct and "transparency" not in picture.info and (read := png_regions(file)) is not None:
         pixel_bytes = 8 if deep else 4
         check_band(size, reading.tile + BLOCK_ROWS, pixel_bytes, reading.max_pixels)
-        turn = png_orientation(file) if turned else 1
 
-        def crop(*region: int) -> Page:
-            pixels = read(*region)
-            return Page(pixels, alpha=pixels.shape[2] in (2, 4), orientation=turn, deep_png=deep)
+        def opened() -> tuple:
+            turn = check_png(file)
+            turn = turn if turned else 1
 
-        return View(size, lambda: (turn, crop))
+            def crop(*region: int) -> Page:
+                pixels = read(*region)
+                return Page(pixels, alpha=pixels.shape[2] in (2, 4), orientation=turn, deep_png=deep)
+
+            return turn, crop
+
+        return View(size, opened)
     pixel_bytes = bands * (2 if deep else 1)
     advice = f": a {picture.format} is decoded as a whole: add --max-pixels {raise_limit(*size, pixel_bytes)}"
     check_size(*size, pixel_bytes, reading.max_pixels, advice)

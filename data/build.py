@@ -79,7 +79,7 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
             write, missing, options.workers, sum(len(part.tiles) for plan in missing for part in plan.parts)
         )
         done |= dict(zip(missing, written, strict=True))
-    _finish(out, {plan: done[plan] for plan in plans}, classes)
+    _finish(out, {plan: done[plan] for plan in plans}, classes, tiled=options.tile is not None)
 
 
 def _preview(
@@ -162,7 +162,7 @@ def _by_kind(skipped: list[str]) -> str:
     )
 
 
-def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None) -> None:
+def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None, tiled: bool) -> None:
     """Write skipped.txt and index.json, remove the records, print a summary."""
     splits = defaultdict(list)
     for plan, written in done.items():
@@ -179,7 +179,8 @@ def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None
         raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
     if skipped:
         write_atomic(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
-        print(f"{len(skipped):,} images were left out, listed in {out / 'skipped.txt'}: {_by_kind(skipped)}")
+        what = "images, or groups of an image's tiles," if tiled else "images"
+        print(f"{len(skipped):,} {what} were left out, listed in {out / 'skipped.txt'}: {_by_kind(skipped)}")
     for note, count in sorted(sum((Counter(written.notes) for written in done.values()), Counter()).items()):
         print(note.format(count))
     write_index(out, index)

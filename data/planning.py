@@ -138,7 +138,10 @@ def hold_out(items: list[Item], fraction: float, tiled: bool = False) -> dict[st
         splits["val"] += members[:count]
         splits["train"] += members[count:]
     if not splits["val"] or not splits["train"]:
-        several = " (all tiles of an image go to the same split)" if tiled else ""
+        several = ""
+        if tiled:
+            few = f"{len(items):,} image{'s' * (len(items) > 1)}"
+            several = f"; the source has {few}, whose tiles stay together: add images, or --val SOURCE"
         raise UserError(f"--val-fraction {fraction} leaves a split empty: no class has enough images{several}")
     return dict(splits)
 

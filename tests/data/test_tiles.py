@@ -168,7 +168,7 @@ def test_all_tiles_of_an_image_are_in_one_split(tmp_path):
     train, val = ({about["source"] for about, _ in samples(tmp_path / "out", split)} for split in ("train", "val"))
     assert (len(train), len(val)) == (3, 2) and not train & val
     one = as_folder({"0.tif": images["0.tif"]}, tmp_path / "one")
-    with pytest.raises(UserError, match="all tiles of an image go to the same split"):
+    with pytest.raises(UserError, match="has 1 image, whose tiles stay together: add images, or --val SOURCE"):
         prepared(one, tmp_path / "out1", "--tile", "25", "--val-fraction", "0.4")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from configs.errors import UserError, printable
 from configs.files import write_atomic
 from data.collection import check_val, count_classes, open_collection, split_lines
+from data.grid import Sizes, count_tiles
 from data.index import check_every_byte, describe
 from data.name_lists import read_lists, select
 from data.planning import PrepareOptions, ShardPlan, Written, claim_folder, hold_out, plan_shards
@@ -44,14 +45,19 @@ def build(options: PrepareOptions) -> None:
 
 
 def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None) -> None:
-    out, splits = options.out, hold_out(items, options.val_fraction)
+    out, splits = options.out, hold_out(items, options.val_fraction, tiled=options.tile is not None)
     counts = count_classes(splits)
     for line in split_lines(counts):
         print(f"  {line}", flush=True)
     check_val(counts)
+    sizes = None
+    if options.tile:
+        from data.tiles import measure  # imports torch
+
+        sizes = measure(items, options)
     survey = write_sheet = None
     if options.dry_run or not (out / "preview.png").exists():
-        survey, write_sheet = _preview(options, splits)
+        survey, write_sheet = _preview(options, splits, sizes)
     if options.dry_run:
         write_sheet(out.with_name(f"{out.name}.preview.png"))
         print("no shards were written (--dry-run)")
@@ -61,7 +67,8 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
         write_sheet(out / "preview.png")
     for file in out.glob(".*.part"):  # left behind by a killed run
         file.unlink()
-    plans = plan_shards(out, splits, classes, options.shard_size)
+    tiles = {item: max(1, count_tiles(found, options.tile, options.overlap)) for item, found in (sizes or {}).items()}
+    plans = plan_shards(out, splits, classes, options.shard_size, tiles)
     done = _finished_shards(plans, options)
     missing = [plan for plan in plans if plan not in done]
     if not missing and (out / "index.json").exists() and not any(plan.record.exists() for plan in plans):
@@ -71,12 +78,16 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
         from data.writing import write_shard  # imports torch: here, so that the forked processes share it
 
         write = partial(write_shard, options=options)
-        written = run_tasks(write, missing, options.workers, sum(len(plan.items) for plan in missing))
+        written = run_tasks(
+            write, missing, options.workers, sum(len(part.tiles) for plan in missing for part in plan.parts)
+        )
         done |= dict(zip(missing, written, strict=True))
-    _finish(out, {plan: done[plan] for plan in plans}, classes)
+    _finish(out, {plan: done[plan] for plan in plans}, classes, tiled=options.tile is not None)
 
 
-def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[dict, Callable[[Path], None]]:
+def _preview(
+    options: PrepareOptions, splits: dict[str, list[Item]], sizes: Sizes | None
+) -> tuple[dict, Callable[[Path], None]]:
     """Print what the collection contains. Returns the survey for index.json, and what writes the contact sheet.
 
     Raises `UserError` if images need an option, before the work begins.
@@ -84,7 +95,7 @@ def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[di
     from data.preview import describe, write_pictures  # import torch
     from data.survey import survey
 
-    found = survey(options, splits)
+    found = survey(options, splits, sizes)
     lines = describe(found, sum(map(len, splits.values())))
     for line in lines:
         print(f"  {line}", flush=True)
@@ -122,7 +133,7 @@ def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[Sh
             record = json.loads(plan.record.read_bytes())
             done[plan] = Written(Shard(**record["shard"]), record["skipped"], record.get("notes", {}))
         elif plan.path.name in listed:
-            lines = [line for item, _ in plan.items for line in skipped.get(printable(item.name), ())]
+            lines = [line for part in plan.parts for line in skipped.get(printable(part.item.name), ())]
             done[plan] = Written(listed[plan.path.name], lines, {})
     shards = [written.shard for written in done.values()]
     if options.repair and shards:
@@ -154,22 +165,25 @@ def _by_kind(skipped: list[str]) -> str:
     )
 
 
-def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None) -> None:
+def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None, tiled: bool) -> None:
     """Write skipped.txt and index.json, remove the records, print a summary."""
     splits = defaultdict(list)
     for plan, written in done.items():
         splits[plan.path.name.rsplit("-", 1)[0]].append(written.shard)
     index = Index(dict(splits), classes, json.loads((out / "source.json").read_bytes()).get("survey"))
-    skipped = [line for written in done.values() for line in written.skipped]
+    skipped = list(dict.fromkeys(line for written in done.values() for line in written.skipped))  # shards share images
     if not any(shard.samples for shard in index.shards):
         for plan in done:
             for file in (plan.path, index_file(plan.path), plan.record):
                 file.unlink()
         (out / "source.json").unlink()
+        if not skipped:
+            raise UserError("all tiles are background: add --keep-empty to keep them")
         raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
     if skipped:
         write_atomic(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
-        print(f"{len(skipped):,} images were left out, listed in {out / 'skipped.txt'}: {_by_kind(skipped)}")
+        what = "images, or groups of an image's tiles," if tiled else "images"
+        print(f"{len(skipped):,} {what} were left out, listed in {out / 'skipped.txt'}: {_by_kind(skipped)}")
     for note, count in sorted(sum((Counter(written.notes) for written in done.values()), Counter()).items()):
         print(note.format(count))
     write_index(out, index)

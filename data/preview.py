@@ -16,10 +16,12 @@ SHOWN, COLUMNS, GAP = 5, 8, 4  # entries in a line; pictures in a row; pixels be
 
 def describe(found: Survey, images: int) -> list[str]:
     """Lines of a preview of a collection of so many images; warnings begin with `warning:`."""
+    lines = [_tiles_line(found)] if found.tiles else []
     if not found.sampled:
-        return []
-    of = f"of {found.sampled:,} looked at" if found.sampled < images else "all"
-    lines = [f"types     {_counts(found.types)} ({of})"]
+        return lines
+    every = found.tiles[0] if found.tiles else images
+    of = f"of {found.sampled:,} looked at" if found.sampled < every else "all"
+    lines.append(f"types     {_counts(found.types)} ({of})")
     if found.sides:
         pixels = Counter({f"{_channels(channels)}, {bits}": n for (channels, bits), n in found.pixels.items()})
         heights, widths = zip(*found.sides, strict=True)
@@ -27,6 +29,17 @@ def describe(found: Survey, images: int) -> list[str]:
     if found.rotated:
         lines.append(f"rotated   {counted(found.rotated, 'image')} turned upright by EXIF (--no-exif leaves them)")
     return lines + _warnings(found)
+
+
+def _tiles_line(found: Survey) -> str:
+    number, side = found.tiles
+    line = f"tiles     {number:,} of {side} x {side} pixels before background is dropped"
+    if looked := found.sampled + found.background:
+        line += f"; {found.background:,} of {looked:,} looked at are background"
+    if found.originals:
+        heights, widths = zip(*found.originals, strict=True)
+        line += f"; images: height {_sizes(heights)}, width {_sizes(widths)}"
+    return line
 
 
 def _warnings(found: Survey) -> list[str]:

@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
@@ -95,6 +97,19 @@ class Page:
     orientation: int = 1
     deep_png: bool = False
     number: int = 0
+
+
+@contextmanager
+def damage_as_error(what: str = "damaged or cut short") -> Iterator[None]:
+    """Turn what decoders raise into `ImageError`."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except MemoryError:
+        raise ImageError("needs more memory than there is", TOO_LARGE) from None
+    except Exception:  # damaged files raise almost any exception
+        raise ImageError(f"not a readable image ({what})") from None
 
 
 def number(value: float) -> str:

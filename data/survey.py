@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -17,10 +18,12 @@ from torch import Tensor
 from configs.errors import UserError
 from data.decode import decode
 from data.exif import orientation
+from data.grid import Sizes, count_tiles
 from data.planning import PrepareOptions
-from data.reading import KEPT, ImageError, Notes, sniff
-from data.reencode import reencode_all
+from data.reading import HEAD_BYTES, KEPT, NODATA, VALUES, ImageError, Notes, sniff
+from data.reencode import Encoded, reencode_all
 from data.sources import Item
+from data.tiles import DROPPED, Tile, cut, find_range
 
 SAMPLE = 1000  # images that are decoded
 MOST_COMPARED = 300_000  # images in which duplicates are searched
@@ -41,6 +44,9 @@ class Survey:
     refused: list[tuple[str, ImageError]] = field(default_factory=list)
     duplicates: list[list[tuple[str, Item]]] | None = field(default_factory=list)  # of equal files; None = not searched
     pictures: list[Image.Image] = field(default_factory=list)
+    tiles: tuple[int, int] | None = None  # number with background, side in pixels
+    background: int = 0  # tiles among those that were looked at
+    originals: list[tuple[int, int]] = field(default_factory=list)  # height, width of the images that are cut
 
     def as_plain(self) -> dict:
         """For index.json."""
@@ -56,18 +62,26 @@ class Survey:
             "refused": dict(Counter(error.kind for _, error in self.refused)),
             "duplicates": None if self.duplicates is None else sum(len(group) - 1 for group in groups),
             "in_several_splits": sum(len({split for split, _ in group}) > 1 for group in groups),
-        }
+        } | ({"tiles": self.tiles[0]} if self.tiles else {})
 
 
-def survey(options: PrepareOptions, splits: dict[str, list[Item]]) -> Survey:
-    """Look at a collection. Nothing is written."""
+def survey(options: PrepareOptions, splits: dict[str, list[Item]], sizes: Sizes | None = None) -> Survey:
+    """Look at a collection. Nothing is written. `sizes` are those of images that are cut into tiles."""
     found = Survey()
     every = [(split, item) for split, items in sorted(splits.items()) for item in items]
     chosen = _spread(np.arange(len(every)), SAMPLE)
     shown = set(_spread(chosen, PICTURES).tolist())
+    look = partial(_look, options=options)
+    if sizes is not None:
+        found.originals = [size for sizes_of_file in sizes.values() for size in sizes_of_file]
+        found.tiles = count_tiles(found.originals, options.tile, options.overlap), options.tile
+        tiles = max(PAGES, -(-PICTURES // max(1, len(chosen))))  # of each image
+        look = partial(_look_at_tiles, options=options, sizes=sizes, most=tiles)
     with ThreadPoolExecutor(options.workers) as pool:
-        for looks in pool.map(lambda i: _look(every[i][1], options, i in shown), chosen):
+        for looks, background in pool.map(lambda i: look(every[i][1], show=i in shown), chosen):
             _add(found, looks)
+            found.background += background
+        del found.pictures[PICTURES:]
         found.duplicates = _duplicates(every, pool) if len(every) <= MOST_COMPARED else None
     return found
 
@@ -77,23 +91,44 @@ def _spread(numbers: np.ndarray, count: int) -> np.ndarray:
     return numbers[np.unique(np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int))]
 
 
-def _look(item: Item, options: PrepareOptions, show: bool) -> list[tuple]:
-    """(name, type, EXIF orientation, (C, H, W, kind of values) or why not, picture or None) of each image of a file."""
+def _look(item: Item, options: PrepareOptions, show: bool) -> tuple[list[tuple], int]:
+    """(name, type, EXIF orientation, (C, H, W, kind of values) or why not, picture or None) of each image of a file.
+
+    The second value is the number of background tiles.
+    """
     try:
         data = item.image_bytes()
     except (UserError, OSError) as error:
-        return [(item.name, "", 1, ImageError(str(error)), None)]
+        return [(item.name, "", 1, ImageError(str(error)), None)], 0
     kind, turn, looks = sniff(data), 1, []
     if kind in KEPT and not options.no_exif:
         turn = orientation(data)
     for name, image in islice(reencode_all(data, item.name, options.resize, options.quality, options, Notes()), PAGES):
-        tile = None
-        if not isinstance(image, ImageError):
-            image = decode(image[1], max_pixels=options.max_pixels)
-            tile = _tile(image) if show and not looks else None
-            image = (*image.shape, "8 bits" if image.dtype.itemsize == 1 else "more than 8 bits")
-        looks.append((name, kind, turn, image, tile))
-    return looks
+        looks.append((name, kind, turn, *_decoded(image, options, show and not looks)))
+    return looks, 0
+
+
+def _look_at_tiles(item: Item, options: PrepareOptions, show: bool, sizes: Sizes, most: int) -> tuple[list[tuple], int]:
+    """`_look` at some tiles of a file, evenly spread."""
+    count = max(1, count_tiles(sizes[item], options.tile, options.overlap))
+    positions, notes = _spread(np.arange(count), most).tolist(), Notes()
+    try:
+        tiles = list(cut(item, positions, options, notes))
+        if any(isinstance(t.image, ImageError) and t.image.kind in (VALUES, NODATA) for t in tiles):
+            tiles = [Tile(item.name, find_range(item, options), {})]
+        kind = sniff(item.head(HEAD_BYTES))
+    except (UserError, OSError) as error:
+        tiles, kind = [Tile(item.name, error if isinstance(error, ImageError) else ImageError(str(error)), {})], ""
+    return [(tile.name, kind, 1, *_decoded(tile.image, options, show)) for tile in tiles], notes[DROPPED]
+
+
+def _decoded(image: Encoded | ImageError, options: PrepareOptions, show: bool) -> tuple:
+    """(C, H, W, kind of values) or why not, and a picture or None."""
+    if isinstance(image, ImageError):
+        return image, None
+    pixels = decode(image[1], max_pixels=options.max_pixels)
+    values = "8 bits" if pixels.dtype.itemsize == 1 else "more than 8 bits"
+    return (*pixels.shape, values), _tile(pixels) if show else None
 
 
 def _add(found: Survey, looks: list[tuple]) -> None:

@@ -10,12 +10,12 @@ import webdataset
 from configs.errors import UserError, printable
 from configs.files import atomic_file, write_atomic
 from data.decode import read_npy
-from data.planning import PrepareOptions, ShardPlan, Written
+from data.planning import Part, PrepareOptions, ShardPlan, Written
 from data.pool import add_progress
 from data.reading import ImageError, Notes
 from data.reencode import Encoded, reencode_all
 from data.shards import index_tar
-from data.sources import Item
+from data.tiles import cut
 
 
 def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
@@ -31,8 +31,9 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
     notes = Notes()
 
     def samples() -> Iterator[dict[str, bytes | str]]:
-        for number, (item, label) in enumerate(plan.items, plan.first):
-            for name, image in _images(item, options, notes):
+        for part in plan.parts:
+            item, label = part.item, part.label
+            for name, image, place in _images(part, options, notes):
                 if isinstance(image, ImageError):
                     skipped.append(printable(f"{name}: {image.kind}: {image}"))
                     continue
@@ -40,11 +41,12 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
                 if kind == "npy":
                     channels = read_npy(data).shape[2]
                     notes[f"{{:,}} images are arrays: they need --model.channels {channels}"] += 1
-                key = f"{number:09}{name[len(item.name) :].replace('#', '-')}"  # -1, -2, ... for pages
-                about = {"name": name} | ({} if label is None else {"class": item.label}) | (item.targets or {})
+                place_in_file = name[len(item.name) :].replace("@", "-y").replace(",", "-x").replace("#", "-")
+                key = f"{part.number:09}{place_in_file}"  # -1, -2, ... for pages, -y0-x512 for tiles
+                about = {"name": name} | place | ({} if label is None else {"class": item.label}) | (item.targets or {})
                 members = {"__key__": key, kind: data, "json": json.dumps(about, default=str).encode()}
                 yield members | ({} if label is None else {"cls": str(label).encode()})
-            add_progress(1)
+            add_progress(len(part.tiles))
 
     write_tar(plan.path, samples())
     shard = index_tar(plan.path)
@@ -53,11 +55,16 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
     return Written(shard, skipped, dict(notes))
 
 
-def _images(item: Item, options: PrepareOptions, notes: Notes) -> Iterator[tuple[str, Encoded | ImageError]]:
-    """Images of a file, or why it cannot be read."""
+def _images(part: Part, options: PrepareOptions, notes: Notes) -> Iterator[tuple[str, Encoded | ImageError, dict]]:
+    """Name of each image of a file, the image or why it cannot be read, and of tiles their places."""
+    item = part.item
+    if options.tile:
+        yield from cut(item, part.tiles, options, notes)
+        return
     try:
         data = item.image_bytes()
     except UserError as error:
-        yield item.name, ImageError(str(error))
+        yield item.name, ImageError(str(error)), {}
     else:
-        yield from reencode_all(data, item.name, options.resize, options.quality, options, notes)
+        for name, image in reencode_all(data, item.name, options.resize, options.quality, options, notes):
+            yield name, image, {}

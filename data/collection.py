@@ -1,6 +1,6 @@
 """The images of one or several sources, with splits and labels; what was found, decided and left out is printed.
 
-SOURCE    its folders are splits and classes; --labels FILE
+SOURCE    its folders are splits and classes; --labels FILE, --masks SOURCE
 --val SOURCE, --test SOURCE    further splits; --val-labels FILE, --test-labels FILE
 """
 
@@ -15,6 +15,7 @@ from data.known import find_val_labels, known_rows, without_image_class
 from data.labels import label_by_sidecars, label_by_table, set_apart
 from data.layouts import UNLABELED, arrange
 from data.listing import TABLES, Listing, list_source, suffix
+from data.pairs import open_masks, pair_masks
 from data.planning import LABEL_OPTIONS, PrepareOptions
 from data.sources import Item, digits
 from data.tables import Columns, find_columns, may_hold_labels, read_table
@@ -39,6 +40,7 @@ def open_collection(options: PrepareOptions, scratch: Path) -> Iterator[tuple[li
         return
     with ExitStack() as stack:
         listing = stack.enter_context(list_source(options.source, scratch))
+        masks = open_masks(listing, options, scratch, stack)
         items = _main_images(listing, options)
         from_files = bool(listing.sidecars or options.labels)
         for split, source, labels in (
@@ -53,6 +55,9 @@ def open_collection(options: PrepareOptions, scratch: Path) -> Iterator[tuple[li
                 stack.callback(inner.rmdir)
                 further = stack.enter_context(list_source(source, inner))
                 items = items + _further_images(further, split, labels, options)
+        if options.masks:
+            items, notes = pair_masks(items, masks, options)
+            _print_notes(notes)
         if options.no_labels:
             items = [replace(item, label=None) for item in items]
         check_classes(items, options.source)
@@ -87,8 +92,9 @@ def _arranged(
     listing: Listing, labels: Path | None, options: PrepareOptions, splits: tuple[str, ...], no_splits: bool
 ) -> tuple[list[Item], list[str]]:
     """Images with splits, and with labels from a table, from files beside them, or from their folders."""
-    first = [] if labels or options.no_labels else label_by_sidecars(listing)
-    items, notes = arrange(listing, splits, no_splits, labelled=not (labels or options.no_labels))
+    from_paths = not (labels or options.no_labels or options.masks)
+    first = label_by_sidecars(listing) if from_paths else []
+    items, notes = arrange(listing, splits, no_splits, labelled=from_paths)
     if labels:
         items = _with_labels(items, labels, options, notes)
         for name, file in [*listing.label_files.items()]:
@@ -158,13 +164,17 @@ def _with_labels(
 def _report(listing: Listing, items: list[Item], notes: list[str], hint: bool, flag: str = "--labels") -> None:
     """Print what a source has, and what was left out or decided."""
     print(f"{printable(listing.source)}: {counted(len(items), 'image')}", flush=True)
-    for note in (*listing.notes(), *notes):
-        print(f"  {printable(note)}", flush=True)
+    _print_notes([*listing.notes(), *notes])
     tables = [item for name, item in listing.label_files.items() if suffix(name) in TABLES] if hint else []
     for item in [item for item in tables if may_hold_labels(item.image_bytes(), item.name)][:3]:
         inside = item.offset is not None
         where = f"unpack it and add {flag} PATH" if inside else f"add {flag} {printable(item.container)}"
         print(f"  {printable(item.name)} looks like labels: {where}", flush=True)
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        print(f"  {printable(note)}", flush=True)
 
 
 def class_names(items: list[Item], by_number: bool) -> list[str] | None:

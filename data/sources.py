@@ -36,6 +36,7 @@ class Item:
     zipped: bool = False
     split: str | None = None  # None: not divided
     label: str | None = None
+    mask: "Item | None" = field(default=None, compare=False)  # of semantic segmentation
     targets: dict | None = field(default=None, compare=False)  # `labels`, `numbers`, `boxes` of a table, for tasks
 
     @property

@@ -121,7 +121,9 @@ def find_columns(rows: list[Row], name: str, path: str | None, labels: tuple[str
     found = labels or tuple(c for c in columns if plain(c) in LABEL_NAMES and c not in (path,))
     if len(found) > 1 and not labels:
         found = tuple(c for c in found if c not in TARGETS)
-    if len(found) != 1 and not labels:
+    if not found and any(c in TARGETS for c in columns):
+        labels = found = ()
+    elif len(found) != 1 and not labels:
         names = ", ".join(map(printable, found))
         problem = f"{names} may all be the label" if found else "no column is named like a label"
         raise UserError(f"{printable(name)}: {problem}: name it with --label-column: {shown(columns)}")

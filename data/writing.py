@@ -10,12 +10,14 @@ import webdataset
 from configs.errors import UserError, printable
 from configs.files import atomic_file, write_atomic
 from data.decode import read_npy
+from data.masks import with_masks
 from data.planning import PrepareOptions, ShardPlan, Written
 from data.pool import add_progress
 from data.reading import ImageError, Notes
 from data.reencode import Encoded, reencode_all
 from data.shards import index_tar
 from data.sources import Item
+from data.tars import MASK
 
 
 def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
@@ -32,7 +34,7 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
 
     def samples() -> Iterator[dict[str, bytes | str]]:
         for number, (item, label) in enumerate(plan.items, plan.first):
-            for name, image in _images(item, options, notes):
+            for name, image, mask in _images(item, options, notes):
                 if isinstance(image, ImageError):
                     skipped.append(printable(f"{name}: {image.kind}: {image}"))
                     continue
@@ -43,6 +45,7 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
                 key = f"{number:09}{name[len(item.name) :].replace('#', '-')}"  # -1, -2, ... for pages
                 about = {"name": name} | ({} if label is None else {"class": item.label}) | (item.targets or {})
                 members = {"__key__": key, kind: data, "json": json.dumps(about, default=str).encode()}
+                members |= {} if mask is None else {MASK: mask}
                 yield members | ({} if label is None else {"cls": str(label).encode()})
             add_progress(1)
 
@@ -53,11 +56,14 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
     return Written(shard, skipped, dict(notes))
 
 
-def _images(item: Item, options: PrepareOptions, notes: Notes) -> Iterator[tuple[str, Encoded | ImageError]]:
-    """Images of a file, or why it cannot be read."""
+def _images(
+    item: Item, options: PrepareOptions, notes: Notes
+) -> Iterator[tuple[str, Encoded | ImageError, bytes | None]]:
+    """Images of a file, or why it cannot be read, and their masks."""
     try:
         data = item.image_bytes()
     except UserError as error:
-        yield item.name, ImageError(str(error))
+        yield item.name, ImageError(str(error)), None
     else:
-        yield from reencode_all(data, item.name, options.resize, options.quality, options, notes)
+        images = reencode_all(data, item.name, options.resize, options.quality, options, notes)
+        yield from with_masks(images, data, item, options)

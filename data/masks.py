@@ -56,18 +56,20 @@ class MaskClasses:
         return int(np.iinfo(self.dtype).max)
 
 
-@lru_cache(1)
 def read_classes(path: Path, ignore: tuple[int, ...]) -> MaskClasses:
     """Read `--mask-classes`: a name a line, or csv with `name,value` or `name,r,g,b`; see docs/data.md.
 
     Raises `UserError` for a file that cannot be read, or with contradicting lines.
     """
     try:
-        text = path.read_text("utf-8-sig")
+        return _parse_classes(path.read_text("utf-8-sig"), path, ignore)
     except (OSError, UnicodeDecodeError):
-        raise UserError(
-            f"{path} cannot be read: give a text file in UTF-8 with the name of a class in each line"
-        ) from None
+        way_out = "give a text file in UTF-8 with the name of a class in each line"
+        raise UserError(f"{path} cannot be read: {way_out}") from None
+
+
+@lru_cache(1)
+def _parse_classes(text: str, path: Path, ignore: tuple[int, ...]) -> MaskClasses:
     lines = text.splitlines()
     rows = [[cell.strip() for cell in row] for row in csv.reader(lines) if any(cell.strip() for cell in row)]
     header = rows[0][1:] if rows else []

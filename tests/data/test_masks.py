@@ -129,7 +129,7 @@ def encoded(kind: str) -> bytes:
     mask, out = MASK.astype(np.uint8), io.BytesIO()
     if kind == "palette":
         picture = Image.fromarray(mask, "P")
-        picture.putpalette([9, 9, 9, 8, 8, 8, 7, 7, 7])
+        picture.putpalette(list(range(256)) * 3)
         return png(picture)
     if kind == "npy":
         np.save(out, MASK.astype(np.int64))

@@ -34,7 +34,7 @@ def test_cross_entropy_is_torchs():
     weights = torch.tensor([1.0, 2.0, 0.5, 3.0])
     for chosen in (None, weights):
         expected = F.cross_entropy(logits, target, chosen, ignore_index=VOID)
-        assert Loss("ce", chosen)(logits, target) == pytest.approx(expected.item(), rel=1e-6)
+        assert Loss("ce", chosen)(logits, target).item() == pytest.approx(expected.item(), rel=1e-6)
     Loss("ce+dice")(logits, target).backward()
     assert (logits.grad[0] == 0).all() and logits.grad[1].abs().min() > 0  # pixels without a class teach nothing
     assert Loss("ce+dice")(logits, torch.full_like(target, VOID)) == 0

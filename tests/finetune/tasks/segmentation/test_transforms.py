@@ -34,7 +34,7 @@ def test_a_marked_block_stays_marked(seed, height, width, short_side):
     found, target = out["image"][0].float() / 255, out["mask"]
     assert found.shape == target.shape == (24, 32)
     inside = target != VOID
-    assert (found[inside] > 0.5).eq(target[inside] == 1).float().mean() > 0.97  # edges are blurred
+    assert (found[inside] > 0.5).eq(target[inside] == 1).float().mean() > 0.9  # edges are blurred
     assert ((found - (target == 1).float()).abs()[inside] < 0.02).float().mean() > 0.5
     assert (out["image"][:, ~inside] == 127).all()  # the mean
 

@@ -18,7 +18,18 @@ from PIL import Image
 
 from configs.errors import UserError, printable
 from data.exif import orientation, swaps, upright
-from data.reading import KEPT, MASK_CLASS, MASK_SIZE, NO_MASK, UNSUPPORTED, ImageError, Notes, check_size, sniff
+from data.reading import (
+    KEPT,
+    MASK_CLASS,
+    MASK_SIZE,
+    MAX_PIXELS,
+    NO_MASK,
+    UNSUPPORTED,
+    ImageError,
+    Notes,
+    check_size,
+    sniff,
+)
 from data.sources import Item
 
 if TYPE_CHECKING:
@@ -184,7 +195,11 @@ def encode_mask(mask: np.ndarray) -> bytes:
 def decode_mask(data: bytes) -> np.ndarray:
     """The mask [H, W] of a shard. Raises `UserError` if it is damaged."""
     try:
-        mask = np.array(Image.open(io.BytesIO(data), formats=("PNG",)))
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+            check_size(picture.height, picture.width, 1, 4 * MAX_PIXELS)  # no decompression bomb
+            mask = np.array(picture)
+    except ImageError:
+        raise
     except Exception:
         raise UserError("its mask is not a readable PNG") from None
     if mask.ndim != 2 or mask.dtype not in (np.uint8, np.uint16, np.int32):  # int32: 16 bits in some versions of PIL

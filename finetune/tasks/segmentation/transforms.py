@@ -60,7 +60,9 @@ class TrainTransform:
         inside = [min(old, max(1, round(new / factor))) for old, new in zip(mask.shape, size, strict=True)]
         top, left = (int(rng.integers(old - part + 1)) for old, part in zip(mask.shape, inside, strict=True))
         shown = [min(new, max(1, round(part * factor))) for part, new in zip(inside, size, strict=True)]
-        mode = "bilinear" if self.data.interpolation == "random" else self.data.interpolation
+        mode = self.data.interpolation
+        if mode == "random":
+            mode = ("bilinear", "bicubic")[rng.integers(2)]
         image = F.resized_crop(image, top, left, *inside, shown, RESIZING[mode], antialias=True)
         mask = F.resized_crop(mask[None], top, left, *inside, shown, RESIZING["nearest"])[0]
         for axis, probability in ((1, self.data.hflip), (0, self.data.vflip)):

@@ -160,7 +160,7 @@ class SegmenterInference:
         truth, guess = matrix.sum(1), matrix.sum(0)
         classes = [
             {
-                "class": i, "name": self.names[i], "pixels": int(truth[i]), "iou": float(each[i]),
+                "class": int(i), "name": self.names[i], "pixels": int(truth[i]), "iou": float(each[i]),
                 "accuracy": float(matrix[i, i] / truth[i]) if truth[i] else None,
                 "precision": float(matrix[i, i] / guess[i]) if guess[i] else None,
             }

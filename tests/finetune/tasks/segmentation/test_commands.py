@@ -63,7 +63,7 @@ def test_trained_evaluated_and_used(scenes, tmp_path, capsys):
     result = json.loads((tmp_path / "e/evaluation.json").read_text())
     assert result["scores"]["miou"] == pytest.approx(summary["best"]["miou"], abs=1e-6)
     assert [row["name"] for row in result["classes"]] == NAMES and has(capsys.readouterr().out, "IoU square stripe")
-    rows = list(csv.DictReader((tmp_path / "e/images.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "e/images.csv").read_text().splitlines()))
     assert len(rows) == 5 and float(rows[0]["miou"]) <= float(rows[-1]["miou"])
 
     image, mask = scene(7, 50, 64)
@@ -76,7 +76,7 @@ def test_trained_evaluated_and_used(scenes, tmp_path, capsys):
     assert found.shape == mask.shape and found.dtype == np.uint8
     assert (found == mask)[2:].mean() > 0.8
     assert names(tmp_path / "p") == {f"0000{n}{end}.png" for n in ("1-a", "2-b") for end in ("", "-overlay")}
-    row = next(csv.DictReader((tmp_path / "p.csv").open()))
+    row = next(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
     assert float(row["square"]) == pytest.approx((found == 1).mean())
     assert sum(c["share"] for c in json.loads((tmp_path / "p.json").read_text())[0]["classes"]) == pytest.approx(1)
 

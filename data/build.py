@@ -6,19 +6,24 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.errors import UserError, printable
 from configs.files import write_atomic
 from data.collection import check_val, count_classes, open_collection, split_lines
 from data.grid import Sizes, count_tiles
 from data.index import check_every_byte, describe
+from data.masks import read_classes
 from data.name_lists import read_lists, select
 from data.planning import PrepareOptions, ShardPlan, Written, claim_folder, hold_out, plan_shards
 from data.pool import run_tasks
-from data.reading import DAMAGED, KINDS, NEED_OPTION, VALUES, ImageError, number
+from data.reading import DAMAGED, KINDS, MASK_CLASS, MASK_SIZE, NEED_OPTION, NO_MASK, VALUES, ImageError, number
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
 from data.sources import Item
+
+if TYPE_CHECKING:
+    from data.survey import Survey
 
 KIND = re.compile(rf": ({'|'.join(KINDS)}): ")  # in a line of skipped.txt
 
@@ -82,7 +87,7 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
             write, missing, options.workers, sum(len(part.tiles) for plan in missing for part in plan.parts)
         )
         done |= dict(zip(missing, written, strict=True))
-    _finish(out, {plan: done[plan] for plan in plans}, classes, tiled=options.tile is not None)
+    _finish(out, {plan: done[plan] for plan in plans}, classes, options)
 
 
 def _preview(
@@ -100,6 +105,7 @@ def _preview(
     for line in lines:
         print(f"  {line}", flush=True)
     _check_options(found.refused)
+    _check_masks(found)
     return found.as_plain() | {"preview": [*split_lines(count_classes(splits)), *lines]}, partial(write_pictures, found)
 
 
@@ -115,6 +121,14 @@ def _check_options(refused: list[tuple[str, ImageError]]) -> None:
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         more = f" ({len(ranges)} files like it: {number(low)} to {number(high)})"
     raise UserError(f"{printable(name)} {error}{more}")
+
+
+def _check_masks(found: "Survey") -> None:
+    """Raise `UserError` if no mask that was looked at can be used: writing would take long and leave nothing."""
+    kinds = {error.kind for _, error in found.refused}
+    if not found.sides and kinds & {NO_MASK, MASK_SIZE, MASK_CLASS}:
+        name, error = found.refused[0]
+        raise UserError(f"no image looked at can be used with its mask, the first: {printable(name)}: {error}")
 
 
 def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[ShardPlan, Written]:
@@ -165,12 +179,22 @@ def _by_kind(skipped: list[str]) -> str:
     )
 
 
-def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None, tiled: bool) -> None:
+def _targets(options: PrepareOptions, survey: dict) -> dict | None:
+    """What index.json says about targets."""
+    if not options.masks:
+        return None
+    classes = read_classes(options.mask_classes, options.ignore)
+    about = {"kind": "mask", "names": classes.names, "ignore": classes.void}
+    return about | ({"pixels": survey["mask_pixels"]} if "mask_pixels" in survey else {})
+
+
+def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None, options: PrepareOptions) -> None:
     """Write skipped.txt and index.json, remove the records, print a summary."""
     splits = defaultdict(list)
     for plan, written in done.items():
         splits[plan.path.name.rsplit("-", 1)[0]].append(written.shard)
-    index = Index(dict(splits), classes, json.loads((out / "source.json").read_bytes()).get("survey"))
+    survey, tiled = json.loads((out / "source.json").read_bytes()).get("survey"), options.tile is not None
+    index = Index(dict(splits), classes, survey, _targets(options, survey or {}))
     skipped = list(dict.fromkeys(line for written in done.values() for line in written.skipped))  # shards share images
     if not any(shard.samples for shard in index.shards):
         for plan in done:

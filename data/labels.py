@@ -63,8 +63,8 @@ def _labelled(item: Item, label: str | None, targets: dict[str, Any], split: str
     return replace(item, label=label, split=split, targets=targets or None, stamp=stamp)
 
 
-def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]) -> list[Item]:
-    """Images without a row in `name` go to split `unlabeled`, but a split without any row stays together.
+def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str], unit: str = "row") -> list[Item]:
+    """Images without a `unit` in `name` go to split `unlabeled`, but a split without any stays together.
 
     `labelled` has the positions of the others.
     """
@@ -78,14 +78,14 @@ def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]
         without = [i for i in members if i not in labelled]
         if len(without) == len(members) and split is not None:
             notes.append(
-                f"{printable(name)} has no rows for split {split}: {counted(len(without), 'image')} without a label"
+                f"{printable(name)} has no {unit}s for split {split}: {counted(len(without), 'image')} without a label"
             )
         else:
             moved += without
     if moved:
         first = printable(items[min(moved)].name)
         notes.append(
-            f"{counted(len(moved), 'image')} without a row in {printable(name)}, such as {first}: split {UNLABELED}"
+            f"{counted(len(moved), 'image')} without a {unit} in {printable(name)}, such as {first}: split {UNLABELED}"
         )
     gone = set(moved)
     return [replace(item, split=UNLABELED) if i in gone else item for i, item in enumerate(items)]
@@ -94,7 +94,7 @@ def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]
 def _match(items: list[Item], rows: list[Row], candidates: tuple[str, ...], name: str) -> tuple[list[int | None], str]:
     """Number of each row's image, and the column that names it."""
     found = {}
-    paths = _Paths(items)
+    paths = Paths(items)
     for column in candidates:
         matches = [paths.find(row.get(column), name) for row in rows]
         if any(image is not None for image in matches):
@@ -110,7 +110,7 @@ def _match(items: list[Item], rows: list[Row], candidates: tuple[str, ...], name
     return found[best], best
 
 
-class _Paths:
+class Paths:
     """Finds an image by its path, with or without folders or suffix."""
 
     def __init__(self, items: list[Item]):
@@ -154,10 +154,14 @@ def _reader(
     """A function from a row to its label, None if it has none, and to its other targets."""
     values = [[row.get(column) for column in columns.labels] or [None] for row in rows]
     kept = [column for column in TARGETS if column not in columns.labels and any(column in row for row in rows)]
+    if not columns.labels:
+        notes.append(f"{printable(name)}: {', '.join(kept)} of each image, no class")
     numeric = all(_number(v) is not None for row in values for v in row if not _empty(v))
     whole = numeric and all(_number(v).is_integer() for row in values for v in row if not _empty(v))
     several = len(columns.labels) > 1
-    if not several and any(isinstance(row[0], (list, tuple)) or "|" in str(row[0]) for row in values):
+    if not columns.labels:
+        kind, what = _no_label, ""
+    elif not several and any(isinstance(row[0], (list, tuple)) or "|" in str(row[0]) for row in values):
         kind, what = _several_labels, "has several labels per image"
     elif several and whole and {_number(v) for row in values for v in row if not _empty(v)} <= {0, 1}:
         kind, what = _flags, "columns are 0 or 1, so each column with 1 is a label"
@@ -175,6 +179,10 @@ def _reader(
         return label, {column: row[column] for column in kept if not _empty(row.get(column))} | targets
 
     return read
+
+
+def _no_label(values: list, columns: Columns) -> tuple[str | None, dict]:
+    return None, {}
 
 
 def _single(values: list, columns: Columns) -> tuple[str | None, dict]:

@@ -29,7 +29,7 @@ Overlap = Annotated[int, Field(ge=0, le=1 << 16)]
 ShardSize = Annotated[int, Field(ge=1, le=1 << 30)]
 Workers = Annotated[int, Field(ge=1, le=1 << 12)]
 FILES = ("labels", "val", "val_labels", "test", "test_labels")
-LABEL_OPTIONS = ("splits", "no_splits", "label_column", "path_column", *FILES)
+LABEL_OPTIONS = ("splits", "no_splits", "label_column", "path_column", *FILES, "masks", "mask_classes")
 TILE_OPTIONS = ("tile", "overlap", "keep_empty")
 ORDER_SEED = 0  # of the order of images in shards, and of the choice of held-out images
 
@@ -75,6 +75,13 @@ class PrepareOptions(Reading):
     val_labels: Path | None = option(None, "labels of split val, as --labels; or the devkit of ILSVRC2012")
     test: str | None = option(None, "another source: its images are split test")
     test_labels: Path | None = option(None, "labels of split test, as --labels")
+    masks: str | None = option(
+        None, "masks for semantic segmentation: a folder of SOURCE, or another folder, zip or tar; see docs/data.md"
+    )
+    mask_classes: Path | None = option(
+        None, "classes of the masks: a name a line, or csv with `name,value` or `name,r,g,b`"
+    )
+    ignore: tuple[Annotated[int, Field(ge=0, le=65535)], ...] = option((255,), "values of masks that are no class")
     dry_run: bool = option(False, "look at the images and write OUT.preview.png; no shards")
     index: bool = option(False, "index the .tar files of other tools in SOURCE")
     verify: bool = option(False, "check every byte of the shards in SOURCE")
@@ -162,7 +169,13 @@ def claim_folder(options: PrepareOptions, items: list[Item], survey: dict | None
         new[key] = list(value) if isinstance(value, tuple) else value
     for key in (*LABEL_OPTIONS, *TILE_OPTIONS):  # only those that are given: older folders do not list them
         if value := getattr(options, key):
-            new[key] = list(value) if isinstance(value, tuple) else Path(value).name if key in FILES else value
+            new[key] = (
+                list(value)
+                if isinstance(value, tuple)
+                else Path(value).name
+                if key in FILES or isinstance(value, Path)
+                else value
+            )
     path = options.out / "source.json"
     if not path.exists():
         write_atomic(path, json.dumps(new | {"survey": survey}, indent=1).encode())

@@ -5,12 +5,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from configs.errors import counted, printable
 from configs.files import write_atomic
 from data.survey import MOST_COMPARED, TILE, Survey, value_range
 
+MAX_CLASSES = 20  # of masks in a line
 SHOWN, COLUMNS, GAP = 5, 8, 4  # entries in a line; pictures in a row; pixels between them
 
 
@@ -26,6 +28,14 @@ def describe(found: Survey, images: int) -> list[str]:
         pixels = Counter({f"{_channels(channels)}, {bits}": n for (channels, bits), n in found.pixels.items()})
         heights, widths = zip(*found.sides, strict=True)
         lines += [f"pixels    {_counts(pixels)}", f"size      height {_sizes(heights)}, width {_sizes(widths)}"]
+    if found.mask_pixels is not None and found.mask_pixels.any():
+        share = found.mask_pixels / found.mask_pixels.sum()
+        order = [i for i in np.argsort(-share[:-1], kind="stable") if share[i]]
+        shown = [f"{printable(found.mask_classes[i])} {_percent(share[i])}" for i in order]
+        more = [f"without a class {_percent(share[-1])}"] if share[-1] else []
+        lines.append(f"masks     {', '.join([*_few(shown), *more])} of the pixels")
+        if absent := [printable(found.mask_classes[i]) for i in np.flatnonzero(share[:-1] == 0)]:
+            lines.append(f"warning: no pixel of {', '.join(_few(absent))} in the masks looked at")
     if found.rotated:
         lines.append(f"rotated   {counted(found.rotated, 'image')} turned upright by EXIF (--no-exif leaves them)")
     return lines + _warnings(found)
@@ -64,6 +74,14 @@ def _warnings(found: Survey) -> list[str]:
             where = f"{printable(a.name)} ({one}) = {printable(b.name)} ({other})"
             lines.append(f"warning: {counted(len(leaks), 'image')} in several splits, so scores are too good: {where}")
     return lines
+
+
+def _few(texts: list[str]) -> list[str]:
+    return texts if len(texts) <= MAX_CLASSES else [*texts[: MAX_CLASSES - 1], "..."]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.1g} %"
 
 
 def _counts(found: Counter) -> str:

@@ -37,6 +37,7 @@ class Item:
     zipped: bool = False
     split: str | None = None  # None: not divided
     label: str | None = None
+    mask: "Item | None" = field(default=None, compare=False)  # of semantic segmentation
     targets: dict | None = field(default=None, compare=False)  # `labels`, `numbers`, `boxes` of a table, for tasks
 
     @property
@@ -47,7 +48,7 @@ class Item:
     def placed(self, split: str | None, label: str | None) -> "Item":
         """The image with a split and a label; quicker than `dataclasses.replace`."""
         place = self.name, self.container, self.stamp, self.offset, self.size, self.zipped
-        return Item(*place, split, label, self.targets)
+        return Item(*place, split, label, self.mask, self.targets)
 
     def image_bytes(self) -> bytes:
         """The encoded image. Raises `UserError` if it is damaged in a zip, `OSError` if the source has disappeared."""

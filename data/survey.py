@@ -19,6 +19,7 @@ from configs.errors import UserError
 from data.decode import decode
 from data.exif import orientation
 from data.grid import Sizes, count_tiles
+from data.masks import decode_mask, overlay, read_classes, with_masks, with_tile_masks
 from data.planning import PrepareOptions
 from data.reading import HEAD_BYTES, KEPT, NODATA, VALUES, ImageError, Notes, sniff
 from data.reencode import Encoded, reencode_all
@@ -41,6 +42,8 @@ class Survey:
     pixels: Counter = field(default_factory=Counter)  # (channels, kind of values)
     sides: list[tuple[int, int]] = field(default_factory=list)  # height, width
     rotated: int = 0
+    mask_classes: list[str] = field(default_factory=list)
+    mask_pixels: np.ndarray | None = None  # [classes + 1], the last without a class
     refused: list[tuple[str, ImageError]] = field(default_factory=list)
     duplicates: list[list[tuple[str, Item]]] | None = field(default_factory=list)  # of equal files; None = not searched
     pictures: list[Image.Image] = field(default_factory=list)
@@ -59,6 +62,7 @@ class Survey:
             "height": value_range(heights),
             "width": value_range(widths),
             "rotated": self.rotated,
+            **({} if self.mask_pixels is None else {"mask_pixels": self.mask_pixels.tolist()}),
             "refused": dict(Counter(error.kind for _, error in self.refused)),
             "duplicates": None if self.duplicates is None else sum(len(group) - 1 for group in groups),
             "in_several_splits": sum(len({split for split, _ in group}) > 1 for group in groups),
@@ -68,6 +72,9 @@ class Survey:
 def survey(options: PrepareOptions, splits: dict[str, list[Item]], sizes: Sizes | None = None) -> Survey:
     """Look at a collection. Nothing is written. `sizes` are those of images that are cut into tiles."""
     found = Survey()
+    if options.masks:
+        found.mask_classes = read_classes(options.mask_classes, options.ignore).names
+        found.mask_pixels = np.zeros(len(found.mask_classes) + 1, np.int64)
     every = [(split, item) for split, items in sorted(splits.items()) for item in items]
     chosen = _spread(np.arange(len(every)), SAMPLE)
     shown = set(_spread(chosen, PICTURES).tolist())
@@ -92,19 +99,21 @@ def _spread(numbers: np.ndarray, count: int) -> np.ndarray:
 
 
 def _look(item: Item, options: PrepareOptions, show: bool) -> tuple[list[tuple], int]:
-    """(name, type, EXIF orientation, (C, H, W, kind of values) or why not, picture or None) of each image of a file.
+    """(name, type, EXIF orientation, (C, H, W, kind of values) or why not, picture or None, pixels of each class or
+    None) of each image of a file.
 
     The second value is the number of background tiles.
     """
     try:
         data = item.image_bytes()
     except (UserError, OSError) as error:
-        return [(item.name, "", 1, ImageError(str(error)), None)], 0
+        return [(item.name, "", 1, ImageError(str(error)), None, None)], 0
     kind, turn, looks = sniff(data), 1, []
     if kind in KEPT and not options.no_exif:
         turn = orientation(data)
-    for name, image in islice(reencode_all(data, item.name, options.resize, options.quality, options, Notes()), PAGES):
-        looks.append((name, kind, turn, *_decoded(image, options, show and not looks)))
+    images = reencode_all(data, item.name, options.resize, options.quality, options, Notes())
+    for name, image, mask in islice(with_masks(images, data, item, options), PAGES):
+        looks.append((name, kind, turn, *_decoded(image, mask, options, show and not looks)))
     return looks, 0
 
 
@@ -119,20 +128,24 @@ def _look_at_tiles(item: Item, options: PrepareOptions, show: bool, sizes: Sizes
         kind = sniff(item.head(HEAD_BYTES))
     except (UserError, OSError) as error:
         tiles, kind = [Tile(item.name, error if isinstance(error, ImageError) else ImageError(str(error)), {})], ""
-    return [(tile.name, kind, 1, *_decoded(tile.image, options, show)) for tile in tiles], notes[DROPPED]
+    masked = with_tile_masks(tiles, item, options)
+    return [(name, kind, 1, *_decoded(image, mask, options, show)) for name, image, _, mask in masked], notes[DROPPED]
 
 
-def _decoded(image: Encoded | ImageError, options: PrepareOptions, show: bool) -> tuple:
-    """(C, H, W, kind of values) or why not, and a picture or None."""
+def _decoded(image: Encoded | ImageError, mask: bytes | None, options: PrepareOptions, show: bool) -> tuple:
+    """(C, H, W, kind of values) or why not, a picture or None, and the pixels of each class of the mask or None."""
     if isinstance(image, ImageError):
-        return image, None
-    pixels = decode(image[1], max_pixels=options.max_pixels)
+        return image, None, None
+    pixels, classes, counts = decode(image[1], max_pixels=options.max_pixels), None, None
+    if mask is not None:
+        classes, count = decode_mask(mask), len(read_classes(options.mask_classes, options.ignore).names)
+        counts = np.bincount(np.minimum(classes, count).ravel(), minlength=count + 1)
     values = "8 bits" if pixels.dtype.itemsize == 1 else "more than 8 bits"
-    return (*pixels.shape, values), _tile(pixels) if show else None
+    return (*pixels.shape, values), _tile(pixels, classes, counts) if show else None, counts
 
 
 def _add(found: Survey, looks: list[tuple]) -> None:
-    for name, kind, turn, image, tile in looks:
+    for name, kind, turn, image, tile, counts in looks:
         found.sampled += 1
         found.types[kind or "unknown"] += 1
         found.rotated += turn != 1
@@ -142,12 +155,15 @@ def _add(found: Survey, looks: list[tuple]) -> None:
         channels, height, width, bits = image
         found.pixels[channels, bits] += 1
         found.sides.append((height, width))
+        if counts is not None:
+            found.mask_pixels += counts
         if tile is not None:
             found.pictures.append(tile)
 
 
-def _tile(image: Tensor) -> Image.Image:
-    """The centre of an image, TILE pixels wide and high; more than 8 bits are shown from the lowest to the highest.
+def _tile(image: Tensor, mask: np.ndarray | None, counts: np.ndarray | None) -> Image.Image:
+    """The centre of an image, TILE pixels wide and high, in the colours of its mask; more than 8 bits are shown from
+    the lowest to the highest.
 
     Without torch: processes that are forked later could not use its threads.
     """
@@ -156,7 +172,10 @@ def _tile(image: Tensor) -> Image.Image:
     if pixels.dtype != np.uint8:
         low, high = pixels.min(), pixels.max()
         pixels = (255 * (pixels - low) / max(high - low, 1e-9)).astype(np.uint8)
-    return ImageOps.fit(Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB"), (TILE, TILE))
+    picture = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+    if mask is not None:
+        picture = Image.fromarray(overlay(np.asarray(picture), mask, len(counts) - 1))
+    return ImageOps.fit(picture, (TILE, TILE))
 
 
 def _duplicates(every: Sequence[tuple[str, Item]], pool: ThreadPoolExecutor) -> list[list[tuple[str, Item]]]:

@@ -10,11 +10,13 @@ import webdataset
 from configs.errors import UserError, printable
 from configs.files import atomic_file, write_atomic
 from data.decode import read_npy
+from data.masks import with_masks, with_tile_masks
 from data.planning import Part, PrepareOptions, ShardPlan, Written
 from data.pool import add_progress
 from data.reading import ImageError, Notes
 from data.reencode import Encoded, reencode_all
 from data.shards import index_tar
+from data.tars import MASK
 from data.tiles import cut
 
 
@@ -33,7 +35,7 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
     def samples() -> Iterator[dict[str, bytes | str]]:
         for part in plan.parts:
             item, label = part.item, part.label
-            for name, image, place in _images(part, options, notes):
+            for name, image, place, mask in _images(part, options, notes):
                 if isinstance(image, ImageError):
                     skipped.append(printable(f"{name}: {image.kind}: {image}"))
                     continue
@@ -45,6 +47,7 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
                 key = f"{part.number:09}{place_in_file}"  # -1, -2, ... for pages, -y0-x512 for tiles
                 about = {"name": name} | place | ({} if label is None else {"class": item.label}) | (item.targets or {})
                 members = {"__key__": key, kind: data, "json": json.dumps(about, default=str).encode()}
+                members |= {} if mask is None else {MASK: mask}
                 yield members | ({} if label is None else {"cls": str(label).encode()})
             add_progress(len(part.tiles))
 
@@ -55,16 +58,19 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
     return Written(shard, skipped, dict(notes))
 
 
-def _images(part: Part, options: PrepareOptions, notes: Notes) -> Iterator[tuple[str, Encoded | ImageError, dict]]:
-    """Name of each image of a file, the image or why it cannot be read, and of tiles their places."""
+def _images(
+    part: Part, options: PrepareOptions, notes: Notes
+) -> Iterator[tuple[str, Encoded | ImageError, dict, bytes | None]]:
+    """Name of each image of a file, the image or why it cannot be read, of tiles their places, and masks."""
     item = part.item
     if options.tile:
-        yield from cut(item, part.tiles, options, notes)
+        yield from with_tile_masks(cut(item, part.tiles, options, notes), item, options)
         return
     try:
         data = item.image_bytes()
     except UserError as error:
-        yield item.name, ImageError(str(error)), {}
+        yield item.name, ImageError(str(error)), {}, None
     else:
-        for name, image in reencode_all(data, item.name, options.resize, options.quality, options, notes):
-            yield name, image, {}
+        images = reencode_all(data, item.name, options.resize, options.quality, options, notes)
+        for name, image, mask in with_masks(images, data, item, options):
+            yield name, image, {}, mask

@@ -69,6 +69,10 @@ def parse(
         name = str((values | given).get(f"{key}.name", getattr(config, key).name))
         if name not in modules:
             raise UserError(f"{key}.name is {name}: there is no such {key} {nearest(name, modules)}")
+        if name != (recipes := str(values.get(f"{key}.name", getattr(config, key).name))):
+            if others := [other for other in values if other.startswith(f"{key}.") and other != f"{key}.name"]:
+                say(f"{path}: {', '.join(others)} left out: they are of {key} {recipes}, this is {name}")
+            values = {other: value for other, value in values.items() if other not in others}
         config = replace(config, **{key: modules[name].Settings(name=name)})
 
     parser = Parser(

@@ -18,6 +18,7 @@ from data.reading import DAMAGED, KINDS, NEED_OPTION, VALUES, ImageError, number
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
 from data.sources import Item
+from data.vectors import preview_lines, settle_targets
 
 KIND = re.compile(rf": ({'|'.join(KINDS)}): ")  # in a line of skipped.txt
 
@@ -44,11 +45,12 @@ def build(options: PrepareOptions) -> None:
 
 
 def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None) -> None:
+    items, targets = settle_targets(items)
     out, splits = options.out, hold_out(items, options.val_fraction)
     check_val(splits)
     survey = write_sheet = None
     if options.dry_run or not (out / "preview.png").exists():
-        survey, write_sheet = _preview(options, splits)
+        survey, write_sheet = _preview(options, splits, targets)
     if options.dry_run:
         write_sheet(out.with_name(f"{out.name}.preview.png"))
         print("no shards were written (--dry-run)")
@@ -70,10 +72,12 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
         write = partial(write_shard, options=options)
         written = run_tasks(write, missing, options.workers, sum(len(plan.items) for plan in missing))
         done |= dict(zip(missing, written, strict=True))
-    _finish(out, {plan: done[plan] for plan in plans}, classes)
+    _finish(out, {plan: done[plan] for plan in plans}, classes, targets)
 
 
-def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[dict, Callable[[Path], None]]:
+def _preview(
+    options: PrepareOptions, splits: dict[str, list[Item]], targets: dict | None
+) -> tuple[dict, Callable[[Path], None]]:
     """Print what the collection contains. Returns the survey for index.json, and what writes the contact sheet.
 
     Raises `UserError` if images need an option, before the work begins.
@@ -82,7 +86,7 @@ def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[di
     from data.survey import survey
 
     found = survey(options, splits)
-    lines = describe(found)
+    lines = describe(found, preview_lines(splits, targets))
     for line in lines:
         print(f"  {line}", flush=True)
     _check_options(found.refused)
@@ -151,12 +155,13 @@ def _by_kind(skipped: list[str]) -> str:
     )
 
 
-def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None) -> None:
+def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None, targets: dict | None) -> None:
     """Write skipped.txt and index.json, remove the records, print a summary."""
     splits = defaultdict(list)
     for plan, written in done.items():
         splits[plan.path.name.rsplit("-", 1)[0]].append(written.shard)
-    index = Index(dict(splits), classes, json.loads((out / "source.json").read_bytes()).get("survey"))
+    survey = json.loads((out / "source.json").read_bytes()).get("survey")
+    index = Index(dict(splits), classes, survey, targets)
     skipped = [line for written in done.values() for line in written.skipped]
     if not any(shard.samples for shard in index.shards):
         for plan in done:

@@ -14,9 +14,9 @@ from data.survey import MOST_COMPARED, TILE, Survey, value_range
 SHOWN, COLUMNS, GAP = 5, 8, 4  # entries in a line; pictures in a row; pixels between them
 
 
-def describe(found: Survey) -> list[str]:
-    """Lines of a preview; warnings begin with `warning:`."""
-    lines = [_split_line(split, classes) for split, classes in sorted(found.splits.items())]
+def describe(found: Survey, targets: list[str] = ()) -> list[str]:
+    """Lines of a preview, also those on targets; warnings begin with `warning:`."""
+    lines = [_split_line(split, classes, not targets) for split, classes in sorted(found.splits.items())] + [*targets]
     if not found.sampled:
         return lines
     of = f"of {found.sampled:,} looked at" if found.sampled < sum(map(Counter.total, found.splits.values())) else "all"
@@ -54,11 +54,11 @@ def _warnings(found: Survey) -> list[str]:
     return lines
 
 
-def _split_line(split: str, classes: Counter) -> str:
+def _split_line(split: str, classes: Counter, no_targets: bool) -> str:
     line = f"{split:<9} {counted(classes.total(), 'image')}"
     names = sorted((name for name in classes if name is not None), key=lambda name: (classes[name], name))
     if not names:
-        return f"{line}, no labels"
+        return f"{line}, no labels" if no_targets else line
     small, large = names[0], names[-1]
     line += f", {counted(len(names), 'class', 'classes')}: {printable(small)} ({classes[small]:,})"
     line += f" to {printable(large)} ({classes[large]:,})" if len(names) > 1 else ""

@@ -32,6 +32,7 @@ def main() -> None:
     from timm.utils import ModelEmaV3, random_seed
 
     from data.folder import open_for_training
+    from data.folds import fold_parts
     from data.loader import eval_loader, train_loader
     from finetune.finetuning import Finetuning
     from finetune.layer_decay import layer_decay
@@ -51,7 +52,11 @@ def main() -> None:
     data, optim = config.data, config.optim
     data.grid(arch.stem_stride)  # raises for a size that is not a multiple of the patch
     statistics = data.statistics(arch.channels)
-    train_split, eval_split = open_for_training(data), open_for_training(data, config.eval_split)
+    train_split = open_for_training(data)
+    if data.folds:
+        train_split, eval_split = fold_parts(train_split, data.fold, data.folds)
+    else:
+        eval_split = open_for_training(data, config.eval_split)
     task = TASKS[config.task.name].make_task(config, train_split, eval_split)
     transform, weights = task.train_transform(statistics[0]), task.sample_weights()
     images = len(train_split) if weights is None else np.count_nonzero(weights)
@@ -90,7 +95,7 @@ def main() -> None:
     trainer = Trainer(config, engine, loader, stage, world, identity, [eval_split])
     trainer.run()
     best, path = stage.best, trainer.folder / "best.pt"
-    say(f"best {config.eval_split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
+    say(f"best {stage.split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
     if world.first:
         task.draw(trainer.folder, stage.best_predictions)
         say(f"wrote {write_report(trainer.folder)}: open it in a browser")

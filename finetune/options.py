@@ -8,6 +8,7 @@ from pydantic import PositiveInt
 from configs.keys import argument, option, require
 from data.reading import Reading
 
+TTA = ("hflip", "vflip", "crops")  # views in test-time augmentation
 STDIN = "-"  # in place of paths: read them from standard input
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 
@@ -33,8 +34,12 @@ class DeviceOptions(ModelOptions):
 class ImageOptions(Reading, DeviceOptions):
     """Which model to use, where it runs, and how files of images are read."""
 
+    tta: tuple[str, ...] = option((), f"average the outputs for several views of each image: {', '.join(TTA)}")
+
     def __post_init__(self):
         super().__post_init__()
+        for name in self.tta:
+            require(name in TTA, "--tta", name, f"one or several of {', '.join(TTA)}")
         require(
             self.pages != "all", "--pages", self.pages, "first: a file has one prediction, shards may have all pages"
         )

@@ -61,12 +61,14 @@ def classify(options: Options) -> tuple[int, int]:
     from finetune.batches import PREFETCHED, find_pictures, picture_batches
     from finetune.inference import output_of
     from finetune.tasks import make_inference
+    from finetune.tta import with_views
     from launch.training.precision import precision
     from launch.training.world import destroy_world, init_world
     from models.opening import open_classifier
 
     task = make_inference(open_classifier(options.weights, options.ema, options.size))
     task.name_outputs(options.classes)
+    averaged = with_views(task, options.tta)
     paths = find_pictures(options.images)
     if options.annotate:
         options.annotate.mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,7 @@ def classify(options: Options) -> tuple[int, int]:
         raise UserError("finetune/predict.py runs in one process: start it with python, not with a launcher")
     kind = precision(Optim(precision=options.precision), world.device)
     trained = task.trained
-    model, mean, std = (x.to(world.device) for x in (trained.model, trained.mean, trained.std))
+    model, mean, std = (x.to(world.device) for x in (averaged, trained.mean, trained.std))
     prefetched = 0 if options.images == (STDIN,) else PREFETCHED  # answer whoever writes the paths at once
     kept = []
     done = failed = 0

@@ -25,6 +25,8 @@ PICTURES = {  # titles by file name; other pictures are shown under their names
     "reconstruction.png": "Images of the last batch and the model's output",
     "confusion.png": "Confusion matrix of the best weights",
     "calibration.png": "Calibration of the best weights",
+    "scatter.png": "Predictions of the best weights over true values",
+    "examples.png": "Examples of the evaluation split, with the predictions of the best weights",
 }
 CURVES = {  # by title of the plot: labels of curves by their names in log.jsonl; other scores are shown under theirs
     "loss": {"loss": "training"},

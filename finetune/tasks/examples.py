@@ -25,4 +25,4 @@ def _picture(images: Any, sample: int) -> Image.Image:
     try:
         return thumbnail(decode(images.read(sample)[0]))
     except UserError:  # damaged since it was evaluated
-        return Image.new("RGB", (1, 1))
+        return Image.new("RGB", (1, 1), "white")

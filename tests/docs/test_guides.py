@@ -35,6 +35,7 @@ HAS = {  # what the reader of a page is told to have
     "own-images": ("photos", "labelled", "new-photos"),
     "channels": ("scans", "fields", "rgb.pt"),
     "small-images": ("cifar10.tar.xz",),
+    "several-labels": ("photos", "labels.csv", "new-photos", "runs/photos/fcmae.pt"),
     "one-gpu": ("shards/photos",),
     "many-nodes": ("shards/photos",),
     "embed": ("photos", "new-photos", "runs/photos/fcmae.pt"),
@@ -99,7 +100,7 @@ def test_arguments_are_ones_that_the_scripts_take(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_keys_files_and_links_that_a_page_names_exist(page):
     text = (GUIDE / f"{page}.md").read_text()
-    stages = Pretrain(), Finetune(task=TASKS["classification"].Settings())
+    stages = Pretrain(), *(Finetune(task=module.Settings()) for module in TASKS.values())
     valid = {key for stage in stages for key, _ in keys(stage)}
     named = set(re.findall(r"--(\w+\.\w+)", text)) | set(
         re.findall(r"`((?:data|model|objective|task|optim|augment|probe|run)\.\w+)`", text)

@@ -63,7 +63,8 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
     plans = plan_shards(out, splits, classes, options.shard_size)
     done = _finished_shards(plans, options)
     missing = [plan for plan in plans if plan not in done]
-    if not missing and (out / "index.json").exists() and not any(plan.record.exists() for plan in plans):
+    listed = (out / "index.json").exists() and read_index(out).targets == targets  # those of older versions lack them
+    if not missing and listed and not any(plan.record.exists() for plan in plans):
         print(f"{out} is complete{', nothing is damaged' if options.repair else ' already'}")
         return
     if missing:

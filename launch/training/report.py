@@ -119,8 +119,9 @@ def next_commands(run: Path, config: dict) -> dict[str, str]:
     objective = config.get("objective", {}).get("name")
     best, pretrained = (shlex.quote(str(run / name)) for name in ("best.pt", f"{objective}.pt"))
     if (run / "best.pt").exists():
+        evaluate = f"python finetune/evaluate.py {best} {shards} --split {config['eval_split']}"
         return {
-            "evaluate it in detail": f"python finetune/evaluate.py {best} {shards} --split {config['eval_split']}",
+            **({} if config["data"].get("folds") else {"evaluate it in detail": evaluate}),  # a fold is no split
             "use it on images": f"python finetune/predict.py {best} photos/",
             "export it": f"python finetune/export.py {best} model.onnx --to onnx --images photos/",
             "use it in timm": f"python models/convert.py {best} model.safetensors --to timm",

@@ -58,4 +58,4 @@ def test_a_task_without_an_average_is_refused():
     with pytest.raises(UserError, match=r"--tta hflip: task boxes"):
         with_views(task, ["hflip"])
     with pytest.raises(UserError, match=r"--tta is flips.*hflip"):
-        ImageOptions("x.pt", tta=("flips",))
+        ImageOptions(weights="x.pt", tta=("flips",))

@@ -125,7 +125,7 @@ def test_its_weights_start_other_runs(trained, tagged, graded, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--task.metric", "top1"], "task.metric top1 nearest"),
+        (["--task.metric", "top1"], "task.metric top1 one of f1_macro"),
         (["--task.threshold", "2"], "task.threshold"),
         (["--task.mixup", "1"], "task.mixup"),
         (["--data.folds", "1"], "data.folds 1"),
@@ -139,7 +139,9 @@ def test_bad_keys(more, message, tagged, tmp_path, refused):
 def test_data_of_another_kind(measured, graded, tagged, source, tmp_path, refused):
     assert has(refused(main, *words(measured, tmp_path, "bad", "labels")), "labels numbers --label-column")
     assert has(refused(main, *words(graded, tmp_path, "bad", "labels")), "labels none --label-column")
-    assert has(refused(main, *words(source / "images", tmp_path, "bad", "labels")), "labels none")
+    assert has(
+        refused(main, *words(source / "images", tmp_path, "bad", "labels", "--eval_split", "train")), "labels none"
+    )
     assert has(refused(main, *words(tagged, tmp_path, "bad", "classification")), "without labels classification")
 
 

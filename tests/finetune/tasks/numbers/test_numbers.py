@@ -113,8 +113,9 @@ def test_predictions_and_export_are_in_units_of_the_data(trained, grades, measur
 def test_bad_input(tagged, measured, digits, source, tmp_path, refused):
     assert has(refused(main, *words(tagged, tmp_path, "bad", "numbers")), "numbers labels --label-column")
     kappa = refused(main, *words(measured, tmp_path, "bad", "numbers", "--task.metric", "kappa"))
-    assert has(kappa, "task.metric kappa nearest")
-    assert has(refused(main, *words(source / "images", tmp_path, "bad", "numbers")), "numbers none")
+    assert has(kappa, "task.metric kappa one of mae")
+    line = refused(main, *words(source / "images", tmp_path, "bad", "numbers", "--eval_split", "train"))
+    assert has(line, "numbers none")
 
 
 def test_classes_that_are_no_numbers(tmp_path, source, refused):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -11,6 +12,35 @@ from tests.conftest import has, run
 from tests.finetune.tasks.helpers import words
 
 
+def test_scores_of_complete_folds(tmp_path, monkeypatch, capsys):
+    """Folds are trained in turn, an interrupted one again, and summarised."""
+    trained = []
+
+    def train(launcher, words):
+        folder = Path(words[-3]) / words[-1]
+        trained.append((launcher, folder.name, words[words.index("--data.fold") + 1]))
+        if len(trained) == 2:
+            raise SystemExit(75)
+        folder.mkdir(parents=True)
+        best = {"epoch": 1, "weights": "raw", "top1": 0.1 * len(trained), "images": 10}
+        (folder / "summary.json").write_text(json.dumps({"best": best, "init": "none", "shown": "top-1"}))
+
+    monkeypatch.setattr("finetune.crossval.train", train)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/index.json").write_text("{}")
+    words = ["--data.path", tmp_path / "shards", "--run.folder", tmp_path, "--run.name", "cv", "--folds", "3"]
+    monkeypatch.setattr("sys.argv", ["crossval.py", *map(str, words), "--launcher", "deepspeed"])
+    with pytest.raises(SystemExit):
+        main()
+    main()
+    assert trained == [("deepspeed", f"fold-{i}", str(i)) for i in (0, 1, 1, 2)]
+    assert "fold 0 is complete" in capsys.readouterr().out
+    found = json.loads((tmp_path / "cv/summary.json").read_text())["scores"]["top1"]
+    values = [0.1 * i for i in (1, 3, 4)]
+    assert found == {"mean": pytest.approx(mean(values)), "std": pytest.approx(stdev(values)), "values": values}
+
+
+@pytest.mark.slow
 def test_folds_are_trained_once_and_summarised(tagged, tmp_path):
     command = ["finetune/crossval.py", "--folds", "2", *words(tagged, tmp_path, "cv", "labels", epochs=1)]
     run("python", *command)

@@ -12,7 +12,7 @@ from tests.conftest import has, run
 from tests.finetune.tasks.helpers import words
 
 
-def test_scores_of_complete_folds(tmp_path, monkeypatch, capsys):
+def test_scores_of_complete_folds(digits, tmp_path, monkeypatch, capsys):
     """Folds are trained in turn, an interrupted one again, and summarised."""
     trained = []
 
@@ -26,9 +26,7 @@ def test_scores_of_complete_folds(tmp_path, monkeypatch, capsys):
         (folder / "summary.json").write_text(json.dumps({"best": best, "init": "none", "shown": "top-1"}))
 
     monkeypatch.setattr("finetune.crossval.train", train)
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards/index.json").write_text("{}")
-    words = ["--data.path", tmp_path / "shards", "--run.folder", tmp_path, "--run.name", "cv", "--folds", "3"]
+    words = ["--data.path", digits, "--run.folder", tmp_path, "--run.name", "cv", "--folds", "3"]
     monkeypatch.setattr("sys.argv", ["crossval.py", *map(str, words), "--launcher", "deepspeed"])
     with pytest.raises(SystemExit):
         main()

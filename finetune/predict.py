@@ -1,4 +1,4 @@
-"""Classify pictures with trained weights: names and probabilities for each.
+"""Predict with trained weights: for each picture classes and their probabilities, labels, or numbers.
 
 python finetune/predict.py runs/photos-finetuned/best.pt cat.jpg dog.jpg
 python finetune/predict.py runs/photos-finetuned/best.pt inbox/ --csv inbox.csv --annotate inbox-annotated
@@ -6,8 +6,8 @@ find photos -name '*.jpg' | python finetune/predict.py runs/photos-finetuned/bes
 python finetune/predict.py convnextv2_tiny_1k_224_ema.pt cat.jpg --classes imagenet.txt
 
 Folders are searched recursively; `-` reads paths from standard input, one a line. Size, crop, normalisation and class
-names come from the weights. Unreadable pictures are reported on standard error; the others are classified, and the exit
-code is 2.
+names come from the weights. --tta hflip averages over mirrored pictures as well. Unreadable pictures are reported on
+standard error; predictions of the others are made, and the exit code is 2.
 """
 
 import sys

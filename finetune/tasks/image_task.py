@@ -63,7 +63,9 @@ class ImageTask:
 
 
 class RowTask(ImageTask):
-    """A task whose targets are the rows of `data/vectors.py`: `rows` [N, names] of the training split.
+    """A task whose targets are the rows of `data/vectors.py`.
+
+    `rows` [N, names] are those of the training split, `used` [M, names] those that are trained on.
 
     Raises:
         UserError: the data has no such targets, or a split has no image with one
@@ -85,6 +87,8 @@ class RowTask(ImageTask):
                 raise UserError(f"{where} has no image with {self.kind}: prepare it with --labels TABLE")
             if without:
                 say(f"{where}: {counted(without, 'image')} without {self.kind} are left out")
+        weights = self.sample_weights()
+        self.used = self.rows if weights is None else self.rows[weights > 0]
 
     def target_names(self, train: Split) -> list[str]:
         """Names of the outputs."""

@@ -34,7 +34,9 @@ class ClassifierTask(ImageTask):
         for split in (train, evaluation):
             if not train.classes or (split.labels() < 0).any():
                 where = f"{config.data.path}, split {split.name}"
-                raise UserError(f"{where} has images without labels, which classification needs")
+                kind = (getattr(train, "targets", None) or {}).get("kind")
+                way_out = f": its targets are {kind}, for another --task.name" if kind else ""
+                raise UserError(f"{where} has images without labels, which classification needs{way_out}")
         super().__init__(config, train, evaluation, len(train.classes))
         self.classes, settings, self.mixup = train.classes, config.task, None
         self.metric = choose_metric(settings.metric, METRICS)

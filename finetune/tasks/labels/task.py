@@ -31,11 +31,10 @@ class LabelsTask(RowTask):
         self.classes, self.metric = self.names, choose_metric(settings.metric, METRICS)
         best = settings.threshold == "best"
         self.threshold = None if best else (float(settings.threshold),) * self.outputs
-        known = self.rows[np.isfinite(self.rows).all(1)]
-        images, self.weights = known.sum(0), None
+        images, self.weights = self.used.sum(0), None
         if settings.class_weights:
-            odds = (len(known) - images) / np.maximum(images, 1)
-            self.weights = torch.from_numpy(np.maximum(odds, 1 / len(known)) ** settings.class_weights).float()
+            odds = (len(self.used) - images) / np.maximum(images, 1)
+            self.weights = torch.from_numpy(np.maximum(odds, 1 / len(self.used)) ** settings.class_weights).float()
         if unseen := [name for name, count in zip(self.names, images, strict=True) if not count]:
             say(f"warning: no image of split {train.name} has {', '.join(unseen[:5])}: never predicted")
 

@@ -28,7 +28,7 @@ class NumbersTask(RowTask):
 
     def __init__(self, config: Finetune, train: Split, evaluation: Split):
         super().__init__(config, train, evaluation)
-        rows = self.rows.astype(np.float64)
+        rows = self.used.astype(np.float64)
         known = np.isfinite(rows)
         if empty := [name for name, count in zip(self.names, known.sum(0), strict=True) if not count]:
             raise UserError(f"{train.folder}, split {train.name}: no image has a value of {empty[0]}")

@@ -35,7 +35,7 @@ class Predictions(scores.Predictions):
 class Task(ClassifierTask):
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.metric, self.classes = "negative_loss", None
+        self.metric = "negative_loss"
 
     def build(self, arch):
         model = ConvNeXt(arch)

@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from scipy.io import savemat
 
 from configs.errors import UserError
 from data import prepare
-from data.shards import Split, read_index
+from data.shards import Split, read_index, write_index
+from data.suggest import finetune_command
 from data.vectors import all_targets, reader
 from tests.conftest import has
 from tests.data.helpers import as_folder, as_ilsvrc, as_tar, collection, picture
@@ -209,6 +212,20 @@ def test_numbers_of_json_files_and_their_preview(tmp_path, capsys):
 def test_targets_of_another_type_are_refused(content, words, tmp_path):
     files = {"0.jpg": picture(0), "0.json": json.dumps(content).encode()}
     assert has(refusal(as_folder(files, tmp_path / "in"), tmp_path / "out"), words)
+
+
+def test_a_second_run_lists_targets_that_an_older_version_did_not(tmp_path, capsys):
+    table = write(tmp_path / "x.csv", [{"file": f"{i}.jpg", "tags": "a|b"} for i in range(4)])
+    args = as_folder(IMAGES, tmp_path / "in"), tmp_path / "out", "--labels", table, "--label-column", "tags"
+    prepared(*args)
+    index = read_index(tmp_path / "out")
+    write_index(tmp_path / "out", replace(index, targets=None))
+    prepared(*args)
+    assert read_index(tmp_path / "out") == index and index.targets["names"] == ["a", "b"]
+    prepared(*args)
+    assert "complete already" in capsys.readouterr().out
+    command = finetune_command(Path("fcmae.pt"), {"data": {"path": str(tmp_path / "out")}, "run": {"name": "x"}})
+    assert "--task.name labels" in command
 
 
 def test_targets_of_other_tools_are_indexed(tmp_path):

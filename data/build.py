@@ -21,6 +21,7 @@ from data.reading import DAMAGED, KINDS, MASK_CLASS, MASK_SIZE, NEED_OPTION, NO_
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
 from data.sources import Item
+from data.vectors import preview_lines, settle_targets
 
 if TYPE_CHECKING:
     from data.survey import Survey
@@ -50,9 +51,11 @@ def build(options: PrepareOptions) -> None:
 
 
 def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None) -> None:
+    items, targets = settle_targets(items)
     out, splits = options.out, hold_out(items, options.val_fraction, tiled=options.tile is not None)
     counts = count_classes(splits)
-    for line in split_lines(counts):
+    lines = [*split_lines(counts), *preview_lines(splits, targets)]
+    for line in lines:
         print(f"  {line}", flush=True)
     check_val(counts)
     sizes = None
@@ -62,7 +65,7 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
         sizes = measure(items, options)
     survey = write_sheet = None
     if options.dry_run or not (out / "preview.png").exists():
-        survey, write_sheet = _preview(options, splits, sizes)
+        survey, write_sheet = _preview(options, splits, sizes, lines)
     if options.dry_run:
         write_sheet(out.with_name(f"{out.name}.preview.png"))
         print("no shards were written (--dry-run)")
@@ -76,7 +79,10 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
     plans = plan_shards(out, splits, classes, options.shard_size, tiles)
     done = _finished_shards(plans, options)
     missing = [plan for plan in plans if plan not in done]
-    if not missing and (out / "index.json").exists() and not any(plan.record.exists() for plan in plans):
+    listed = (out / "index.json").exists()
+    if listed and targets:
+        listed = read_index(out).targets == targets  # those of older versions lack them
+    if not missing and listed and not any(plan.record.exists() for plan in plans):
         print(f"{out} is complete{', nothing is damaged' if options.repair else ' already'}")
         return
     if missing:
@@ -87,11 +93,11 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
             write, missing, options.workers, sum(len(part.tiles) for plan in missing for part in plan.parts)
         )
         done |= dict(zip(missing, written, strict=True))
-    _finish(out, {plan: done[plan] for plan in plans}, classes, options)
+    _finish(out, {plan: done[plan] for plan in plans}, classes, targets, options)
 
 
 def _preview(
-    options: PrepareOptions, splits: dict[str, list[Item]], sizes: Sizes | None
+    options: PrepareOptions, splits: dict[str, list[Item]], sizes: Sizes | None, first: list[str]
 ) -> tuple[dict, Callable[[Path], None]]:
     """Print what the collection contains. Returns the survey for index.json, and what writes the contact sheet.
 
@@ -106,7 +112,7 @@ def _preview(
         print(f"  {line}", flush=True)
     _check_options(found.refused)
     _check_masks(found)
-    return found.as_plain() | {"preview": [*split_lines(count_classes(splits)), *lines]}, partial(write_pictures, found)
+    return found.as_plain() | {"preview": [*first, *lines]}, partial(write_pictures, found)
 
 
 def _check_options(refused: list[tuple[str, ImageError]]) -> None:
@@ -179,22 +185,23 @@ def _by_kind(skipped: list[str]) -> str:
     )
 
 
-def _targets(options: PrepareOptions, survey: dict) -> dict | None:
-    """What index.json says about targets."""
-    if not options.masks:
-        return None
+def _mask_targets(options: PrepareOptions, survey: dict) -> dict:
+    """What index.json says about masks."""
     classes = read_classes(options.mask_classes, options.ignore)
     about = {"kind": "mask", "names": classes.names, "ignore": classes.void}
     return about | ({"pixels": survey["mask_pixels"]} if "mask_pixels" in survey else {})
 
 
-def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None, options: PrepareOptions) -> None:
+def _finish(
+    out: Path, done: dict[ShardPlan, Written], classes: list[str] | None, targets: dict | None, options: PrepareOptions
+) -> None:
     """Write skipped.txt and index.json, remove the records, print a summary."""
     splits = defaultdict(list)
     for plan, written in done.items():
         splits[plan.path.name.rsplit("-", 1)[0]].append(written.shard)
     survey, tiled = json.loads((out / "source.json").read_bytes()).get("survey"), options.tile is not None
-    index = Index(dict(splits), classes, survey, _targets(options, survey or {}))
+    targets = _mask_targets(options, survey or {}) if options.masks else targets
+    index = Index(dict(splits), classes, survey, targets)
     skipped = list(dict.fromkeys(line for written in done.values() for line in written.skipped))  # shards share images
     if not any(shard.samples for shard in index.shards):
         for plan in done:

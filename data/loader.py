@@ -21,7 +21,7 @@ from data.reading import MAX_PIXELS, ImageError
 from data.remote import Remote
 from data.sampler import SUBSTITUTES, EpochOrder, EvalBatches, TrainBatches
 from data.shards import Split
-from data.transforms import crop_shrink, sample_rng, to_float
+from data.transforms import RowTransform, crop_shrink, sample_rng, to_float
 
 MAX_WORKERS = 8
 MAX_REPLACEMENTS = 20  # images tried in place of a damaged one
@@ -196,7 +196,7 @@ def train_loader(
 ) -> Loader:
     """All micro batches of a rank, over all epochs. For `weights` of the samples see `EpochOrder`.
 
-    JPEGs are decoded for the crop of `random_crop`, unless targets are read: they belong to the whole image.
+    JPEGs are decoded for the crop of `random_crop`, unless targets are read that belong to places of the image.
 
     Raises `UserError` if the split is smaller than one global batch.
     """
@@ -206,7 +206,7 @@ def train_loader(
     if batches.steps_per_epoch == 0:
         problem = f"{split.folder} has {len(order)} samples in split {split.name}, fewer than one batch"
         raise UserError(f"{problem}: lower optim.batch_size (now {optim.batch_size})")
-    crops = data if data.shrink_jpeg and not read_target else None
+    crops = data if data.shrink_jpeg and (not read_target or isinstance(transform, RowTransform)) else None
     samples = Samples(split, channels, seed, transform, False, crops, data.max_pixels, read_target)
     return Loader(samples, batches, data.workers, pin)
 

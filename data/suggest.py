@@ -4,7 +4,9 @@ import json
 import shlex
 from pathlib import Path
 
-from data.shards import Index
+from configs.errors import UserError
+from data.shards import Index, read_index
+from data.vectors import KINDS
 
 SIZES = {40: (32, 1), 56: (48, 1), 80: (64, 2), 112: (96, 2), 176: (128, 4)}  # shorter side up to: size, stem stride
 
@@ -64,4 +66,12 @@ def finetune_command(weights: Path, config: dict) -> str:
             words += ["--data.size", json.dumps(size).replace(" ", "")]
         if config.get("model", {}).get("channels", 3) != 3:
             words += ["--augment.auto_augment", "null", "--data.mean", "null", "--data.std", "null"]
-    return shlex.join([*words, "--run.name", f"{config['run']['name']}-finetuned"])
+    return shlex.join([*words, *_task_options(data["path"]), "--run.name", f"{config['run']['name']}-finetuned"])
+
+
+def _task_options(path: str) -> list[str]:
+    try:
+        targets = read_index(Path(path)).targets
+    except UserError:  # a URL, or images without shards
+        return []
+    return ["--task.name", targets["kind"]] if targets and targets["kind"] in KINDS else []

@@ -50,18 +50,25 @@ def thumbnails(source: str, rows: Sequence[tuple[str, int, str]], reading: Readi
     return copies
 
 
-def write_sheet(path: Path, cells: Sequence[tuple[Image.Image, str, str]]) -> None:
-    """Write a PNG of cells: a thumbnail, and two lines of text below it."""
-    font, columns = ImageFont.truetype(str(FONT), LETTERS), min(COLUMNS, len(cells))
+def write_sheet(path: Path, groups: dict[str, Sequence[tuple[Image.Image, str, str]]]) -> None:
+    """Write a PNG of groups of cells by title: a thumbnail, and two lines of text below it."""
+    font, columns = ImageFont.truetype(str(FONT), LETTERS), min(COLUMNS, max(map(len, groups.values())))
     line = LETTERS + 4
-    height = CELL + 2 * line + GAP
-    sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, -(-len(cells) // columns) * height + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, *lines) in enumerate(cells):
-        left, top = GAP + i % columns * (CELL + GAP), GAP + i // columns * height
-        sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
-        for number, text in enumerate(lines):
-            draw.text((left, top + CELL + 2 + number * line), _fit(text, font), fill="black", font=font)
+    title_height, cell_height = 2 * line, CELL + 2 * line + GAP
+    rows = {title: -(-len(cells) // columns) for title, cells in groups.items()}
+    height = sum(title_height * bool(title) + cell_height * count for title, count in rows.items()) + GAP
+    sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, height), "white")
+    draw, start = ImageDraw.Draw(sheet), GAP
+    for title, cells in groups.items():
+        if title:
+            draw.text((GAP, start + LETTERS // 2), title, fill="black", font=font)
+            start += title_height
+        for i, (image, *lines) in enumerate(cells):
+            left, top = GAP + i % columns * (CELL + GAP), start + i // columns * cell_height
+            sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
+            for number, text in enumerate(lines):
+                draw.text((left, top + CELL + 2 + number * line), _fit(text, font), fill="black", font=font)
+        start += rows[title] * cell_height
     with atomic_file(path) as file:
         sheet.save(file, "png")
 

@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     if cells:
         from finetune.contact_sheet import write_sheet
 
-        write_sheet(options.sheet, cells)
+        write_sheet(options.sheet, {"": cells})
         print(f"wrote {options.sheet}: {len(cells)} images")
     elif options.sheet:
         print(f"{options.sheet} not written: the list is empty")

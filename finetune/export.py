@@ -80,11 +80,11 @@ def main(argv: list[str] | None = None) -> None:
     free = free_sides(weights)
     if not (all(free) or weights.outputs):
         print(f"  sides below {min_free_side(weights.arch)} pixels are fixed in the graph: --size sets larger ones")
-    batches = comparison_batches(images, free)
+    batches, one_class = comparison_batches(images, free), weights.outputs > 0
     expected = [predict_with(source)(batch) for batch in batches]
     if options.fp16:
         deployed = to_fp16(source)
-        check_fp16(source, deployed, expected, batches)
+        check_fp16(source, deployed, expected, batches, one_class)
         encoder, head = ({name: x.half() for name, x in part.items()} for part in (weights.encoder, weights.head))
         weights = replace(weights, encoder=encoder, head=head)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
         export(part, to, deployed, weights, outputs)
         with explain_errors(to):
             exported = load_exported(part, to, weights)
-            largest = compare(expected, exported, batches, options.fp16, f"{out} is not written: it")
+            largest = compare(
+                expected, exported, batches, options.fp16, f"{out} is not written: it", weights.outputs > 0
+            )
         files = move_files(Path(folder), out)
     written = f"{' and '.join(map(str, files))}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
     shapes = ", ".join("x".join(map(str, batch.shape)) for batch in batches)

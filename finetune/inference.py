@@ -1,9 +1,11 @@
 """Inference with trained models: predictions for a split on any number of ranks, and the interface of a task."""
 
 from collections.abc import Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,16 @@ class Predictions(Protocol):
 
     def scores(self) -> dict[str, float]:
         """Means over the samples, by name."""
+
+
+def join(parts: list) -> Any:
+    """Concatenate predictions, dataclasses of arrays [N, ...] with `sample` [N], in the order of the samples.
+
+    Fields that are not arrays must be equal in all parts.
+    """
+    rows = {field.name for field in fields(parts[0]) if isinstance(getattr(parts[0], field.name), np.ndarray)}
+    order = np.argsort(np.concatenate([part.sample for part in parts]))
+    return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in rows})
 
 
 class Collector(Protocol):
@@ -65,6 +77,9 @@ class Inference(Collector, Protocol):
 
     def predict(self, output: Any, batch: dict[str, Tensor], paths: list[Path], top: int) -> list[Any]:
         """Predictions, with `path` and `lines` (text), of pictures; `top` classes each if the task has classes."""
+
+    def average(self, outputs: list[Any]) -> Any:
+        """Mean output for views of the same images, for --tta. Optional."""
 
     def annotate(self, folder: Path, number: int, prediction: Any, reading: Reading) -> None:
         """Write a copy of a picture, read as before, with its prediction; `number` makes the file name unique."""

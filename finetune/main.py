@@ -31,6 +31,7 @@ def main() -> None:
     import numpy as np
     from timm.utils import ModelEmaV3, random_seed
 
+    from data.folds import fold_parts
     from data.loader import eval_loader, train_loader
     from finetune.finetuning import Finetuning
     from finetune.layer_decay import layer_decay
@@ -55,7 +56,8 @@ def main() -> None:
     world = init_world(config.run) if ranks is None else None
     recorded = recorded_optim(config.run, "fine-tuning") if world else {}
     collection = Images(config.run, world, resumed=bool(recorded))
-    train_split, eval_split = collection.open(data, [data.split, config.eval_split])
+    splits = collection.open(data, [data.split] if data.folds else [data.split, config.eval_split])
+    train_split, eval_split = fold_parts(*splits, data.fold, data.folds) if data.folds else splits
     task = TASKS[config.task.name].make_task(config, train_split, eval_split)
     transform, weights = task.train_transform(statistics[0]), task.sample_weights()
     images = len(train_split) if weights is None else np.count_nonzero(weights)
@@ -93,7 +95,7 @@ def main() -> None:
     trainer = Trainer(config, engine, loader, stage, world, identity, [eval_split])
     trainer.run()
     best, path = stage.best, trainer.folder / "best.pt"
-    say(f"best {config.eval_split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
+    say(f"best {stage.split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
     if world.first:
         task.draw(trainer.folder, stage.best_predictions)
         say(f"wrote {write_report(trainer.folder)}: open it in a browser")

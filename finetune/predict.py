@@ -1,4 +1,4 @@
-"""Classify or segment pictures with trained weights: names and probabilities, or masks, for each.
+"""Predict with trained weights: for each picture classes and their probabilities, labels, numbers, or a mask.
 
 python finetune/predict.py runs/photos-finetuned/best.pt cat.jpg dog.jpg
 python finetune/predict.py runs/photos-finetuned/best.pt inbox/ --csv inbox.csv --annotate inbox-annotated
@@ -6,9 +6,9 @@ find photos -name '*.jpg' | python finetune/predict.py runs/photos-finetuned/bes
 python finetune/predict.py convnextv2_tiny_1k_224_ema.pt cat.jpg --classes imagenet.txt
 
 Folders are searched recursively; `-` reads paths from standard input, one a line. Size, crop, normalisation and class
-names come from the weights. Of a segmentation model, --annotate writes masks (index PNG) and pictures in their colours;
-the table has each class's share of the pixels. Unreadable pictures are reported on standard error; the others are
-predicted, and the exit code is 2.
+names come from the weights. --tta hflip averages over mirrored pictures as well. Of a segmentation model, --annotate
+writes masks (index PNG) and pictures in their colours; the table has each class's share of the pixels. Unreadable
+pictures are reported on standard error; the others are predicted, and the exit code is 2.
 """
 
 import sys
@@ -62,12 +62,14 @@ def classify(options: Options) -> tuple[int, int]:
     from finetune.batches import PREFETCHED, find_pictures, picture_batches
     from finetune.inference import output_of
     from finetune.tasks import make_inference
+    from finetune.tta import with_views
     from launch.training.precision import precision
     from launch.training.world import destroy_world, init_world
     from models.opening import open_classifier
 
     task = make_inference(open_classifier(options.weights, options.ema, options.size))
     task.name_outputs(options.classes)
+    averaged = with_views(task, options.tta)
     paths = find_pictures(options.images)
     if options.annotate:
         options.annotate.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ def classify(options: Options) -> tuple[int, int]:
         raise UserError("finetune/predict.py runs in one process: start it with python, not with a launcher")
     kind = precision(Optim(precision=options.precision), world.device)
     trained = task.trained
-    model, mean, std = (x.to(world.device) for x in (trained.model, trained.mean, trained.std))
+    model, mean, std = (x.to(world.device) for x in (averaged, trained.mean, trained.std))
     prefetched = 0 if options.images == (STDIN,) else PREFETCHED  # answer whoever writes the paths at once
     kept = []
     done = failed = 0

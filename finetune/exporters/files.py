@@ -58,6 +58,8 @@ def metadata(weights: Weights, outputs: dict[str, str], precision: str) -> dict:
     height, width = (f"{name}{rule}" if free else str(side) for name, side, free in sides)
     image = f"float32 [batch, {arch.channels}, {height}, {width}], 0 to 1, resized and cropped, not normalised"
     about = {"model": arch.name, "precision": precision, "input": {IMAGE: image}, "output": outputs}
+    if weights.head and weights.task:
+        about |= {"task": weights.task, **weights.task_config}  # thresholds, names of numbers
     return about | {"classes": weights.classes} | weights.preprocessing.to_dict()
 
 

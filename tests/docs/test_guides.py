@@ -35,6 +35,7 @@ HAS = {  # what the reader of a page is told to have
     "own-images": ("photos", "labelled", "new-photos"),
     "channels": ("scans", "fields", "rgb.pt"),
     "small-images": ("cifar10.tar.xz",),
+    "several-labels": ("photos", "labels.csv", "new-photos", "runs/photos/fcmae.pt"),
     "one-gpu": ("shards/photos",),
     "many-nodes": ("shards/photos",),
     "segment": ("streets", "new-photos"),

@@ -18,7 +18,7 @@ from data.folder import Folder, read_image
 from data.masks import encode_mask
 from data.reading import Reading
 from data.shards import Split
-from finetune.tasks.classification.inference import write_rows
+from finetune.tasks.image_inference import write_rows
 from finetune.tasks.segmentation import scores
 from finetune.tasks.segmentation.model import HeadConfig, Segmenter
 from finetune.tasks.segmentation.scores import Predictions

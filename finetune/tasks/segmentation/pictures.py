@@ -9,7 +9,8 @@ from torch import Tensor
 from configs.files import atomic_file
 from data.masks import class_colours, decode_mask, overlay
 from data.transforms import to_rgb
-from finetune.tasks.classification.pictures import CONFUSED_CLASSES, FONT, MAX_CLASSES, matrix_picture
+from finetune.tasks.classification.pictures import CONFUSED_CLASSES, MAX_CLASSES, matrix_picture
+from finetune.tasks.pictures import FONT
 from finetune.tasks.segmentation.scores import Example, Predictions
 
 GAP, LETTERS = 8, 13  # pixels

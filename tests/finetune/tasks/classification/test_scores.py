@@ -14,7 +14,7 @@ from launch.training.world import World
 
 LOGITS = torch.tensor([[9.0, 5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]])
 LABELS = torch.tensor([0, 6, 1, -1])  # right, right, sixth best, padding
-TASK = SimpleNamespace(collect=scores.collect, join=join)
+TASK = SimpleNamespace(run=lambda model, image, batch: model(image), collect=scores.collect, join=join)
 STATISTICS = torch.zeros(1), torch.ones(1)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from data.layouts import arrange
 from data.listing import Listing, list_source
 from data.reading import KEPT, Reading, sniff
 from data.remote import is_url
-from data.shards import Split, open_split
+from data.shards import Split, open_folder, open_split, read_index
 from data.sources import Item
 from data.tars import IMAGE_TYPES, split_member_name
 
@@ -140,6 +141,24 @@ def open_for_training(data: Data, name: str | None = None) -> Split | Folder:
     if is_collection(data.path):
         return Folder(Path(data.path), name or data.split, strict=True)
     return open_split(data, name)
+
+
+def count_labels(path: str) -> dict[str, Counter]:
+    """Images of each class (None = no label) in each split of shards or of a collection, which may be only `train`.
+
+    Raises `UserError` if there are no images.
+    """
+    counts: dict[str, Counter] = {}
+    if is_collection(path):
+        with list_source(path, None) as listing:
+            for item in arrange(listing)[0]:
+                counts.setdefault(item.split or "train", Counter())[item.label] += 1
+        return counts
+    for name in read_index(open_folder(Data(path))).splits:
+        counts[name] = Counter(
+            label if label >= 0 else None for label in open_split(Data(path), name).labels().tolist()
+        )
+    return counts
 
 
 def sample_names(images: Split | Folder) -> list[str]:

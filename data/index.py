@@ -9,18 +9,16 @@ import numpy as np
 from configs.errors import UserError
 from data.pool import add_progress, run_tasks
 from data.shards import Index, Shard, find_damage, index_file, index_tar, read_index, repair_hint, write_index
-from data.suggest import pretrain_command
 from data.tars import read_rows
 
 
 def describe(folder: Path) -> None:
-    """Print the content of a folder of shards, and a command that trains on it."""
+    """Print the content of a folder of shards."""
     index = read_index(folder)
     for split, shards in index.splits.items():
         samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
         print(f"  {split:9} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
     print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
-    print(f"ready: {pretrain_command(folder, index)}")
 
 
 def index_folder(folder: Path, workers: int) -> None:

@@ -61,6 +61,7 @@ class PrepareOptions(Reading):
     test: str | None = option(None, "another source: its images are split test")
     test_labels: Path | None = option(None, "labels of split test, as --labels")
     dry_run: bool = option(False, "look at the images and write OUT.preview.png; no shards")
+    no_plan: bool = option(False, "do not plan a training on the shards (launch/plan.py)")
     index: bool = option(False, "index the .tar files of other tools in SOURCE")
     verify: bool = option(False, "check every byte of the shards in SOURCE")
     repair: bool = option(

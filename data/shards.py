@@ -229,14 +229,21 @@ class Split:
         return {**self.__dict__, "_open_shards": OrderedDict()}
 
 
+def open_folder(data: Data) -> Path | Remote:
+    """The folder of shards at `data.path`, which may be a URL."""
+    if not is_url(data.path):
+        return Path(data.path)
+    return Remote(data.path, Cache(Path(data.cache), int(data.cache_gb * 1e9)))
+
+
 def open_split(data: Data, name: str | None = None) -> Split:
     """Open a split of the shards at `data.path`, by default `data.split`.
 
     Raises `UserError` if it does not exist, or data.cache_gb is too small for the shards that are in use at a time.
     """
-    if not is_url(data.path):
-        return Split(Path(data.path), name or data.split)
-    split = Split(Remote(data.path, Cache(Path(data.cache), int(data.cache_gb * 1e9))), name or data.split)
+    split = Split(open_folder(data), name or data.split)
+    if isinstance(split.folder, Path):
+        return split
     largest = sorted((shard.bytes + max_index_bytes(shard) for shard in split.shards), reverse=True)
     required = sum(largest[: 2 * WINDOW])  # a window that is read, and the next one
     if required > split.folder.cache.limit:

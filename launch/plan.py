@@ -1,0 +1,80 @@
+"""Plan a pretraining and a fine-tuning: look at the images, choose a recipe, measure a few steps on this machine.
+
+python launch/plan.py shards/photos                      -> shards/photos/plan.yaml
+python launch/plan.py photos/ --out photos.yaml          images without shards: a folder, zip or tar
+
+The plan is a recipe with a reason for each choice: read and edit it, then train with both stages' `--config`.
+data/prepare.py makes one for its shards. Make another one on the machine that will train.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
+
+from configs.checks import check_new
+from configs.command import parse_options
+from configs.errors import printable, run_main
+from configs.files import write_atomic
+from configs.keys import argument, option
+from configs.schema import Data
+from data.folder import is_collection
+from data.remote import is_url
+from data.shards import open_folder, read_index
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    source: str = argument("folder of shards or its URL; or a folder, zip or tar of images")
+    out: Path | None = option(None, "file to write (default: SHARDS/plan.yaml, or NAME.plan.yaml for other sources)")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "to plan for; auto = a GPU if there is one")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    options = parse_options(Options, __doc__, argv)
+    source, local = options.source, not is_url(options.source)
+    if not is_collection(source):
+        read_index(open_folder(Data(source)))  # raises for what are no shards
+
+    from launch.plans.choices import run_name  # imports torch
+
+    name = run_name(source)
+    shards = local and not is_collection(source)
+    out = options.out or (Path(source) / "plan.yaml" if shards else Path(f"{name}.plan.yaml"))
+    check_new(out)
+    make_plan(source, name, out, options.device)
+
+
+def make_plan(source: str, name: str, out: Path, wanted: str) -> None:
+    """Look, choose, measure, write and print."""
+    import torch
+
+    from launch.plans.choices import choose
+    from launch.plans.facts import find_facts
+    from launch.plans.measure import measure, start_device
+    from launch.plans.text import commands, recipe, summary
+    from launch.training.summary import hardware
+
+    print(f"planning for {printable(source)}: looking at images", flush=True)
+    facts, images = find_facts(source)
+    device, ranks = start_device(wanted)
+    choices, about = choose(facts, device.type, ranks, name, out), hardware(device, ranks, torch.get_num_threads())
+    print(f"measuring a few steps on {about}, 10 to 20 seconds", flush=True)
+    stages = list(measure(facts, choices, images, device, ranks))
+    lines = commands(out, choices, ranks > 1)
+    write_atomic(out, recipe(facts, choices, stages, about, lines).encode())
+    for line in summary(facts, choices, stages):
+        print(f"  {line}")
+    print(f"wrote {printable(out)}: the plan, a recipe with reasons; edit it if you know better")
+    print(f"ready: {lines[0]}")
+    for line in lines[1:]:
+        print(f"then:  {line}")
+
+
+if __name__ == "__main__":
+    run_main(main)

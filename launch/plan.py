@@ -41,8 +41,6 @@ def main(argv: list[str] | None = None) -> None:
     if not is_collection(source):
         read_index(open_folder(Data(source)))  # raises for what are no shards
 
-    from launch.plans.choices import run_name  # imports torch
-
     name = run_name(source)
     shards = local and not is_collection(source)
     out = options.out or (Path(source) / "plan.yaml" if shards else Path(f"{name}.plan.yaml"))
@@ -50,9 +48,16 @@ def main(argv: list[str] | None = None) -> None:
     make_plan(source, name, out, options.device)
 
 
+def run_name(path: str) -> str:
+    """Name of the runs on a collection: that of its folder, or of its file without the suffix."""
+    if is_url(path) or not Path(path).is_file():
+        return Path(path).absolute().name or "images"
+    return Path(path).name.split(".")[0] or "images"
+
+
 def make_plan(source: str, name: str, out: Path, wanted: str) -> None:
     """Look, choose, measure, write and print."""
-    import torch
+    import torch  # slow imports, after the checks
 
     from launch.plans.choices import choose
     from launch.plans.facts import find_facts

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from configs.recipes import RECIPES, load_recipe
-from data.remote import is_url
 from launch.plans.facts import Facts, evaluated_split, why_no_finetuning
 
 SIDES = {40: (32, 1), 56: (48, 1), 80: (64, 2), 112: (96, 2), 176: (128, 4)}  # shorter side up to: size, stem stride
@@ -188,10 +187,3 @@ def _two_digits(number: float) -> int:
     """A number rounded to two digits."""
     digits = max(0, len(str(round(number))) - 2)
     return round(number / 10**digits) * 10**digits
-
-
-def run_name(path: str) -> str:
-    """Name of the runs on a collection: that of its folder, or of its file without the suffix."""
-    if is_url(path) or not Path(path).is_file():
-        return Path(path).absolute().name or "images"
-    return Path(path).name.split(".")[0] or "images"

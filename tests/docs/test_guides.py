@@ -17,6 +17,7 @@ from configs.schema import Encoder, FCMAESettings, Finetune, Pretrain, PretrainM
 from data import prepare
 from finetune import curate, embed, evaluate, export, predict, probe
 from finetune.tasks import TASKS
+from launch import plan
 from launch.training.memory import MEASURED_BATCHES, measure_activations
 from models import convert
 from models.convnext import ConvNeXt
@@ -45,6 +46,7 @@ PARSERS = {
     "pretrain/main.py": partial(parse, Pretrain, "pretrain/digits.yaml", "", {"objective": OBJECTIVES}),
     "finetune/main.py": partial(parse, Finetune, "finetune/digits.yaml", "", {"task": TASKS}),
     "data/prepare.py": prepare.parse,
+    "launch/plan.py": partial(parse_options, plan.Options, ""),
     "models/convert.py": partial(parse_options, convert.Options, ""),
     "finetune/evaluate.py": partial(parse_options, evaluate.Options, ""),
     "finetune/predict.py": partial(parse_options, predict.Options, ""),

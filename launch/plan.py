@@ -7,6 +7,7 @@ The plan is a recipe with a reason for each choice: read and edit it, then train
 data/prepare.py makes one for its shards. Make another one on the machine that will train.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 
 from configs.checks import check_new
 from configs.command import parse_options
-from configs.errors import printable, run_main
+from configs.errors import UserError, printable, run_main
 from configs.files import write_atomic
 from configs.keys import argument, option
 from configs.schema import Data
 from data.folder import is_collection
 from data.remote import is_url
 from data.shards import open_folder, read_index
+
+BUSY = 1.5  # running processes per core
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     shards = local and not is_collection(source)
     out = options.out or (Path(source) / "plan.yaml" if shards else Path(f"{name}.plan.yaml"))
     check_new(out)
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise UserError(f"{out.parent} is read-only: choose another place with --out")
     make_plan(source, name, out, options.device)
 
 
@@ -68,11 +73,15 @@ def make_plan(source: str, name: str, out: Path, wanted: str) -> None:
     print(f"planning for {printable(source)}: looking at images", flush=True)
     facts, images = find_facts(source)
     device, ranks = start_device(wanted)
-    choices, about = choose(facts, device.type, ranks, name, out), hardware(device, ranks, torch.get_num_threads())
-    print(f"measuring a few steps on {about}, 10 to 20 seconds", flush=True)
+    machine = hardware(device, ranks, torch.get_num_threads())
+    choices = choose(facts, device.type, ranks, name, out)
+    print(f"measuring a few steps on {machine}, 10 to 20 seconds", flush=True)
+    if os.getloadavg()[0] > BUSY * len(os.sched_getaffinity(0)):
+        machine += ", busy with other work while measuring"
+        print("this machine is busy: measuring takes longer, and the times are too long", flush=True)
     stages = list(measure(facts, choices, images, device, ranks))
     lines = commands(out, choices, ranks > 1)
-    write_atomic(out, recipe(facts, choices, stages, about, lines).encode())
+    write_atomic(out, recipe(facts, choices, stages, machine, lines).encode())
     for line in summary(facts, choices, stages):
         print(f"  {line}")
     print(f"wrote {printable(out)}: the plan, a recipe with reasons; edit it if you know better")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError
+from configs.shell import quote
 from data.pool import add_progress, run_tasks
 from data.shards import Index, Shard, find_damage, index_file, index_tar, read_index, repair_hint, write_index
 from data.tars import read_rows
@@ -60,7 +61,7 @@ def verify(folder: Path, workers: int) -> None:
     damage = list(filter(None, check_every_byte(folder, shards, workers)))
     if damage:
         print("\n".join(damage))
-        way_out = f"or keep the undamaged images with `python data/prepare.py {folder} --repair`"
+        way_out = f"or keep the undamaged images with `python data/prepare.py {quote(str(folder))} --repair`"
         problem = f"{len(damage)} of {len(shards)} shards are damaged, listed above"
         raise UserError(f"{folder}: {problem}: fetch or prepare them again, {way_out}")
     print(f"{folder}: {len(shards):,} shards, {sum(shard.samples for shard in shards):,} images, no damage")

@@ -22,6 +22,7 @@ from shutil import copyfileobj
 from typing import BinaryIO
 
 from configs.errors import UserError, counted, printable, reason
+from configs.shell import quote
 from data.reading import HEAD_BYTES, sniff
 from data.sources import READABLE, Item, open_zip
 from data.tars import CHUNK_BYTES, check_end, member_end
@@ -193,7 +194,9 @@ def _list_archive(path: Path, shown: str, listing: Listing, scratch: Path | None
     elif zipfile.is_zipfile(path):
         _list_zip(path, "", listing)
     elif scratch is None:
-        raise UserError(f"{shown} is compressed: unpack it, or prepare it with `python data/prepare.py {shown} OUT`")
+        raise UserError(
+            f"{shown} is compressed: unpack it, or prepare it with `python data/prepare.py {quote(shown)} OUT`"
+        )
     else:
         target = scratch / f".{len(unpacked)}.{posixpath.basename(shown)}.unpacked"
         unpacked.append(target)

@@ -64,7 +64,7 @@ def parse(
         first.add_argument(f"--{name}")
     given = vars(first.parse_known_args(argv)[0])
     path, config = Path(given.get("config", built_in)), schema()
-    values = load_recipe(path)
+    values = load_recipe(path, schema.__name__.lower())
     for key, modules in choices.items():
         own = values.get(f"{key}.name", getattr(config, key).name)
         name = str(given.get(f"{key}.name", own))
@@ -148,6 +148,13 @@ def parse_options(kind: type[Config], about: str, argv: list[str] | None = None,
     given = vars(parser.parse_args(argv))
     values = {field.name: given[field.name] for field in fields}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def given_recipe(default: str, argv: list[str] | None = None) -> Path:
+    """The recipe of `--config`, else the built-in one, like `pretrain/digits.yaml`."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--config", type=Path, default=Path(os.path.relpath(RECIPES / default)))
+    return parser.parse_known_args(argv)[0].config
 
 
 def dry_run(argv: list[str] | None = None) -> int | None:

@@ -91,7 +91,9 @@ class FCMAEChoice(FCMAESettings, Choice):
 class FinetuneModel(Encoder):
     """The encoder in fine-tuning. Keys left null are read from the file of --init."""
 
-    like: str | None = fixed(None, "with --init none: pretraining recipe that supplies the keys left null")
+    like: str | None = fixed(
+        None, "with --init none: pretraining recipe that supplies the keys left null, and data.mean and data.std"
+    )
     drop_path: BelowOne = fixed(0.0, "stochastic depth of the last block; it grows linearly from 0 at the first")
     freeze_encoder: bool = fixed(False, "train the head only")
     recompute: Literal["none", "mlp", "block"] = fixed("none", RECOMPUTE)

@@ -16,6 +16,7 @@ from shutil import copyfileobj
 from typing import BinaryIO
 
 from configs.errors import UserError, printable, reason
+from configs.shell import quote
 from data.listing import ARCHIVES, SIDECARS, Listing, suffix
 from data.sources import Item, open_zip
 from data.tars import CHUNK_BYTES, check_end, member_end
@@ -186,7 +187,7 @@ def _copy_out(item: Item, shown: str, scratch: Path | None, unpacked: list[Path]
 def _reserve(name: str, shown: str, scratch: Path | None, unpacked: list[Path]) -> Path:
     """The place for an unpacked archive; it is removed when the listing is closed, also after an error."""
     if scratch is None:
-        way_out = f"unpack it, or prepare it with `python data/prepare.py {shown} OUT`"
+        way_out = f"unpack it, or prepare it with `python data/prepare.py {quote(shown)} OUT`"
         raise UserError(f"{shown} is compressed: {way_out}")
     unpacked.append(scratch / f".{len(unpacked)}.{posixpath.basename(name)}.unpacked")
     return unpacked[-1]

@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from data.collection import read_collection
 from data.listing import TABLES, suffix
 from data.reading import KEPT, Reading, sniff
 from data.remote import is_url
-from data.shards import Split, open_split
+from data.shards import Split, open_folder, open_split, read_index
 from data.sources import Item
 from data.tars import IMAGE_TYPES, split_member_name
 from data.walk import list_source
@@ -174,6 +175,25 @@ def open_splits(
 def open_images(path: str, split: str, reading: Reading = DEFAULT) -> Split | Folder:
     """Open one split, as `open_splits`."""
     return open_splits(Data(path), [split], reading)[0]
+
+
+def count_labels(path: str) -> dict[str, Counter]:
+    """Images of each class (None = no label) in each split of shards or of a collection, which may be only `train`.
+
+    Raises `UserError` if there are no images.
+    """
+    counts: dict[str, Counter] = {}
+    if is_collection(path):
+        catalog = list_collection(path)
+        names = [*(catalog.classes or []), None]  # the last: label -1
+        for split, label in catalog.rows[["split", "label"]].tolist():
+            counts.setdefault(catalog.splits[split] or "train", Counter())[names[label]] += 1
+        return counts
+    for name in read_index(open_folder(Data(path))).splits:
+        counts[name] = Counter(
+            label if label >= 0 else None for label in open_split(Data(path), name).labels().tolist()
+        )
+    return counts
 
 
 def sample_names(images: Split | Folder) -> list[str]:

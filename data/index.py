@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError
+from configs.shell import quote
 from data.pool import add_progress, run_tasks
 from data.shards import Index, Shard, Split, find_damage, index_file, index_tar, read_index, repair_hint, write_index
-from data.suggest import pretrain_command
 from data.tars import read_rows
 from data.vectors import stored_targets
 
@@ -17,7 +17,7 @@ MAX_SHOWN = 10  # names of targets
 
 
 def describe(folder: Path) -> None:
-    """Print the content of a folder of shards, and a command that trains on it."""
+    """Print the content of a folder of shards."""
     index = read_index(folder)
     for split, shards in index.splits.items():
         samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
@@ -27,7 +27,6 @@ def describe(folder: Path) -> None:
         print(f"  targets: {kind} ({', '.join(names[:MAX_SHOWN])}{', ...' if len(names) > MAX_SHOWN else ''})")
     if index.classes or not index.targets:
         print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
-    print(f"ready: {pretrain_command(folder, index)}")
 
 
 def index_folder(folder: Path, workers: int) -> None:
@@ -71,7 +70,7 @@ def verify(folder: Path, workers: int) -> None:
     damage = list(filter(None, check_every_byte(folder, shards, workers)))
     if damage:
         print("\n".join(damage))
-        way_out = f"or keep the undamaged images with `python data/prepare.py {folder} --repair`"
+        way_out = f"or keep the undamaged images with `python data/prepare.py {quote(str(folder))} --repair`"
         problem = f"{len(damage)} of {len(shards)} shards are damaged, listed above"
         raise UserError(f"{folder}: {problem}: fetch or prepare them again, {way_out}")
     print(f"{folder}: {len(shards):,} shards, {sum(shard.samples for shard in shards):,} images, no damage")

@@ -83,6 +83,7 @@ class PrepareOptions(Reading):
     )
     ignore: tuple[Annotated[int, Field(ge=0, le=65535)], ...] = option((255,), "values of masks that are no class")
     dry_run: bool = option(False, "look at the images and write OUT.preview.png; no shards")
+    no_plan: bool = option(False, "do not plan a training on the shards (launch/plan.py)")
     index: bool = option(False, "index the .tar files of other tools in SOURCE")
     verify: bool = option(False, "check every byte of the shards in SOURCE")
     repair: bool = option(

@@ -13,15 +13,20 @@ python data/prepare.py shards/made-elsewhere --index                      index 
 python data/prepare.py shards/photos --verify                             check every byte
 python data/prepare.py photos/ shards/photos --repair                     rewrite damaged shards from the images
 python data/prepare.py shards/photos --repair                             without the images: keep what is undamaged
+
+When the shards are complete, launch/plan.py writes a recipe for them, OUT/plan.yaml, and the commands to train.
 """
 
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # the project, not this folder
 
 from configs.command import parse_options
-from configs.errors import UserError, run_main
+from configs.errors import UserError, printable, run_main
+from configs.shell import command
 from data.build import build
 from data.index import index_folder, verify
 from data.planning import PrepareOptions
@@ -57,15 +62,40 @@ def parse(argv: list[str] | None = None) -> PrepareOptions:
     return options
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point."""
+def main(argv: list[str] | None = None) -> PrepareOptions:
+    """Do what the command line says, and return it."""
     options = parse(argv)
     if options.out:
         build(options)
     else:
         run = index_folder if options.index else verify if options.verify else repair
         run(Path(options.source), options.workers)
+    return options
+
+
+def prepare_and_plan() -> None:
+    """Entry point. Prints what to do next; the shards stand if planning fails."""
+    options = main()
+    if options.dry_run:
+        words = [word for word in sys.argv[1:] if word != "--dry-run"]
+        print(f"next: {command('data/prepare.py', *words)}")
+    elif options.out or options.index:
+        plan(options.out or Path(options.source), options.no_plan)
+
+
+def plan(folder: Path, later: bool) -> None:
+    """Plan the training on shards in another process, because the plan needs other packages than data."""
+    again, path = command("launch/plan.py", folder), folder / "plan.yaml"
+    if path.exists():
+        print(f"{printable(path)} is kept: to plan anew, remove it and run `{again}`")
+        print(f"ready: {command('pretrain/main.py', '--config', path)}")
+    elif later:
+        print(f"next: {again}")
+    else:
+        sys.stdout.flush()
+        if subprocess.run([sys.executable, str(ROOT / "launch/plan.py"), str(folder)], check=False).returncode:
+            print(f"the shards are complete; only the plan is missing: `{again}` makes it")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(prepare_and_plan)

@@ -24,6 +24,7 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.files import sha256, sync_folder, write_atomic
+from configs.shell import quote
 from data.index import describe
 from data.pool import add_progress, run_tasks
 from data.reading import TOO_LARGE, ImageError
@@ -272,7 +273,10 @@ def _report(folder: Path, index: Index, new: Index, repaired: dict[Shard, Repair
     if lost:
         print(f"{lost:,} images are lost, listed in {folder / LOST}")
         if (folder / "source.json").exists():
-            print(f"to restore them from the original images: `python data/prepare.py SOURCE {folder} --repair`")
+            print(
+                "to restore them from the original images: "
+                f"`python data/prepare.py SOURCE {quote(str(folder))} --repair`"
+            )
     for split, shards in index.splits.items():
         if [s.sha256 for s in shards] != [s.sha256 for s in new.splits.get(split, ())]:
             way_out = "runs trained on it cannot be resumed, use a new --run.name"

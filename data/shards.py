@@ -35,6 +35,7 @@ import numpy as np
 from configs.errors import UserError, nearest
 from configs.files import atomic_file, sha256, write_atomic
 from configs.schema import Data
+from configs.shell import quote
 from data.cache import Cache
 from data.remote import CONCURRENT_FETCHES, Remote, is_url
 from data.sampler import WINDOW
@@ -109,7 +110,7 @@ def repair_hint(folder: Path | Remote) -> str:
         return "check the uploaded folder with `python data/prepare.py FOLDER --verify`, and upload it again"
     if (folder / "source.json").exists():
         return "delete that file and run the same data/prepare.py command again"
-    return f"fetch it again, or run `python data/prepare.py {folder} --index`"
+    return f"fetch it again, or run `python data/prepare.py {quote(str(folder))} --index`"
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -125,8 +126,10 @@ def read_index(folder: Path | Remote) -> Index:
     path = folder / "index.json"
     if isinstance(folder, Path) and not path.exists():
         if folder.is_dir() and any(folder.glob("*.tar")):
-            raise UserError(f"{folder} has tars but no index.json: run `python data/prepare.py {folder} --index`")
-        raise UserError(f"no shards at {folder}: make them with `python data/prepare.py SOURCE {folder}`")
+            raise UserError(
+                f"{folder} has tars but no index.json: run `python data/prepare.py {quote(str(folder))} --index`"
+            )
+        raise UserError(f"no shards at {folder}: make them with `python data/prepare.py SOURCE {quote(str(folder))}`")
     try:
         content = json.loads(path.read_bytes() if isinstance(folder, Path) else folder.fetch_index())
         if content["format"] != FORMAT:
@@ -211,7 +214,7 @@ class Split:
         if zlib.crc32(data) != crc:
             hint = repair_hint(self.folder)
             if isinstance(self.folder, Path):
-                hint += f"; `python data/prepare.py {self.folder} --verify` lists all damage"
+                hint += f"; `python data/prepare.py {quote(str(self.folder))} --verify` lists all damage"
             raise UserError(f"{self.folder / shard.file} is damaged at byte {offset} (checksum): {hint}")
         return data
 
@@ -263,14 +266,21 @@ class Split:
         return {**self.__dict__, "_open_shards": OrderedDict()}
 
 
+def open_folder(data: Data) -> Path | Remote:
+    """The folder of shards at `data.path`, which may be a URL."""
+    if not is_url(data.path):
+        return Path(data.path)
+    return Remote(data.path, Cache(Path(data.cache), int(data.cache_gb * 1e9)))
+
+
 def open_split(data: Data, name: str | None = None) -> Split:
     """Open a split of the shards at `data.path`, by default `data.split`.
 
     Raises `UserError` if it does not exist, or data.cache_gb is too small for the shards that are in use at a time.
     """
-    if not is_url(data.path):
-        return Split(Path(data.path), name or data.split)
-    split = Split(Remote(data.path, Cache(Path(data.cache), int(data.cache_gb * 1e9))), name or data.split)
+    split = Split(open_folder(data), name or data.split)
+    if isinstance(split.folder, Path):
+        return split
     largest = sorted((shard.bytes + max_index_bytes(shard) for shard in split.shards), reverse=True)
     required = sum(largest[: 2 * WINDOW])  # a window that is read, and the next one
     if required > split.folder.cache.limit:

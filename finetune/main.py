@@ -17,7 +17,8 @@ from configs.compare import to_dict
 from configs.errors import UserError, run_main
 from configs.log import say
 from configs.recipes import recipe_section
-from configs.schema import Encoder, Finetune, PretrainModel
+from configs.schema import Data, Encoder, Finetune, PretrainModel
+from configs.shell import command
 from finetune.tasks import TASKS
 from launch.inputs import check_inputs
 from models.sizes import resolve
@@ -49,6 +50,9 @@ def main() -> None:
     init = open_init(config.init)
     arch = architecture(config, init.weights.arch if init else None)
     config = replace(config, data=with_statistics(config.data, init, arch.channels))
+    if init is None and config.model.like and config.data.mean is None and config.data.std is None:
+        like = recipe_section(like_recipe(config), "data", Data)
+        config = replace(config, data=replace(config.data, mean=like.mean, std=like.std))
     data, optim = config.data, config.optim
     data.grid(arch.stem_stride)  # raises for a size that is not a multiple of the patch
     statistics = data.statistics(arch.channels)
@@ -99,6 +103,7 @@ def main() -> None:
     if world.first:
         task.draw(trainer.folder, stage.best_predictions)
         say(f"wrote {write_report(trainer.folder)}: open it in a browser")
+        say(f"next: {command('finetune/evaluate.py', path, data.path, '--split', config.eval_split)}")
     destroy_world()
 
 
@@ -117,13 +122,18 @@ def architecture(config: Finetune, arch: Encoder | None) -> Encoder:
                 raise UserError(f"{config.init} has model.{key} {getattr(arch, key)}, not {value}: leave the key out")
         return replace(arch, channels=config.model.channels or arch.channels)
     if "name" not in given and config.model.like:
-        path = Path(config.model.like)
-        recipe = recipe_section(path if path.exists() else ROOT / path, "model", PretrainModel)
+        recipe = recipe_section(like_recipe(config), "model", PretrainModel)
         given = {key: getattr(recipe, key) for key in keys} | given
         say(f"--init none: the model of {config.model.like}, from scratch")
     if "name" not in given:
         raise UserError("--init none needs a model: set --model.name, such as convnextv2_atto, or --init fcmae.pt")
     return resolve(Encoder(**given))
+
+
+def like_recipe(config: Finetune) -> Path:
+    """The recipe of `model.like`, from this folder or the project's."""
+    path = Path(config.model.like)
+    return path if path.exists() else ROOT / path
 
 
 if __name__ == "__main__":

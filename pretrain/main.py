@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.command import dry_run, parse
+from configs.command import dry_run, given_recipe, parse
 from configs.compare import to_dict
 from configs.errors import run_main
 from configs.log import say
@@ -25,10 +25,12 @@ from configs.schema import Pretrain
 from launch.inputs import check_inputs
 from pretrain.objectives import OBJECTIVES
 
+RECIPE = "pretrain/digits.yaml"  # without --config
+
 
 def main() -> None:
     """Entry point: parse, build, run."""
-    config = parse(Pretrain, "pretrain/digits.yaml", __doc__, {"objective": OBJECTIVES})
+    config = parse(Pretrain, RECIPE, __doc__, {"objective": OBJECTIVES})
     make_objective = OBJECTIVES[config.objective.name].Objective
     make_objective(config)  # check the settings before the slow imports
     check_inputs(config)
@@ -37,7 +39,7 @@ def main() -> None:
     from torch import Tensor
 
     from data.loader import train_loader
-    from data.suggest import finetune_command
+    from launch.plans.following import after_pretraining
     from launch.training.checkpoints import recorded_optim
     from launch.training.dry_run import plan
     from launch.training.engine import Engine
@@ -100,10 +102,12 @@ def main() -> None:
             preprocessing = Preprocessing(data.height_width, config.model.channels, *statistics)
             weights = Weights(model.encoder.arch, preprocessing, cpu_state(model.encoder), *objective.decoder(model))
             save(path, replace(weights, classes=split.classes, objective=config.objective.name))
-            summary = summarize(trainer.folder / "log.jsonl", config, trainer.steps_per_epoch)
+            lines = after_pretraining(path, config, given_recipe(RECIPE), split)
+            summary = summarize(trainer.folder / "log.jsonl", config, trainer.steps_per_epoch) | {"next": lines}
             write_summary(trainer.folder, config, world, seconds, summary)
-            print(f"wrote {path}: fine-tune it with `{finetune_command(path, to_dict(config))}`")
+            print(f"wrote {path}: encoder and decoder")
             print(f"wrote {write_report(trainer.folder)}: open it in a browser")
+            print("\n".join(lines))
     destroy_world()
 
 

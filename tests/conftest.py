@@ -178,7 +178,7 @@ def shared(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def digits(shared) -> Path:
     """Shards of the built-in digits."""
-    command = ["python", "data/prepare.py", "digits"]
+    command = ["python", "data/prepare.py", "--no-plan", "digits"]
     return make_once(shared / "digits", lambda folder: run(*command, folder, "--shard-size", "500"))
 
 

@@ -99,8 +99,9 @@ def how_to_use(path: Path, to: str, weights: Weights) -> str:
     """Python expression for the outputs of `images`; for safetensors one that creates timm's model."""
     if to == "safetensors":
         return (how_to_load if weights.outputs else how_to_load_backbone)(path, weights, "timm")
+    text = json.dumps(str(path))  # a string of Python, whatever the name
     if to == "onnx":
-        return f'onnxruntime.InferenceSession("{path}").run(None, {{"{IMAGE}": images.numpy()}})'
+        return f'onnxruntime.InferenceSession({text}).run(None, {{"{IMAGE}": images.numpy()}})'
     if to == "torch-export":
-        return f'torch.export.load("{path}").module()(images)'
-    return f'torch.jit.load("{path}")(images)'
+        return f"torch.export.load({text}).module()(images)"
+    return f"torch.jit.load({text})(images)"

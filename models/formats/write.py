@@ -11,6 +11,7 @@ from configs.errors import UserError
 from configs.files import atomic_file, sync_folder, write_atomic
 from configs.preprocessing import Preprocessing
 from configs.schema import Encoder
+from configs.shell import quote
 from models.convnext import EPS, LAYER_SCALE
 from models.formats.metadata import RESAMPLE, SQUASH_FROM, WHOLE_CENTRE
 from models.formats.names import CLASSIFIERS, CONV_MLP, to_name, to_shape
@@ -181,17 +182,18 @@ def how_to_load(path: Path, weights: Weights, form: str) -> str:
     arch, outputs = weights.arch, weights.outputs
     if form == "timm":
         return _timm_call(arch, {"num_classes": outputs} | timm_options(arch) | {"checkpoint_path": str(path)})
-    pretrain = f"python pretrain/main.py --init {path} ...  or  " if weights.decoder and not outputs else ""
+    pretrain = f"python pretrain/main.py --init {quote(str(path))} ...  or  " if weights.decoder and not outputs else ""
+    text = json.dumps(str(path))  # a string of Python, whatever the name
     auto = "AutoModelForImageClassification" if outputs else "AutoModel"
     options = {"in_chans": arch.channels} | timm_options(arch) | {"features_only": True}
     return {
-        "timm-features": f'{_timm_call(arch, options)}.load_state_dict(torch.load("{path}"))',
-        "torchvision": f'torchvision.models.{arch.name}(num_classes={outputs}).load_state_dict(torch.load("{path}"))',
-        "ours": f"{pretrain}python finetune/main.py --init {path} ...",
-        "official": f'model.load_state_dict(torch.load("{path}")["model"])  # the official code\'s model',
-        "official-sparse": f"python main_finetune.py --finetune {path} ...    # of the official code",
-        "transformers": f'transformers.{auto}.from_pretrained("{path}")',
-        "mmpretrain": f'mmengine.runner.load_checkpoint(model, "{path}")',
+        "timm-features": f"{_timm_call(arch, options)}.load_state_dict(torch.load({text}))",
+        "torchvision": f"torchvision.models.{arch.name}(num_classes={outputs}).load_state_dict(torch.load({text}))",
+        "ours": f"{pretrain}python finetune/main.py --init {quote(str(path))} ...",
+        "official": f'model.load_state_dict(torch.load({text})["model"])  # the official code\'s model',
+        "official-sparse": f"python main_finetune.py --finetune {quote(str(path))} ...    # of the official code",
+        "transformers": f"transformers.{auto}.from_pretrained({text})",
+        "mmpretrain": f"mmengine.runner.load_checkpoint(model, {text})",
     }[form]
 
 
@@ -204,7 +206,8 @@ def how_to_load_backbone(path: Path, weights: Weights, form: str) -> str | None:
         return _timm_call(weights.arch, timm_backbone(path, weights))
     if form == "transformers":
         stages = ["stage1", "stage2", "stage3", "stage4"]  # AutoBackbone (5.23) accepts hub names only
-        return f'transformers.{_base_class(weights)}Backbone.from_pretrained("{path}", out_features={stages})'
+        text = json.dumps(str(path))
+        return f"transformers.{_base_class(weights)}Backbone.from_pretrained({text}, out_features={stages})"
     return None
 
 

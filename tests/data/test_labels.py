@@ -4,7 +4,6 @@ import io
 import json
 import tarfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from scipy.io import savemat
 from configs.errors import UserError
 from data import prepare
 from data.shards import Split, read_index, write_index
-from data.suggest import finetune_command
 from data.vectors import all_targets, reader
 from tests.conftest import has
 from tests.data.helpers import as_folder, as_ilsvrc, as_tar, collection, picture
@@ -224,8 +222,6 @@ def test_a_second_run_lists_targets_that_an_older_version_did_not(tmp_path, caps
     assert read_index(tmp_path / "out") == index and index.targets["names"] == ["a", "b"]
     prepared(*args)
     assert "complete already" in capsys.readouterr().out
-    command = finetune_command(Path("fcmae.pt"), {"data": {"path": str(tmp_path / "out")}, "run": {"name": "x"}})
-    assert "--task.name labels" in command
 
 
 def test_targets_of_other_tools_are_indexed(tmp_path):

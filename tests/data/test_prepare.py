@@ -19,7 +19,7 @@ from PIL import Image
 from configs.errors import UserError
 from data import prepare
 from data.decode import decode
-from data.index import describe, index_folder, verify
+from data.index import index_folder, verify
 from data.reading import Reading
 from data.reencode import reencode
 from data.shards import Split, index_file, read_index
@@ -90,13 +90,6 @@ def test_digits(digits):
     train, val = Split(digits, "train"), Split(digits, "val")
     assert decode(train.read(0)[0]).shape == (1, 8, 8)
     assert np.bincount(val.labels()).min() >= 34  # each class, a fifth
-
-
-def test_the_recommended_command_uses_the_recipe_of_the_data(digits, tmp_path, capsys):
-    describe(digits)
-    assert "--config configs/pretrain/digits.yaml" in capsys.readouterr().out
-    prepared(as_folder(CATS, tmp_path / "in"), tmp_path / "cats")
-    assert "--config configs/pretrain/photos.yaml" in capsys.readouterr().out
 
 
 def test_splits_of_the_source(tmp_path):
@@ -351,7 +344,7 @@ def test_verify_names_a_damaged_index(what, tmp_path, capsys):
 
 def test_bad_input_as_a_command(tmp_path):
     (tmp_path / "empty").mkdir()
-    line = run("python", "data/prepare.py", tmp_path / "empty", tmp_path / "out", code=2).stderr
+    line = run("python", "data/prepare.py", "--no-plan", tmp_path / "empty", tmp_path / "out", code=2).stderr
     assert line.startswith("error: ") and line.count("\n") == 1 and f"{tmp_path}/empty" in line
     assert not (tmp_path / "out").exists()
 

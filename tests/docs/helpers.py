@@ -91,7 +91,16 @@ def give(name: str, folder: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if name == "shards/photos":
         give("photos", folder)
-        run("python", ROOT / "data/prepare.py", "photos", "shards/photos", "--val-fraction", "0.1", cwd=folder)
+        run(
+            "python",
+            ROOT / "data/prepare.py",
+            "--no-plan",
+            "photos",
+            "shards/photos",
+            "--val-fraction",
+            "0.1",
+            cwd=folder,
+        )
     elif name == "cifar10.tar.xz":
         give("cifar10", folder)
         with tarfile.open(path, "w:xz") as tar:

@@ -17,6 +17,7 @@ from configs.schema import Encoder, FCMAESettings, Finetune, Pretrain, PretrainM
 from data import prepare
 from finetune import curate, embed, evaluate, export, predict, probe
 from finetune.tasks import TASKS
+from launch import plan
 from launch.training.memory import MEASURED_BATCHES, measure_activations
 from models import convert
 from models.convnext import ConvNeXt
@@ -47,6 +48,7 @@ PARSERS = {
     "pretrain/main.py": partial(parse, Pretrain, "pretrain/digits.yaml", "", {"objective": OBJECTIVES}),
     "finetune/main.py": partial(parse, Finetune, "finetune/digits.yaml", "", {"task": TASKS}),
     "data/prepare.py": prepare.parse,
+    "launch/plan.py": partial(parse_options, plan.Options, ""),
     "models/convert.py": partial(parse_options, convert.Options, ""),
     "finetune/evaluate.py": partial(parse_options, evaluate.Options, ""),
     "finetune/predict.py": partial(parse_options, predict.Options, ""),
@@ -82,8 +84,9 @@ def check_arguments(reader: Reader) -> None:
         if program in ("python", "deepspeed", "torchrun", "sbatch"):
             script, *arguments = split_words(words, ".py")[1]
             assert (ROOT / script).exists(), script
+            made = f"configs/{script.split('/')[0]}/photos.yaml"  # in place of a plan that the reader would have made
             if script in PARSERS:
-                PARSERS[script](arguments)
+                PARSERS[script]([made if word.endswith("/plan.yaml") else word for word in arguments])
 
 
 @pytest.mark.parametrize("page", sorted(HAS))

@@ -163,6 +163,6 @@ def test_an_odd_micro_batch_is_not_mixed(digits, tmp_path):
 
 
 def test_shards_without_labels(pretrained, tmp_path, refused):
-    run("python", "data/prepare.py", "digits", tmp_path / "shards", "--no-labels")
+    run("python", "data/prepare.py", "--no-plan", "digits", tmp_path / "shards", "--no-labels")
     line = refused(main, *words(tmp_path / "shards", tmp_path, "x", *SHAPE))
     assert has(line, "train labels")

@@ -176,7 +176,7 @@ def test_rectangular_images_of_four_channels(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(24):
         np.save(tmp_path / f"in/{i}.npy", np.random.default_rng(i).integers(0, 256, (40, 60, 4), np.uint8))
-    run("python", "data/prepare.py", tmp_path / "in", tmp_path / "out")
+    run("python", "data/prepare.py", "--no-plan", tmp_path / "in", tmp_path / "out")
     command = words(
         tmp_path / "out", tmp_path, "npy", "--data.size", "[32,48]", "--model.channels", "4", "--model.stem_stride", "2"
     )

@@ -86,7 +86,7 @@ def test_training_is_unchanged(probed, digits, tmp_path):
 @pytest.mark.slow
 def test_on_two_ranks_with_divided_weights(digits, tmp_path):
     """The probe's shards are not those of the training; a part of each split."""
-    run("python", "data/prepare.py", "digits", tmp_path / "bare", "--no-labels")
+    run("python", "data/prepare.py", "--no-plan", "digits", tmp_path / "bare", "--no-labels")
     more = ["--probe.every", "1", "--probe.path", digits, "--probe.images", "300", "--optim.zero_stage", "3"]
     command = words(tmp_path / "bare", tmp_path, "two", *more, "--probe.crop", "1")
     run_ranks(2, "pretrain/main.py", *command)

@@ -39,7 +39,7 @@ def pictures(folder: Path) -> None:
 def shards(folder: Path, out: Path, *columns: str) -> Path:
     """Shards of `pictures` with the labels of some columns."""
     words = ["--labels", folder / "table.csv", "--path-column", "file", "--workers", 1, "--label-column", *columns]
-    run("python", "data/prepare.py", folder / "images", out, *words)
+    run("python", "data/prepare.py", "--no-plan", folder / "images", out, *words)
     return out
 
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from configs.errors import UserError, counted, printable
+from data.classes import UNLABELED
 from data.known import find_val_labels, known_rows, without_image_class
 from data.labels import label_by_sidecars, label_by_table, set_apart
-from data.layouts import UNLABELED, arrange
+from data.layouts import arrange
 from data.listing import TABLES, Listing, list_source, suffix
 from data.planning import LABEL_OPTIONS, PrepareOptions
 from data.sources import Item, digits

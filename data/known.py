@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from configs.errors import UserError, printable, reason
-from data.layouts import IMAGE_FOLDERS
+from data.classes import IMAGE_FOLDERS
 from data.listing import Listing
 from data.sources import Item
 from data.tables import Row

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from configs.errors import UserError, counted, printable
-from data.layouts import UNLABELED, split_name
+from data.classes import UNLABELED, split_name
 from data.listing import SIDECARS, Listing, suffix
 from data.sources import READABLE, Item
 from data.tables import LABEL_NAMES, TARGETS, Columns, Row, plain

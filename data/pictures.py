@@ -9,7 +9,7 @@ import numpy as np
 import pillow_heif
 from PIL import Image, UnidentifiedImageError
 
-from data.reading import NO_IMAGE, ImageError, Notes, Page, Reading, check_size, raise_limit
+from data.reading import FIRST_FRAME, NO_IMAGE, ImageError, Notes, Page, Reading, check_size, raise_limit
 
 # no formats that start programs (EPS) or describe drawings (WMF)
 FORMATS = ("AVIF", "BMP", "DIB", "ICO", "JPEG2000", "PCX", "PPM", "QOI", "SGI", "SUN", "XBM")
@@ -31,17 +31,15 @@ def read_picture(data: bytes, kind: str, name: str, reading: Reading, notes: Not
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PIL, about damage that it tolerates
             if kind == "heif":
-                return _read_heif(data, reading)
+                return _read_heif(data, reading, notes)
             if kind == "pnm" and (match := PNM_HEADER.match(data)) and int(match[4]) > 255:
                 return _read_deep_pnm(data, match, reading)
             formats = (*FORMATS, "TGA") if name.lower().endswith(".tga") else FORMATS
             picture = Image.open(io.BytesIO(data), formats=formats)
             _check(picture.size, len(picture.getbands()), reading)
-            if getattr(picture, "is_animated", False):
-                notes["{:,} pictures are animated: only their first frame was taken"] += 1
+            notes[FIRST_FRAME] += getattr(picture, "is_animated", False)
             if kind == "avif":
-                pixels, turn = imagecodecs.avif_decode(data, index=0), picture.getexif().get(274, 1)
-                return _page(pixels, _avif_bits(data), 1 if reading.no_exif else turn)
+                return _read_avif(data, picture, reading)
             if kind == "jp2":
                 return _page(imagecodecs.jpeg2k_decode(data), _jpeg2000_bits(data))
             picture.load()
@@ -79,9 +77,19 @@ def _page(pixels: np.ndarray, bits: int, turn: int = 1) -> Page:
     return Page(pixels, limits, alpha=pixels.shape[2] in (2, 4), orientation=turn if turn in range(1, 9) else 1)
 
 
-def _read_heif(data: bytes, reading: Reading) -> Page:
+def _read_avif(data: bytes, picture: Image.Image, reading: Reading) -> Page:
+    """The first frame of an AVIF. All are decoded: for a single one, imagecodecs 2026.3 writes beyond its memory."""
+    height, width, frames = picture.height, picture.width, picture.n_frames
+    check_size(height * frames, width, len(picture.getbands()), reading.max_pixels, " in all frames: save the first")
+    pixels = imagecodecs.avif_decode(data)
+    turn = 1 if reading.no_exif else picture.getexif().get(274, 1)
+    return _page(pixels[0] if frames > 1 else pixels, _avif_bits(data), turn)
+
+
+def _read_heif(data: bytes, reading: Reading, notes: Notes) -> Page:
     """HEIC; its decoder turns it upright. Deeper values come shifted to 16 bits."""
     picture = pillow_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=False)
+    notes[FIRST_FRAME] += len(picture) > 1
     deep = ";16" in picture.mode
     _check(picture.size, (2 if deep else 1) * len(picture.mode.partition(";")[0]), reading)
     pixels = np.asarray(picture)

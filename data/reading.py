@@ -20,6 +20,7 @@ KINDS = (DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NOD
 NEED_OPTION = (PAGES, VALUES, NODATA)  # of the user, before a collection can be written
 
 FIRST_PAGE = "{:,} files have several pages or frames: only the first was taken (--pages first)"
+FIRST_FRAME = "{:,} pictures have several frames or images: only the first one is used"
 KEPT = ("jpg", "png", "webp", "gif")  # pictures that the loader decodes
 Notes = Counter  # line with a place for its number -> number
 PixelLimit = Annotated[int, Field(ge=1, le=1 << 34)]

@@ -11,6 +11,7 @@ from data.decode import PIL_FORMATS, decode, is_deep, is_direct, read_npy, read_
 from data.exif import orientation, without_exif
 from data.reading import (
     BYTES_PER_PIXEL,
+    FIRST_FRAME,
     KEPT,
     TOO_LARGE,
     ImageError,
@@ -115,8 +116,7 @@ def _picture(
         picture = Image.open(io.BytesIO(data), formats=PIL_FORMATS)
         deep, small = is_deep(picture), resize is None or min(picture.size) <= resize
         _check_picture(picture, None if small else resize, resize, reading.max_pixels)
-        if getattr(picture, "is_animated", False):
-            notes["{:,} pictures are animated: only their first frame is used"] += 1
+        notes[FIRST_FRAME] += getattr(picture, "is_animated", False)
         if deep and small and reading.value_range is None and reading.nodata in (None, "nan"):
             picture.verify()
             read_png(data)  # in 2 bytes per value; the loader needs 4

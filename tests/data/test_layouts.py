@@ -5,7 +5,7 @@ import os
 import pytest
 
 from configs.errors import UserError
-from data.layouts import split_name
+from data.classes import split_name
 from data.shards import read_index
 from tests.conftest import has
 from tests.data.helpers import as_folder, as_tar, as_zip, collection, picture

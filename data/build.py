@@ -64,6 +64,9 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
     if not missing and (out / "index.json").exists() and not any(plan.record.exists() for plan in plans):
         print(f"{out} is complete{', nothing is damaged' if options.repair else ' already'}")
         return
+    if done and missing:
+        images = sum(len(plan.items) for plan in done)
+        print(f"{len(done):,} of {len(plans):,} shards ({images:,} images) are complete already", flush=True)
     if missing:
         from data.writing import write_shard  # imports torch: here, so that the forked processes share it
 

@@ -144,10 +144,10 @@ def _check_folders(splits: dict[str | None, tuple[Folders, list[Item]]], source:
             below[parts[0]].add(parts[1] if len(parts) > 1 else "")
         problem, chosen = _no_classes(below)
         if problem:
-            pairs = " ".join(_pair(*found) for top in chosen for found in _places(splits, top))
-            keep = "`--no-splits`" if split is None else f"`--splits {' '.join(_keep(splits))}`"
-            join = "join their classes" if len(chosen) > 1 else "read only those"
-            way_out = f"say `--splits {pairs}` to {join}, or {keep} if {listed([*below][:3])} are classes {WAY_OUT}"
+            pairs = [_pair(*found) for top in chosen[:3] for found in _places(splits, top)]
+            read = f"say `--splits {' '.join(pairs)}` to read only {'those' if len(pairs) > 1 else 'that'}"
+            keep = f"{_keep(splits)} if {listed([*below][:3])} are classes {WAY_OUT}"
+            way_out = f"{read} (folders of one split are joined), or {keep}"
             raise UserError(f"{source}{f', split {split}' if split else ''}: {problem}: {way_out}")
 
 
@@ -182,13 +182,18 @@ def _places(splits: dict[str | None, tuple[Folders, list[Item]]], top: str) -> l
     return [*found.items()]
 
 
-def _keep(splits: dict[str | None, tuple[Folders, list[Item]]]) -> list[str]:
-    """The options that read the splits as they are, so that their folders are classes."""
-    found = {}
+def _keep(splits: dict[str | None, tuple[Folders, list[Item]]]) -> str:
+    """What makes the folders below the splits classes."""
+    pairs = []
     for split, (group, items) in splits.items():
         full = folders_of(items[0].name)
-        found[split] = "/".join(full[: len(full) - len(group[0])])
-    return [_pair(split, folder) for split, folder in found.items()]
+        above = len(full) - len(group[0])
+        if split is None:
+            return "`--no-splits`"
+        if full[above:] != group[0]:  # CAT/train
+            return "move the splits above them"
+        pairs.append(_pair(split, "/".join(full[:above])))
+    return f"`--splits {' '.join(pairs)}`"
 
 
 def _pair(split: str | None, folder: str) -> str:

@@ -4,18 +4,21 @@ SOURCE    its folders are splits and classes; --labels FILE
 --val SOURCE, --test SOURCE    further splits; --val-labels FILE, --test-labels FILE
 """
 
+import os
+import shlex
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from configs.errors import UserError, counted, printable
 from data.classes import UNLABELED
 from data.known import find_val_labels, known_rows, without_image_class
 from data.labels import label_by_sidecars, label_by_table, set_apart
 from data.layouts import arrange
-from data.listing import TABLES, Listing, list_source, suffix
+from data.listing import ARCHIVES, TABLES, Listing, list_source, suffix
 from data.planning import LABEL_OPTIONS, PrepareOptions
 from data.sources import Item, digits
 from data.tables import Columns, find_columns, may_hold_labels, read_table
@@ -136,7 +139,7 @@ def _with_labels(
     """The images with the labels of a file; those of split `unlabeled` have none. `data` is the file's content."""
     if data is None and not path.exists():
         raise UserError(f"{path} does not exist: give a file of labels")
-    devkit = path.is_dir() or path.name.startswith("ILSVRC2012_devkit")
+    devkit = path.is_dir() or path.name.lower().endswith(ARCHIVES)
     if data is None and not devkit:
         data = path.read_bytes()
     open_items = [item for item in items if item.split != UNLABELED]
@@ -189,6 +192,7 @@ def check_classes(items: list[Item], source: str) -> None:
     for split, number in sorted(without.items()) if counts else ():
         way_out = f": add --{split}-labels FILE to evaluate on them" if split in ("val", "test") else ""
         print(f"  {split}: {counted(number, 'image')} without a label{way_out}", flush=True)
+    _check_names({name for found in counts.values() for name in found})
     train = counts.get("train")
     if train is None:
         return
@@ -196,12 +200,34 @@ def check_classes(items: list[Item], source: str) -> None:
         absent = sorted(found.keys() - train.keys())
         if len(absent) == len(found) and split != UNLABELED:
             seen = f"no class of split {split} ({_few(absent)}) is a class of train ({_few(sorted(train))})"
-            way_out = f"give its labels with --{split}-labels FILE, or choose folders with --splits, or use --no-labels"
+            way_out = f"give its labels with --{split}-labels FILE, or use --no-labels"
+            if all(item.split for item in items):
+                folders = " ".join(shlex.quote(f"{name}={_folder(items, name)}") for name in sorted(counts))
+                way_out += f", or say `--splits {folders}` to read it without labels"
             raise UserError(f"{printable(source)}: {seen}: {way_out}")
         if absent:
             print(f"  warning: {_few(absent)} of split {split} not in train: can never be predicted", flush=True)
+    if len(train) > SHOWN and max(train.values()) == 1:
+        print(f"  warning: each of the {len(train):,} classes has 1 image: are the labels names or values?", flush=True)
     if len(train) == 1:
         print(f"  warning: 1 class ({next(iter(train))}): fine-tuning cannot learn from it", flush=True)
+
+
+def _folder(items: list[Item], split: str) -> str:
+    """The folder of all images of a split, printable."""
+    folders = [PurePosixPath(item.name).parent for item in items if item.split == split]
+    return printable(PurePosixPath(os.path.commonpath(folders)))
+
+
+def _check_names(names: set[str]) -> None:
+    """Print classes whose names differ only in case, in spaces, or in how Unicode writes them."""
+    groups = defaultdict(list)
+    for name in sorted(names):
+        groups[" ".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)
+    for same in groups.values():
+        if len(same) > 1:
+            shown = " and ".join(f"`{name}`" for name in same[:SHOWN])
+            print(f"  warning: {shown} are different classes, but look alike: give them one name", flush=True)
 
 
 def check_val(splits: dict[str, list[Item]]) -> None:

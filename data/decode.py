@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
-from data.exif import orientation, swaps, upright
+from data.exif import orientation, rare_jpeg, swaps, upright
 from data.reading import CHANNELS, MAX_PIXELS, NO_IMAGE, ImageError, check_size, sniff
 
 MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA, None: ImageReadMode.UNCHANGED}
@@ -80,7 +80,14 @@ def _decode_picture(data: bytes, kind: str, channels: int | None, shrink: Shrink
         message = "not a readable image (not a JPEG, PNG, WebP or GIF, or its header is damaged)"
         raise ImageError(message, "damaged" if kind else NO_IMAGE) from None
     except Exception:  # damaged files raise almost any exception in PIL
-        raise ImageError("not a readable image (damaged or cut short)") from None
+        raise unreadable(data) from None
+
+
+def unreadable(data: bytes) -> ImageError:
+    """The error for a picture that a decoder refuses: rare kinds of JPEG are not damaged."""
+    if rare := rare_jpeg(data):
+        return ImageError(f"a {rare} JPEG is not supported: convert it to PNG", "unsupported")
+    return ImageError("not a readable image (damaged or cut short)")
 
 
 def _decode_jpeg(data: bytes, channels: int | None, shrink: Shrink | None, turn: int, max_pixels: int) -> Tensor | None:
@@ -171,10 +178,14 @@ def read_npy(data: bytes) -> np.ndarray:
     try:
         version_1 = npy.read_magic(file) == (1, 0)
         shape, fortran_order, dtype = (npy.read_array_header_1_0 if version_1 else npy.read_array_header_2_0)(file)
+        if dtype.hasobject:
+            raise ImageError("a .npy of Python objects is never read: save an array of numbers", "unsupported")
         array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
         array = array.reshape(shape, order="F" if fortran_order else "C")
+    except ImageError:
+        raise
     except Exception:  # damaged headers raise almost any exception in numpy
-        raise ImageError("not a readable .npy image (damaged, cut short, or of Python objects)") from None
+        raise ImageError("not a readable .npy image (damaged or cut short)") from None
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.dtype.kind not in "uif" or 0 in array.shape:

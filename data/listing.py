@@ -13,6 +13,7 @@ import re
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -48,6 +49,7 @@ class Listing:
     ignored: Counter[str] = field(default_factory=Counter)  # files of other types, by suffix
     hidden: set[str] = field(default_factory=set)
     repeats: list[tuple[str, str]] = field(default_factory=list)  # name of a link, name of the same file
+    empty: list[str] = field(default_factory=list)  # folders without a file
     broken: list[str] = field(default_factory=list)  # links without a file
     shards: set[str] = field(default_factory=set)  # archives that are numbered parts, not classes
     sidecars: bool = False  # labels are from files beside the images
@@ -60,15 +62,17 @@ class Listing:
                 self.hidden.add("/".join(parts[: i + 1]))
                 return False
         kind = suffix(item.name)
-        if kind in READABLE or _is_dicom(item):
+        image = kind in READABLE or ((not kind or kind.isdigit()) and sniff(item.head(HEAD_BYTES)) != "")
+        if image:
             self.images.append(item)
         elif kind in LABEL_FILES:
             self.label_files[item.name] = item
         elif item.name.lower().endswith(ARCHIVES):
             self.archives.append(item)
         else:
+            kind = f"{suffix(item.name[:-3])}.gz".strip(".") if kind == "gz" else kind  # .nii.gz
             self.ignored[f".{kind}" if kind else "without a suffix"] += 1
-        return kind in READABLE
+        return image
 
     def notes(self) -> Iterator[str]:
         """What is left out, a line each."""
@@ -83,6 +87,8 @@ class Listing:
         if self.repeats:
             link, same = self.repeats[0]
             yield f"{counted(len(self.repeats), 'link')} to files of the source, counted once, such as {link} = {same}"
+        if self.empty:
+            yield f"{counted(len(self.empty), 'empty folder')}, such as {self.empty[0]}"
         if self.broken:
             yield f"{counted(len(self.broken), 'link')} without a file skipped, such as {self.broken[0]}"
         doubles = [name for name, count in Counter(item.name for item in self.images).items() if count > 1]
@@ -96,12 +102,6 @@ class Listing:
 def suffix(name: str) -> str:
     """Type of a file from its name, in lower case, without the dot; empty without one."""
     return posixpath.splitext(name)[1][1:].lower()
-
-
-def _is_dicom(item: Item) -> bool:
-    """Whether a file without a suffix, or with a number for one, is DICOM: scanners write 1.2.840.1 or IM0001."""
-    kind = suffix(item.name)
-    return (not kind or kind.isdigit()) and sniff(item.head(HEAD_BYTES)) == "dcm"
 
 
 def is_hidden(part: str) -> bool:
@@ -174,8 +174,10 @@ def _list_folder(root: Path, listing: Listing) -> None:
             continue
         if is_folder:
             seen[identity] = name or "."
-            with os.scandir(path) as entries:
-                for entry in sorted(entries, key=lambda entry: entry.name):
+            with os.scandir(path) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+                listing.empty += [name] if name and not entries else []
+                for entry in entries:
                     queue = links if entry.is_symlink() else folders
                     queue.append((Path(entry.path), f"{name}/{entry.name}".removeprefix("/")))
         elif stat.S_ISREG(about.st_mode):
@@ -333,11 +335,16 @@ def _is_tar(path: Path) -> bool:
 def _unpack(path: Path, target: Path, shown: str) -> None:
     """Decompress a gz, bz2 or xz file for random access. The caller removes `target`, also after an error."""
     with path.open("rb") as file:
-        opener = UNPACKERS.get(file.read(2))
+        start = file.read(2)
+    opener = UNPACKERS.get(start)
+    if start == b"PK":
+        raise UserError(f"{shown} is a damaged or cut zip: fetch it again")
     if opener is None:
         raise UserError(f"{shown} is not a folder, a zip or a tar (plain, gz, bz2 or xz)")
     try:
         with opener(path) as packed, target.open("wb") as out:
             copyfileobj(packed, out, CHUNK_BYTES)
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"{shown} cannot be unpacked into {target.parent} ({error})") from None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"{shown} cannot be unpacked into {target.parent} ({error.strerror.lower()})") from None
+        raise UserError(f"{shown} is damaged or cut short: fetch it again") from None

@@ -9,11 +9,34 @@ import numpy as np
 import pillow_heif
 from PIL import Image, UnidentifiedImageError
 
-from data.reading import FIRST_FRAME, NO_IMAGE, ImageError, Notes, Page, Reading, check_size, raise_limit
+from data.reading import (
+    FIRST_FRAME,
+    HEAD_BYTES,
+    NO_IMAGE,
+    UNSUPPORTED,
+    ImageError,
+    Notes,
+    Page,
+    Reading,
+    check_size,
+    raise_limit,
+)
 
 # no formats that start programs (EPS) or describe drawings (WMF)
 FORMATS = ("AVIF", "BMP", "DIB", "ICO", "JPEG2000", "PCX", "PPM", "QOI", "SGI", "SUN", "XBM")
 STORED = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "La": "LA"}
+OTHERS = (  # first bytes, message, kind
+    (b"version https://git-lfs", "a Git LFS pointer, not the image: run `git lfs pull`", NO_IMAGE),
+    (b"<svg", "an SVG drawing is not supported: convert it to PNG", UNSUPPORTED),
+    (b"<", "a web page or XML, not an image: download it again", NO_IMAGE),
+    (b"{", "JSON, not an image: download it again", NO_IMAGE),
+    (b"PK", "not an image of a known type: an archive; unpack it, and save arrays of .npz as .npy", NO_IMAGE),
+    (b"\xff\x0a", "JPEG XL is not supported: convert it to PNG", UNSUPPORTED),
+    (b"\0\0\0\x0cJXL ", "JPEG XL is not supported: convert it to PNG", UNSUPPORTED),
+    (b"8BPS", "a Photoshop file is not supported: convert it to PNG", UNSUPPORTED),
+    (b"v/1\x01", "OpenEXR is not supported: convert it to TIFF", UNSUPPORTED),
+    (b"%PDF", "a PDF, not an image", NO_IMAGE),
+)
 CODESTREAM_SIZE = b"\xff\x4f\xff\x51"  # of JPEG 2000: start of code stream, size marker
 PNM_HEADER = re.compile(rb"P([56])(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)\s")
 
@@ -49,8 +72,10 @@ def read_picture(data: bytes, kind: str, name: str, reading: Reading, notes: Not
     except UnidentifiedImageError:
         if kind:
             raise ImageError("not a readable image (its header is damaged)") from None
-        archive = ": an archive; unpack it, and save arrays of .npz as .npy" if data[:2] == b"PK" else ""
-        raise ImageError(f"not an image of a known type{archive}", NO_IMAGE) from None
+        for start, what, refusal in OTHERS:
+            if data[:HEAD_BYTES].lstrip().startswith(start):
+                raise ImageError(what, refusal) from None
+        raise ImageError("not an image of a known type", NO_IMAGE) from None
     except Exception:  # damaged files raise almost any exception in PIL
         raise ImageError("not a readable image (damaged or cut short)") from None
 

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from data.decode import decode
 from data.exif import orientation
 from data.planning import PrepareOptions
-from data.reading import KEPT, ImageError, Notes, sniff
+from data.reading import KEPT, UNREADABLE, ImageError, Notes, sniff
 from data.reencode import reencode_all
 from data.sources import Item
 
@@ -39,6 +39,7 @@ class Survey:
     pixels: Counter = field(default_factory=Counter)  # (channels, kind of values)
     sides: list[tuple[int, int]] = field(default_factory=list)  # height, width
     rotated: int = 0
+    highest: float = 0  # value of more than 8 bits, from 0 to 1; unless the user has given their range
     refused: list[tuple[str, ImageError]] = field(default_factory=list)
     duplicates: list[list[tuple[str, Item]]] | None = field(default_factory=list)  # of equal files; None = not searched
     pictures: list[Image.Image] = field(default_factory=list)
@@ -69,6 +70,7 @@ def survey(options: PrepareOptions, splits: dict[str, list[Item]]) -> Survey:
     with ThreadPoolExecutor(options.workers) as pool:
         for looks in pool.map(lambda i: _look(every[i][1], options, i in shown), chosen):
             _add(found, looks)
+        found.highest *= options.value_range is None
         found.duplicates = _duplicates(every, pool) if len(every) <= MOST_COMPARED else None
     return found
 
@@ -79,11 +81,13 @@ def _spread(numbers: np.ndarray, count: int) -> np.ndarray:
 
 
 def _look(item: Item, options: PrepareOptions, show: bool) -> list[tuple]:
-    """(name, type, EXIF orientation, (C, H, W, kind of values) or why not, picture or None) of each image of a file."""
+    """(name, type, EXIF turn, (C, H, W, kind of values, highest value) or why not, picture or None) of each image."""
     try:
         data = item.image_bytes()
-    except (UserError, OSError) as error:
-        return [(item.name, "", 1, ImageError(str(error)), None)]
+    except ImageError as error:
+        return [(item.name, "", 1, error, None)]
+    except OSError as error:
+        return [(item.name, "", 1, ImageError(error.strerror.lower(), UNREADABLE), None)]
     kind, turn, looks = sniff(data), 1, []
     if kind in KEPT and not options.no_exif:
         turn = orientation(data)
@@ -92,7 +96,8 @@ def _look(item: Item, options: PrepareOptions, show: bool) -> list[tuple]:
         if not isinstance(image, ImageError):
             image = decode(image[1], max_pixels=options.max_pixels)
             tile = _tile(image) if show and not looks else None
-            image = (*image.shape, "8 bits" if image.dtype.itemsize == 1 else "more than 8 bits")
+            deep = image.dtype.itemsize > 1
+            image = (*image.shape, "more than 8 bits" if deep else "8 bits", float(image.max()) if deep else 0)
         looks.append((name, kind, turn, image, tile))
     return looks
 
@@ -105,7 +110,8 @@ def _add(found: Survey, looks: list[tuple]) -> None:
         if isinstance(image, ImageError):
             found.refused.append((name, image))
             continue
-        channels, height, width, bits = image
+        channels, height, width, bits, highest = image
+        found.highest = max(found.highest, highest)
         found.pixels[channels, bits] += 1
         found.sides.append((height, width))
         if tile is not None:

@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import UserError, printable, reason
+from data.classes import split_name
 from data.listing import suffix
 from data.sources import READABLE
 
@@ -22,7 +24,9 @@ LABEL_NAMES = {
     "finelabel", "groundtruth", "annotation", "findinglabels",
 }  # fmt: skip
 SPLIT_NAMES = {"split", "splits", "subset", "partition", "set"}
+FLAGS = {"0", "1", "0.0", "1.0", "True", "False"}  # of one column for each class
 TARGETS = ("labels", "numbers", "boxes", "mask")  # columns that are kept for tasks, whatever the label
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # first bytes of texts that Excel and PowerShell write
 READS = "csv, tsv, json lines, parquet or `path label` lines (.txt)"
 MAX_SHOWN_COLUMNS = 20
 Row = dict[str, Any]
@@ -43,7 +47,7 @@ def read_table(data: bytes, name: str) -> list[Row]:
     try:
         if kind == "parquet":
             return _parquet(data)
-        text = data.decode("utf-8-sig", "surrogateescape")
+        text = data.decode("utf-16" if data[:2] in UTF16_MARKS else "utf-8-sig", "surrogateescape")
         if kind in ("jsonl", "ndjson", "json"):
             return _json_rows(text, kind, name)
         if kind in ("csv", "tsv"):
@@ -61,13 +65,17 @@ def _parquet(data: bytes) -> list[Row]:
 
     try:
         return parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(reason(error)) from None
+    except (pyarrow.ArrowException, OSError):
+        raise ValueError("it is damaged, cut short or not parquet") from None
 
 
 def _json_rows(text: str, kind: str, name: str) -> list[Row]:
     if kind == "json":
         content = json.loads(text)
+        values = content.values() if isinstance(content, dict) else ()
+        if any(isinstance(part, (dict, list)) for value in values if isinstance(value, list) for part in value):
+            forms = '{"PATH": LABEL, ...} or [{"path": PATH, "label": LABEL}, ...]'
+            raise UserError(f"{printable(name)} has a structure that is not known: write {forms}")
         if isinstance(content, dict) and not any(isinstance(value, dict) for value in content.values()):
             return [{"path": path, "label": label} for path, label in content.items()]
         rows = content
@@ -86,6 +94,9 @@ def _csv(text: str, kind: str, name: str) -> list[Row]:
     if not lines:
         raise UserError(f"{printable(name)} is empty")
     columns = [column.strip() for column in lines[0]]
+    while columns and not columns[-1] and not any(line[len(columns) - 1 :] and line[-1].strip() for line in lines):
+        columns.pop()
+        lines = [line[: len(columns)] for line in lines]
     if any(suffix(cell) in READABLE for cell in columns):
         way_out = f"put a line such as `file{delimiter}label` first"
         raise UserError(f"{printable(name)} has no header, its first line is {printable(header.strip())}: {way_out}")
@@ -103,6 +114,8 @@ def _lines(text: str, name: str) -> list[Row]:
     if not all(len(row) == 2 for row in rows):
         one = "lines without a path are only known for the ILSVRC2012 validation images"
         raise UserError(f"{printable(name)}: write `path label` in every line; {one}")
+    if rows and all(suffix(label) in READABLE for _, label in rows):
+        raise UserError(f"{printable(name)} names an image last in each line: write `path label`")
     return [{"path": path.strip(), "label": label} for path, label in rows]
 
 
@@ -124,9 +137,31 @@ def find_columns(rows: list[Row], name: str, path: str | None, labels: tuple[str
     if len(found) != 1 and not labels:
         names = ", ".join(map(printable, found))
         problem = f"{names} may all be the label" if found else "no column is named like a label"
-        raise UserError(f"{printable(name)}: {problem}: name it with --label-column: {shown(columns)}")
-    split = next((c for c in columns if plain(c) in SPLIT_NAMES and c not in (*paths, *found)), None)
-    return Columns(paths, found, split)
+        way_out = f"name it with --label-column: {shown(columns)}"
+        if not found and (flags := _flags(rows, columns)):
+            way_out = f"add `--label-column {shlex.join(map(printable, flags))}`, of which one is 1 in each row"
+        raise UserError(f"{printable(name)}: {problem}: {way_out}")
+    others = [c for c in columns if c not in (*paths, *found, *TARGETS)]
+    split = next((c for c in others if plain(c) in SPLIT_NAMES), None)
+    return Columns(paths, found, split or next((c for c in others if _has_splits(c, rows)), None))
+
+
+def _flags(rows: list[Row], columns: list[str]) -> list[str]:
+    """The columns that are 0 or 1 everywhere, if exactly one of them is 1 in each row."""
+    kinds = {column: {str(row.get(column)).strip() for row in rows} for column in columns}
+    flags = [column for column, kind in kinds.items() if kind <= FLAGS]
+    ones = [sum(str(row[column]).strip() in ("1", "1.0", "True") for column in flags) for row in rows]
+    return flags if len(flags) > 1 and set(ones) == {1} else []
+
+
+def _has_splits(column: str, rows: list[Row]) -> bool:
+    """Whether all values of a column name splits, and not all the same."""
+    found = set()
+    for row in rows:
+        found.add(split_name(str(row.get(column) or "")))
+        if None in found:
+            return False
+    return len(found) > 1
 
 
 def may_hold_labels(data: bytes, name: str) -> bool:

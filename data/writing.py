@@ -7,7 +7,7 @@ from pathlib import Path
 
 import webdataset
 
-from configs.errors import UserError, printable
+from configs.errors import printable
 from configs.files import atomic_file, write_atomic
 from data.decode import read_npy
 from data.planning import PrepareOptions, ShardPlan, Written
@@ -57,7 +57,7 @@ def _images(item: Item, options: PrepareOptions, notes: Notes) -> Iterator[tuple
     """Images of a file, or why it cannot be read."""
     try:
         data = item.image_bytes()
-    except UserError as error:
-        yield item.name, ImageError(str(error))
+    except ImageError as error:
+        yield item.name, error
     else:
         yield from reencode_all(data, item.name, options.resize, options.quality, options, notes)

@@ -157,6 +157,7 @@ def test_hidden_files_and_other_types_are_counted(tmp_path, capsys):
               "$RECYCLE.BIN/0.jpg"]  # fmt: skip
     others = ["cat/a.psd", "cat/b.PSD", "notes.md", "cat/README"]
     files = collection({"cat": 2, "dog": 1}) | {name: picture(5) for name in (*hidden, *others)}
+    files["cat/README"] = b"text"  # without a suffix, the content decides
     for make, name in ((as_folder, "in"), (as_zip, "x.zip"), (as_tar, "x.tar")):
         prepared(make(files, tmp_path / name), tmp_path / f"out-{name}")
         assert sizes(tmp_path / f"out-{name}") == {"train": 3}, name

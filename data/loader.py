@@ -87,7 +87,7 @@ class Samples(Dataset):
             image, label = self.load(other)
             if image is not None:
                 return image, label
-        raise UserError(f"{label}; {MAX_REPLACEMENTS} replacements of sample {sample} are damaged as well")
+        raise UserError(f"{label}; {MAX_REPLACEMENTS} replacements of sample {sample} cannot be used either")
 
     def describe_damage(self, sample: int) -> str:
         """What is wrong with a damaged sample; it is read again."""

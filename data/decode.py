@@ -48,7 +48,7 @@ def decode(
     if kind == "npy":
         image = torch.from_numpy(np.array(scaled(read_npy(data)), order="C")).permute(2, 0, 1)
         if channels not in (None, len(image)):
-            raise ImageError(f"a .npy image has {len(image)} channels, model.channels is {channels}", CHANNELS)
+            raise ImageError(f"has {len(image)} channels as an array, model.channels is {channels}", CHANNELS)
         return image
     if channels not in MODES:
         message = f"pictures cannot be read with {channels} channels: use .npy, or model.channels 1, 3 or 4"

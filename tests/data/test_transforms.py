@@ -220,7 +220,7 @@ def test_npy_headers_are_not_trusted(shape):
         (picture(0, kind="gif")[:150], 3, "not a readable image"),
         (b"<html></html>", 3, "not a readable image"),
         (picture(0)[:150], 3, "not a readable image"),
-        (npy(np.zeros((2, 2, 5), np.uint8)), 3, "5 channels, model.channels is 3"),
+        (npy(np.zeros((2, 2, 5), np.uint8)), 3, "5 channels as an array, model.channels is 3"),
         (npy(np.array([{}], object)), 3, "of Python objects"),
         (npy(np.zeros(3)), 3, r"shape \[H, W\]"),
         (npy(np.zeros((2, 2, 3), np.uint8))[:-3], 3, "not a readable .npy"),

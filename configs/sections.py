@@ -101,7 +101,10 @@ class FinetuneModel(Encoder):
 class Data:
     """Shards written or indexed by `python data/prepare.py`."""
 
-    path: str = free("shards/digits", "folder of shards, or its URL: http(s)://, s3://, gs://, az:// or hf://")
+    path: str = free(
+        "shards/digits",
+        "folder of shards, or its URL (http(s)://, s3://, gs://, az://, hf://); folder, zip, tar or table of images",
+    )
     split: str = fixed("train", "split to train on")
     size: PositiveInt | tuple[PositiveInt, PositiveInt] = fixed(224, "image side in pixels, or [height,width]")
     crop_scale: tuple[float, float] = fixed((0.2, 1.0), "range of a random crop's area, as a share of the image")

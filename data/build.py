@@ -7,14 +7,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from configs.errors import UserError, printable
+from configs.errors import UserError, counted, printable
 from configs.files import write_atomic
-from data.collection import check_val, open_collection
+from data.class_counts import check_val, count_classes, split_lines
+from data.collection import open_collection
 from data.index import check_every_byte, describe
 from data.name_lists import read_lists, select
 from data.planning import PrepareOptions, ShardPlan, Written, claim_folder, hold_out, plan_shards
 from data.pool import run_tasks
-from data.reading import DAMAGED, KINDS, NEED_OPTION, VALUES, ImageError, number
+from data.reading import DAMAGED, KINDS, NEED_OPTION, VALUES, ImageError, Plural, number
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
 from data.sources import Item
@@ -45,7 +46,10 @@ def build(options: PrepareOptions) -> None:
 
 def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None) -> None:
     out, splits = options.out, hold_out(items, options.val_fraction)
-    check_val(splits)
+    counts = count_classes(splits)
+    for line in split_lines(counts):
+        print(f"  {line}", flush=True)
+    check_val(counts)
     survey = write_sheet = None
     if options.dry_run or not (out / "preview.png").exists():
         survey, write_sheet = _preview(options, splits)
@@ -65,8 +69,8 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
         print(f"{out} is complete{', nothing is damaged' if options.repair else ' already'}")
         return
     if done and missing:
-        images = sum(len(plan.items) for plan in done)
-        print(f"{len(done):,} of {len(plans):,} shards ({images:,} images) are complete already", flush=True)
+        images = counted(sum(len(plan.items) for plan in done), "image")
+        print(f"{len(done):,} of {counted(len(plans), 'shard')} ({images}) are complete already", flush=True)
     if missing:
         from data.writing import write_shard  # imports torch: here, so that the forked processes share it
 
@@ -85,11 +89,11 @@ def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[di
     from data.survey import survey
 
     found = survey(options, splits)
-    lines = describe(found)
+    lines = describe(found, sum(map(len, splits.values())))
     for line in lines:
         print(f"  {line}", flush=True)
     _check_options(found.refused)
-    return found.as_plain() | {"preview": lines}, partial(write_pictures, found)
+    return found.as_plain() | {"preview": [*split_lines(count_classes(splits)), *lines]}, partial(write_pictures, found)
 
 
 def _check_options(refused: list[tuple[str, ImageError]]) -> None:
@@ -169,9 +173,10 @@ def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None
         raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
     if skipped:
         write_atomic(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
-        print(f"{len(skipped):,} images were left out, listed in {out / 'skipped.txt'}: {_by_kind(skipped)}")
+        left_out = "1 image was" if len(skipped) == 1 else f"{len(skipped):,} images were"
+        print(f"{left_out} left out, listed in {out / 'skipped.txt'}: {_by_kind(skipped)}")
     for note, count in sorted(sum((Counter(written.notes) for written in done.values()), Counter()).items()):
-        print(note.format(count))
+        print(note.format(Plural(count)))
     write_index(out, index)
     (out / LOST).unlink(missing_ok=True)  # images lost to a repair without the source are complete again
     for plan in done:

@@ -16,7 +16,7 @@ def cell_reader(
     columns: Columns, rows: list[Row], name: str, notes: list[str]
 ) -> Callable[[Row], tuple[str | None, dict[str, Any]]]:
     """A function from a row to its label, None if it has none, and to its other targets."""
-    values = [[row.get(column) for column in columns.labels] for row in rows]
+    values = [[row.get(column) for column in columns.labels] or [None] for row in rows]
     kept = [column for column in TARGETS if column not in columns.labels and any(column in row for row in rows)]
     numeric = all(number_in(v) is not None for row in values for v in row if not empty(v))
     whole = numeric and all(number_in(v).is_integer() for row in values for v in row if not empty(v))
@@ -40,7 +40,7 @@ def cell_reader(
         notes.append(f"{printable(name)}: {', '.join(map(printable, columns.labels))}: {what}: {SINGLE}")
 
     def read(row: Row) -> tuple[str | None, dict[str, Any]]:
-        label, targets = kind([row.get(column) for column in columns.labels], columns)
+        label, targets = kind([row.get(column) for column in columns.labels] or [None], columns)
         return label, {column: row[column] for column in kept if not empty(row.get(column))} | targets
 
     return read

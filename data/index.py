@@ -88,8 +88,9 @@ def _damaged_samples(tar: Path) -> str:
         rows, indexed = read_rows(tar), np.load(index_file(tar), allow_pickle=False)
     except (UserError, OSError, ValueError) as error:
         return f" ({error})"
-    if indexed.dtype != rows.dtype:
+    if not set(indexed.dtype.descr) <= set(rows.dtype.descr):
         return " (its index is damaged as well)"
+    rows = rows[list(indexed.dtype.names)]  # older indexes have no targets
     if len(rows) != len(indexed):
         return f" ({len(rows)} images, {len(indexed)} indexed)"
     differ = np.flatnonzero(rows != indexed)

@@ -12,7 +12,7 @@ from data.cells import SINGLE, as_label, cell_reader, empty
 from data.classes import UNLABELED, split_name
 from data.listing import SIDECARS, Listing, suffix
 from data.sources import READABLE, Item
-from data.tables import LABEL_NAMES, TARGETS, Columns, Row, plain
+from data.tables import LABEL_NAMES, TARGETS, Columns, Row, as_path, plain
 from data.tars import split_member_name
 
 SHOWN = 10  # columns in a line
@@ -123,14 +123,20 @@ class _Paths:
     """Finds an image by its path, with or without folders or suffix."""
 
     def __init__(self, items: list[Item]):
-        self.names = [normalize("NFC", str(PurePosixPath(item.name))) for item in items]  # macOS writes NFD
+        self.names = [normalize("NFC", item.name) for item in items]  # macOS writes NFD
+        self.by_name = {name: i for i, name in enumerate(self.names)}
+        if len(self.by_name) < len(items):  # members of one name in an archive
+            self.by_name = {}
         self.by_tail: dict[int, dict[str, list[int]]] = {}
 
     def find(self, value: Any, table: str) -> int | None:
         """Number of the image that a cell names, None if there is none; `UserError` if there are several."""
-        if value is None or isinstance(value, (bool, float, dict, list)) or not str(value).strip():
+        path = normalize("NFC", as_path(value))
+        if not path:
             return None
-        parts = PurePosixPath(normalize("NFC", str(value).strip().replace("\\", "/").lstrip("/"))).parts
+        if path in self.by_name:
+            return self.by_name[path]
+        parts = PurePosixPath(path.lstrip("/")).parts
         for first in range(len(parts)):  # a table may name folders that the source does not have
             hits = self._index(len(parts) - first).get("/".join(parts[first:]), ())
             if len(hits) == 1:
@@ -146,7 +152,7 @@ class _Paths:
         if length not in self.by_tail:
             index = self.by_tail[length] = defaultdict(list)
             for i, name in enumerate(self.names):
-                tail = "/".join(name.split("/")[-length:])
+                tail = "/".join(PurePosixPath(name).parts[-length:])
                 index[tail].append(i)
                 index[tail.rpartition(".")[0]].append(i)
         return self.by_tail[length]

@@ -10,22 +10,24 @@ What could mean several things is refused; `--splits` and `--no-splits` say what
 
 import re
 import shlex
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from configs.errors import UserError, counted, printable
+from configs.errors import UserError, counted, few, printable
 from data.classes import (
     SPLIT_WORDS,
     STARTS,
     UNLABELED,
     WAY_OUT,
-    Folders,
+    Folder,
+    Group,
+    Places,
     check_repeats,
     classes_of,
     folders_of,
     listed,
+    parts_of,
     split_name,
     words_of,
 )
@@ -45,25 +47,29 @@ def arrange(
     Raises:
         UserError: the folders could mean several things
     """
-    items, notes, labelled = listing.images, [], labelled and not listing.sidecars
-    decided = bool(splits) or no_splits
+    items, notes, source = listing.images, [], listing.source
     if listing.shards:
         return _from_shards(listing), notes
-    full = [folders_of(item.name) for item in items]
-    folders = _without_common(full, keep_splits=not no_splits)
+    counts = Counter(folders_of(item.name) for item in items)  # the rest looks at folders, not at every image
+    inner = _without_common([*counts], keep_splits=not no_splits)
     if splits:
-        names, folders, kept = _chosen(splits, full, folders, listing.source)
-        if len(kept) < len(items):
-            notes.append(f"{counted(len(items) - len(kept), 'image')} outside of --splits left out")
-        items = [items[i] for i in kept]
+        places = _chosen(splits, inner, counts, source)
+        if left_out := counts.total() - sum(counts[folder] for folder in places):
+            notes.append(f"{counted(left_out, 'image')} outside of --splits left out")
     elif no_splits:
-        names = [None] * len(items)
+        places = {folder: (None, parts) for folder, parts in inner.items()}
     else:
-        names, folders = _found(folders, items, listing.source, notes)
-    labels = [None if split == UNLABELED else item.label for item, split in zip(items, names, strict=True)]
-    if labelled:
-        labels = classes_of(names, folders, items, listing.source, notes, decided)
-    return [replace(item, split=s, label=c) for item, s, c in zip(items, names, labels, strict=True)], notes
+        places = _found(inner, counts, source, notes)
+    own_labels = listing.sidecars or not labelled
+    labels = {} if own_labels else classes_of(places, counts, items, source, notes, decided=bool(splits) or no_splits)
+    arranged = []
+    for item in items:
+        folder = folders_of(item.name)
+        if folder in places:
+            split = places[folder][0]
+            label = item.label if own_labels and split != UNLABELED else labels.get(folder)
+            arranged.append(item.placed(split, label))
+    return arranged, notes
 
 
 def _from_shards(listing: Listing) -> list[Item]:
@@ -79,20 +85,27 @@ def _from_shards(listing: Listing) -> list[Item]:
     return found
 
 
-def _without_common(folders: Folders, keep_splits: bool) -> Folders:
-    """Without the folders that contain everything."""
-    while all(len(parts) > 1 for parts in folders) and len({parts[0] for parts in folders}) == 1:
-        if keep_splits and split_name(folders[0][0]):
+def _without_common(folders: list[Folder], keep_splits: bool) -> Group:
+    """Each folder without those that contain everything."""
+    start = 0
+    while all(len(parts) > start + 1 for parts in folders) and len({parts[start] for parts in folders}) == 1:
+        if keep_splits and split_name(folders[0][start]):
             break
-        folders = [parts[1:] for parts in folders]
-    return folders
+        start += 1
+    return {parts: parts[start:] for parts in folders}
 
 
-def _counts(names: Iterable[str]) -> str:
-    """Names with numbers of images, for a message."""
-    counts = Counter(names)
-    shown = ", ".join(f"{printable(name) or 'no folder'} ({count:,})" for name, count in sorted(counts.items())[:8])
-    return f"{shown}{', ...' if len(counts) > 8 else ''}"
+def _tops(inner: Group, counts: Counter[Folder]) -> Counter[str]:
+    """Number of images in each top folder; those outside of folders are in ``."""
+    tops = Counter()
+    for folder, parts in inner.items():
+        tops[parts[0] if parts else ""] += counts[folder]
+    return tops
+
+
+def _shown(tops: Counter[str]) -> str:
+    """Folders with numbers of images, for a message."""
+    return few([f"{name or 'no folder'} ({count:,})" for name, count in sorted(tops.items())], 8)
 
 
 def _advice(tops: dict[str, str]) -> str:
@@ -101,43 +114,42 @@ def _advice(tops: dict[str, str]) -> str:
     return f"say `--splits {pairs}` to read those and leave out the rest, or `--no-splits` if all are classes {WAY_OUT}"
 
 
-def _found(folders: Folders, items: list[Item], source: str, notes: list[str]) -> tuple[list[str | None], Folders]:
+def _found(inner: Group, counts: Counter[Folder], source: str, notes: list[str]) -> Places:
     """Splits from the top folders, and the folders below them; raises `UserError` if only some are splits."""
-    tops = Counter(parts[0] if parts else "" for parts in folders)
+    tops = _tops(inner, counts)
     splits = {top: split for top in tops if (split := split_name(top))}
-    seen = f"{source} has {_counts(parts[0] if parts else '' for parts in folders)}"
+    seen = f"{source} has {_shown(tops)}"
     if splits and len(splits) < len(tops):
-        others = [top for top in tops if top not in splits]
-        inside = {top: {p[1] for p in folders if len(p) > 1 and p[0] == top} for top in others}
-        for top, names in inside.items():
-            if {split_name(name) for name in names} & set(splits.values()):
+        for top in tops.keys() - splits.keys():
+            below = {split_name(parts[1]) for parts in inner.values() if len(parts) > 1 and parts[0] == top}
+            if below & set(splits.values()):
                 problem = f"{printable(top)}/ repeats the splits beside it, so images would be read twice"
                 raise UserError(f"{seen}: {problem}: {_advice(splits)}")
         raise UserError(f"{seen}: only {listed(splits)} {_is_or_are(splits)} named like splits: {_advice(splits)}")
     if splits:
-        for split, same in _inverted(splits).items():
-            if len(same) > 1 and split != UNLABELED:
-                both = " ".join(f"{split}={printable(top)}" for top in same)
+        for split in set(splits.values()) - {UNLABELED}:
+            same = sorted(top for top in splits if splits[top] == split)
+            if len(same) > 1:
                 one = _advice({top: name for top, name in splits.items() if top not in same[1:]})
+                both = shlex.join(f"{split}={printable(top)}" for top in same)
                 problem = f"{listed(same)} are names of one split, {split}"
                 raise UserError(f"{seen}: {problem}: {one}; `{both}` joins them")
-        return [splits[parts[0]] for parts in folders], [parts[1:] for parts in folders]
+        return {folder: (splits[parts[0]], parts[1:]) for folder, parts in inner.items()}
     hints = {top: hint for top in tops if (hint := _hint(top))}
     if len(set(hints.values())) > 1:
         way_out = _advice(hints)
         if len(set(hints.values())) < len(hints):  # cat_train, dog_train: their classes would be lost
             way_out = f"move them into folders train/ and test/, or say `--no-splits` if all are classes {WAY_OUT}"
         raise UserError(f"{seen}: {listed(hints)} may be splits: {way_out}")
-    below = {parts[1] if len(parts) > 1 else "" for parts in folders}
-    names = {name: split_name(name) for name in below}
+    names = {name: split_name(name) for name in {parts[1] if len(parts) > 1 else "" for parts in inner.values()}}
     if len(set(names.values())) > 1 and any(names.values()):
         if not all(names.values()):
             problem = f"below the classes, only {listed(n for n in names if names[n])} are named like splits"
             raise UserError(f"{seen}: {problem}: say `--no-splits` if all are parts of their classes {WAY_OUT}")
         notes.append(f"splits are below the classes: {', '.join(sorted(set(names.values())))}")
-        return [names[parts[1]] for parts in folders], [(parts[0], *parts[2:]) for parts in folders]
-    check_repeats(folders, source)
-    return [None] * len(items), folders
+        return {folder: (names[parts[1]], (parts[0], *parts[2:])) for folder, parts in inner.items()}
+    check_repeats(inner.values(), source)
+    return {folder: (None, parts) for folder, parts in inner.items()}
 
 
 def _hint(top: str) -> str | None:
@@ -148,37 +160,26 @@ def _hint(top: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _inverted(splits: dict[str, str]) -> dict[str, list[str]]:
-    found = defaultdict(list)
-    for top, split in sorted(splits.items()):
-        found[split].append(top)
-    return found
-
-
 def _is_or_are(names: dict) -> str:
     return "is" if len(names) == 1 else "are"
 
 
-def _chosen(
-    pairs: tuple[str, ...], full: Folders, stripped: Folders, source: str
-) -> tuple[list[str], Folders, list[int]]:
-    """Split, remaining folders and number of each image in a folder of `--splits`."""
+def _chosen(pairs: tuple[str, ...], inner: Group, counts: Counter[Folder], source: str) -> Places:
+    """Split and remaining folders of each folder that `--splits` names or contains."""
     wanted = {}
     for pair in pairs:
         name, equals, folder = pair.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z]\w*", name) or not folders_of(f"{folder}/x"):
+        if not equals or not re.fullmatch(r"[A-Za-z]\w*", name) or not parts_of(folder):
             raise UserError(f"--splits {printable(pair)}: write NAME=FOLDER, such as train=Training")
-        wanted[folders_of(f"{folder}/x")] = name
-    names, rest, kept, used = [], [], [], set()
-    for i, candidates in enumerate(zip(full, stripped, strict=True)):
+        wanted[parts_of(folder)] = name
+    places, used = {}, set()
+    for candidates in inner.items():  # with and without the folders that contain everything
         hits = [(path, parts) for parts in candidates for path in wanted if parts[: len(path)] == path]
         if hits:
             path, parts = max(hits, key=lambda hit: len(hit[0]))
             used.add(path)
-            names.append(wanted[path])
-            rest.append(parts[len(path) :])
-            kept.append(i)
+            places[candidates[0]] = wanted[path], parts[len(path) :]
     for path in wanted.keys() - used:
-        tops = _counts(parts[0] if parts else "" for parts in stripped)
-        raise UserError(f"--splits: {source} has no images in {printable('/'.join(path))}: it has {tops}")
-    return names, rest, kept
+        way_out = f"it has {_shown(_tops(inner, counts))}"
+        raise UserError(f"--splits: {source} has no images in {printable('/'.join(path))}: {way_out}")
+    return places

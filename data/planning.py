@@ -92,14 +92,20 @@ class Written(NamedTuple):
     notes: dict[str, int]
 
 
+def divided(items: list[Item]) -> dict[str, list[Item]]:
+    """The images of each split; of a collection without splits, all are train."""
+    splits = defaultdict(list)
+    for item in items:
+        splits[item.split or "train"].append(item)
+    return dict(splits)
+
+
 def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
     """Items of each split; `fraction` of each class of `train` moves to `val`, chosen by a hash of the name.
 
     Raises `UserError` if the source has its own splits, or a split would be empty.
     """
-    splits = defaultdict(list)
-    for item in items:
-        splits[item.split or "train"].append(item)
+    splits = defaultdict(list, divided(items))
     if fraction == 0:
         return dict(splits)
     if "val" in splits or "train" not in splits:

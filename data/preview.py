@@ -15,13 +15,12 @@ DARK = 0.25  # share of the range of values below which images may be of 12 bits
 SHOWN, COLUMNS, GAP = 5, 8, 4  # entries in a line; pictures in a row; pixels between them
 
 
-def describe(found: Survey) -> list[str]:
-    """Lines of a preview; warnings begin with `warning:`."""
-    lines = [_split_line(split, classes) for split, classes in sorted(found.splits.items())]
+def describe(found: Survey, images: int) -> list[str]:
+    """Lines of a preview of a collection of so many images; warnings begin with `warning:`."""
     if not found.sampled:
-        return lines
-    of = f"of {found.sampled:,} looked at" if found.sampled < sum(map(Counter.total, found.splits.values())) else "all"
-    lines.append(f"types     {_counts(found.types)} ({of})")
+        return []
+    of = f"of {found.sampled:,} looked at" if found.sampled < images else "all"
+    lines = [f"types     {_counts(found.types)} ({of})"]
     if found.sides:
         pixels = Counter({f"{_channels(channels)}, {bits}": n for (channels, bits), n in found.pixels.items()})
         heights, widths = zip(*found.sides, strict=True)
@@ -59,17 +58,6 @@ def _warnings(found: Survey) -> list[str]:
             where = f"{printable(a.name)} ({one}) = {printable(b.name)} ({other})"
             lines.append(f"warning: {counted(len(leaks), 'image')} in several splits, so scores are too good: {where}")
     return lines
-
-
-def _split_line(split: str, classes: Counter) -> str:
-    line = f"{split:<9} {counted(classes.total(), 'image')}"
-    names = sorted((name for name in classes if name is not None), key=lambda name: (classes[name], name))
-    if not names:
-        return f"{line}, no labels"
-    small, large = names[0], names[-1]
-    line += f", {counted(len(names), 'class', 'classes')}: {printable(small)} ({classes[small]:,})"
-    line += f" to {printable(large)} ({classes[large]:,})" if len(names) > 1 else ""
-    return line + (f", {classes[None]:,} without a label" if classes[None] else "")
 
 
 def _counts(found: Counter) -> str:

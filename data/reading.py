@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 import numpy as np
@@ -20,11 +20,11 @@ CHANNELS, PAGES, VALUES, NODATA = "wrong channels", "needs --pages", "needs --va
 KINDS = (DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NODATA)
 NEED_OPTION = (PAGES, VALUES, NODATA)  # of the user, before a collection can be written
 
-FIRST_PAGE = "{:,} files have several pages or frames: only the first was taken (--pages first)"
-FIRST_FRAME = "{:,} pictures have several frames or images: only the first one is used"
+FIRST_PAGE = "{:file has|files have} several pages or frames: only the first was taken (--pages first)"
+FIRST_FRAME = "{:picture has|pictures have} several frames or images: only the first one is used"
 AVIF, HEIF = {b"avif", b"avis"}, {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}  # brands
 KEPT = ("jpg", "png", "webp", "gif")  # pictures that the loader decodes
-Notes = Counter  # line with a place for its number -> number
+Notes = Counter  # line with a place for its number, formatted as `Plural` -> number
 PixelLimit = Annotated[int, Field(ge=1, le=1 << 34)]
 
 
@@ -37,6 +37,14 @@ class ImageError(UserError):
     def __init__(self, message: str, kind: str = DAMAGED, found: tuple[float, float] | None = None):
         super().__init__(message)
         self.kind, self.found = kind, found
+
+
+class Plural(int):
+    """A number that is formatted with its words: `{:image is|images are}` -> 1 image is, 1,200 images are."""
+
+    def __format__(self, spec: str) -> str:
+        one, _, more = spec.partition("|")
+        return f"{int(self):,} {one if self == 1 else more}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,20 @@ class Reading:
     def as_stored(self) -> bool:
         """Whether files that the loader decodes are taken as they are."""
         return not self.no_exif and self.value_range is None and self.nodata in (None, "nan")
+
+
+@dataclass(frozen=True)
+class FileOptions(Reading):
+    """How files of images are read by a command that has one result for a file."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.pages != "all", "--pages", self.pages, "first: a file has one result, shards may have all pages")
+
+
+def reading_of(options: Reading) -> Reading:
+    """The reading options of a command."""
+    return Reading(**{field.name: getattr(options, field.name) for field in fields(Reading)})
 
 
 @dataclass(frozen=True, eq=False)

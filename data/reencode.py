@@ -25,6 +25,7 @@ from data.reading import (
 )
 from data.values import PLAIN, encode_page, fill_missing
 
+NOT_TURNED = "{:image was not turned by its|images were not turned by their} EXIF orientation (--no-exif)"
 MAX_FIRST = 16  # a first axis up to this length may be of channels
 Encoded = tuple[str, bytes]  # member type and content
 
@@ -69,7 +70,7 @@ def reencode_all(
             raise ImageError("an empty file")
         if reading.no_exif and kind in KEPT:
             turn, data = orientation(data), without_exif(data)
-            notes["{:,} images were not turned by their EXIF orientation (--no-exif)"] += turn != 1
+            notes[NOT_TURNED] += turn != 1
         if kind in KEPT:
             yield name, _picture(data, kind, resize, quality, reading, notes)
             return

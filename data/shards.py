@@ -1,8 +1,18 @@
 """The shard format: WebDataset tars, with an index beside them.
 
     OUT/index.json                 splits, shards (file, samples, bytes, sha256), class names
-    OUT/train-000000.tar           KEY.jpg (or .png, .webp, .gif, .npy), KEY.cls (label), KEY.json (original name)
-    OUT/train-000000.idx.npy       one row per sample: offset, size and crc32 of its image, label (-1 = none)
+    OUT/train-000000.tar           KEY.jpg (or .png, .webp, .gif, .npy), KEY.cls (label), KEY.mask.png, KEY.json
+    OUT/train-000000.idx.npy       one row per sample: offset, size, crc32 of its image, label (-1 = none), and target
+
+KEY.json has the original name and the targets of tasks other than classification, except masks:
+
+    {"name": "a.jpg", "labels": ["cloudy", "river"]}                    several labels; [] = none of them
+    {"name": "a.jpg", "numbers": [3.5, null]}                           one for each of index.json's targets.names
+    {"name": "a.jpg", "height": 480, "width": 640, "boxes": [           of the image as it is in the shard, upright
+        {"class": "RBC", "box": [x, y, width, height], "crowd": false, "segmentation": COCO polygons or RLE}, ...]}
+
+index.json has `targets`, if there are any: {"kind": "mask", "boxes", "labels" or "numbers", "names": of classes or
+numbers}; for masks also "ignore", the value without a class.
 
 The tars are plain WebDataset: `webdataset` reads them, and tars of other tools can be read here once they are indexed.
 Nothing in a shard is executed or unpickled. This module does not import torch.
@@ -27,7 +37,7 @@ from configs.schema import Data
 from data.cache import Cache
 from data.remote import CONCURRENT_FETCHES, Remote, is_url
 from data.sampler import WINDOW
-from data.tars import ROW, read_rows
+from data.tars import TARGET_ROW, read_rows
 
 FORMAT = "convnext-fcmae-shards/1"
 MAX_OPEN_SHARDS = 64  # open files and index tables per reader
@@ -51,6 +61,7 @@ class Index:
     splits: dict[str, list[Shard]]
     classes: list[str] | None
     survey: dict | None = None  # what data/prepare.py found in the source
+    targets: dict | None = None  # of tasks other than classification
 
     @property
     def shards(self) -> list[Shard]:
@@ -65,7 +76,7 @@ def index_file(tar: Path) -> Path:
 
 def max_index_bytes(shard: Shard) -> int:
     """Upper bound of the size of a shard's index: numpy's header, and one row per sample."""
-    return 1024 + shard.samples * ROW.itemsize
+    return 1024 + shard.samples * TARGET_ROW.itemsize
 
 
 def index_tar(tar: Path) -> Shard:
@@ -104,7 +115,7 @@ def write_index(folder: Path, index: Index) -> None:
     """Write index.json, which marks a folder of shards as complete."""
     splits = {split: [asdict(shard) for shard in shards] for split, shards in index.splits.items()}
     content = {"format": FORMAT, "classes": index.classes, "splits": splits}
-    content |= {"survey": index.survey} if index.survey else {}
+    content |= {key: value for key in ("survey", "targets") if (value := getattr(index, key))}
     write_atomic(folder / "index.json", json.dumps(content, indent=1).encode())
 
 
@@ -120,7 +131,7 @@ def read_index(folder: Path | Remote) -> Index:
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}: prepare it again")
         splits = {split: [Shard(**shard) for shard in shards] for split, shards in content["splits"].items()}
-        index = Index(splits, content["classes"], content.get("survey"))
+        index = Index(splits, content["classes"], content.get("survey"), content.get("targets"))
         for shard in index.shards:
             _check_entry(shard, path)
         return index
@@ -150,6 +161,7 @@ class Split:
         if name not in index.splits:
             raise UserError(f"{folder / 'index.json'} has no split {name} {nearest(name, index.splits)}")
         self.folder, self.name, self.classes, self.shards = folder, name, index.classes, index.splits[name]
+        self.targets = index.targets
         for shard in self.shards if isinstance(folder, Path) else ():  # remote shards are checked when fetched
             if damage := find_damage(folder, shard):
                 raise UserError(f"{damage}: {repair_hint(folder)}")
@@ -169,11 +181,28 @@ class Split:
 
     def read(self, sample: int) -> tuple[bytes, int]:
         """Image bytes and label. Raises `UserError` for a wrong checksum, or if the shard cannot be fetched."""
-        number = int(np.searchsorted(self.first, sample, "right")) - 1
-        file, rows = self._open_shard(number)
-        offset, size, crc, label = rows[sample - self.first[number]].item()
+        row = self._row(sample)
+        return self._bytes(sample, row["offset"], row["size"], row["crc"]), int(row["label"])
+
+    def read_target(self, sample: int) -> bytes:
+        """Content of the sample's mask, or of its json with other targets; empty without. Errors as `read`."""
+        row = self._row(sample)
+        if row.dtype != TARGET_ROW or not row["target_size"]:
+            return b""
+        return self._bytes(sample, row["target_offset"], row["target_size"], row["target_crc"])
+
+    def _row(self, sample: int) -> np.void:
+        number = self._shard_of(sample)
+        return self._open_shard(number)[1][sample - self.first[number]]
+
+    def _shard_of(self, sample: int) -> int:
+        return int(np.searchsorted(self.first, sample, "right")) - 1
+
+    def _bytes(self, sample: int, offset: int, size: int, crc: int) -> bytes:
+        """A member of the sample's tar."""
+        number = self._shard_of(sample)
+        file, shard = self._open_shard(number)[0], self.shards[number]
         data = os.pread(file, size, offset)
-        shard = self.shards[number]
         if zlib.crc32(data) != crc and isinstance(self.folder, Remote):  # only the copy in the cache may be damaged
             if self.folder.drop_if_damaged(file, shard.sha256):
                 os.close(self._open_shards.pop(number)[0])
@@ -183,7 +212,11 @@ class Split:
             if isinstance(self.folder, Path):
                 hint += f"; `python data/prepare.py {self.folder} --verify` lists all damage"
             raise UserError(f"{self.folder / shard.file} is damaged at byte {offset} (checksum): {hint}")
-        return data, label
+        return data
+
+    def place(self, sample: int) -> str:
+        """Where a sample is, for messages."""
+        return f"{self.folder}, split {self.name}, sample {sample}"
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none. Reads the indexes only, not the tars."""

@@ -44,6 +44,11 @@ class Item:
         """Whether the image is a file of its own."""
         return self.container != "digits" and self.offset is None and not self.zipped
 
+    def placed(self, split: str | None, label: str | None) -> "Item":
+        """The image with a split and a label; quicker than `dataclasses.replace`."""
+        place = self.name, self.container, self.stamp, self.offset, self.size, self.zipped
+        return Item(*place, split, label, self.targets)
+
     def image_bytes(self) -> bytes:
         """The encoded image. Raises `UserError` if it is damaged in a zip, `OSError` if the source has disappeared."""
         if self.container == "digits":

@@ -31,9 +31,8 @@ PAGES = 4  # of a file
 
 @dataclass
 class Survey:
-    """What was found; `sampled` images were decoded, the others only listed."""
+    """What was found among `sampled` images, which were decoded, and equal files among all."""
 
-    splits: dict[str, Counter] = field(default_factory=dict)  # images of each class, None = without a label
     sampled: int = 0
     types: Counter = field(default_factory=Counter)
     pixels: Counter = field(default_factory=Counter)  # (channels, kind of values)
@@ -63,7 +62,7 @@ class Survey:
 
 def survey(options: PrepareOptions, splits: dict[str, list[Item]]) -> Survey:
     """Look at a collection. Nothing is written."""
-    found = Survey({split: Counter(item.label for item in items) for split, items in splits.items()})
+    found = Survey()
     every = [(split, item) for split, items in sorted(splits.items()) for item in items]
     chosen = _spread(np.arange(len(every)), SAMPLE)
     shown = set(_spread(chosen, PICTURES).tolist())

@@ -5,13 +5,16 @@ import io
 import json
 import re
 import shlex
+import stat
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError, printable, reason
-from data.classes import split_name
-from data.listing import suffix
-from data.sources import READABLE
+from configs.errors import UserError, few, printable, reason
+from data.classes import WAY_OUT, split_name
+from data.listing import Listing, suffix
+from data.sources import READABLE, Item
 
 PATH_NAMES = {
     "path", "paths", "file", "filename", "filenames", "filepath", "image", "images", "imageid", "imagename",
@@ -119,8 +122,10 @@ def _lines(text: str, name: str) -> list[Row]:
     return [{"path": path.strip(), "label": label} for path, label in rows]
 
 
-def find_columns(rows: list[Row], name: str, path: str | None, labels: tuple[str, ...]) -> Columns:
-    """The columns of a table by their names, or those that the user names.
+def find_columns(
+    rows: list[Row], name: str, path: str | None, labels: tuple[str, ...], optional: bool = False
+) -> Columns:
+    """The columns of a table by their names, or those that the user names. With `optional`, there may be no labels.
 
     Raises `UserError`, with the columns, if there is none, or several may be the label.
     """
@@ -130,28 +135,28 @@ def find_columns(rows: list[Row], name: str, path: str | None, labels: tuple[str
             raise UserError(f"{printable(name)} has no column {printable(wanted)}, but {shown(columns)}")
     paths = (path,) if path else tuple(c for c in columns if plain(c) in PATH_NAMES and c not in labels)
     if not paths:
-        raise UserError(f"{printable(name)}: name the column of file names with --path-column: {shown(columns)}")
+        way_out = f"name the column of file names with --path-column {WAY_OUT}"
+        raise UserError(f"{printable(name)}: {way_out}: {shown(columns)}")
     found = labels or tuple(c for c in columns if plain(c) in LABEL_NAMES and c not in (path,))
     if len(found) > 1 and not labels:
         found = tuple(c for c in found if c not in TARGETS)
-    if len(found) != 1 and not labels:
-        names = ", ".join(map(printable, found))
-        problem = f"{names} may all be the label" if found else "no column is named like a label"
-        way_out = f"name it with --label-column: {shown(columns)}"
-        if not found and (flags := _flags(rows, columns)):
-            way_out = f"add `--label-column {shlex.join(map(printable, flags))}`, of which one is 1 in each row"
+    if len(found) != 1 and not labels and (found or not optional):
+        problem = f"{few(found)} may all be the label" if found else "no column is named like a label"
+        way_out = (not found and one_hot(rows)) or f"name it with --label-column {WAY_OUT}: {shown(columns)}"
         raise UserError(f"{printable(name)}: {problem}: {way_out}")
     others = [c for c in columns if c not in (*paths, *found, *TARGETS)]
     split = next((c for c in others if plain(c) in SPLIT_NAMES), None)
     return Columns(paths, found, split or next((c for c in others if _has_splits(c, rows)), None))
 
 
-def _flags(rows: list[Row], columns: list[str]) -> list[str]:
-    """The columns that are 0 or 1 everywhere, if exactly one of them is 1 in each row."""
-    kinds = {column: {str(row.get(column)).strip() for row in rows} for column in columns}
-    flags = [column for column, kind in kinds.items() if kind <= FLAGS]
-    ones = [sum(str(row[column]).strip() in ("1", "1.0", "True") for column in flags) for row in rows]
-    return flags if len(flags) > 1 and set(ones) == {1} else []
+def one_hot(rows: list[Row]) -> str:
+    """Advice if exactly one of the columns that are 0 or 1 everywhere is 1 in each row; empty otherwise."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    flags = [column for column in columns if all(str(row.get(column)).strip() in FLAGS for row in rows)]
+    ones = {sum(str(row[column]).strip() in ("1", "1.0", "True") for column in flags) for row in rows}
+    if len(flags) < 2 or ones != {1}:
+        return ""
+    return f"add `--label-column {shlex.join(map(printable, flags))}` {WAY_OUT}, of which one is 1 in each row"
 
 
 def _has_splits(column: str, rows: list[Row]) -> bool:
@@ -164,6 +169,35 @@ def _has_splits(column: str, rows: list[Row]) -> bool:
     return len(found) > 1
 
 
+def list_table(path: Path, columns: Columns, rows: list[Row]) -> Listing:
+    """The files that a table names in one of its columns, relative to its folder; files that are missing are left out.
+
+    Raises `UserError` if there are none.
+    """
+    listing, first = Listing(str(path), rows=rows), None
+    for column in columns.path:
+        names = dict.fromkeys(name for row in rows if (name := as_path(row.get(column))))
+        first = first or next(iter(names), None)
+        for name in names:
+            with suppress(OSError, ValueError):  # ValueError: a null byte
+                file = path.parent / name
+                about = file.stat()
+                if stat.S_ISREG(about.st_mode):
+                    listing.images.append(Item(name, str(file), f"{about.st_size} {about.st_mtime_ns}"))
+        if listing.images:
+            listing.images.sort(key=lambda item: item.name)
+            return listing
+    problem = f"no file that it names exists, such as {printable(path.parent / (first or ''))}"
+    raise UserError(f"{printable(path)}: {problem}: write paths relative to the table, with suffix")
+
+
+def as_path(value: Any) -> str:
+    """The path in a cell; empty if there is none."""
+    if value is None or isinstance(value, (bool, float, dict, list)):
+        return ""
+    return str(value).strip().replace("\\", "/")
+
+
 def may_hold_labels(data: bytes, name: str) -> bool:
     """Whether a file looks like a table of labels, from its first line."""
     if suffix(name) not in ("csv", "tsv"):
@@ -174,8 +208,7 @@ def may_hold_labels(data: bytes, name: str) -> bool:
 
 def shown(columns: list[str]) -> str:
     """Names of columns, for a message."""
-    names = ", ".join(map(printable, columns[:MAX_SHOWN_COLUMNS]))
-    return f"its columns are {names}{', ...' if len(columns) > MAX_SHOWN_COLUMNS else ''}"
+    return f"its columns are {few(columns, MAX_SHOWN_COLUMNS)}"
 
 
 def plain(column: str) -> str:

@@ -17,6 +17,8 @@ from data.reencode import Encoded, reencode_all
 from data.shards import index_tar
 from data.sources import Item
 
+ARRAYS = "{:image is an array: it needs|images are arrays: they need} --model.channels "
+
 
 def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
     """Write samples {"__key__": name, "jpg": bytes, "cls": bytes, ...} to a tar; the same ones give the same bytes."""
@@ -39,7 +41,7 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
                 kind, data = image
                 if kind == "npy":
                     channels = read_npy(data).shape[2]
-                    notes[f"{{:,}} images are arrays: they need --model.channels {channels}"] += 1
+                    notes[ARRAYS + str(channels)] += 1
                 key = f"{number:09}{name[len(item.name) :].replace('#', '-')}"  # -1, -2, ... for pages
                 about = {"name": name} | ({} if label is None else {"class": item.label}) | (item.targets or {})
                 members = {"__key__": key, kind: data, "json": json.dumps(about, default=str).encode()}

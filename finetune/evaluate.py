@@ -18,11 +18,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from configs.checks import check_dataset, check_exists
+from configs.checks import check_exists
 from configs.command import parse_options
 from configs.errors import run_main
 from configs.keys import argument, option
 from configs.schema import Data, Optim, Run
+from data.folder import check_images
 from finetune.options import ImageOptions
 
 
@@ -30,7 +31,7 @@ from finetune.options import ImageOptions
 class Options(ImageOptions):
     """The command line."""
 
-    data: str = argument("folder of shards or its URL, or a folder of images")
+    data: str = argument("labelled images: shards or their URL, a folder, a zip, a tar, a table of files")
     split: str = option("val", "split to evaluate")
     batch: PositiveInt = option(64, "images per batch and rank")
     workers: NonNegativeInt | None = option(None, "loader processes per rank (default: its cores, at most 8)")
@@ -41,13 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(Options, __doc__, argv)
     check_exists(options.weights)
-    check_dataset(options.data)
+    check_images(options.data)
     data = Data(workers=options.workers, max_pixels=options.max_pixels)
 
     # slow imports, after parsing, so that --help and user errors are quick
     from data.folder import open_images, sample_names
     from data.loader import eval_loader
-    from data.transforms import EvalTransform
     from finetune.batches import padded_batches
     from finetune.inference import predict
     from finetune.tasks import make_inference
@@ -55,9 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     from launch.training.world import destroy_world, gather, init_world, process_errors
     from models.opening import open_classifier
 
-    trained = open_classifier(options.weights, options.ema, options.size)
-    images = open_images(options.data, options.split, options)
-    task = make_inference(trained)
+    task = make_inference(open_classifier(options.weights, options.ema, options.size))
+    trained, images = task.trained, open_images(options.data, options.split, options)
     task.match(images)
     weights = Path(options.weights).absolute()
     # best.pt, last.pt and its average get different folders
@@ -69,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     kind = precision(Optim(precision=options.precision), world.device)
     batch = min(options.batch, len(images))
     place = world.rank, world.ranks, world.device.type == "cuda"
-    transform = EvalTransform.of(trained.preprocessing)
-    loader = eval_loader(images, transform, trained.preprocessing.channels, data, batch, *place)
+    channels = trained.preprocessing.channels
+    loader = eval_loader(images, task.transform, channels, data, batch, *place, read_target=task.read_target)
     damaged: dict[int, str] = {}
     batches = padded_batches(loader, batch, damaged, world.first)
     model, mean, std = (x.to(world.device) for x in (trained.model, trained.mean, trained.std))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, Finetune
-from data.loader import Loader, Transform
+from data.loader import Loader, ReadTarget, Transform
 from data.sampler import STEPS
 from data.transforms import normalize
 from finetune.inference import Collector, predict
@@ -31,7 +31,9 @@ class Task(Collector, Protocol):
     """A supervised task: one module in finetune/tasks."""
 
     metric: str  # name of the score that selects the best weights; higher is better, of any sign
+    read_target: ReadTarget | None  # of the samples; None = the target is the label
     classes: list[str] | None  # names for the weight file, if the task has classes
+    head_config: dict  # plain values for the weight file, from which `make_inference` builds the head
 
     def describe(self) -> str:
         """Part of the run's first line."""
@@ -49,7 +51,10 @@ class Task(Collector, Protocol):
         """Weights [N] of the training samples for `EpochOrder`; None = uniform."""
 
     def build(self, arch: Encoder) -> nn.Module:
-        """The model with initial weights: a `ConvNeXt` whose `head` maps tokens [B, H, W, C] to the output."""
+        """The model with initial weights: a `ConvNeXt` whose `head` maps tokens [B, H, W, C] to the output.
+
+        A subclass may give its head the tokens of all stages (`forward_stages`).
+        """
 
     def load(self, model: nn.Module, init: Opened | None) -> None:
         """Load the weights of --init; None = from scratch. Raises `UserError` if they are of another model."""
@@ -153,8 +158,8 @@ class Finetuning(Stage):
         head, encoder = split_by_prefix(cpu_state(model), "head.")
         size, crop, interpolation = config.data.height_width, config.augment.eval_crop, config.data.eval_interpolation
         preprocessing = Preprocessing(size, self.arch.channels, *self.statistics, crop, interpolation)
-        classes, task = self.task.classes, config.task.name
-        return Weights(self.arch, preprocessing, encoder, head=head, classes=classes, task=task)
+        about = {"classes": self.task.classes, "task": config.task.name, "task_config": self.task.head_config}
+        return Weights(self.arch, preprocessing, encoder, head=head, **about)
 
     def state(self) -> dict:
         ema = self.ema.module.state_dict() if self.ema else None

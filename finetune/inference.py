@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from data.folder import Folder
+from data.loader import ReadTarget, Transform
 from data.reading import Reading
 from data.shards import Split
 from data.transforms import normalize
 from launch.training.precision import autocast
 from launch.training.world import World, gather
+from models.opening import Trained
 
 
 class Predictions(Protocol):
@@ -35,10 +37,13 @@ class Collector(Protocol):
 class Inference(Collector, Protocol):
     """A task's part of evaluate.py, predict.py and export.py, for a trained model.
 
-    A task with a head of its own adds it, with the weights of the file, to the model that `make_inference` is given.
+    A task with a head of its own builds `trained.model` from the weights that `make_inference` is given.
     """
 
+    trained: Trained  # the task's model and its preprocessing
+    transform: Transform  # of pictures in evaluation; entries besides `image` reach `collect` and `predict`
     files: str  # names of the files of `write_evaluation`
+    read_target: ReadTarget | None  # of the samples; None = the target is the label
 
     def match(self, images: Split | Folder) -> None:
         """Map a data set's targets to the model's. Raises `UserError` if they do not fit."""
@@ -55,7 +60,7 @@ class Inference(Collector, Protocol):
     def name_outputs(self, file: str | None) -> None:
         """Set names of the outputs from a text file, or else from the weights. Raises `UserError` if there are none."""
 
-    def predict(self, output: Any, paths: list[Path], top: int) -> list[Any]:
+    def predict(self, output: Any, batch: dict[str, Tensor], paths: list[Path], top: int) -> list[Any]:
         """Predictions, with `path` and `lines` (text), of pictures; `top` classes each if the task has classes."""
 
     def annotate(self, folder: Path, number: int, prediction: Any, reading: Reading) -> None:

@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from configs.keys import argument, option, require
-from data.reading import Reading
+from configs.keys import argument, option
+from data.reading import FileOptions
 
 STDIN = "-"  # in place of paths: read them from standard input
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
@@ -30,11 +30,5 @@ class DeviceOptions(ModelOptions):
 
 
 @dataclass(frozen=True)
-class ImageOptions(Reading, DeviceOptions):
+class ImageOptions(FileOptions, DeviceOptions):
     """Which model to use, where it runs, and how files of images are read."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(
-            self.pages != "all", "--pages", self.pages, "first: a file has one prediction, shards may have all pages"
-        )

@@ -58,7 +58,6 @@ def main(argv: list[str] | None = None) -> None:
 def classify(options: Options) -> tuple[int, int]:
     """Classify and print batch by batch, then write the files. Returns (unreadable pictures, all pictures)."""
     from data.loader import collate  # slow imports, after parsing
-    from data.transforms import EvalTransform
     from finetune.batches import PREFETCHED, find_pictures, picture_batches
     from finetune.inference import output_of
     from finetune.tasks import make_inference
@@ -66,8 +65,7 @@ def classify(options: Options) -> tuple[int, int]:
     from launch.training.world import destroy_world, init_world
     from models.opening import open_classifier
 
-    trained = open_classifier(options.weights, options.ema, options.size)
-    task = make_inference(trained)
+    task = make_inference(open_classifier(options.weights, options.ema, options.size))
     task.name_outputs(options.classes)
     paths = find_pictures(options.images)
     if options.annotate:
@@ -76,17 +74,17 @@ def classify(options: Options) -> tuple[int, int]:
     if world.ranks > 1:
         raise UserError("finetune/predict.py runs in one process: start it with python, not with a launcher")
     kind = precision(Optim(precision=options.precision), world.device)
+    trained = task.trained
     model, mean, std = (x.to(world.device) for x in (trained.model, trained.mean, trained.std))
-    channels, transform = trained.preprocessing.channels, EvalTransform.of(trained.preprocessing)
     prefetched = 0 if options.images == (STDIN,) else PREFETCHED  # answer whoever writes the paths at once
     kept = []
     done = failed = 0
-    for pictures in picture_batches(paths, transform, channels, options.batch, prefetched, options):
+    for pictures in picture_batches(paths, task, options.batch, prefetched, options):
         readable = [picture for picture in pictures if not picture.error]
         if readable:
-            image = collate([{"image": picture.image} for picture in readable])["image"].to(world.device)
-            output = output_of(model, image, mean, std, kind)
-            predictions = task.predict(output, [picture.path for picture in readable], options.top)
+            batch = collate([picture.entries for picture in readable])
+            output = output_of(model, batch["image"].to(world.device), mean, std, kind)
+            predictions = task.predict(output, batch, [picture.path for picture in readable], options.top)
             for number, prediction in enumerate(predictions, done + 1):
                 print(f"{prediction.path}: {', '.join(prediction.lines)}")
                 if options.annotate:

@@ -27,15 +27,10 @@ class Deployed(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
-        conv, norm = self.model.stem
-        x = normalize(image, self.mean, self.std).to(conv.weight.dtype)
+        x = normalize(image, self.mean, self.std).to(self.model.stem[0].weight.dtype)
         if self.model.head is not None:
             return self.model.head(self.model.forward_features(x, Dense()).float())
-        maps, x = [], norm(Dense().embed(x, conv))
-        for stage in self.model.stages:
-            x = stage(x, Dense(), "none")
-            maps.append(x.permute(0, 3, 1, 2).float())
-        return tuple(maps)
+        return tuple(x.permute(0, 3, 1, 2).float() for x in self.model.forward_stages(x, Dense()))
 
 
 def to_fp16(deployed: Deployed) -> Deployed:

@@ -98,6 +98,20 @@ def test_what_could_mean_several_things_is_refused(parts, words, tmp_path):
     assert has(message, words.split()[0]) and all(word in message for word in words.split()), message
 
 
+@pytest.mark.parametrize(
+    ("numbers", "refused"), [("1 2", False), ("001 002 003", False), ("0 1", True), ("left right", True)]
+)
+def test_numbered_folders_are_parts_of_a_class(numbers, refused, tmp_path):
+    names = [f"{top}/{number}" for top in ("CAT", "DOG") for number in numbers.split()]
+    source = as_folder(collection(dict.fromkeys(names, 1)), tmp_path / "in")
+    if refused:
+        assert has(refusal(source, tmp_path / "out"), "same sub-folders --no-splits")
+        prepared(source, tmp_path / "out", "--no-splits")
+    else:
+        prepared(source, tmp_path / "out")
+    assert read_index(tmp_path / "out").classes == ["CAT", "DOG"]
+
+
 def test_options_say_what_folders_mean(tmp_path, capsys):
     source = as_folder(collection({"train/a": 2, "train/b": 2, "PublicTest/a": 1, "misc/c": 3}), tmp_path / "in")
     prepared(source, tmp_path / "one", "--splits", "train=train", "test=PublicTest", "unlabeled=misc")

@@ -19,6 +19,7 @@ from data.decode import decode
 from data.folder import Folder, read_image
 from data.reading import Reading
 from data.shards import Split
+from data.transforms import EvalTransform
 from finetune.tasks.classification import scores
 from finetune.tasks.classification.scores import Predictions, calibration_error
 from finetune.tasks.classification.tables import show_evaluation
@@ -43,12 +44,13 @@ class Prediction:
 class ClassifierInference:
     """A trained classifier; implements `finetune.inference.Inference`."""
 
+    read_target = None
     files = "evaluation.json, predictions.csv, confusion.png, calibration.png"
     join = staticmethod(scores.join)
     show_evaluation = staticmethod(show_evaluation)
 
     def __init__(self, trained: Trained):
-        self.trained = trained
+        self.trained, self.transform = trained, EvalTransform.of(trained.preprocessing)
         self.names = trained.weights.classes
         self.class_of: Tensor | None = None  # the model's class for each label of the data
 
@@ -134,7 +136,7 @@ class ClassifierInference:
         if len(self.names) != outputs:
             raise UserError(f"{file or path} has {len(self.names)} names, {path} {outputs} classes")
 
-    def predict(self, output: Tensor, paths: list[Path], top: int) -> list[Prediction]:
+    def predict(self, output: Tensor, batch: dict[str, Tensor], paths: list[Path], top: int) -> list[Prediction]:
         """The `top` likeliest classes of pictures, from logits [B, classes]. Raises `UserError` for NaN or infinity."""
         if not bool(torch.isfinite(output).all()):
             raise UserError("the weights give outputs that are not finite: try --precision fp32")

@@ -28,7 +28,8 @@ class ClassifierTask:
         UserError: an image of either split has no label
     """
 
-    metric = "top1"
+    metric, read_target = "top1", None
+    head_config: dict = {}  # noqa: RUF012  # nothing
     collect, join = staticmethod(scores.collect), staticmethod(scores.join)
 
     def __init__(self, config: Finetune, train: Split, evaluation: Split):

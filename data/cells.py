@@ -18,6 +18,8 @@ def cell_reader(
     """A function from a row to its label, None if it has none, and to its other targets."""
     values = [[row.get(column) for column in columns.labels] or [None] for row in rows]
     kept = [column for column in TARGETS if column not in columns.labels and any(column in row for row in rows)]
+    if kept and not columns.labels:
+        notes.append(f"{printable(name)}: {', '.join(kept)} of each image, no class")
     numeric = all(number_in(v) is not None for row in values for v in row if not empty(v))
     whole = numeric and all(number_in(v).is_integer() for row in values for v in row if not empty(v))
     several, what = len(columns.labels) > 1, ""

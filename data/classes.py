@@ -29,9 +29,10 @@ STARTS = ("train", "test", "valid")  # of words in several languages
 PLAIN_WORDS = {"set", "split", "data", "dataset", "image", "images", "img", "imgs", "photos", "pictures", "folder"}
 IMAGE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages", "jpeg", "jpg", "png", "photos", "pictures", "data"}
 MASK_FOLDERS = {
-    "mask", "masks", "label", "labels", "annotation", "annotations", "segmentation", "segmentations", "seg", "gt",
-    "groundtruth", "ground_truth", "trimaps", "depth", "edges", "targets",
+    "masks", "mask", "labels", "label", "annotations", "annotation", "segmentationclass", "segmentationclassaug",
+    "segmentation", "segmentations", "seg", "gt", "gtfine", "gtcoarse", "groundtruth", "ground_truth", "targets",
 }  # fmt: skip
+NO_CLASSES = MASK_FOLDERS | {"trimaps", "depth", "edges"}  # beside images
 PARTS = {"part", "batch", "chunk", "shard", "fold", "subset", "volume", "cv"}
 WAY_OUT = "(options of data/prepare.py)"
 
@@ -171,9 +172,9 @@ def _check_folders(groups: dict[str | None, Group], source: str) -> None:
 def _no_classes(inside: dict[str, set[str]]) -> tuple[str, list[str]]:
     """Why folders (name -> folders in them) may be no classes, and which of them to read; empty if they may."""
     tops, some = {top.lower() for top in inside}, listed([*inside][:3])
-    pictures, masks = (sorted(top for top in inside if top.lower() in kind) for kind in (IMAGE_FOLDERS, MASK_FOLDERS))
+    pictures, masks = (sorted(top for top in inside if top.lower() in kind) for kind in (IMAGE_FOLDERS, NO_CLASSES))
     if pictures and masks:
-        return f"{listed(masks)} beside {listed(pictures)} are about the images, not classes", pictures
+        return f"{listed(masks)} beside {listed(pictures)} are not classes, --masks reads masks", pictures
     if len(tops) == 1:
         return "", []
     stems = {re.sub(r"[-_ .]*\d+$", "", top) for top in tops}

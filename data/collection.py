@@ -1,6 +1,6 @@
 """The images of one or several sources, with splits and labels; what was found, decided and left out is printed.
 
-SOURCE    its folders are splits and classes; --labels FILE
+SOURCE    its folders are splits and classes; --labels FILE, --masks SOURCE
 --val SOURCE, --test SOURCE    further splits; --val-labels FILE, --test-labels FILE
 """
 
@@ -17,6 +17,7 @@ from data.known import find_val_labels, known_rows, without_image_class
 from data.labels import label_by_sidecars, label_by_table, set_apart
 from data.layouts import arrange
 from data.listing import ARCHIVES, TABLES, Listing, suffix
+from data.pairs import open_masks, pair_masks
 from data.planning import LABEL_OPTIONS, PrepareOptions, divided
 from data.sources import Item, digits
 from data.tables import Columns, Row, find_columns, list_table, may_hold_labels, one_hot, read_table
@@ -53,6 +54,7 @@ def read_collection(source: str) -> tuple[list[Item], list[str] | None]:
 
 def _collect(stack: ExitStack, options: PrepareOptions, scratch: Path | None) -> tuple[list[Item], list[str] | None]:
     listing = _list(stack, options.source, scratch, options)
+    masks = open_masks(listing, options, scratch, stack)
     items = _main_images(listing, options)
     from_files = bool(listing.sidecars or options.labels or listing.rows)
     for split, source, labels in (
@@ -66,6 +68,9 @@ def _collect(stack: ExitStack, options: PrepareOptions, scratch: Path | None) ->
             inner.mkdir(exist_ok=True)
             stack.callback(inner.rmdir)
             items = items + _further_images(_list(stack, source, inner, options), split, labels, options)
+    if options.masks:
+        items, notes = pair_masks(items, masks, options)
+        _print_notes(notes)
     if options.no_labels:
         items = [item.placed(item.split, None) for item in items]
     check_classes(items, options.source)
@@ -116,7 +121,7 @@ def _arranged(
     listing: Listing, labels: Path | None, options: PrepareOptions, splits: tuple[str, ...], no_splits: bool
 ) -> tuple[list[Item], list[str]]:
     """Images with splits, and with labels from a table, from files beside them, or from their folders."""
-    from_folders = not (labels or listing.rows or options.no_labels)
+    from_folders = not (labels or listing.rows or options.no_labels or options.masks)
     first = label_by_sidecars(listing) if from_folders else []
     items, notes = arrange(listing, splits, no_splits, labelled=from_folders)
     listing.images = items  # not twice in memory
@@ -199,10 +204,14 @@ def _with_labels(
 def _report(listing: Listing, items: list[Item], notes: list[str], hint: bool, flag: str = "--labels") -> None:
     """Print what a source has, and what was left out or decided."""
     say(f"{printable(listing.source)}: {counted(len(items), 'image')}")
-    for note in (*listing.notes(), *notes):
-        say(f"  {printable(note)}")
+    _print_notes([*listing.notes(), *notes])
     tables = [item for name, item in listing.label_files.items() if suffix(name) in TABLES] if hint else []
     for item in [item for item in tables if may_hold_labels(item.image_bytes(), item.name)][:3]:
         inside = item.offset is not None
         where = f"unpack it and add {flag} PATH" if inside else f"add {flag} {printable(item.container)}"
         say(f"  {printable(item.name)} looks like labels: {where} {WAY_OUT}")
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        say(f"  {printable(note)}")

@@ -72,8 +72,8 @@ def _labelled(item: Item, label: str | None, targets: dict[str, Any], split: str
     return replace(item, label=label, split=split, targets=targets or None, stamp=stamp)
 
 
-def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]) -> list[Item]:
-    """Images without a row in `name` go to split `unlabeled`, but a split without any row stays together.
+def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str], unit: str = "row") -> list[Item]:
+    """Images without a `unit` in `name` go to split `unlabeled`, but a split without any stays together.
 
     `labelled` has the positions of the others.
     """
@@ -87,14 +87,14 @@ def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]
         without = [i for i in members if i not in labelled]
         if len(without) == len(members) and split is not None:
             notes.append(
-                f"{printable(name)} has no rows for split {split}: {counted(len(without), 'image')} without a label"
+                f"{printable(name)} has no {unit}s for split {split}: {counted(len(without), 'image')} without a label"
             )
         else:
             moved += without
     if moved:
         first = printable(items[min(moved)].name)
         notes.append(
-            f"{counted(len(moved), 'image')} without a row in {printable(name)}, such as {first}: split {UNLABELED}"
+            f"{counted(len(moved), 'image')} without a {unit} in {printable(name)}, such as {first}: split {UNLABELED}"
         )
     gone = set(moved)
     return [replace(item, split=UNLABELED) if i in gone else item for i, item in enumerate(items)]
@@ -103,7 +103,7 @@ def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]
 def _match(items: list[Item], rows: list[Row], candidates: tuple[str, ...], name: str) -> tuple[list[int | None], str]:
     """Number of each row's image, and the column that names it."""
     found = {}
-    paths = _Paths(items)
+    paths = Paths(items)
     for column in candidates:
         matches = [paths.find(row.get(column), name) for row in rows]
         if any(image is not None for image in matches):
@@ -119,7 +119,7 @@ def _match(items: list[Item], rows: list[Row], candidates: tuple[str, ...], name
     return found[best], best
 
 
-class _Paths:
+class Paths:
     """Finds an image by its path, with or without folders or suffix."""
 
     def __init__(self, items: list[Item]):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -37,14 +38,23 @@ ReadTarget = Callable[[bytes], Any]  # from `Split.read_target`; raises `UserErr
 def collate(samples: list[dict]) -> dict[str, Tensor]:
     """Stack samples to a batch. If only some images have more than 8 bits per channel, all become float32.
 
+    Images of different sizes are padded with zeros at the bottom and on the right.
+
     Entries named `OBJECT`... have one row per object: they are concatenated, and `objects` [B] has the numbers of rows.
     """
     if len({sample["image"].dtype for sample in samples}) > 1:
         samples = [{**sample, "image": to_float(sample["image"])} for sample in samples]
+    if len({sample["image"].shape for sample in samples}) > 1:
+        height, width = (max(sample["image"].shape[axis] for sample in samples) for axis in (1, 2))
+        samples = [{**sample, "image": _padded(sample["image"], height, width)} for sample in samples]
     ragged = [key for key in samples[0] if key.startswith(OBJECT)]
     batch = default_collate([{key: x for key, x in sample.items() if key not in ragged} for sample in samples])
     batch |= {key: torch.cat([sample[key] for sample in samples]) for key in ragged}
     return batch | ({"objects": torch.tensor([len(sample[ragged[0]]) for sample in samples])} if ragged else {})
+
+
+def _padded(image: Tensor, height: int, width: int) -> Tensor:
+    return F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
 
 
 class Samples(Dataset):

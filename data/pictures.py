@@ -3,6 +3,7 @@
 import io
 import re
 import warnings
+from typing import BinaryIO
 
 import imagecodecs
 import numpy as np
@@ -19,6 +20,7 @@ from data.reading import (
     Page,
     Reading,
     check_size,
+    damage_as_error,
     raise_limit,
 )
 
@@ -57,8 +59,7 @@ def read_picture(data: bytes, kind: str, name: str, reading: Reading, notes: Not
                 return _read_heif(data, reading, notes)
             if kind == "pnm" and (match := PNM_HEADER.match(data)) and int(match[4]) > 255:
                 return _read_deep_pnm(data, match, reading)
-            formats = (*FORMATS, "TGA") if name.lower().endswith(".tga") else FORMATS
-            picture = Image.open(io.BytesIO(data), formats=formats)
+            picture = _open(io.BytesIO(data), name)
             _check(picture.size, len(picture.getbands()), reading)
             notes[FIRST_FRAME] += getattr(picture, "is_animated", False)
             if kind == "avif":
@@ -67,17 +68,36 @@ def read_picture(data: bytes, kind: str, name: str, reading: Reading, notes: Not
                 return _page(imagecodecs.jpeg2k_decode(data), _jpeg2000_bits(data))
             picture.load()
             return from_pil(picture)
+    except UnidentifiedImageError:
+        raise _unknown(kind, data[:HEAD_BYTES]) from None
     except ImageError:
         raise
-    except UnidentifiedImageError:
-        if kind:
-            raise ImageError("not a readable image (its header is damaged)") from None
-        for start, what, refusal in OTHERS:
-            if data[:HEAD_BYTES].lstrip().startswith(start):
-                raise ImageError(what, refusal) from None
-        raise ImageError("not an image of a known type", NO_IMAGE) from None
     except Exception:  # damaged files raise almost any exception in PIL
         raise ImageError("not a readable image (damaged or cut short)") from None
+
+
+def picture_size(file: BinaryIO, kind: str, name: str) -> tuple[int, int]:
+    """Height and width of a picture of `read_picture`, from its header. Raises `ImageError`."""
+    with damage_as_error(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return (pillow_heif.open_heif(file) if kind == "heif" else _open(file, name)).size[::-1]
+        except UnidentifiedImageError:
+            file.seek(0)
+            raise _unknown(kind, file.read(HEAD_BYTES)) from None
+
+
+def _open(file: BinaryIO, name: str) -> Image.Image:
+    return Image.open(file, formats=(*FORMATS, "TGA") if name.lower().endswith(".tga") else FORMATS)
+
+
+def _unknown(kind: str, start: bytes) -> ImageError:
+    if kind:
+        return ImageError("not a readable image (its header is damaged)")
+    for other, what, refusal in OTHERS:
+        if start.lstrip().startswith(other):
+            return ImageError(what, refusal)
+    return ImageError("not an image of a known type", NO_IMAGE)
 
 
 def from_pil(picture: Image.Image, orientation: int = 1) -> Page:

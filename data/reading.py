@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
@@ -17,7 +19,14 @@ BYTES_PER_PIXEL = 4  # allowed for each pixel of the limit: RGBA, or one float32
 DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE = "damaged", "too large", "unsupported", "not an image"  # kinds of refusals
 UNREADABLE = "cannot be read"  # the disk or the permissions, not the image
 CHANNELS, PAGES, VALUES, NODATA = "wrong channels", "needs --pages", "needs --value-range", "needs --nodata"
-KINDS = (DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NODATA)
+NO_MASK, MASK_SIZE, MASK_CLASS = (
+    "with an unreadable mask",
+    "with a mask of another size",
+    "with a mask of unknown classes",
+)
+KINDS = (
+    DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NODATA, NO_MASK, MASK_SIZE, MASK_CLASS,
+)  # fmt: skip
 NEED_OPTION = (PAGES, VALUES, NODATA)  # of the user, before a collection can be written
 
 FIRST_PAGE = "{:file has|files have} several pages or frames: only the first was taken (--pages first)"
@@ -106,6 +115,19 @@ class Page:
     orientation: int = 1
     deep_png: bool = False
     number: int = 0
+
+
+@contextmanager
+def damage_as_error(what: str = "damaged or cut short") -> Iterator[None]:
+    """Turn what decoders raise into `ImageError`."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except MemoryError:
+        raise ImageError("needs more memory than there is", TOO_LARGE) from None
+    except Exception:  # damaged files raise almost any exception
+        raise ImageError(f"not a readable image ({what})") from None
 
 
 def number(value: float) -> str:

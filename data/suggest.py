@@ -17,6 +17,14 @@ def made_of_digits(folder: Path) -> bool:
         return False
 
 
+def _has_masks(folder: Path) -> bool:
+    """Whether the shards have masks of semantic segmentation."""
+    try:
+        return json.loads((folder / "index.json").read_bytes())["targets"]["kind"] == "mask"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def pretrain_command(folder: Path, index: Index) -> str:
     """The command that pretrains on a folder of shards, with sizes and channels of its images."""
     recipe = "digits" if made_of_digits(folder) else "photos"
@@ -46,7 +54,11 @@ def finetune_command(weights: Path, config: dict) -> str:
     """The command that fine-tunes pretrained weights on the images of their run; `config` is the run's."""
     data = config["data"]
     words = ["python", "finetune/main.py", "--init", str(weights), "--data.path", data["path"]]
-    if not made_of_digits(Path(data["path"])):
+    if _has_masks(Path(data["path"])):
+        words += ["--config", "configs/finetune/streets.yaml"]
+        if config.get("model", {}).get("channels", 3) != 3:
+            words += ["--augment.color_jitter", "0"]
+    elif not made_of_digits(Path(data["path"])):
         words += ["--config", "configs/finetune/photos.yaml"]
         if size := data.get("size"):
             words += ["--data.size", json.dumps(size).replace(" ", "")]

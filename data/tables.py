@@ -140,7 +140,9 @@ def find_columns(
     found = labels or tuple(c for c in columns if plain(c) in LABEL_NAMES and c not in (path,))
     if len(found) > 1 and not labels:
         found = tuple(c for c in found if c not in TARGETS)
-    if len(found) != 1 and not labels and (found or not optional):
+    if not found and any(c in TARGETS for c in columns):
+        labels = found = ()
+    elif len(found) != 1 and not labels and (found or not optional):
         problem = f"{few(found)} may all be the label" if found else "no column is named like a label"
         way_out = (not found and one_hot(rows)) or f"name it with --label-column {WAY_OUT}: {shown(columns)}"
         raise UserError(f"{printable(name)}: {problem}: {way_out}")

@@ -10,12 +10,14 @@ import webdataset
 from configs.errors import printable
 from configs.files import atomic_file, write_atomic
 from data.decode import read_npy
-from data.planning import PrepareOptions, ShardPlan, Written
+from data.masks import with_masks, with_tile_masks
+from data.planning import Part, PrepareOptions, ShardPlan, Written
 from data.pool import add_progress
 from data.reading import ImageError, Notes
 from data.reencode import Encoded, reencode_all
 from data.shards import index_tar
-from data.sources import Item
+from data.tars import MASK
+from data.tiles import cut
 
 ARRAYS = "{:image is an array: it needs|images are arrays: they need} --model.channels "
 
@@ -33,8 +35,9 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
     notes = Notes()
 
     def samples() -> Iterator[dict[str, bytes | str]]:
-        for number, (item, label) in enumerate(plan.items, plan.first):
-            for name, image in _images(item, options, notes):
+        for part in plan.parts:
+            item, label = part.item, part.label
+            for name, image, place, mask in _images(part, options, notes):
                 if isinstance(image, ImageError):
                     skipped.append(printable(f"{name}: {image.kind}: {image}"))
                     continue
@@ -42,11 +45,13 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
                 if kind == "npy":
                     channels = read_npy(data).shape[2]
                     notes[ARRAYS + str(channels)] += 1
-                key = f"{number:09}{name[len(item.name) :].replace('#', '-')}"  # -1, -2, ... for pages
-                about = {"name": name} | ({} if label is None else {"class": item.label}) | (item.targets or {})
+                place_in_file = name[len(item.name) :].replace("@", "-y").replace(",", "-x").replace("#", "-")
+                key = f"{part.number:09}{place_in_file}"  # -1, -2, ... for pages, -y0-x512 for tiles
+                about = {"name": name} | place | ({} if label is None else {"class": item.label}) | (item.targets or {})
                 members = {"__key__": key, kind: data, "json": json.dumps(about, default=str).encode()}
+                members |= {} if mask is None else {MASK: mask}
                 yield members | ({} if label is None else {"cls": str(label).encode()})
-            add_progress(1)
+            add_progress(len(part.tiles))
 
     write_tar(plan.path, samples())
     shard = index_tar(plan.path)
@@ -55,11 +60,19 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
     return Written(shard, skipped, dict(notes))
 
 
-def _images(item: Item, options: PrepareOptions, notes: Notes) -> Iterator[tuple[str, Encoded | ImageError]]:
-    """Images of a file, or why it cannot be read."""
+def _images(
+    part: Part, options: PrepareOptions, notes: Notes
+) -> Iterator[tuple[str, Encoded | ImageError, dict, bytes | None]]:
+    """Name of each image of a file, the image or why it cannot be read, of tiles their places, and masks."""
+    item = part.item
+    if options.tile:
+        yield from with_tile_masks(cut(item, part.tiles, options, notes), item, options)
+        return
     try:
         data = item.image_bytes()
     except ImageError as error:
-        yield item.name, error
+        yield item.name, error, {}, None
     else:
-        yield from reencode_all(data, item.name, options.resize, options.quality, options, notes)
+        images = reencode_all(data, item.name, options.resize, options.quality, options, notes)
+        for name, image, mask in with_masks(images, data, item, options):
+            yield name, image, {}, mask

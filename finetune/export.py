@@ -68,15 +68,17 @@ def main(argv: list[str] | None = None) -> None:
 
     open_model = open_encoder if options.features else open_classifier
     trained = open_model(options.weights, options.ema, options.size)
+    task = None if options.features else make_inference(trained)
+    trained = task.trained if task else trained
     weights, transform = trained.weights, EvalTransform.of(trained.preprocessing)
     images = sample_images(options.images, options.split, COMPARED, transform, trained.preprocessing.channels, options)
     print(f"{options.weights}: {weights.describe()}; comparing on {len(images)} images", flush=True)
     if to == "safetensors" and weights.head and not weights.outputs:
         raise UserError(f"timm's models have no head like that of {options.weights}: use another --to, or --features")
-    outputs = stage_outputs(weights.arch) if options.features else make_inference(trained).outputs()
+    outputs = task.outputs() if task else stage_outputs(weights.arch)
     source = deployed = Deployed(trained.model, trained.mean, trained.std)
     free = free_sides(weights)
-    if options.features and not all(free):
+    if not (all(free) or weights.outputs):
         print(f"  sides below {min_free_side(weights.arch)} pixels are fixed in the graph: --size sets larger ones")
     batches = comparison_batches(images, free)
     expected = [predict_with(source)(batch) for batch in batches]

@@ -59,6 +59,9 @@ class Task(Collector, Protocol):
     def load(self, model: nn.Module, init: Opened | None) -> None:
         """Load the weights of --init; None = from scratch. Raises `UserError` if they are of another model."""
 
+    def inputs(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Arguments of the model's forward pass in training, for images [B, C, H, W]: to estimate its memory."""
+
     def loss(self, model: Any, image: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Loss [] of normalised images [B, C, H, W] on the device; `model` wraps the one of `build`."""
 

@@ -27,6 +27,9 @@ class Predictions(Protocol):
 class Collector(Protocol):
     """Turns a model's outputs into predictions."""
 
+    def run(self, model: nn.Module, image: Tensor, batch: dict[str, Tensor]) -> Any:
+        """The model's output for normalised images [B, C, H, W], and the other entries of their batch."""
+
     def collect(self, output: Any, batch: dict[str, Tensor]) -> Predictions:
         """Predictions for a batch; samples whose `label` is -1 are padding and left out."""
 
@@ -77,10 +80,13 @@ class Inference(Collector, Protocol):
 
 
 @torch.no_grad()
-def output_of(model: nn.Module, image: Tensor, mean: Tensor, std: Tensor, precision: str) -> Tensor:
-    """Output of a model for images [B, C, H, W] as loaded; `mean` and `std` are [C], `precision` fp32, bf16 or fp16."""
+def output_of(
+    task: Collector, model: nn.Module, batch: dict[str, Tensor], mean: Tensor, std: Tensor, precision: str
+) -> Any:
+    """A task's output for a batch as loaded; `mean` and `std` are [C], `precision` fp32, bf16 or fp16."""
+    image = normalize(batch["image"].to(mean.device, non_blocking=True), mean, std)
     with autocast(image.device, precision):
-        return model(normalize(image, mean, std))
+        return task.run(model, image, batch)
 
 
 def predict(
@@ -95,9 +101,8 @@ def predict(
     for model in models.values():
         model.eval()
     for batch in batches:
-        image = batch["image"].to(world.device, non_blocking=True)
         for name, model in models.items():
-            parts[name].append(task.collect(output_of(model, image, mean, std, precision), batch))
+            parts[name].append(task.collect(output_of(task, model, batch, mean, std, precision), batch))
     for name, model in models.items():
         model.train(modes[name])
     return {name: task.join(gather(task.join(batches))) for name, batches in parts.items()}

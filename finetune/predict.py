@@ -1,4 +1,4 @@
-"""Classify pictures with trained weights: names and probabilities for each.
+"""Classify or segment pictures with trained weights: names and probabilities, or masks, for each.
 
 python finetune/predict.py runs/photos-finetuned/best.pt cat.jpg dog.jpg
 python finetune/predict.py runs/photos-finetuned/best.pt inbox/ --csv inbox.csv --annotate inbox-annotated
@@ -6,8 +6,9 @@ find photos -name '*.jpg' | python finetune/predict.py runs/photos-finetuned/bes
 python finetune/predict.py convnextv2_tiny_1k_224_ema.pt cat.jpg --classes imagenet.txt
 
 Folders are searched recursively; `-` reads paths from standard input, one a line. Size, crop, normalisation and class
-names come from the weights. Unreadable pictures are reported on standard error; the others are classified, and the exit
-code is 2.
+names come from the weights. Of a segmentation model, --annotate writes masks (index PNG) and pictures in their colours;
+the table has each class's share of the pixels. Unreadable pictures are reported on standard error; the others are
+predicted, and the exit code is 2.
 """
 
 import sys
@@ -32,7 +33,7 @@ class Options(ImageOptions):
 
     images: tuple[str, ...] = argument("file, folder, or - for paths from standard input")
     top: PositiveInt = option(5, "classes per picture")
-    annotate: Path | None = option(None, "folder for copies with names and probabilities below the picture")
+    annotate: Path | None = option(None, "folder for copies with names and probabilities, or for masks")
     csv: Path | None = option(None, "write a table")
     json: Path | None = option(None, "write the same as a list of objects")
     batch: PositiveInt = option(32, "pictures per batch")
@@ -83,7 +84,7 @@ def classify(options: Options) -> tuple[int, int]:
         readable = [picture for picture in pictures if not picture.error]
         if readable:
             batch = collate([picture.entries for picture in readable])
-            output = output_of(model, batch["image"].to(world.device), mean, std, kind)
+            output = output_of(task, model, batch, mean, std, kind)
             predictions = task.predict(output, batch, [picture.path for picture in readable], options.top)
             for number, prediction in enumerate(predictions, done + 1):
                 print(f"{prediction.path}: {', '.join(prediction.lines)}")

@@ -25,6 +25,7 @@ PICTURES = {  # titles by file name; other pictures are shown under their names
     "reconstruction.png": "Images of the last batch and the model's output",
     "confusion.png": "Confusion matrix of the best weights",
     "calibration.png": "Calibration of the best weights",
+    "examples.png": "Worst and best images beside their masks",
 }
 CURVES = {  # by title of the plot: labels of curves by their names in log.jsonl; other scores are shown under theirs
     "loss": {"loss": "training"},

@@ -93,9 +93,15 @@ def test_folders(expected, make, tmp_path):
 @pytest.mark.parametrize(
     ("names", "words", "args", "expected"),
     [
-        ("images/1 masks/1", "masks/ beside images/ not classes --splits train=images --no-splits",
+        ("images/1 masks/1", "mask of the same path --masks masks --splits",
+         ["train=images"], {"images/1.png": ("train", None)}),
+        ("images/1 depth/1", "depth/ beside images/ are not classes --masks --splits train=images --no-splits",
          ["train=images"], {"images/1.png": ("train", None)}),
         ("train/images/1 train/masks/1 val/images/2 val/masks/2",
+         "mask of the same path --masks train/masks --splits",
+         ["train=train/images", "val=val/images"],
+         {"train/images/1.png": ("train", None), "val/images/2.png": ("val", None)}),
+        ("train/images/1 train/masks/2 val/images/2 val/masks/2",
          "split train: masks/ beside images/ --splits train=train/images val=val/images",
          ["train=train/images", "val=val/images"],
          {"train/images/1.png": ("train", None), "val/images/2.png": ("val", None)}),

@@ -17,6 +17,7 @@ from launch.training.world import free_port
 from models.formats.write import write_weights
 from tests.conftest import ROOT, run
 from tests.docs.stand_in import PROGRAMS
+from tests.finetune.tasks.segmentation.helpers import VOID, source
 from tests.models.formats.helpers import autoencoder, classifier
 
 CODE = ("configs", "data", "pretrain", "finetune", "models", "launch")
@@ -128,6 +129,16 @@ def fields(folder: Path) -> None:
         np.save(place / f"{i:04}.npy", np.stack([pixels * 800 * k for k in range(1, 6)], -1).astype(np.uint16))
 
 
+def streets(folder: Path) -> None:
+    """Pictures of a square and a stripe with their masks, and the names of the classes."""
+    source(folder, train=12, val=4)
+    (folder / "labels").rename(folder / "masks")
+    for file in (folder / "masks").rglob("*.png"):
+        mask = np.asarray(Image.open(file)).copy()
+        mask[mask == VOID] = 255
+        Image.fromarray(mask).save(file)
+
+
 def cifar10(folder: Path) -> None:
     """Pictures of 32x32 pixels in train/CLASS and test/CLASS."""
     for split, count in (("train", 120), ("test", 30)):
@@ -156,6 +167,7 @@ IMAGES = {
     "new-photos": lambda path: photos(path, 6),
     "scans": scans,
     "fields": fields,
+    "streets": streets,
     "cifar10": cifar10,
 }
 WEIGHTS = {

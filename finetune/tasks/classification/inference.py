@@ -46,7 +46,7 @@ class ClassifierInference:
 
     read_target = None
     files = "evaluation.json, predictions.csv, confusion.png, calibration.png"
-    join = staticmethod(scores.join)
+    run, join = staticmethod(scores.run), staticmethod(scores.join)
     show_evaluation = staticmethod(show_evaluation)
 
     def __init__(self, trained: Trained):

@@ -35,16 +35,20 @@ def confusion_picture(path: Path, predictions: Predictions, names: list[str]) ->
         shown = np.sort(by_confusion[:CONFUSED_CLASSES])
     images = np.bincount(label, minlength=len(names))[shown]
     share = confusion_matrix(label, first, labels=shown) / np.maximum(images, 1)[:, None]
+    matrix_picture(path, share, [names[i] for i in shown], f"% of each class's images; {title}")
 
-    side = 3 + max(3, 0.25 * len(shown))  # inches
+
+def matrix_picture(path: Path, share: np.ndarray, names: list[str], title: str) -> None:
+    """Write a confusion matrix [K, K]: the share of each class, a row, that is predicted as each class."""
+    side = 3 + max(3, 0.25 * len(names))  # inches
     figure = Figure((side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    ticks = [name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…" for name in (names[i] for i in shown)]
-    axes.set_xticks(range(len(shown)), ticks, rotation=90, parse_math=False)
-    axes.set_yticks(range(len(shown)), ticks, parse_math=False)
-    axes.set(xlabel="predicted class", ylabel="class", title=f"% of each class's images; {title}")
-    for row, column in np.argwhere(share >= 0.005) if len(shown) <= MAX_CLASSES_WITH_NUMBERS else ():
+    ticks = [name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…" for name in names]
+    axes.set_xticks(range(len(names)), ticks, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(names)), ticks, parse_math=False)
+    axes.set(xlabel="predicted class", ylabel="class", title=title)
+    for row, column in np.argwhere(share >= 0.005) if len(names) <= MAX_CLASSES_WITH_NUMBERS else ():
         text, colour = f"{100 * share[row, column]:.0f}", "white" if share[row, column] > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
     _write(path, figure)

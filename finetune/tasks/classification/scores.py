@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 TOP = 5
 BINS = 15  # of confidence, as in arXiv 1706.04599
@@ -61,6 +61,11 @@ def calibration_error(bins: list[Bin]) -> float:
     """Expected calibration error (1706.04599, equation 3): mean over images of their bin's |accuracy - confidence|."""
     gaps = (bin.images * abs(bin.accuracy - bin.confidence) for bin in bins if bin.images)
     return sum(gaps) / max(1, sum(bin.images for bin in bins))
+
+
+def run(model: nn.Module, image: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Logits [B, classes] of normalised images [B, C, H, W]."""
+    return model(image)
 
 
 def collect(logits: Tensor, batch: dict[str, Tensor]) -> Predictions:

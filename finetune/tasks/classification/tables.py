@@ -11,35 +11,42 @@ def show_evaluation(result: dict) -> None:
     """Print damaged images, scores, all or the worst classes, and the most frequent confusions."""
     console = Console(markup=False, emoji=False, highlight=False)
     scores, classes, confusions, damaged = (result[key] for key in ("scores", "classes", "confusions", "damaged"))
-    for line in damaged[:WORST]:
-        console.print(f"damaged, left out: {line['name']} ({line['error']})", soft_wrap=True)
-    if damaged[WORST:]:
-        console.print(f"and {len(damaged) - WORST} more, listed in evaluation.json")
+    show_damaged(console, damaged)
     title = f"{result['weights']} on {result['data']}, split {result['split']}"
     numbers = ["images", "loss", "top-1", "top-5", "mean over classes", "macro F1", "calibration error"]
-    table = _table(title, [], numbers)
+    found = table(title, [], numbers)
     shares = (scores[key] for key in ("top1", "top5", "mean_class_accuracy", "macro_f1", "calibration_error"))
-    table.add_row(f"{scores['images']:,}", f"{scores['loss']:.4f}", *map(_percent, shares))
-    console.print(table)
+    found.add_row(f"{scores['images']:,}", f"{scores['loss']:.4f}", *map(percent, shares))
+    console.print(found)
 
     shown = MAX_CLASSES_SHOWN if len(classes) <= MAX_CLASSES_SHOWN else WORST
     worst = sorted(classes, key=lambda row: row["accuracy"])[:shown]
     title = "classes" if len(worst) == len(classes) else f"worst of {len(classes)} classes"
-    table = _table(title, ["class"], ["images", "accuracy"])
+    found = table(title, ["class"], ["images", "accuracy"])
     for row in worst:
-        table.add_row(row["name"], f"{row['images']:,}", _percent(row["accuracy"]))
-    console.print(table)
+        found.add_row(row["name"], f"{row['images']:,}", percent(row["accuracy"]))
+    console.print(found)
 
     if confusions:
-        table = _table("most frequent confusions", ["class", "predicted as"], ["images", "of the class"])
+        found = table("most frequent confusions", ["class", "predicted as"], ["images", "of the class"])
         for row in confusions[:WORST]:
-            table.add_row(row["label"], row["predicted"], f"{row['images']:,}", _percent(row["share"]))
-        console.print(table)
+            found.add_row(row["label"], row["predicted"], f"{row['images']:,}", percent(row["share"]))
+        console.print(found)
 
 
-def _table(title: str, texts: list[str], numbers: list[str]) -> Table:
+def show_damaged(console: Console, damaged: list[dict]) -> None:
+    """Print the first of the damaged images."""
+    for line in damaged[:WORST]:
+        console.print(f"damaged, left out: {line['name']} ({line['error']})", soft_wrap=True)
+    if damaged[WORST:]:
+        console.print(f"and {len(damaged) - WORST} more, listed in evaluation.json")
+
+
+def table(title: str, texts: list[str], numbers: list[str]) -> Table:
+    """An empty table with columns of text, then of numbers."""
     return Table(*texts, *(Column(name, justify="right") for name in numbers), title=title)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share as per cent."""
     return f"{100 * share:.2f} %"

@@ -30,7 +30,7 @@ class ClassifierTask:
 
     metric, read_target = "top1", None
     head_config: dict = {}  # noqa: RUF012  # nothing
-    collect, join = staticmethod(scores.collect), staticmethod(scores.join)
+    run, collect, join = map(staticmethod, (scores.run, scores.collect, scores.join))
 
     def __init__(self, config: Finetune, train: Split, evaluation: Split):
         self.config, self.train = config, train
@@ -86,6 +86,9 @@ class ClassifierTask:
             scale = self.config.task.head_init
             for parameter in model.head.fc.parameters():
                 parameter.data.mul_((1.0 if init is None else 0.001) if scale is None else scale)
+
+    def inputs(self, image: Tensor) -> tuple[Tensor, ...]:
+        return (image,)
 
     def loss(self, model: Callable[[Tensor], Tensor], image: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Cross entropy after mixup or cutmix."""

@@ -9,6 +9,7 @@ import re
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -153,15 +154,20 @@ def _is_tar(path: Path) -> bool:
 def _unpack(path: Path, shown: str, scratch: Path | None, unpacked: list[Path]) -> Path:
     """Decompress a gz, bz2 or xz file for random access."""
     with path.open("rb") as file:
-        opener = UNPACKERS.get(file.read(2))
+        start = file.read(2)
+    opener = UNPACKERS.get(start)
+    if start == b"PK":
+        raise UserError(f"{shown} is a damaged or cut zip: fetch it again")
     if opener is None:
         raise UserError(f"{shown} is not a folder, a zip or a tar (plain, gz, bz2 or xz)")
     target = _reserve(shown, shown, scratch, unpacked)
     try:
         with opener(path) as packed, target.open("wb") as out:
             copyfileobj(packed, out, CHUNK_BYTES)
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"{shown} cannot be unpacked into {target.parent} ({error})") from None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"{shown} cannot be unpacked into {target.parent} ({error.strerror.lower()})") from None
+        raise UserError(f"{shown} is damaged or cut short: fetch it again") from None
     return target
 
 

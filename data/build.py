@@ -8,16 +8,28 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import UserError, printable
+from configs.errors import UserError, counted, printable
 from configs.files import write_atomic
-from data.collection import check_val, count_classes, open_collection, split_lines
+from data.class_counts import check_val, count_classes, split_lines
+from data.collection import open_collection
 from data.grid import Sizes, count_tiles
 from data.index import check_every_byte, describe
 from data.masks import read_classes
 from data.name_lists import read_lists, select
 from data.planning import PrepareOptions, ShardPlan, Written, claim_folder, hold_out, plan_shards
 from data.pool import run_tasks
-from data.reading import DAMAGED, KINDS, MASK_CLASS, MASK_SIZE, NEED_OPTION, NO_MASK, VALUES, ImageError, number
+from data.reading import (
+    DAMAGED,
+    KINDS,
+    MASK_CLASS,
+    MASK_SIZE,
+    NEED_OPTION,
+    NO_MASK,
+    VALUES,
+    ImageError,
+    Plural,
+    number,
+)
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
 from data.sources import Item
@@ -85,6 +97,10 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
     if not missing and listed and not any(plan.record.exists() for plan in plans):
         print(f"{out} is complete{', nothing is damaged' if options.repair else ' already'}")
         return
+    if done and missing:
+        samples = sum(written.shard.samples for written in done.values())
+        images = counted(samples, "tile" if options.tile else "image")
+        print(f"{len(done):,} of {counted(len(plans), 'shard')} ({images}) are complete already", flush=True)
     if missing:
         from data.writing import write_shard  # imports torch: here, so that the forked processes share it
 
@@ -213,10 +229,13 @@ def _finish(
         raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
     if skipped:
         write_atomic(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
-        what = "images, or groups of an image's tiles," if tiled else "images"
-        print(f"{len(skipped):,} {what} were left out, listed in {out / 'skipped.txt'}: {_by_kind(skipped)}")
+        one, more = ("image", "images")
+        if tiled:
+            one, more = "image, or group of its tiles,", "images, or groups of an image's tiles,"
+        left_out = f"1 {one} was" if len(skipped) == 1 else f"{len(skipped):,} {more} were"
+        print(f"{left_out} left out, listed in {out / 'skipped.txt'}: {_by_kind(skipped)}")
     for note, count in sorted(sum((Counter(written.notes) for written in done.values()), Counter()).items()):
-        print(note.format(count))
+        print(note.format(Plural(count)))
     write_index(out, index)
     (out / LOST).unlink(missing_ok=True)  # images lost to a repair without the source are complete again
     for plan in done:

@@ -4,22 +4,23 @@ SOURCE    its folders are splits and classes; --labels FILE, --masks SOURCE
 --val SOURCE, --test SOURCE    further splits; --val-labels FILE, --test-labels FILE
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from configs.errors import UserError, counted, few, printable
+from configs.errors import UserError, counted, printable
 from configs.log import say
+from data.class_counts import check_classes, class_names, count_classes, split_lines
+from data.classes import UNLABELED, WAY_OUT
 from data.known import find_val_labels, known_rows, without_image_class
 from data.labels import label_by_sidecars, label_by_table, set_apart
-from data.layouts import UNLABELED, WAY_OUT, arrange
-from data.listing import TABLES, Listing, suffix
+from data.layouts import arrange
+from data.listing import ARCHIVES, TABLES, Listing, suffix
 from data.pairs import open_masks, pair_masks
 from data.planning import LABEL_OPTIONS, PrepareOptions, divided
 from data.sources import Item, digits
-from data.tables import Columns, Row, find_columns, list_table, may_hold_labels, read_table
+from data.tables import Columns, Row, find_columns, list_table, may_hold_labels, one_hot, read_table
 from data.walk import list_source
 
 
@@ -72,7 +73,7 @@ def _collect(stack: ExitStack, options: PrepareOptions, scratch: Path | None) ->
         _print_notes(notes)
     if options.no_labels:
         items = [item.placed(item.split, None) for item in items]
-    check_classes(count_classes(divided(items)), options.source)
+    check_classes(items, options.source)
     return items, class_names(items, from_files)
 
 
@@ -179,7 +180,7 @@ def _with_labels(
     is_source = rows is not None
     open_items = [item for item in items if item.split != UNLABELED]
     if not is_source:
-        devkit = path.is_dir() or path.name.startswith("ILSVRC2012_devkit")
+        devkit = path.is_dir() or path.name.lower().endswith(ARCHIVES)
         data = path.read_bytes() if data is None and not devkit else data
         rows = known_rows(place or path, data, open_items) if open_items else None
         known = rows is not None
@@ -192,7 +193,10 @@ def _with_labels(
     of = f"column {', '.join(columns.labels)} of " if columns.labels != ("label",) else ""
     count = sum(item.label is not None or item.targets is not None for item in labelled)
     found = f"labels from {of}{path.name}: {count:,} of {counted(len(labelled), 'image')}"
-    notes.append(found if columns.labels else f"{path.name} has no column of labels")
+    if not columns.labels:
+        advice = one_hot(rows)
+        found = f"{path.name} has no column of labels{advice and f': {advice}'}"
+    notes.append(found)
     notes += more
     return labelled + [item for item in items if item.split == UNLABELED]
 
@@ -205,64 +209,9 @@ def _report(listing: Listing, items: list[Item], notes: list[str], hint: bool, f
     for item in [item for item in tables if may_hold_labels(item.image_bytes(), item.name)][:3]:
         inside = item.offset is not None
         where = f"unpack it and add {flag} PATH" if inside else f"add {flag} {printable(item.container)}"
-        say(f"  {printable(item.name)} looks like labels: {where}")
+        say(f"  {printable(item.name)} looks like labels: {where} {WAY_OUT}")
 
 
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
         say(f"  {printable(note)}")
-
-
-def class_names(items: list[Item], by_number: bool) -> list[str] | None:
-    """Class names of all splits, None without labels; sorted, with `by_number` as numbers if all of them are."""
-    names = {item.label for item in items} - {None}
-    return sorted(names, key=int if by_number and all(map(str.isdecimal, names)) else None) or None
-
-
-def count_classes(splits: dict[str, list[Item]]) -> dict[str, Counter[str | None]]:
-    """Images of each class of each split; None counts those without a label."""
-    return {split: Counter(item.label for item in items) for split, items in splits.items()}
-
-
-def split_lines(splits: dict[str, Counter[str | None]]) -> Iterator[str]:
-    """A line on the images and classes of each split."""
-    for split, classes in sorted(splits.items()):
-        line = f"{split:<9} {counted(classes.total(), 'image')}"
-        names = sorted(classes.keys() - {None}, key=lambda name: (classes[name], name))
-        if not names:
-            yield f"{line}, no labels"
-            continue
-        line += f", {counted(len(names), 'class', 'classes')}: {printable(names[0])} ({classes[names[0]]:,})"
-        line += f" to {printable(names[-1])} ({classes[names[-1]]:,})" if len(names) > 1 else ""
-        yield line + (f", {classes[None]:,} without a label" if classes[None] else "")
-
-
-def check_classes(splits: dict[str, Counter[str | None]], source: str) -> None:
-    """Print warnings on classes. Raises `UserError` if train and another split have no class in common."""
-    labelled = {split: classes.keys() - {None} for split, classes in splits.items()}
-    for split in ("test", "val") if any(labelled.values()) else ():
-        if without := splits.get(split, {}).get(None):
-            number = counted(without, "image")
-            say(f"  {split}: {number} without a label: add --{split}-labels FILE to evaluate on them")
-    train = labelled.get("train")
-    if not train:
-        return
-    for split, found in sorted(labelled.items()):
-        absent = sorted(found - train)
-        if found and len(absent) == len(found) and split != UNLABELED:
-            seen = f"no class of split {split} ({few(absent)}) is a class of train ({few(sorted(train))})"
-            way_out = f"give its labels with --{split}-labels FILE, or choose folders with --splits, or use --no-labels"
-            raise UserError(f"{printable(source)}: {seen}: {way_out} {WAY_OUT}")
-        if absent:
-            say(f"  warning: {few(absent)} of split {split} not in train: can never be predicted")
-    if len(train) == 1:
-        say(f"  warning: 1 class ({next(iter(train))}): fine-tuning cannot learn from it")
-
-
-def check_val(splits: dict[str, Counter[str | None]]) -> None:
-    """Print the classes of train that have no image in val."""
-    have = splits.get("val", {}).keys() - {None}
-    absent = sorted(splits.get("train", {}).keys() - have - {None})
-    if absent and have:
-        subject = f"class {absent[0]} has" if len(absent) == 1 else f"classes {few(absent)} have"
-        say(f"  warning: {subject} no validation image")

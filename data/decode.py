@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
-from data.exif import orientation, swaps, upright
+from data.exif import orientation, rare_jpeg, swaps, upright
 from data.reading import CHANNELS, MAX_PIXELS, NO_IMAGE, ImageError, check_size, sniff
 
 MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA, None: ImageReadMode.UNCHANGED}
@@ -50,7 +50,7 @@ def decode(
     if kind == "npy":
         image = torch.from_numpy(np.array(scaled(read_npy(data)), order="C")).permute(2, 0, 1)
         if channels not in (None, len(image)):
-            raise ImageError(f"a .npy image has {len(image)} channels, model.channels is {channels}", CHANNELS)
+            raise ImageError(f"has {len(image)} channels as an array, model.channels is {channels}", CHANNELS)
         return image
     if channels not in MODES:
         message = f"pictures cannot be read with {channels} channels: use .npy, or model.channels 1, 3 or 4"
@@ -82,7 +82,14 @@ def _decode_picture(data: bytes, kind: str, channels: int | None, shrink: Shrink
         message = "not a readable image (not a JPEG, PNG, WebP or GIF, or its header is damaged)"
         raise ImageError(message, "damaged" if kind else NO_IMAGE) from None
     except Exception:  # damaged files raise almost any exception in PIL
-        raise ImageError("not a readable image (damaged or cut short)") from None
+        raise unreadable(data) from None
+
+
+def unreadable(data: bytes) -> ImageError:
+    """The error for a picture that a decoder refuses: rare kinds of JPEG are not damaged."""
+    if rare := rare_jpeg(data):
+        return ImageError(f"a {rare} JPEG is not supported: convert it to PNG", "unsupported")
+    return ImageError("not a readable image (damaged or cut short)")
 
 
 def _decode_jpeg(data: bytes, channels: int | None, shrink: Shrink | None, turn: int, max_pixels: int) -> Tensor | None:
@@ -185,7 +192,9 @@ def npy_header(file: BinaryIO) -> tuple[tuple[int, int, int], bool, np.dtype]:
         version_1 = npy.read_magic(file) == (1, 0)
         shape, fortran_order, dtype = (npy.read_array_header_1_0 if version_1 else npy.read_array_header_2_0)(file)
         if dtype.hasobject:
-            raise ValueError
+            raise ImageError("a .npy of Python objects is never read: save an array of numbers", "unsupported")
+    except ImageError:
+        raise
     except Exception:  # damaged headers raise almost any exception in numpy
         raise ImageError(DAMAGED_NPY) from None
     if len(shape) not in (2, 3) or dtype.kind not in "uif" or min(shape) < 1:

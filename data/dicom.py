@@ -132,7 +132,7 @@ def _read_frame(image: pydicom.Dataset, frame: int, reading: Reading, notes: Not
         values = values.astype(np.int32)  # its range is not that of the type
     if outside is not None and outside.any():
         values = np.where(outside, values[~outside].min() if not outside.all() else 0, values).astype(values.dtype)
-        notes["{:,} DICOM images have padding: it became their lowest value"] += 1
+        notes["{:DICOM image has padding: it became its|DICOM images have padding: it became their} lowest value"] += 1
     return Page(values[..., None], limits, inverted=colours == "MONOCHROME1")
 
 
@@ -160,16 +160,16 @@ def _windowed(
     table = "VOILUTSequence" in tags
     if reading.value_range is not None or (centres is None and not table):
         if reading.value_range and (centres is not None or table):
-            notes["{:,} DICOM images have a window that --value-range replaces"] += 1
+            notes["{:DICOM image has|DICOM images have} a window that --value-range replaces"] += 1
         return values, None
     if table:
-        notes["{:,} DICOM images were mapped by their VOI table"] += 1
+        notes["{:DICOM image was mapped by its|DICOM images were mapped by their} VOI table"] += 1
         bits = tags.VOILUTSequence[0].LUTDescriptor[2]
         return apply_voi(values, tags), (0, (1 << bits) - 1)
     several = isinstance(centres, pydicom.multival.MultiValue)
     centre, width = (float(x[0] if several else x) for x in (centres, widths))
     which = "the first of their windows" if several and len(centres) > 1 else "their window"
-    notes[f"{{:,}} DICOM images were mapped by {which}"] += 1
+    notes[f"{{:DICOM image was|DICOM images were}} mapped by {which}"] += 1
     function = tags.get("VOILUTFunction", "LINEAR")
     if function == "SIGMOID":
         return (1 / (1 + np.exp(-4 * (values - centre) / width))).astype(np.float32), (0, 1)

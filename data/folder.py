@@ -17,9 +17,10 @@ from configs.errors import UserError, nearest, printable
 from configs.log import say
 from configs.schema import Data
 from data.catalog import Catalog, make_catalog
+from data.classes import WAY_OUT
 from data.collection import read_collection
 from data.listing import TABLES, suffix
-from data.reading import KEPT, Reading, sniff
+from data.reading import KEPT, NEED_OPTION, ImageError, Reading, sniff
 from data.remote import is_url
 from data.shards import Split, open_folder, open_split, read_index
 from data.sources import Item
@@ -34,13 +35,15 @@ class Folder:
     """A split of a collection that is read in place, with the interface of `data.shards.Split`.
 
     Without split folders, the split contains all images or, with `strict` and a name other than train, is missing.
-    `reading` decides how files are read. Raises `UserError` if there is no such split.
+    `reading` decides how files are read; `advice` is put after refusals that name an option of it. Raises `UserError`
+    if there is no such split.
     """
 
     shards = ()  # none to fetch
 
-    def __init__(self, catalog: Catalog, name: str, reading: Reading = DEFAULT, strict: bool = False):
+    def __init__(self, catalog: Catalog, name: str, reading: Reading = DEFAULT, strict: bool = False, advice: str = ""):
         self.catalog, self.folder, self.name, self.reading = catalog, Path(catalog.source), name, reading
+        self.advice = advice
         self.classes, number = catalog.classes, 0
         if catalog.splits != [None]:
             if name not in catalog.splits:
@@ -74,7 +77,12 @@ class Folder:
             data = _unchanged(item) if item.is_file else item.image_bytes()
         except OSError as error:
             raise UserError(f"cannot be read ({error.strerror.lower()})") from None
-        return loadable(data, item.name, self.reading), int(self._labels[sample])
+        try:
+            return loadable(data, item.name, self.reading), int(self._labels[sample])
+        except ImageError as error:
+            if self.advice and error.kind in NEED_OPTION:
+                raise ImageError(f"{error} {self.advice}", error.kind, error.found) from None
+            raise
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none."""
@@ -155,7 +163,8 @@ def open_splits(
 
     Args:
         reading: how files of a collection are read
-        strict: a collection without split folders has no other split than train, as if several were opened
+        strict: for training, which has no options of reading; a collection without split folders has no other split
+            than train, as if several were opened
         catalog: of the collection, if it was listed before
     Raises:
         UserError: the path is neither, has no such split, or is of shards that `reading` cannot apply to
@@ -163,7 +172,8 @@ def open_splits(
     if catalog is None and is_collection(data.path):
         catalog = list_collection(data.path)
     if catalog is not None:
-        return [Folder(catalog, name, reading, strict or len(names) > 1) for name in names]
+        advice = WAY_OUT if strict else ""
+        return [Folder(catalog, name, reading, strict or len(names) > 1, advice) for name in names]
     check_images(data.path)
     given = [key for key in OF_FILES if getattr(reading, key) != getattr(DEFAULT, key)]
     if given:

@@ -1,21 +1,21 @@
 """Give images the labels of a table, of files beside each image, or of known data sets."""
 
 import json
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
 from configs.errors import UserError, counted, printable
-from data.layouts import UNLABELED, split_name
+from data.cells import LABELS_TASK, as_label, cell_reader, empty
+from data.classes import UNLABELED, split_name
 from data.listing import SIDECARS, Listing, suffix
 from data.sources import READABLE, Item
 from data.tables import LABEL_NAMES, TARGETS, Columns, Row, as_path, plain
 from data.tars import split_member_name
 
-LABELS_TASK, NUMBERS_TASK = "for --task.name labels", "for --task.name numbers"
+SHOWN = 10  # columns in a line
 
 
 def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: str) -> tuple[list[Item], list[str]]:
@@ -33,7 +33,14 @@ def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: s
         number, first = counted(len(without_image), "row"), _cell(without_image[0])
         notes.append(f"{printable(name)}: {number} without an image, such as {first}")
     repeated = sum(len(found) - 1 for found in by_image.values())
-    read = _reader(columns, [rows[i] for i, image in enumerate(matches) if image is not None], name, notes)
+    read = cell_reader(columns, [rows[i] for i, image in enumerate(matches) if image is not None], name, notes)
+    used = {column, *columns.labels, columns.split, *TARGETS}
+    if columns.split:
+        notes.append(f"splits from column {printable(columns.split)} of {printable(name)}")
+    if unused := [c for c in dict.fromkeys(c for row in rows for c in row) if c not in used]:
+        shown = ", ".join(printable(c) or "without a name" for c in unused[:SHOWN])
+        more = ", ..." if len(unused) > SHOWN else ""
+        notes.append(f"{printable(name)}: {counted(len(unused), 'column')} not used: {shown}{more}")
     out, several, found = [], [], []
     for i, item in enumerate(items):
         values = [read(row) for row in by_image[i]] if i in by_image else []
@@ -44,7 +51,7 @@ def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: s
                 more = more | {"labels": [*targets["labels"], *more["labels"]]}
             targets |= more
         if len(labels) > 1:
-            several.append(printable(item.name))
+            several.append(f"{printable(item.name)}: {', '.join(labels[:3])}")
         split = _split_of(by_image[i], columns.split, name) if i in by_image else None
         found.append((labels, targets, split or item.split))
     for item, (labels, targets, split) in zip(items, found, strict=True):
@@ -52,9 +59,8 @@ def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: s
             labels, targets = [], {"labels": labels} | targets
         out.append(_labelled(item, labels[0] if labels else None, targets, split))
     if several:
-        notes.append(
-            f"{counted(len(several), 'image')} with rows of several labels, such as {several[0]}: {LABELS_TASK}"
-        )
+        images = f"{counted(len(several), 'image')} with rows of several labels, such as {several[0]}"
+        notes.append(f"{images}: {LABELS_TASK}")
     elif repeated:
         notes.append(f"{printable(name)}: {counted(repeated, 'row')} of images that have one already")
     return set_apart(out, set(by_image), name, notes), notes
@@ -121,7 +127,7 @@ class Paths:
     """Finds an image by its path, with or without folders or suffix."""
 
     def __init__(self, items: list[Item]):
-        self.names = [item.name for item in items]
+        self.names = [normalize("NFC", item.name) for item in items]  # macOS writes NFD
         self.by_name = {name: i for i, name in enumerate(self.names)}
         if len(self.by_name) < len(items):  # members of one name in an archive
             self.by_name = {}
@@ -129,7 +135,7 @@ class Paths:
 
     def find(self, value: Any, table: str) -> int | None:
         """Number of the image that a cell names, None if there is none; `UserError` if there are several."""
-        path = as_path(value)
+        path = normalize("NFC", as_path(value))
         if not path:
             return None
         if path in self.by_name:
@@ -141,7 +147,8 @@ class Paths:
                 return hits[0]
             if hits:
                 one, two = (printable(self.names[i]) for i in hits[:2])
-                raise UserError(f"{printable(table)}: {_cell(value)} may be {one} or {two}: write paths with folders")
+                way_out = "write paths with folders, or choose folders with --splits"
+                raise UserError(f"{printable(table)}: {_cell(value)} may be {one} or {two}: {way_out}")
         return None
 
     def _index(self, length: int) -> dict[str, list[int]]:
@@ -155,99 +162,10 @@ class Paths:
         return self.by_tail[length]
 
 
-def _reader(
-    columns: Columns, rows: list[Row], name: str, notes: list[str]
-) -> Callable[[Row], tuple[str | None, dict[str, Any]]]:
-    """A function from a row to its label, None if it has none, and to its other targets."""
-    values = [[row.get(column) for column in columns.labels] or [None] for row in rows]
-    kept = [column for column in TARGETS if column not in columns.labels and any(column in row for row in rows)]
-    if not columns.labels:
-        notes.append(f"{printable(name)}: {', '.join(kept)} of each image, no class")
-    numeric = all(_number(v) is not None for row in values for v in row if not _empty(v))
-    whole = numeric and all(_number(v).is_integer() for row in values for v in row if not _empty(v))
-    several = len(columns.labels) > 1
-    if not columns.labels:
-        kind, what = _no_label, ""
-    elif not several and any(isinstance(row[0], (list, tuple)) or "|" in str(row[0]) for row in values):
-        kind, what = _several_labels, f"has several labels per image, {LABELS_TASK}"
-    elif several and whole and {_number(v) for row in values for v in row if not _empty(v)} <= {0, 1}:
-        kind, what = _flags, f"columns are 0 or 1, so each column with 1 is a label, {LABELS_TASK}"
-    elif numeric and (several or not whole):
-        kind, what = _numbers, f"has numbers, {NUMBERS_TASK}"
-    elif several:
-        kind, what = _several_columns, f"has several labels per image, {LABELS_TASK}"
-    else:
-        kind, what = _single, ""
-    if what:
-        notes.append(f"{printable(name)}: {', '.join(map(printable, columns.labels))}: {what}")
-
-    def read(row: Row) -> tuple[str | None, dict[str, Any]]:
-        label, targets = kind([row.get(column) for column in columns.labels] or [None], columns)
-        return label, {column: row[column] for column in kept if not _empty(row.get(column))} | targets
-
-    return read
-
-
-def _no_label(values: list, columns: Columns) -> tuple[str | None, dict]:
-    return None, {}
-
-
-def _single(values: list, columns: Columns) -> tuple[str | None, dict]:
-    return (None if _empty(values[0]) else as_label(values[0])), {}
-
-
-def _several_labels(values: list, columns: Columns) -> tuple[str | None, dict]:
-    value = values[0]
-    if _empty(value):
-        return None, {}
-    parts = value if isinstance(value, (list, tuple)) else str(value).split("|")
-    return None, {"labels": [as_label(part) for part in parts if not _empty(part)]}
-
-
-def _several_columns(values: list, columns: Columns) -> tuple[str | None, dict]:
-    if all(map(_empty, values)):
-        return None, {}
-    return None, {"labels": [as_label(value) for value in values if not _empty(value)]}
-
-
-def _flags(values: list, columns: Columns) -> tuple[str | None, dict]:
-    if all(map(_empty, values)):
-        return None, {}
-    flagged = [column for column, v in zip(columns.labels, values, strict=True) if not _empty(v) and _number(v) == 1]
-    return None, {"labels": [printable(column) for column in flagged]}
-
-
-def _numbers(values: list, columns: Columns) -> tuple[str | None, dict]:
-    numbers = [None if _empty(value) else _number(value) for value in values]
-    known = any(number is not None for number in numbers)
-    return None, {"numbers": dict(zip(columns.labels, numbers, strict=True))} if known else {}
-
-
-def _empty(value: Any) -> bool:
-    missing = isinstance(value, float) and math.isnan(value)
-    return value is None or missing or (isinstance(value, str) and not value.strip())
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, None if the value is none."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) and not isinstance(value, bool) else None
-
-
-def as_label(value: Any) -> str:
-    """A class name from a cell: `3` from 3.0, and text that can be printed."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return printable(str(value).strip())
-
-
 def _split_of(rows: list[Row], column: str | None, name: str) -> str | None:
     if column is None:
         return None
-    values = {str(row[column]).strip() for row in rows if not _empty(row.get(column))}
+    values = {str(row[column]).strip() for row in rows if not empty(row.get(column))}
     splits = {split_name(value) for value in values}
     if None in splits or len(splits) > 1:
         listed = ", ".join(sorted(map(_cell, values)))

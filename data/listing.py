@@ -34,6 +34,7 @@ class Listing:
     ignored: Counter[str] = field(default_factory=Counter)  # files of other types, by suffix
     hidden: set[str] = field(default_factory=set)
     repeats: list[tuple[str, str]] = field(default_factory=list)  # name of a link, name of the same file
+    empty: list[str] = field(default_factory=list)  # folders without a file
     broken: list[str] = field(default_factory=list)  # links without a file
     shards: set[str] = field(default_factory=set)  # archives that are numbered parts, not classes
     sidecars: bool = False  # labels are from files beside the images
@@ -50,7 +51,7 @@ class Listing:
             self.hidden.add(hidden)
             return False
         kind = suffix(item.name)
-        if kind in READABLE or _is_dicom(item):
+        if kind in READABLE or ((not kind or kind.isdigit()) and sniff(item.head(HEAD_BYTES))):  # DICOM: 1.2.840.1
             self.images.append(item)
             return True
         if kind in LABEL_FILES:
@@ -58,6 +59,7 @@ class Listing:
         elif item.name.lower().endswith(ARCHIVES):
             self.archives.append(item)
         else:
+            kind = f"{suffix(item.name[:-3])}.gz".strip(".") if kind == "gz" else kind  # .nii.gz
             self.ignored[f".{kind}" if kind else "without a suffix"] += 1
         return False
 
@@ -88,6 +90,8 @@ class Listing:
         if self.repeats:
             link, same = self.repeats[0]
             yield f"{counted(len(self.repeats), 'link')} to files of the source, counted once, such as {link} = {same}"
+        if self.empty:
+            yield f"{counted(len(self.empty), 'empty folder')}, such as {self.empty[0]}"
         if self.broken:
             yield f"{counted(len(self.broken), 'link')} without a file skipped, such as {self.broken[0]}"
         doubles = [name for name, count in Counter(item.name for item in self.images).items() if count > 1]
@@ -101,12 +105,6 @@ class Listing:
 def suffix(name: str) -> str:
     """Type of a file from its name, in lower case, without the dot; empty without one."""
     return posixpath.splitext(name)[1][1:].lower()
-
-
-def _is_dicom(item: Item) -> bool:
-    """Whether a file without a suffix, or with a number for one, is DICOM: scanners write 1.2.840.1 or IM0001."""
-    kind = suffix(item.name)
-    return (not kind or kind.isdigit()) and sniff(item.head(HEAD_BYTES)) == "dcm"
 
 
 def is_hidden(part: str) -> bool:

@@ -112,7 +112,7 @@ class Samples(Dataset):
             image, found = self.load(other)
             if image is not None:
                 return image, found
-        raise UserError(f"{found}; {MAX_REPLACEMENTS} replacements of sample {sample} are damaged as well")
+        raise UserError(f"{found}; {MAX_REPLACEMENTS} replacements of sample {sample} cannot be used either")
 
     def describe_damage(self, sample: int) -> str:
         """What is wrong with a damaged sample; it is read again."""

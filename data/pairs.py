@@ -12,18 +12,14 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from configs.errors import UserError, counted, printable
+from data.classes import IMAGE_FOLDERS, MASK_FOLDERS, WAY_OUT, folders_of
 from data.labels import Paths, set_apart
-from data.layouts import IMAGE_FOLDERS
 from data.listing import Listing, suffix
 from data.masks import SHOWN, read_classes, read_pixels
 from data.planning import PrepareOptions
 from data.sources import Item
 from data.walk import list_source
 
-MASK_FOLDERS = {
-    "masks", "mask", "labels", "label", "annotations", "annotation", "segmentationclass", "segmentationclassaug",
-    "segmentation", "segmentations", "seg", "gt", "gtfine", "gtcoarse", "groundtruth", "ground_truth", "targets",
-}  # fmt: skip
 IGNORED_FOLDERS = IMAGE_FOLDERS | MASK_FOLDERS | {"leftimg8bit"}
 IMAGE_ENDING = re.compile(r"_(leftImg8bit|image|img)$")
 MASK_ENDING = re.compile(r"(_gtFine|_gtCoarse)?[_-](mask|L|label|labels|gt|seg|segmentation|labelIds)$", re.IGNORECASE)
@@ -68,6 +64,10 @@ def _inside(name: str, parts: Key) -> bool:
 
 def _suggest_masks(listing: Listing) -> None:
     """Raise `UserError` if every image has a mask of the same path in a folder such as `labels`."""
+    if not any(
+        part.lower() in MASK_FOLDERS for parts in {folders_of(item.name) for item in listing.images} for part in parts
+    ):
+        return
     named = {item.name: PurePosixPath(item.name).parts for item in listing.images}
     at = {
         name: next((i for i, p in enumerate(parts[:-1]) if p.lower() in MASK_FOLDERS), None)
@@ -82,7 +82,7 @@ def _suggest_masks(listing: Listing) -> None:
     image, mask = images[0], masks[_key(images[0], IMAGE_ENDING)]
     folder = "/".join(named[mask][: at[mask] + 1])
     pair = f"{printable(image)} and {printable(mask)}"
-    way_out = f"add --masks {printable(folder)} to store them, or give the folder of images alone"
+    way_out = f"add --masks {printable(folder)} to store them, or name the folders of images with --splits {WAY_OUT}"
     raise UserError(f"{printable(listing.source)}: every image has a mask of the same path, such as {pair}: {way_out}")
 
 

@@ -1,12 +1,17 @@
 """Run tasks in several processes, with a progress bar."""
 
 import multiprocessing
+import shlex
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from configs.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -24,7 +29,7 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
     """Call `function(task)` for every task in worker processes, and return the results in the order of the tasks.
 
     The first error stops the other tasks and is raised; Ctrl-C stops the workers at once. `images` is the total of the
-    progress bar, see `add_progress`.
+    progress bar, see `add_progress`. Raises `UserError` if a process is killed.
     """
     done = multiprocessing.Value("q", 0)
     bar = Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -38,10 +43,14 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
                 for future in finished:
                     future.result()
                 bar.update(line, completed=done.value)
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.terminate()
+            if isinstance(error, BrokenProcessPool):
+                problem = "a worker process was killed, perhaps because memory ran out"
+                way_out = f"run `python {shlex.join(sys.argv)}` again, with fewer --workers; what is complete is kept"
+                raise UserError(f"{problem}: {way_out}") from None
             raise
     return [future.result() for future in futures]
 

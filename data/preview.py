@@ -12,6 +12,7 @@ from configs.errors import counted, printable
 from configs.files import write_atomic
 from data.survey import MOST_COMPARED, TILE, Survey, value_range
 
+DARK = 0.25  # share of the range of values below which images may be of 12 bits in 16
 MAX_CLASSES = 20  # of masks in a line
 SHOWN, COLUMNS, GAP = 5, 8, 4  # entries in a line; pictures in a row; pixels between them
 
@@ -61,6 +62,12 @@ def _warnings(found: Survey) -> list[str]:
     if len({channels for channels, _ in found.pixels}) > 1:
         lines.append(
             "warning: images differ in their channels: pictures are converted to model.channels, arrays are not"
+        )
+    if 0 < found.highest < DARK:
+        highest = round(found.highest * 65535)
+        low = f"images of more than 8 bits have values up to {highest:,} of 65,535, so they are dark"
+        lines.append(
+            f"warning: {low}: add --value-range 0 {(1 << highest.bit_length()) - 1}, or the range of the device"
         )
     if found.duplicates is None:
         lines.append(f"equal files were not searched among more than {MOST_COMPARED:,} images")

@@ -7,12 +7,14 @@ import numpy as np
 from PIL import Image
 
 from configs.errors import UserError
-from data.decode import PIL_FORMATS, decode, is_deep, is_direct, read_npy, read_png
+from data.decode import PIL_FORMATS, decode, is_deep, is_direct, read_npy, read_png, unreadable
 from data.exif import orientation, without_exif
 from data.reading import (
     BYTES_PER_PIXEL,
+    FIRST_FRAME,
     KEPT,
     TOO_LARGE,
+    UNSUPPORTED,
     ImageError,
     Notes,
     Page,
@@ -23,6 +25,8 @@ from data.reading import (
 )
 from data.values import PLAIN, encode_page, fill_missing
 
+NOT_TURNED = "{:image was not turned by its|images were not turned by their} EXIF orientation (--no-exif)"
+MAX_FIRST = 16  # a first axis up to this length may be of channels
 JPEG_QUALITY = 95  # of JPEGs whose pixels change
 Encoded = tuple[str, bytes]  # member type and content
 
@@ -63,13 +67,15 @@ def reencode_all(
     """
     kind = sniff(data)
     try:
+        if not data:
+            raise ImageError("an empty file")
         if reading.no_exif and kind in KEPT:
             turn, data = orientation(data), without_exif(data)
-            notes["{:,} images were not turned by their EXIF orientation (--no-exif)"] += turn != 1
+            notes[NOT_TURNED] += turn != 1
         if kind in KEPT:
             yield name, _picture(data, kind, resize, quality, reading, notes)
             return
-        if kind == "npy" and _stays(array := read_npy(data), resize, reading):
+        if kind == "npy" and _stays(array := _read_array(data), resize, reading):
             yield name, (kind, data)
             return
         pages = [Page(array)] if kind == "npy" else _pages(data, kind, name, resize, reading, notes)
@@ -101,6 +107,16 @@ def _pages(data: bytes, kind: str, name: str, resize: int | None, reading: Readi
         yield read_picture(data, kind, name, reading, notes)
 
 
+def _read_array(data: bytes) -> np.ndarray:
+    """A .npy array [H, W, C]. Raises `ImageError` if its channels seem to be first."""
+    array = read_npy(data)
+    height, width, channels = array.shape
+    if height <= MAX_FIRST < channels and height < width:
+        shape = f"has shape {array.shape}, so its channels seem to be first"
+        raise ImageError(f"{shape}: save it as [H, W, C] with numpy.moveaxis(array, 0, 2)", UNSUPPORTED)
+    return array
+
+
 def _stays(array: np.ndarray, resize: int | None, reading: Reading) -> bool:
     """Whether a .npy file is kept byte for byte."""
     mapped = reading.value_range is not None and array.dtype != np.uint8
@@ -116,8 +132,7 @@ def _picture(
         picture = Image.open(io.BytesIO(data), formats=PIL_FORMATS)
         deep, small = is_deep(picture), resize is None or min(picture.size) <= resize
         _check_picture(picture, None if small else resize, resize, reading.max_pixels)
-        if getattr(picture, "is_animated", False):
-            notes["{:,} pictures are animated: only their first frame is used"] += 1
+        notes[FIRST_FRAME] += getattr(picture, "is_animated", False)
         if deep and small and reading.value_range is None and reading.nodata in (None, "nan"):
             picture.verify()
             read_png(data)  # in 2 bytes per value; the loader needs 4
@@ -129,7 +144,7 @@ def _picture(
     except UserError:
         raise
     except Exception:  # damaged files raise almost any exception in PIL
-        raise ImageError("not a readable image (damaged or cut short)") from None
+        raise unreadable(data) from None
     return encode_page(page, resize, quality or (JPEG_QUALITY if kind == "jpg" else None), reading, notes)
 
 

@@ -111,7 +111,7 @@ def tiff_regions(tif: TiffFile, page: TiffPage, max_pixels: int) -> Read:
     if segment > LARGE_STRIP and not page.is_tiled and planes == 1 and plain and page.compression in DEFLATE:
         return Rows(lambda row: _inflated_strips(tif, page)).read
     if segment > max_pixels * BYTES_PER_PIXEL:
-        needed = raise_limit(1, segment, 1)
+        needed = raise_limit(1, -(-segment // BYTES_PER_PIXEL), BYTES_PER_PIXEL)
         whole = f"strips or tiles of {segment:,} decoded bytes, more than the limit of {max_pixels * BYTES_PER_PIXEL:,}"
         raise ImageError(f"has {whole}: add --max-pixels {needed}", TOO_LARGE)
     return _Segments(tif, page).read

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from configs.errors import UserError, reason
+from data.reading import TOO_LARGE, UNSUPPORTED, ImageError
 from data.tars import IMAGE_TYPES
 
 # with those that data/reencode.py converts
@@ -89,11 +90,17 @@ class Item:
         archive, members = open_zip(self.container, os.getpid())
         member = members[self.offset]
         if member.file_size > MAX_MEMBER_BYTES:
-            raise UserError(f"has {member.file_size:,} bytes, the limit in a zip is {MAX_MEMBER_BYTES:,}: unpack it")
+            size = f"has {member.file_size:,} bytes, the limit in a zip is {MAX_MEMBER_BYTES:,}: unpack it"
+            raise ImageError(size, TOO_LARGE)
+        if member.flag_bits & 1:
+            raise ImageError("is encrypted: unpack the zip with its password", UNSUPPORTED)
         try:
             return archive.read(member)
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:  # RuntimeError: encrypted
-            raise UserError(f"cannot be read from the zip ({reason(error)})") from None
+        except NotImplementedError:
+            problem = f"is compressed by a method of zip that is not supported ({member.compress_type}): unpack it"
+            raise ImageError(problem, UNSUPPORTED) from None
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError):
+            raise ImageError("is damaged in the zip: fetch it again") from None
 
 
 class _Section(io.RawIOBase):

@@ -21,7 +21,7 @@ from data.exif import orientation
 from data.grid import Sizes, count_tiles
 from data.masks import decode_mask, overlay, read_classes, with_masks, with_tile_masks
 from data.planning import PrepareOptions
-from data.reading import HEAD_BYTES, KEPT, NODATA, VALUES, ImageError, Notes, sniff
+from data.reading import HEAD_BYTES, KEPT, NODATA, UNREADABLE, VALUES, ImageError, Notes, sniff
 from data.reencode import Encoded, reencode_all
 from data.sources import Item
 from data.tiles import DROPPED, Tile, cut, find_range
@@ -42,6 +42,7 @@ class Survey:
     pixels: Counter = field(default_factory=Counter)  # (channels, kind of values)
     sides: list[tuple[int, int]] = field(default_factory=list)  # height, width
     rotated: int = 0
+    highest: float = 0  # value of more than 8 bits, from 0 to 1; unless the user has given their range
     mask_classes: list[str] = field(default_factory=list)
     mask_pixels: np.ndarray | None = None  # [classes + 1], the last without a class
     refused: list[tuple[str, ImageError]] = field(default_factory=list)
@@ -88,6 +89,7 @@ def survey(options: PrepareOptions, splits: dict[str, list[Item]], sizes: Sizes 
         for looks, background in pool.map(lambda i: look(every[i][1], show=i in shown), chosen):
             _add(found, looks)
             found.background += background
+        found.highest *= options.value_range is None
         del found.pictures[PICTURES:]
         found.duplicates = _duplicates(every, pool) if len(every) <= MOST_COMPARED else None
     return found
@@ -99,15 +101,17 @@ def _spread(numbers: np.ndarray, count: int) -> np.ndarray:
 
 
 def _look(item: Item, options: PrepareOptions, show: bool) -> tuple[list[tuple], int]:
-    """(name, type, EXIF orientation, (C, H, W, kind of values) or why not, picture or None, pixels of each class or
-    None) of each image of a file.
+    """(name, type, EXIF turn, (C, H, W, kind of values, highest value) or why not, picture or None, pixels of each
+    class or None) of each image of a file.
 
     The second value is the number of background tiles.
     """
     try:
         data = item.image_bytes()
-    except (UserError, OSError) as error:
-        return [(item.name, "", 1, ImageError(str(error)), None, None)], 0
+    except ImageError as error:
+        return [(item.name, "", 1, error, None, None)], 0
+    except OSError as error:
+        return [(item.name, "", 1, ImageError(error.strerror.lower(), UNREADABLE), None, None)], 0
     kind, turn, looks = sniff(data), 1, []
     if kind in KEPT and not options.no_exif:
         turn = orientation(data)
@@ -133,15 +137,15 @@ def _look_at_tiles(item: Item, options: PrepareOptions, show: bool, sizes: Sizes
 
 
 def _decoded(image: Encoded | ImageError, mask: bytes | None, options: PrepareOptions, show: bool) -> tuple:
-    """(C, H, W, kind of values) or why not, a picture or None, and the pixels of each class of the mask or None."""
+    """(C, H, W, kind of values, highest value) or why not, picture or None, pixels of each class of a mask or None."""
     if isinstance(image, ImageError):
         return image, None, None
     pixels, classes, counts = decode(image[1], max_pixels=options.max_pixels), None, None
     if mask is not None:
         classes, count = decode_mask(mask), len(read_classes(options.mask_classes, options.ignore).names)
         counts = np.bincount(np.minimum(classes, count).ravel(), minlength=count + 1)
-    values = "8 bits" if pixels.dtype.itemsize == 1 else "more than 8 bits"
-    return (*pixels.shape, values), _tile(pixels, classes, counts) if show else None, counts
+    values = ("8 bits", 0) if pixels.dtype.itemsize == 1 else ("more than 8 bits", float(pixels.max()))
+    return (*pixels.shape, *values), _tile(pixels, classes, counts) if show else None, counts
 
 
 def _add(found: Survey, looks: list[tuple]) -> None:
@@ -152,7 +156,8 @@ def _add(found: Survey, looks: list[tuple]) -> None:
         if isinstance(image, ImageError):
             found.refused.append((name, image))
             continue
-        channels, height, width, bits = image
+        channels, height, width, bits, highest = image
+        found.highest = max(found.highest, highest)
         found.pixels[channels, bits] += 1
         found.sides.append((height, width))
         if counts is not None:

@@ -23,6 +23,7 @@ from data.grid import Sizes, boxes, count_tiles
 from data.pictures import picture_size, read_picture
 from data.planning import PrepareOptions
 from data.reading import (
+    FIRST_FRAME,
     HEAD_BYTES,
     KEPT,
     TOO_LARGE,
@@ -43,9 +44,9 @@ from data.values import encode, final_pixels, share_without_data, undecided_rang
 MAX_PIXELS = 1 << 37  # of an image: a header that promises more is damaged
 WITHOUT_DATA = 0.9  # a tile with a larger share of pixels without data is background
 UNIFORM, WHITE, BLACK = 4, 200, 8  # of 255: standard deviation, and means, of the bands of a background tile of 8 bits
-DROPPED = "{:,} tiles were dropped as background (--keep-empty keeps them)"
-WRITTEN = "{:,} tiles were kept"
-SMALL = "{:,} tiles are smaller than --tile, as their images are"
+DROPPED = "{:tile was|tiles were} dropped as background (--keep-empty keeps them)"
+WRITTEN = "{:tile was|tiles were} kept"
+SMALL = "{:tile is smaller than --tile, as its image is|tiles are smaller than --tile, as their images are}"
 
 
 class Tile(NamedTuple):
@@ -206,7 +207,7 @@ def _picture_view(item: Item, file: BinaryIO, kind: str, reading: PrepareOptions
         picture = Image.open(file, formats=PIL_FORMATS)
         size, bands, deep = picture.size[::-1], len(picture.getbands()), is_deep(picture)
         animated, direct = getattr(picture, "is_animated", False), is_direct(picture)
-    notes["{:,} pictures are animated: only their first frame is used"] += animated
+    notes[FIRST_FRAME] += animated
     turned = not reading.no_exif
     if direct and "transparency" not in picture.info and (read := png_regions(file)) is not None:
         pixel_bytes = 8 if deep else 4

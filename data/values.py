@@ -17,8 +17,8 @@ from data.reading import NODATA, UNSUPPORTED, VALUES, ImageError, Notes, Page, R
 
 PLAIN = (np.uint8, np.uint16)  # types whose range is the range of values
 LARGE = 1 << 24  # pixels; resizing needs a copy in floats, so larger arrays are reduced first
-CLIPPED = "{:,} values outside of the range of values were clipped"
-REPLACED = "{:,} values without data were replaced by the lowest value"
+CLIPPED = "{:value outside of the range of values was|values outside of the range of values were} clipped"
+REPLACED = "{:value without data was|values without data were} replaced by the lowest value"
 
 
 def encode_page(
@@ -48,7 +48,7 @@ def final_pixels(page: Page, resize: int | None, reading: Reading, notes: Notes)
         colours = (1 if colours.dtype.kind == "f" else np.iinfo(colours.dtype).max) - colours
     alpha = opacity is not None and opacity.dtype == colours.dtype and colours.dtype in PLAIN
     if opacity is not None and not alpha:
-        notes["{:,} images lost their alpha channel: it has neither 8 nor 16 bits"] += 1
+        notes["{:image lost its|images lost their} alpha channel: it has neither 8 nor 16 bits"] += 1
     pixels = upright(np.concatenate([colours, opacity], axis=2) if alpha else colours, page.orientation)
     if resize is not None and min(pixels.shape[:2]) > resize:
         pixels = shrink(pixels, resize)
@@ -162,7 +162,7 @@ def _mapped(pixels: np.ndarray, limits: tuple[float, float], notes: Notes) -> np
     values -= low
     values /= high - low
     np.clip(values, 0, 1, out=values)
-    notes[f"{{:,}} images of {pixels.dtype} values: {number(limits[0])} to {number(limits[1])} became 0 to 1"] += 1
+    notes[f"{{:image|images}} of {pixels.dtype} values: {number(limits[0])} to {number(limits[1])} became 0 to 1"] += 1
     if whole:
         values *= 65535
         return np.rint(values, out=values).astype(np.uint16)

@@ -81,12 +81,15 @@ def _list_folder(root: Path, listing: Listing) -> None:
             visit(*links.popleft(), True)
             continue
         path, prefix = folders.popleft()
-        with os.scandir(path) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                name = prefix + entry.name
-                if is_hidden(entry.name):
-                    listing.hidden.add(name)
-                elif entry.is_symlink():
-                    links.append((entry, entry.path, name))
-                else:
-                    visit(entry, entry.path, name, False)
+        with os.scandir(path) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        if prefix and not entries:
+            listing.empty.append(prefix[:-1])
+        for entry in entries:
+            name = prefix + entry.name
+            if is_hidden(entry.name):
+                listing.hidden.add(name)
+            elif entry.is_symlink():
+                links.append((entry, entry.path, name))
+            else:
+                visit(entry, entry.path, name, False)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import webdataset
 
-from configs.errors import UserError, printable
+from configs.errors import printable
 from configs.files import atomic_file, write_atomic
 from data.decode import read_npy
 from data.masks import with_masks, with_tile_masks
@@ -18,6 +18,8 @@ from data.reencode import Encoded, reencode_all
 from data.shards import index_tar
 from data.tars import MASK
 from data.tiles import cut
+
+ARRAYS = "{:image is an array: it needs|images are arrays: they need} --model.channels "
 
 
 def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
@@ -42,7 +44,7 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
                 kind, data = image
                 if kind == "npy":
                     channels = read_npy(data).shape[2]
-                    notes[f"{{:,}} images are arrays: they need --model.channels {channels}"] += 1
+                    notes[ARRAYS + str(channels)] += 1
                 place_in_file = name[len(item.name) :].replace("@", "-y").replace(",", "-x").replace("#", "-")
                 key = f"{part.number:09}{place_in_file}"  # -1, -2, ... for pages, -y0-x512 for tiles
                 about = {"name": name} | place | ({} if label is None else {"class": item.label}) | (item.targets or {})
@@ -68,8 +70,8 @@ def _images(
         return
     try:
         data = item.image_bytes()
-    except UserError as error:
-        yield item.name, ImageError(str(error)), {}, None
+    except ImageError as error:
+        yield item.name, error, {}, None
     else:
         images = reencode_all(data, item.name, options.resize, options.quality, options, notes)
         for name, image, mask in with_masks(images, data, item, options):

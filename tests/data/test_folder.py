@@ -14,9 +14,11 @@ from configs.schema import Data
 from data.decode import decode
 from data.folder import Folder, list_collection, open_images, open_splits, read_image, sample_names
 from data.index import index_folder
+from data.reading import VALUES, ImageError
 from data.shards import Split, index_file
 from tests.data.helpers import as_folder, as_tar, as_zip, collection, picture
 from tests.data.test_prepare import prepared
+from tests.data.test_tiff import tiff
 
 
 def open_folder(folder: Path, split: str = "val") -> Folder:
@@ -54,10 +56,19 @@ def test_without_split_folders_all_images_are_the_split(tmp_path, capsys):
     assert "split val" in capsys.readouterr().out
 
 
-def test_images_beside_class_folders_have_no_label(tmp_path, capsys):
-    images = open_folder(as_folder(collection({"a": 1, "": 1}), tmp_path / "in"))
-    assert images.classes == ["a"] and images.labels().tolist() == [-1, 0]
-    assert "warning: 1 image outside of the class folders, such as 0.jpg" in capsys.readouterr().out
+def test_images_beside_class_folders_are_refused(tmp_path):
+    pattern = r"1 image outside of the class folders, such as 0\.jpg: .*--no-labels.*--splits.*data/prepare\.py"
+    with pytest.raises(UserError, match=pattern):
+        open_folder(as_folder(collection({"a": 1, "": 1}), tmp_path / "in"))
+
+
+def test_training_names_the_command_that_has_the_option(tmp_path):
+    as_folder({"a.tif": tiff(np.full((8, 8), -5, np.int16))}, tmp_path / "in")
+    for strict in (True, False):
+        (images,) = open_splits(Data(str(tmp_path / "in")), ["train"], strict=strict)
+        with pytest.raises(ImageError, match="add --value-range") as error:
+            images.read(0)
+        assert error.value.kind == VALUES and ("(options of data/prepare.py)" in str(error.value)) == strict
 
 
 def test_images_without_class_folders_have_no_labels(tmp_path):

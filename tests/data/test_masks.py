@@ -85,8 +85,9 @@ def test_masks_beside_images_are_recognised(tmp_path, refused):
     source = as_folder(files(), tmp_path / "x")
     line = refused(main, source, tmp_path / "out")
     assert has(line, "images/0.jpg labels/0.png --masks labels") and not (tmp_path / "out").exists()
-    (source / "images/9.jpg").write_bytes(picture(9))  # has no mask: these are class folders
-    prepared(source, tmp_path / "out")
+    (source / "images/9.jpg").write_bytes(picture(9))  # has no mask: these may be class folders
+    assert has(refused(main, source, tmp_path / "out"), "labels/ beside images/ not classes --masks --no-splits")
+    prepared(source, tmp_path / "out", "--no-splits")
     assert read_index(tmp_path / "out").classes == ["images", "labels"]
 
 

@@ -58,8 +58,7 @@ class TimmSegmenter(nn.Module):
     def __init__(self, ours: Segmenter, name: str):
         super().__init__()
         encoder = split_by_prefix(ours.state_dict(), "head.")[1]
-        state, _ = to_form(Weights(ours.arch, Preprocessing((224, 224), 3), encoder), "timm")
-        state = {re.sub(r"^(stem|stages)\.", r"\1_", key): x for key, x in state.items()}
+        state, _ = to_form(Weights(ours.arch, Preprocessing((224, 224), 3), encoder), "timm-features")
         self.encoder = timm.create_model(name, features_only=True)
         self.encoder.load_state_dict(state)
         self.head, self.criterion = ours.head, ours.criterion

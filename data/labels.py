@@ -56,8 +56,8 @@ def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: s
         found.append((labels, targets, split or item.split))
     for item, (labels, targets, split) in zip(items, found, strict=True):
         if several and labels:  # also those of one label, so that all have targets of the same kind
-            labels, targets = [], {"labels": labels} | targets
-        out.append(_labelled(item, labels[0] if labels else None, targets, split))
+            targets = {"labels": labels} | targets
+        out.append(_labelled(item, labels[0] if len(labels) == 1 else None, targets, split))
     if several:
         images = f"{counted(len(several), 'image')} with rows of several labels, such as {several[0]}"
         notes.append(f"{images}: {LABELS_TASK}")

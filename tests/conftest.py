@@ -151,6 +151,7 @@ def refused(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["main.py", *map(str, words)])
         with pytest.raises(SystemExit) as end:
             run_main(main)
+        _leave_process_group()
         line = capsys.readouterr().err
         assert end.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1
         return line
@@ -199,5 +200,10 @@ def _alone():
     torch.manual_seed(0)
     with mock.patch.dict(os.environ):
         yield
-    if torch.distributed.is_initialized():  # an error after the commands' `init_world`
+    _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """After an error of a command that has joined one."""
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.recipes import RECIPES, load_recipe
-from launch.plans.facts import TASKS, Facts, evaluated_split, target_kind, why_no_finetuning
+from launch.plans.facts import TASKS, Facts, evaluated_split, why_no_finetuning
 
 SIDES = {40: (32, 1), 56: (48, 1), 80: (64, 2), 112: (96, 2), 176: (128, 4)}  # shorter side up to: size, stem stride
 LARGE = 224, 4  # docs/guide/small-images.md has the reasons for the smaller ones
@@ -73,10 +73,10 @@ def choose(facts: Facts, device: str, ranks: int, name: str, plan: Path) -> Choi
     common.set("data.path", facts.path)
     common.set("data.size", size, why)
     base = ("cifar10-small" if device == "cpu" else "cifar10") if stride < 4 else "photos"
-    problem, kind = why_no_finetuning(facts.splits, evaluated_split(facts.splits)), target_kind(facts.path)
-    if kind:
-        task, recipe = TASKS[kind]
-        problem = f"for the {kind}, fine-tune with --config configs/finetune/{recipe}.yaml --task.name {task}"
+    problem = why_no_finetuning(facts.splits, evaluated_split(facts.splits))
+    if facts.kind:
+        task, recipe = TASKS[facts.kind]
+        problem = f"for the {facts.kind}, fine-tune with --config configs/finetune/{recipe}.yaml --task.name {task}"
     pretrain = _pretrain(facts, device, ranks, base, stride)
     if problem is None:
         _probe(facts, base, pretrain)

@@ -55,6 +55,7 @@ class Facts:
     deep: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    kind: str | None = None  # of the targets of tasks other than classification
 
     @property
     def images(self) -> int:
@@ -78,7 +79,8 @@ def find_facts(path: str) -> tuple[Facts, Split | Folder]:
     shorter = np.quantile([min(look.height, look.width) for look in looks], (0, 0.5, 1))
     deep = any(look.deep for look in looks)
     statistics = (tuple(float(f"{x:.{DIGITS}g}") for x in values) for values in (mean, np.maximum(std, 1e-4)))
-    return Facts(path, splits, split, len(looks), tuple(map(int, shorter)), channels, deep, *statistics), images
+    sides, kind = tuple(map(int, shorter)), target_kind(path)
+    return Facts(path, splits, split, len(looks), sides, channels, deep, *statistics, kind), images
 
 
 def look_at(images: Split | Folder, count: int = LOOKED) -> Iterator[Look]:

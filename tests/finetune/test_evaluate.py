@@ -288,7 +288,7 @@ def test_bad_input(more, message, best, digits, tmp_path):
 
 def test_weights_that_overflow(best, digits, tmp_path):
     weights = open_weights(best).weights
-    weights.head["head.fc.bias"][0] = float("nan")
+    weights.head["head.fc.weight"][:] = 3e38
     save(tmp_path / "x.pt", weights)
     with pytest.raises(UserError, match=r"finite.*fp32"):
         evaluated(tmp_path / "x.pt", digits, tmp_path / "out")

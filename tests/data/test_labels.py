@@ -239,7 +239,7 @@ def test_rows_with_other_labels_of_one_image(tmp_path, capsys):
     table = write(tmp_path / "x.csv", [{"file": name, "label": label} for name, label in rows])
     images = {f"{i}.jpg": picture(i) for i in range(2)}
     prepared(as_folder(images, tmp_path / "in"), tmp_path / "out", "--labels", table)
-    assert content(tmp_path / "out") == {picture(0): -1, picture(1): -1}
+    assert content(tmp_path / "out") == {picture(0): -1, picture(1): 0}
     assert [samples(tmp_path / "out")[f"{i}.jpg"]["labels"] for i in range(2)] == [["a", "b"], ["a"]]
     assert "1 image with rows of several labels" in capsys.readouterr().out
 

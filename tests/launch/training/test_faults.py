@@ -55,7 +55,7 @@ def test_applied_steps_begin_a_new_row_and_the_count_survives(log):
 
 
 def loader(size):
-    split = type("Split", (), {"name": "train", "__len__": lambda self: size})()
+    split = type("Split", (), {"name": "train", "shards": [1], "__len__": lambda self: size})()
     return SimpleNamespace(
         samples=SimpleNamespace(split=split, describe_damage=lambda sample: f"sample {sample} is cut")
     )

@@ -39,9 +39,12 @@ def argument(text: str, default: Any = REQUIRED) -> Any:
     return dataclasses.field(default=default, kw_only=True, metadata={"help": text, "positional": True})
 
 
-def option(default: Any, text: str) -> Any:
-    """An option of a command, `--its-name`; a bool takes no value, a tuple of any length takes several words."""
-    return dataclasses.field(default=default, kw_only=True, metadata={"help": text})
+def option(default: Any, text: str, alone: str | None = None) -> Any:
+    """An option of a command, `--its-name`; a bool takes no value, a tuple of any length takes several words.
+
+    `alone` is what it means without a value.
+    """
+    return dataclasses.field(default=default, kw_only=True, metadata={"help": text, "alone": alone})
 
 
 def require(ok: bool, key: str, value: object, rule: str) -> None:

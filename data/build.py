@@ -4,8 +4,10 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 
 from configs.errors import UserError, printable
 from configs.files import write_atomic
@@ -15,6 +17,8 @@ from data.name_lists import read_lists, select
 from data.planning import PrepareOptions, ShardPlan, Written, claim_folder, hold_out, plan_shards
 from data.pool import run_tasks
 from data.reading import DAMAGED, KINDS, NEED_OPTION, VALUES, ImageError, number
+from data.remote import is_url
+from data.remote_files import Upload, check_out_url
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
 from data.sources import Item
@@ -27,53 +31,77 @@ def build(options: PrepareOptions) -> None:
 
     Raises `UserError` if the source cannot be read, or the folder has other content.
     """
-    out = options.out
+    if is_url(options.out):
+        upload = Upload(check_out_url(options.out))
+        if options.repair:
+            raise UserError(f"--repair reads every byte: fetch {upload.url}, repair the folder, and upload it again")
+        with TemporaryDirectory(prefix="prepare-") as mirror:  # of the small files; TMPDIR chooses the disk
+            upload.pull(Path(mirror))
+            _build(replace(options, out=upload.url), Path(mirror), upload)
+        return
+    out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another folder")
     if out.exists() and not (out / "source.json").exists() and any(not f.name.startswith(".") for f in out.iterdir()):
         raise UserError(f"{out} is not empty and was not made by this command: choose another folder")
-    lists = read_lists(options.only, options.without)
     created = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open_collection(options, out) as (items, classes):
-            _write_missing(options, select(items, lists, options.source), classes)
+        _build(options, out, None)
     finally:
         if created and out.exists() and not any(out.iterdir()):
             out.rmdir()
 
 
-def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None) -> None:
-    out, splits = options.out, hold_out(items, options.val_fraction)
+def _build(options: PrepareOptions, out: Path, upload: Upload | None) -> None:
+    """Write what is missing in a folder or, with `upload`, at the URL whose small files it mirrors."""
+    lists = read_lists(options.only, options.without)
+    with open_collection(options, out) as (items, classes):
+        if upload and options.ray and any(item.container.startswith(str(out)) for item in items):
+            raise UserError(
+                f"{options.source} is unpacked on this machine, where Ray's other nodes cannot read it: "
+                "unpack it first, or give a folder as OUT"
+            )
+        _write_missing(options, out, upload, select(items, lists, options.source), classes)
+
+
+def _write_missing(
+    options: PrepareOptions, out: Path, upload: Upload | None, items: list[Item], classes: list[str] | None
+) -> None:
+    splits = hold_out(items, options.val_fraction)
     check_val(splits)
     survey = write_sheet = None
     if options.dry_run or not (out / "preview.png").exists():
         survey, write_sheet = _preview(options, splits)
     if options.dry_run:
-        write_sheet(out.with_name(f"{out.name}.preview.png"))
+        name = f"{PurePosixPath(options.out).name}.preview.png"
+        write_sheet(Path(name) if upload else out.with_name(name))
         print("no shards were written (--dry-run)")
         return
-    claim_folder(options, items, survey)
+    claim_folder(out, options, items, survey)
     if write_sheet:
-        write_sheet(out / "preview.png")
+        write_sheet(out / "preview.png", f"{options.out}/preview.png")
+    if upload:
+        upload.push(*(path for path in (out / "source.json", out / "preview.png") if path.exists()))
     for file in out.glob(".*.part"):  # left behind by a killed run
         file.unlink()
     plans = plan_shards(out, splits, classes, options.shard_size)
-    done = _finished_shards(plans, options)
+    done = _finished_shards(plans, out, upload, options)
     missing = [plan for plan in plans if plan not in done]
     if not missing and (out / "index.json").exists() and not any(plan.record.exists() for plan in plans):
-        print(f"{out} is complete{', nothing is damaged' if options.repair else ' already'}")
+        print(f"{options.out} is complete{', nothing is damaged' if options.repair else ' already'}")
         return
     if missing:
         from data.writing import write_shard  # imports torch: here, so that the forked processes share it
 
-        write = partial(write_shard, options=options)
-        written = run_tasks(write, missing, options.workers, sum(len(plan.items) for plan in missing))
+        write = partial(write_shard, options=options, upload=upload)
+        images, shared = sum(len(plan.items) for plan in missing), None if upload else out
+        written = run_tasks(write, missing, options.pool, images, shared)
         done |= dict(zip(missing, written, strict=True))
-    _finish(out, {plan: done[plan] for plan in plans}, classes)
+    _finish(out, upload, {plan: done[plan] for plan in plans}, classes)
 
 
-def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[dict, Callable[[Path], None]]:
+def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[dict, Callable[..., None]]:
     """Print what the collection contains. Returns the survey for index.json, and what writes the contact sheet.
 
     Raises `UserError` if images need an option, before the work begins.
@@ -103,13 +131,15 @@ def _check_options(refused: list[tuple[str, ImageError]]) -> None:
     raise UserError(f"{printable(name)} {error}{more}")
 
 
-def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[ShardPlan, Written]:
+def _finished_shards(
+    plans: list[ShardPlan], out: Path, upload: Upload | None, options: PrepareOptions
+) -> dict[ShardPlan, Written]:
     """Finished shards and their skipped images, from index.json or from the records of an interrupted run.
 
     Their sizes are checked, with `--repair` every byte. Shards that lost images to a repair without the source do not
     count as finished.
     """
-    out, done, incomplete = options.out, {}, salvaged_shards(options.out)
+    done, incomplete = {}, salvaged_shards(out)
     listed = {shard.file: shard for shard in read_index(out).shards} if (out / "index.json").exists() else {}
     skipped = _skipped_lines(out)
     for plan in plans:
@@ -123,7 +153,9 @@ def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[Sh
             done[plan] = Written(listed[plan.path.name], lines, {})
     shards = [written.shard for written in done.values()]
     if options.repair and shards:
-        damage = check_every_byte(out, shards, options.workers)
+        damage = check_every_byte(out, shards, options.pool)
+    elif upload:
+        damage = upload.damage(shards)
     else:
         damage = [find_damage(out, shard) for shard in shards]
     for description in filter(None, damage):
@@ -151,7 +183,7 @@ def _by_kind(skipped: list[str]) -> str:
     )
 
 
-def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None) -> None:
+def _finish(out: Path, upload: Upload | None, done: dict[ShardPlan, Written], classes: list[str] | None) -> None:
     """Write skipped.txt and index.json, remove the records, print a summary."""
     splits = defaultdict(list)
     for plan, written in done.items():
@@ -159,18 +191,24 @@ def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None
     index = Index(dict(splits), classes, json.loads((out / "source.json").read_bytes()).get("survey"))
     skipped = [line for written in done.values() for line in written.skipped]
     if not any(shard.samples for shard in index.shards):
-        for plan in done:
-            for file in (plan.path, index_file(plan.path), plan.record):
-                file.unlink()
-        (out / "source.json").unlink()
+        useless = [file for plan in done for file in (plan.path, index_file(plan.path), plan.record)]
+        useless += [out / "source.json"]
+        for file in useless:
+            file.unlink(missing_ok=True)  # a mirror has only some of them
+        if upload:
+            upload.delete(useless)
         raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
     if skipped:
         write_atomic(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
-        print(f"{len(skipped):,} images were left out, listed in {out / 'skipped.txt'}: {_by_kind(skipped)}")
+        place = f"{upload.url if upload else out}/skipped.txt"
+        print(f"{len(skipped):,} images were left out, listed in {place}: {_by_kind(skipped)}")
     for note, count in sorted(sum((Counter(written.notes) for written in done.values()), Counter()).items()):
         print(note.format(count))
     write_index(out, index)
+    if upload:
+        upload.push(*[out / "skipped.txt"] * bool(skipped), out / "index.json")
+        upload.delete([plan.record for plan in done])
     (out / LOST).unlink(missing_ok=True)  # images lost to a repair without the source are complete again
     for plan in done:
         plan.record.unlink(missing_ok=True)
-    describe(out)
+    describe(out, upload and upload.url)

@@ -23,6 +23,8 @@ from typing import BinaryIO
 
 from configs.errors import UserError, counted, printable, reason
 from data.reading import HEAD_BYTES, sniff
+from data.remote import is_url
+from data.remote_files import SMALL_BLOCK_BYTES, check_source_url, list_url, open_binary
 from data.sources import READABLE, Item, open_zip
 from data.tars import CHUNK_BYTES, check_end, member_end
 
@@ -117,16 +119,20 @@ def list_source(source: str, scratch: Path | None) -> Iterator[Listing]:
 
     Raises `UserError` if the source does not exist, is of an unknown type, damaged, or without images.
     """
+    remote = is_url(source)
+    source = check_source_url(source) if remote else source
     path, listing, unpacked = Path(source), Listing(source), []
-    if (path / "index.json").exists():
+    if not remote and (path / "index.json").exists():
         raise UserError(f"{source} contains shards already: train on them, or give the original images")
-    if not path.exists():
+    if not remote and not path.exists():
         raise UserError(f"{source} does not exist: give a folder, a zip, a tar, or `digits`")
     try:
-        if path.is_dir():
+        if remote and not source.lower().endswith(ARCHIVES):
+            _list_remote_folder(source, listing)
+        elif not remote and path.is_dir():
             _list_folder(path, listing)
         else:
-            _list_archive(path, source, listing, scratch, unpacked)
+            _list_archive(source, source, listing, scratch, unpacked)
         archives, listing.archives = listing.archives, []
         if listing.images or scratch is None:  # an archive beside its own files would double them
             listing.ignored += _by_suffix(archives)
@@ -185,12 +191,23 @@ def _list_folder(root: Path, listing: Listing) -> None:
             listing.ignored["special"] += 1
 
 
-def _list_archive(path: Path, shown: str, listing: Listing, scratch: Path | None, unpacked: list[Path]) -> None:
+def _list_remote_folder(url: str, listing: Listing) -> None:
+    """Files below a folder at a URL."""
+    if url.startswith("http"):
+        kinds = ", ".join(ARCHIVES)
+        raise UserError(f"{url} is no archive ({kinds}), and servers do not list folders: give an archive's URL")
+    found = list_url(url)
+    if any(name == "index.json" for name, *_ in found):
+        raise UserError(f"{url} contains shards already: train on them, or give the original images")
+    for name, size, version in found:
+        listing.add(Item(name, f"{url}/{name}", f"{size} {version}"))
+
+
+def _list_archive(path: str, shown: str, listing: Listing, scratch: Path | None, unpacked: list[Path]) -> None:
     """Files of a zip or tar at `path`; a compressed tar is unpacked. `shown` is its name."""
     if _is_tar(path):  # before zip: a tar whose last member is a zip looks like a zip
-        with path.open("rb") as file:
-            _list_members(file, path, path.stat().st_size, "", listing)
-    elif zipfile.is_zipfile(path):
+        _list_tar(path, listing)
+    elif _is_zip(path):
         _list_zip(path, "", listing)
     elif scratch is None:
         raise UserError(f"{shown} is compressed: unpack it, or prepare it with `python data/prepare.py {shown} OUT`")
@@ -198,10 +215,9 @@ def _list_archive(path: Path, shown: str, listing: Listing, scratch: Path | None
         target = scratch / f".{len(unpacked)}.{posixpath.basename(shown)}.unpacked"
         unpacked.append(target)
         _unpack(path, target, shown)
-        if not _is_tar(target):
+        if not _is_tar(str(target)):
             raise UserError(f"{listing.source} unpacks to a single file, not to a tar: give a folder, a zip or a tar")
-        with target.open("rb") as file:
-            _list_members(file, target, target.stat().st_size, "", listing)
+        _list_tar(str(target), listing)
 
 
 def _list_inner(archive: Item, listing: Listing, scratch: Path, unpacked: list[Path]) -> None:
@@ -209,17 +225,17 @@ def _list_inner(archive: Item, listing: Listing, scratch: Path, unpacked: list[P
     kind = next(kind for kind in ARCHIVES if archive.name.lower().endswith(kind))
     folder, inner = archive.name[: -len(kind)], Listing(f"{listing.source}/{archive.name}")
     if archive.offset is not None and not archive.zipped and kind == ".tar":  # in place
-        with Path(archive.container).open("rb") as file:
+        with open_binary(archive.container) as file:
             file.seek(archive.offset)
-            _list_members(file, Path(archive.container), archive.offset + archive.size, folder, inner)
+            _list_members(file, archive.container, archive.offset + archive.size, folder, inner)
     else:
-        path = Path(archive.container)
+        path = archive.container
         if archive.offset is not None:
             path = scratch / f".{len(unpacked)}.{posixpath.basename(archive.name)}"
             unpacked.append(path)
             _copy_out(archive, path)
         outer = Listing(inner.source)
-        _list_archive(path, archive.name, outer, scratch, unpacked)
+        _list_archive(str(path), archive.name, outer, scratch, unpacked)
         for item in (*outer.images, *outer.label_files.values(), *outer.archives):
             inner.add(replace(item, name=f"{folder}/{item.name.removeprefix('./')}"))
         inner.ignored, inner.repeats, inner.broken = outer.ignored, outer.repeats, outer.broken
@@ -256,7 +272,7 @@ def _copy_out(item: Item, target: Path) -> None:
                 with archive.open(members[item.offset]) as member:
                     copyfileobj(member, out, CHUNK_BYTES)
             else:
-                with Path(item.container).open("rb") as file:
+                with open_binary(item.container) as file:
                     file.seek(item.offset)
                     for start in range(0, item.size, CHUNK_BYTES):
                         out.write(file.read(min(CHUNK_BYTES, item.size - start)))
@@ -264,8 +280,15 @@ def _copy_out(item: Item, target: Path) -> None:
         raise UserError(f"{item.container}: {printable(item.name)} cannot be unpacked ({reason(error)})") from None
 
 
-def _list_zip(path: Path, folder: str, listing: Listing) -> None:
-    for entry in open_zip(str(path), os.getpid())[0].infolist():
+def _list_tar(path: str, listing: Listing) -> None:
+    with open_binary(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        _list_members(file, path, size, "", listing)
+
+
+def _list_zip(path: str, folder: str, listing: Listing) -> None:
+    for entry in open_zip(path, os.getpid())[0].infolist():
         if entry.is_dir():
             continue
         name = entry.filename
@@ -277,10 +300,10 @@ def _list_zip(path: Path, folder: str, listing: Listing) -> None:
         if stat.S_ISLNK(entry.external_attr >> 16):
             listing.broken.append(name)  # its content is a path
             continue
-        listing.add(Item(name, str(path), f"{entry.CRC}", entry.header_offset, entry.file_size, zipped=True))
+        listing.add(Item(name, path, f"{entry.CRC}", entry.header_offset, entry.file_size, zipped=True))
 
 
-def _list_members(file: BinaryIO, path: Path, limit: int, folder: str, listing: Listing) -> None:
+def _list_members(file: BinaryIO, path: str, limit: int, folder: str, listing: Listing) -> None:
     """Files of the tar in `file` from its position to byte `limit`; `folder` is put before their names."""
     end, links, seen = file.tell(), [], {}
 
@@ -288,7 +311,7 @@ def _list_members(file: BinaryIO, path: Path, limit: int, folder: str, listing: 
         name = name.removeprefix("./")
         if offset in seen:
             listing.repeats.append((name, seen[offset]))
-        elif listing.add(Item(f"{folder}/{name}" if folder else name, str(path), f"{offset} {size}", offset, size)):
+        elif listing.add(Item(f"{folder}/{name}" if folder else name, path, f"{offset} {size}", offset, size)):
             seen[offset] = name
 
     try:
@@ -318,26 +341,32 @@ def _list_members(file: BinaryIO, path: Path, limit: int, folder: str, listing: 
             listing.broken.append(link.name)
         else:
             add(link.name, target.offset_data, target.size)
-    check_end(file, end, limit, Path(listing.source))
+    check_end(file, end, limit, listing.source)
 
 
-def _is_tar(path: Path) -> bool:
+def _is_tar(path: str) -> bool:
     """Whether a file is an uncompressed tar."""
-    try:
-        tarfile.open(path, "r:").close()
-    except tarfile.TarError:
-        return False
-    return True
+    with open_binary(path, SMALL_BLOCK_BYTES) as file:
+        try:
+            tarfile.open(fileobj=file, mode="r:").close()
+        except tarfile.TarError:
+            return False
+        return True
 
 
-def _unpack(path: Path, target: Path, shown: str) -> None:
+def _is_zip(path: str) -> bool:
+    with open_binary(path, SMALL_BLOCK_BYTES) as file:
+        return zipfile.is_zipfile(file)
+
+
+def _unpack(path: str, target: Path, shown: str) -> None:
     """Decompress a gz, bz2 or xz file for random access. The caller removes `target`, also after an error."""
-    with path.open("rb") as file:
+    with open_binary(path) as file:
         opener = UNPACKERS.get(file.read(2))
     if opener is None:
         raise UserError(f"{shown} is not a folder, a zip or a tar (plain, gz, bz2 or xz)")
     try:
-        with opener(path) as packed, target.open("wb") as out:
+        with open_binary(path) as file, opener(file) as packed, target.open("wb") as out:
             copyfileobj(packed, out, CHUNK_BYTES)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"{shown} cannot be unpacked into {target.parent} ({error})") from None

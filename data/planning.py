@@ -18,6 +18,7 @@ from pydantic import Field
 from configs.errors import UserError
 from configs.files import write_atomic
 from configs.keys import BelowOne, argument, option
+from data.pool import RAY_HELP, Pool
 from data.reading import Reading
 from data.shards import Shard
 from data.sources import Item
@@ -35,14 +36,16 @@ ORDER_SEED = 0  # of the order of images in shards, and of the choice of held-ou
 class PrepareOptions(Reading):
     """The command line of data/prepare.py: what to write, and how."""
 
-    source: str = argument("`digits`, a folder, a zip, a tar (plain, gz, bz2, xz), or the ILSVRC2012 train tar")
-    out: Path | None = argument(
-        "folder for the shards; omitted with --index, --verify, and --repair without the source", default=None
+    source: str = argument("`digits`, a folder, a zip, a tar (plain, gz, bz2, xz), the ILSVRC2012 train tar, or a URL")
+    out: str | None = argument(
+        "folder for the shards, or its URL; omitted with --index, --verify, and --repair without the source",
+        default=None,
     )
     resize: Pixels | None = option(None, "shrink images whose shorter side is longer than this, pixels")
     quality: Quality | None = option(None, "re-encode as JPEG of this quality, 1 to 100")
     shard_size: ShardSize = option(5000, "maximum images in a shard")
     workers: Workers = option(os.cpu_count(), "processes")
+    ray: str | None = option(None, RAY_HELP, alone="auto")
     val_fraction: BelowOne = option(0.0, "hold out this share of each class as split val")
     only: Path | None = option(None, "use only the images whose names this file lists (see docs/guide/embed.md)")
     without: tuple[Path, ...] = option((), "leave out the images whose names these files list")
@@ -68,6 +71,11 @@ class PrepareOptions(Reading):
         "with SOURCE OUT: check every byte of the shards in OUT and rewrite damaged ones; with a folder of shards "
         "alone: rewrite damaged indexes, and keep the undamaged images of damaged tars",
     )
+
+    @property
+    def pool(self) -> Pool:
+        """Where the work is done."""
+        return Pool(self.workers, self.ray)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +127,8 @@ def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
     return dict(splits)
 
 
-def claim_folder(options: PrepareOptions, items: list[Item], survey: dict | None) -> None:
-    """Write source.json with the survey. Raises `UserError` if there is one of another source or other options."""
+def claim_folder(out: Path, options: PrepareOptions, items: list[Item], survey: dict | None) -> None:
+    """Write source.json with the survey to `out`. Raises `UserError` if there is one of another source or options."""
     content = _digest(f"{item.name} {item.stamp}" for item in items)
     new = {"source": Path(options.source).name, "images": len(items), "content": content}
     defaults = {field.name: field.default for field in fields(Reading)}
@@ -130,7 +138,7 @@ def claim_folder(options: PrepareOptions, items: list[Item], survey: dict | None
     for key in LABEL_OPTIONS:  # only those that are given: older folders do not list them
         if value := getattr(options, key):
             new[key] = list(value) if isinstance(value, tuple) else Path(value).name if key in FILES else value
-    path = options.out / "source.json"
+    path = out / "source.json"
     if not path.exists():
         write_atomic(path, json.dumps(new | {"survey": survey}, indent=1).encode())
         return

@@ -1,9 +1,11 @@
-"""Run tasks in several processes, with a progress bar."""
+"""Run tasks in several processes of this machine, or on a Ray cluster, with a progress bar."""
 
 import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -11,7 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+RAY_HELP = "run on a Ray cluster, not only on this machine: HOST:PORT of its head; alone: the one that Ray finds"
 _images_done = None  # counter shared by all processes; set in each worker
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Where tasks run: in `workers` processes of this machine, or on the Ray cluster at an address."""
+
+    workers: int
+    ray: str | None = None  # HOST:PORT, or `auto` for Ray's own way to find it
 
 
 def add_progress(images: int) -> None:
@@ -20,16 +31,35 @@ def add_progress(images: int) -> None:
         _images_done.value += images
 
 
-def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, images: int) -> list[Result]:
+def start_counting(done) -> None:
+    """Let `add_progress` count in a shared `multiprocessing.Value`; called once in a worker process."""
+    global _images_done
+    _images_done = done
+
+
+def run_tasks(
+    function: Callable[[Task], Result], tasks: Sequence[Task], pool: Pool, images: int, folder: Path | None = None
+) -> list[Result]:
     """Call `function(task)` for every task in worker processes, and return the results in the order of the tasks.
 
     The first error stops the other tasks and is raised; Ctrl-C stops the workers at once. `images` is the total of the
-    progress bar, see `add_progress`.
+    progress bar, see `add_progress`. `folder` is where tasks write: on Ray, all nodes must share it.
     """
-    done = multiprocessing.Value("q", 0)
     bar = Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with bar, ProcessPoolExecutor(min(workers, len(tasks)), initializer=_start, initargs=(done,)) as pool:
+    with bar:
         line = bar.add_task("images", total=images)
+        if pool.ray is None:
+            return _run_here(function, tasks, pool.workers, lambda done: bar.update(line, completed=done))
+        from data.ray_pool import run_on_ray  # optional
+
+        return list(run_on_ray(function, tasks, pool.ray, lambda count: bar.advance(line, count), folder))
+
+
+def _run_here(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, update: Callable[[int], None]
+) -> list[Result]:
+    done = multiprocessing.Value("q", 0)
+    with ProcessPoolExecutor(min(workers, len(tasks)), initializer=_start, initargs=(done,)) as pool:
         futures = [pool.submit(function, task) for task in tasks]
         try:
             pending = set(futures)
@@ -37,7 +67,7 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
                 finished, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
                 for future in finished:
                     future.result()
-                bar.update(line, completed=done.value)
+                update(done.value)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
@@ -47,6 +77,5 @@ def run_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers
 
 
 def _start(done) -> None:
-    global _images_done
-    _images_done = done
+    start_counting(done)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C

@@ -7,6 +7,8 @@ python data/prepare.py ILSVRC2012_img_train.tar shards/imagenet --resize 512 \\
 python data/prepare.py photos/ shards/photos --labels labels.csv          labels in a table instead of folders
 python data/prepare.py cifar10.tar.xz shards/cifar10 --val-fraction 0.1   tar (gz, bz2, xz) or zip
 python data/prepare.py photos/ shards/photos --only list.csv              only the images that a file lists by name
+python data/prepare.py s3://bucket/photos s3://bucket/shards/photos       from and to URLs
+python data/prepare.py photos/ shards/photos --ray                        on a Ray cluster (see docs/data.md)
 python data/prepare.py shards/made-elsewhere --index                      index WebDataset tars of other tools
 python data/prepare.py shards/photos --verify                             check every byte
 python data/prepare.py photos/ shards/photos --repair                     rewrite damaged shards from the images
@@ -48,11 +50,15 @@ def parse(argv: list[str] | None = None) -> PrepareOptions:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse(argv)
+    if options.ray:
+        from data.ray_pool import find_cluster  # optional
+
+        find_cluster(options.ray)
     if options.out:
         build(options)
     else:
         run = index_folder if options.index else verify if options.verify else repair
-        run(Path(options.source), options.workers)
+        run(Path(options.source), options.pool)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from configs.errors import UserError, reason
+from data.remote import is_url
+from data.remote_files import SMALL_BLOCK_BYTES, open_binary, read_url
 from data.tars import IMAGE_TYPES
 
 # with those that data/reencode.py converts
@@ -44,15 +46,25 @@ class Item:
         return self.container != "digits" and self.offset is None and not self.zipped
 
     def image_bytes(self) -> bytes:
-        """The encoded image. Raises `UserError` if it is damaged in a zip, `OSError` if the source has disappeared."""
+        """The encoded image.
+
+        Raises `UserError` if it is damaged in a zip, `OSError` or `RemoteUserError` if the source cannot be read.
+        """
         if self.container == "digits":
             return digits()[self.name][0]
         if self.zipped:
             return self._from_zip()
+        if self.remote:
+            return read_url(self.container, self.offset, self.size)
         if self.offset is not None:
             with Path(self.container).open("rb") as file:
                 return os.pread(file.fileno(), self.size, self.offset)
         return Path(self.container).read_bytes()
+
+    @property
+    def remote(self) -> bool:
+        """Whether the image is at a URL."""
+        return is_url(self.container)
 
     @property
     def byte_size(self) -> int | str | None:
@@ -66,6 +78,9 @@ class Item:
                 archive, members = open_zip(self.container, os.getpid())
                 with archive.open(members[self.offset]) as file:
                     return file.read(count)
+            if self.remote:
+                size = int(self.stamp.partition(" ")[0]) if self.offset is None else self.size
+                return read_url(self.container, self.offset or 0, min(count, size))
             with Path(self.container).open("rb") as file:
                 return os.pread(file.fileno(), min(count, self.size or count), self.offset or 0)
         except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):  # RuntimeError: encrypted in a zip
@@ -90,7 +105,7 @@ def open_zip(path: str, process: int) -> tuple[zipfile.ZipFile, dict[int, zipfil
     damaged.
     """
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(open_binary(path, SMALL_BLOCK_BYTES) if is_url(path) else path)
     except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError) as error:
         raise UserError(f"{path} is a damaged zip ({reason(error)}): fetch it again") from None
     return archive, {member.header_offset: member for member in archive.infolist()}

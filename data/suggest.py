@@ -17,15 +17,15 @@ def made_of_digits(folder: Path) -> bool:
         return False
 
 
-def pretrain_command(folder: Path, index: Index) -> str:
-    """The command that pretrains on a folder of shards, with sizes and channels of its images."""
+def pretrain_command(folder: Path, index: Index, place: str) -> str:
+    """The command that pretrains on a folder of shards, or its URL, with sizes and channels of its images."""
     recipe = "digits" if made_of_digits(folder) else "photos"
-    words = ["deepspeed", "pretrain/main.py", "--config", f"configs/pretrain/{recipe}.yaml", "--data.path", str(folder)]
+    words = ["deepspeed", "pretrain/main.py", "--config", f"configs/pretrain/{recipe}.yaml", "--data.path", place]
     if "train" not in index.splits:
         words += ["--data.split", next(iter(index.splits))]
     if recipe == "photos":
         words += _image_options(index.survey or {})
-    return shlex.join([*words, "--run.name", folder.absolute().name])
+    return shlex.join([*words, "--run.name", Path(place).absolute().name])
 
 
 def _image_options(survey: dict) -> list[str]:

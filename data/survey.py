@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from configs.errors import UserError
+from data.cache import RemoteUserError
 from data.decode import decode
 from data.exif import orientation
 from data.planning import PrepareOptions
@@ -69,7 +70,8 @@ def survey(options: PrepareOptions, splits: dict[str, list[Item]]) -> Survey:
     with ThreadPoolExecutor(options.workers) as pool:
         for looks in pool.map(lambda i: _look(every[i][1], options, i in shown), chosen):
             _add(found, looks)
-        found.duplicates = _duplicates(every, pool) if len(every) <= MOST_COMPARED else None
+        remote = any(item.remote for _, item in every)  # each comparison would be a request
+        found.duplicates = _duplicates(every, pool) if len(every) <= MOST_COMPARED and not remote else None
     return found
 
 
@@ -82,6 +84,8 @@ def _look(item: Item, options: PrepareOptions, show: bool) -> list[tuple]:
     """(name, type, EXIF orientation, (C, H, W, kind of values) or why not, picture or None) of each image of a file."""
     try:
         data = item.image_bytes()
+    except RemoteUserError:
+        raise
     except (UserError, OSError) as error:
         return [(item.name, "", 1, ImageError(str(error)), None)]
     kind, turn, looks = sniff(data), 1, []

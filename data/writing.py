@@ -1,7 +1,9 @@
 """Writing shards. Imports webdataset, torch and torchvision: commands import this module when they need it."""
 
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,13 +11,17 @@ import webdataset
 
 from configs.errors import UserError, printable
 from configs.files import atomic_file, write_atomic
+from data.cache import RemoteUserError
 from data.decode import read_npy
 from data.planning import PrepareOptions, ShardPlan, Written
 from data.pool import add_progress
 from data.reading import ImageError, Notes
 from data.reencode import Encoded, reencode_all
-from data.shards import index_tar
+from data.remote_files import Upload
+from data.shards import index_file, index_tar
 from data.sources import Item
+
+FETCHED_AHEAD = 16  # images at URLs
 
 
 def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
@@ -25,14 +31,14 @@ def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
             tar.write(sample)
 
 
-def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
-    """Write one shard, its index, and a record that it is complete."""
+def write_shard(plan: ShardPlan, options: PrepareOptions, upload: Upload | None) -> Written:
+    """Write one shard, its index, and a record that it is complete; with `upload`, move them to its URL."""
     skipped: list[str] = []
     notes = Notes()
 
     def samples() -> Iterator[dict[str, bytes | str]]:
-        for number, (item, label) in enumerate(plan.items, plan.first):
-            for name, image in _images(item, options, notes):
+        for number, (item, label, data) in enumerate(_read_ahead(plan.items), plan.first):
+            for name, image in _images(item, data, options, notes):
                 if isinstance(image, ImageError):
                     skipped.append(printable(f"{name}: {image.kind}: {image}"))
                     continue
@@ -46,17 +52,39 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
                 yield members | ({} if label is None else {"cls": str(label).encode()})
             add_progress(1)
 
+    if upload:
+        plan.path.parent.mkdir(exist_ok=True)  # on another node
     write_tar(plan.path, samples())
     shard = index_tar(plan.path)
     record = {"shard": asdict(shard), "skipped": skipped, "notes": notes}
     write_atomic(plan.record, json.dumps(record).encode())
+    if upload:
+        files = [plan.path, index_file(plan.path), plan.record]
+        upload.push(*files)
+        for file in files:
+            file.unlink()
     return Written(shard, skipped, dict(notes))
 
 
-def _images(item: Item, options: PrepareOptions, notes: Notes) -> Iterator[tuple[str, Encoded | ImageError]]:
+def _read_ahead(items: list[tuple[Item, int | None]]) -> Iterator[tuple[Item, int | None, Callable[[], bytes]]]:
+    """Images, their labels, and a function for their bytes; those at URLs are fetched by threads in advance."""
+    with ThreadPoolExecutor(FETCHED_AHEAD) as pool:
+        coming = deque()
+        for item, label in items:
+            coming.append((item, label, pool.submit(item.image_bytes).result if item.remote else item.image_bytes))
+            if len(coming) > FETCHED_AHEAD:
+                yield coming.popleft()
+        yield from coming
+
+
+def _images(
+    item: Item, read: Callable[[], bytes], options: PrepareOptions, notes: Notes
+) -> Iterator[tuple[str, Encoded | ImageError]]:
     """Images of a file, or why it cannot be read."""
     try:
-        data = item.image_bytes()
+        data = read()
+    except RemoteUserError:  # the image is not damaged, but cannot be fetched
+        raise
     except UserError as error:
         yield item.name, ImageError(str(error))
     else:

@@ -1,11 +1,13 @@
 """Options that the commands for trained models share; free of torch, so that parsing is quick."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from configs.keys import argument, option, require
+from data.pool import RAY_HELP
 from data.reading import Reading
 
 STDIN = "-"  # in place of paths: read them from standard input
@@ -38,3 +40,19 @@ class ImageOptions(Reading, DeviceOptions):
         require(
             self.pages != "all", "--pages", self.pages, "first: a file has one prediction, shards may have all pages"
         )
+
+
+@dataclass(frozen=True)
+class EmbedOptions(DeviceOptions):
+    """The command line of finetune/embed.py."""
+
+    source: str = argument("folder of images, or folder of shards or its URL")
+    out: Path = argument("Parquet file to write")
+    split: tuple[str, ...] = option(("train",), "splits to embed, in this order; a folder without splits is one")
+    dtype: Literal["float32", "float16"] = option("float32", "type of the features in the file")
+    batch: PositiveInt = option(64, "images per batch and rank")
+    workers: NonNegativeInt | None = option(None, "loader processes per rank (default: its cores, at most 8)")
+    ray: str | None = option(None, RAY_HELP, alone="auto")
+
+    def __post_init__(self):
+        require(len(set(self.split)) == len(self.split), "--split", " ".join(self.split), "different splits")

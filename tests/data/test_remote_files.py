@@ -208,3 +208,19 @@ def test_any_part_of_a_remote_file(server, tmp_path):
         for start, size in ((0, 10), (5000, 3000), (100, 1), (10235, 100), (20000, 5), (3, 10240)):
             file.seek(start)
             assert file.read(size) == data[start : start + size]
+
+
+@pytest.mark.slow
+def test_ray_from_s3_to_s3(s3, tmp_path):
+    """No node needs a file of another one; credentials are those of the nodes, so the cluster starts here."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="tests on Ray need it: pip install ray")
+    for name, data in PHOTOS.items():
+        s3.put_object(Bucket="bucket", Key=f"photos/{name}", Body=data)
+    prepared("s3://bucket/photos", tmp_path / "local", *OPTIONS)
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        prepared("s3://bucket/photos", "s3://bucket/out", *OPTIONS, "--ray", cluster.address)
+    finally:
+        cluster.shutdown()
+    found = objects(s3, "out")
+    assert found == {name: (tmp_path / "local" / name).read_bytes() for name in names(tmp_path / "local")}

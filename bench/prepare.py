@@ -40,7 +40,7 @@ class PrepareBench:
     img2dataset: Path | None = option(None, "its command, in an environment of its own")
     copies: PositiveInt = option(10, "copies of each photograph; trailing zeros make them differ")
     cores: tuple[PositiveInt, ...] = option((1, 2), "numbers of cores")
-    rounds: PositiveInt = option(3, "rounds; the fastest time counts")
+    rounds: PositiveInt = option(3, "rounds")
 
 
 def replicate(photos: Path, folder: Path, copies: int) -> list[Path]:
@@ -99,15 +99,14 @@ def main() -> None:
         files = replicate(options.photos, source, options.copies)
         Path(f"{source}.csv").write_text("\n".join(["url", *(path.as_uri() for path in files), ""]))
         print(f"{len(files):,} images of {sum(path.stat().st_size for path in files) / len(files) / 1e3:.0f} KB")
+        print("| cores | command | images/s | images per second of CPU time | written |")
         for cores in options.cores:
             runs = commands(options, source, out, cores)
-            times = {name: [] for name in runs}
             for _ in range(options.rounds):  # in turns, because the machine's speed changes
                 for name, command in runs.items():
-                    times[name].append(seconds(command, cores, out))
-            for name, found in times.items():
-                fastest, cpu = len(files) / min(found)[0], len(files) / min(used for _, used, _ in found)
-                print(f"| {cores} | {name} | {fastest:,.0f} | {cpu:,.0f} | {found[0][2] / 1e6:,.0f} MB |", flush=True)
+                    elapsed, cpu, size = seconds(command, cores, out)
+                    rates = f"{len(files) / elapsed:,.0f} | {len(files) / cpu:,.0f}"
+                    print(f"| {cores} | {name} | {rates} | {size / 1e6:,.0f} MB |", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+RAY_HELP = "run on a Ray cluster, not only on this machine: HOST:PORT of its head; alone: the one that Ray finds"
 
 
 def fixed(default: Any, text: str) -> Any:

@@ -17,8 +17,8 @@ from pydantic import Field
 
 from configs.errors import UserError
 from configs.files import write_atomic
-from configs.keys import BelowOne, argument, option
-from data.pool import RAY_HELP, Pool
+from configs.keys import RAY_HELP, BelowOne, argument, option
+from data.pool import Pool
 from data.reading import Reading
 from data.shards import Shard
 from data.sources import Item

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-RAY_HELP = "run on a Ray cluster, not only on this machine: HOST:PORT of its head; alone: the one that Ray finds"
 _images_done = None  # counter shared by all processes; set in each worker
 
 

@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from configs.keys import argument, option, require
-from data.pool import RAY_HELP
+from configs.keys import RAY_HELP, argument, option, require
 from data.reading import Reading
 
 STDIN = "-"  # in place of paths: read them from standard input

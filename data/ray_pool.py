@@ -65,27 +65,23 @@ def run_on_ray(
         folder: where tasks write; checked to be shared
         cpus, gpus: that a task occupies
     Raises:
-        UserError: of a task, which cancels the others; no cluster; workers that die again and again
+        UserError: of a task, which stops the others; no cluster; workers that die again and again
     """
     with _cluster(address), _shared(folder) as token:
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": RETRIES}
         submit = ray.remote(**options)(_work).remote
         call = ray.put(partial(_call, function, Place(str(Path.cwd()), token)))
         numbers, waiting, pending, position = iter(range(len(tasks))), {}, {}, 0  # finished; running
-        try:
-            while position < len(tasks):
-                room = AHEAD * _slots(cpus, gpus) - len(pending) - len(waiting)
-                for number in (number for _, number in zip(range(room), numbers, strict=False)):
-                    pending[submit(call, tasks[number])] = number
-                for done in ray.wait(list(pending), timeout=0.5)[0]:
-                    waiting[pending.pop(done)], images = _result(done)
-                    advance(images)
-                while position in waiting:
-                    yield waiting.pop(position)
-                    position += 1
-        finally:
-            for task in pending:
-                ray.cancel(task, force=True)
+        while position < len(tasks):
+            room = AHEAD * _slots(cpus, gpus) - len(pending) - len(waiting)
+            for number in (number for _, number in zip(range(room), numbers, strict=False)):
+                pending[submit(call, tasks[number])] = number
+            for done in ray.wait(list(pending), timeout=0.5)[0]:
+                waiting[pending.pop(done)], images = _result(done)
+                advance(images)
+            while position in waiting:
+                yield waiting.pop(position)
+                position += 1
 
 
 def find_cluster(address: str) -> str:
@@ -110,7 +106,7 @@ def _cluster(address: str) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        ray.shutdown()  # kills running tasks; `ray.cancel` can abort this process if a task ends at the same time
 
 
 @contextmanager

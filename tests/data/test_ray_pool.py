@@ -33,6 +33,13 @@ def workers() -> list[psutil.Process]:
     return found
 
 
+def wait_for_idle_workers() -> None:
+    stop = time.monotonic() + 30
+    while workers() and time.monotonic() < stop:
+        time.sleep(0.1)
+    assert not workers()
+
+
 @pytest.mark.slow
 def test_results_are_in_order(cluster, tmp_path):
     results = run_tasks(double, range(40), Pool(1, cluster), 40, tmp_path)
@@ -99,19 +106,19 @@ def test_ctrl_c_and_the_same_command_again(cluster, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 and has((tmp_path / "log").read_text(), "stopped by Ctrl-C")
     assert not (tmp_path / "two/index.json").exists()
-    stop = time.monotonic() + 30
-    while workers() and time.monotonic() < stop:
-        time.sleep(0.1)
-    assert not workers()
+    wait_for_idle_workers()
     process = started(tmp_path / "log", *words)
     assert process.wait(200) == 0, (tmp_path / "log").read_text()
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
 @pytest.mark.slow
-def test_an_error_of_a_task_cancels_the_others(cluster, tmp_path):
-    with pytest.raises(UserError, match=r"^x\.tar is damaged: fetch it again$"):
-        run_tasks(partial(fail, folder=tmp_path), [0, 1], Pool(1, cluster), 2)
+def test_an_error_of_a_task_stops_the_others(cluster, tmp_path):
+    """The driver survives, also if it happens again and again."""
+    for _ in range(5):
+        with pytest.raises(UserError, match=r"^x\.tar is damaged: fetch it again$"):
+            run_tasks(partial(fail, folder=tmp_path), [0, 1], Pool(1, cluster), 2)
+        wait_for_idle_workers()
     with pytest.raises(FileNotFoundError) as error:
         run_tasks(partial(fail, folder=tmp_path), [0, 2], Pool(1, cluster), 2)
     assert error.value.filename == str(tmp_path / "absent" / "file")

@@ -155,7 +155,7 @@ def main() -> None:
     check_exists(args.cifar10, "CIFAR-10 as a tar or folder with train/CLASS/*.jpg and test/")
     evidence = Evidence(args.scale, args.dry_run, args.save)
     if not (SHARDS / "index.json").exists():
-        evidence.call("data/prepare.py", args.cifar10, SHARDS, "--val-fraction", "0.1")
+        evidence.call("data/prepare.py", args.cifar10, SHARDS, "--val-fraction", "0.1", "--no-plan")
     for part in args.parts or PARTS:
         if part in PARTS:
             PARTS[part](evidence)

@@ -64,11 +64,15 @@ def parse(
         first.add_argument(f"--{name}")
     given = vars(first.parse_known_args(argv)[0])
     path, config = Path(given.get("config", built_in)), schema()
-    values = load_recipe(path)
+    values = load_recipe(path, schema.__name__.lower())
     for key, modules in choices.items():
-        name = str((values | given).get(f"{key}.name", getattr(config, key).name))
+        own = values.get(f"{key}.name", getattr(config, key).name)
+        name = str(given.get(f"{key}.name", own))
+        if "config" not in given and name != own:  # the built-in recipe is for another one
+            values = {each: value for each, value in values.items() if not each.startswith(f"{key}.")}
         if name not in modules:
             raise UserError(f"{key}.name is {name}: there is no such {key} {nearest(name, modules)}")
+        values = _of_choice(key, name, str(values.get(f"{key}.name", getattr(config, key).name)), modules, values, path)
         config = replace(config, **{key: modules[name].Settings(name=name)})
 
     parser = Parser(
@@ -91,6 +95,18 @@ def parse(
     if "config" not in flags:
         say(f"no --config: using the built-in recipe {built_in}")
     return config
+
+
+def _of_choice(
+    key: str, name: str, other: str, modules: dict[str, Any], values: dict[str, Any], path: Path
+) -> dict[str, Any]:
+    """A recipe's values without the keys of its choice `other` if the command line chooses another `name`."""
+    if name == other or other not in modules:
+        return values
+    own = {f"{key}.{field.name}" for field in fields_of(modules[other].Settings)} - {f"{key}.name"}
+    if dropped := sorted(own & values.keys()):
+        say(f"{path}: {', '.join(dropped)} left out, because {key}.name is {name} instead of {other}")
+    return {one: value for one, value in values.items() if one not in own}
 
 
 def _add_keys(parser: Any, config: Any, metavars: dict[str, str], prefix: str = "") -> None:
@@ -134,6 +150,13 @@ def parse_options(kind: type[Config], about: str, argv: list[str] | None = None,
     given = vars(parser.parse_args(argv))
     values = {field.name: given[field.name] for field in fields}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def given_recipe(default: str, argv: list[str] | None = None) -> Path:
+    """The recipe of `--config`, else the built-in one, like `pretrain/digits.yaml`."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--config", type=Path, default=Path(os.path.relpath(RECIPES / default)))
+    return parser.parse_known_args(argv)[0].config
 
 
 def dry_run(argv: list[str] | None = None) -> int | None:

@@ -1,4 +1,7 @@
-"""Recipes: YAML files of configuration keys, by section."""
+"""Recipes: YAML files of configuration keys, by section.
+
+A recipe may be for both stages: keys in a block `pretrain:` or `finetune:` are of that stage only, the others of both.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,19 +14,42 @@ from configs.keys import keys
 from configs.values import Config, Loader, build
 
 RECIPES = Path(__file__).parent
+BLOCKS = ("pretrain", "finetune")
 
 
-def load_recipe(path: Path) -> dict[str, Any]:
-    """A recipe's values by dotted key. Raises `UserError` if it cannot be read."""
+def load_recipe(path: Path, stage: str) -> dict[str, Any]:
+    """A recipe's values for a stage of `BLOCKS`, by dotted key; those of the stage's block override common ones.
+
+    Raises `UserError` if it cannot be read.
+    """
+    content = _read(path)
+    own = content.get(stage, {})
+    if not isinstance(own, dict):
+        raise UserError(f"{path}: block {stage} holds no sections: give it some, or leave it out")
+    return _by_key({name: value for name, value in content.items() if name not in BLOCKS}) | _by_key(own)
+
+
+def has_block(path: Path, stage: str) -> bool:
+    """Whether a recipe has keys of this stage only. Errors as `load_recipe`."""
+    return stage in _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(), Loader)
     except OSError as error:
         known = sorted(str(p.relative_to(RECIPES.parent)) for p in RECIPES.rglob("*.yaml"))
-        raise UserError(f"recipe {path}: {error.strerror.lower()} {nearest(str(path), known)}") from None
+        hint = f" {close}" if (close := nearest(str(path), known)).startswith("(nearest") else ""
+        raise UserError(f"recipe {path}: {error.strerror.lower()}{hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} holds no keys: write lines like `optim:` and `  lr: 1e-3`")
+    return content
+
+
+def _by_key(content: dict[str, Any]) -> dict[str, Any]:
+    """The values of sections by dotted key."""
     values = {}
     for name, value in content.items():
         section = value if isinstance(value, dict) else {}
@@ -32,9 +58,12 @@ def load_recipe(path: Path) -> dict[str, Any]:
 
 
 def recipe_section(path: Path, section: str, kind: type[Config]) -> Config:
-    """One section of a recipe. Raises `UserError` for a recipe that cannot be read, an unknown key or a wrong value."""
+    """One section of a pretraining recipe.
+
+    Raises `UserError` for a recipe that cannot be read, an unknown key or a wrong value.
+    """
     prefix = f"{section}."
-    values = {key: value for key, value in load_recipe(path).items() if f"{key}.".startswith(prefix)}
+    values = {key: value for key, value in load_recipe(path, "pretrain").items() if f"{key}.".startswith(prefix)}
     check_keys(path, values, [key for key, _ in keys(kind(), prefix)])
     return build(kind(), values, prefix)
 

@@ -91,7 +91,9 @@ class FCMAEChoice(FCMAESettings, Choice):
 class FinetuneModel(Encoder):
     """The encoder in fine-tuning. Keys left null are read from the file of --init."""
 
-    like: str | None = fixed(None, "with --init none: pretraining recipe that supplies the keys left null")
+    like: str | None = fixed(
+        None, "with --init none: pretraining recipe that supplies the keys left null, and data.mean and data.std"
+    )
     drop_path: BelowOne = fixed(0.0, "stochastic depth of the last block; it grows linearly from 0 at the first")
     freeze_encoder: bool = fixed(False, "train the head only")
     recompute: Literal["none", "mlp", "block"] = fixed("none", RECOMPUTE)
@@ -101,7 +103,10 @@ class FinetuneModel(Encoder):
 class Data:
     """Shards written or indexed by `python data/prepare.py`."""
 
-    path: str = free("shards/digits", "folder of shards, or its URL: http(s)://, s3://, gs://, az:// or hf://")
+    path: str = free(
+        "shards/digits",
+        "folder of shards, or its URL (http(s)://, s3://, gs://, az://, hf://); folder, zip, tar or table of images",
+    )
     split: str = fixed("train", "split to train on")
     size: PositiveInt | tuple[PositiveInt, PositiveInt] = fixed(224, "image side in pixels, or [height,width]")
     crop_scale: tuple[float, float] = fixed((0.2, 1.0), "range of a random crop's area, as a share of the image")
@@ -127,7 +132,14 @@ class Data:
     max_pixels: PositiveInt = free(178_956_970, "refuse larger images, as --max-pixels of data/prepare.py")
     max_damaged: Probability = free(0.01, "share of images that may be unreadable; they are replaced and reported")
 
+    folds: NonNegativeInt = fixed(
+        0, "cross-validation: divide data.split into so many parts, alike in their labels; 0 = off (fine-tuning)"
+    )
+    fold: NonNegativeInt = fixed(0, "the part that is evaluated, from 0; the others are trained on (fine-tuning)")
+
     def __post_init__(self):
+        require(self.folds != 1, "data.folds", self.folds, "0, or at least 2")
+        require(self.fold < max(1, self.folds), "data.fold", self.fold, f"below data.folds {self.folds}")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares with 0 < min <= max <= 1")
         low, high = self.crop_ratio

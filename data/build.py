@@ -8,20 +8,39 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from configs.errors import UserError, printable
+from configs.errors import UserError, counted, printable
 from configs.files import write_atomic
-from data.collection import check_val, open_collection
+from data.class_counts import check_val, count_classes, split_lines
+from data.collection import open_collection
+from data.grid import Sizes, count_tiles
 from data.index import check_every_byte, describe
+from data.masks import read_classes
 from data.name_lists import read_lists, select
 from data.planning import PrepareOptions, ShardPlan, Written, claim_folder, hold_out, plan_shards
 from data.pool import run_tasks
-from data.reading import DAMAGED, KINDS, NEED_OPTION, VALUES, ImageError, number
+from data.reading import (
+    DAMAGED,
+    KINDS,
+    MASK_CLASS,
+    MASK_SIZE,
+    NEED_OPTION,
+    NO_MASK,
+    VALUES,
+    ImageError,
+    Plural,
+    number,
+)
 from data.remote import is_url
 from data.remote_files import Upload, check_out_url
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
 from data.sources import Item
+from data.vectors import preview_lines, settle_targets
+
+if TYPE_CHECKING:
+    from data.survey import Survey
 
 KIND = re.compile(rf": ({'|'.join(KINDS)}): ")  # in a line of skipped.txt
 
@@ -47,7 +66,7 @@ def build(options: PrepareOptions) -> None:
     created = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _build(options, out, None)
+        _build(replace(options, out=str(out)), out, None)
     finally:
         if created and out.exists() and not any(out.iterdir()):
             out.rmdir()
@@ -57,7 +76,7 @@ def _build(options: PrepareOptions, out: Path, upload: Upload | None) -> None:
     """Write what is missing in a folder or, with `upload`, at the URL whose small files it mirrors."""
     lists = read_lists(options.only, options.without)
     with open_collection(options, out) as (items, classes):
-        if upload and options.ray and any(item.container.startswith(str(out)) for item in items):
+        if upload and options.ray and any(_unpacked(item, out) for item in items):
             raise UserError(
                 f"{options.source} is unpacked on this machine, where Ray's other nodes cannot read it: "
                 "unpack it first, or give a folder as OUT"
@@ -65,14 +84,29 @@ def _build(options: PrepareOptions, out: Path, upload: Upload | None) -> None:
         _write_missing(options, out, upload, select(items, lists, options.source), classes)
 
 
+def _unpacked(item: Item, out: Path) -> bool:
+    """Whether an image or its mask is in an archive that was unpacked into `out`."""
+    return any(part and part.container.startswith(f"{out}/") for part in (item, item.mask))
+
+
 def _write_missing(
     options: PrepareOptions, out: Path, upload: Upload | None, items: list[Item], classes: list[str] | None
 ) -> None:
-    splits = hold_out(items, options.val_fraction)
-    check_val(splits)
+    items, targets = settle_targets(items)
+    splits = hold_out(items, options.val_fraction, tiled=options.tile is not None)
+    counts = count_classes(splits)
+    lines = [*split_lines(counts), *preview_lines(splits, targets)]
+    for line in lines:
+        print(f"  {line}", flush=True)
+    check_val(counts)
+    sizes = None
+    if options.tile:
+        from data.tiles import measure  # imports torch
+
+        sizes = measure(items, options)
     survey = write_sheet = None
     if options.dry_run or not (out / "preview.png").exists():
-        survey, write_sheet = _preview(options, splits)
+        survey, write_sheet = _preview(options, splits, sizes, lines)
     if options.dry_run:
         name = f"{PurePosixPath(options.out).name}.preview.png"
         write_sheet(Path(name) if upload else out.with_name(name))
@@ -85,23 +119,33 @@ def _write_missing(
         upload.push(*(path for path in (out / "source.json", out / "preview.png") if path.exists()))
     for file in out.glob(".*.part"):  # left behind by a killed run
         file.unlink()
-    plans = plan_shards(out, splits, classes, options.shard_size)
+    tiles = {item: max(1, count_tiles(found, options.tile, options.overlap)) for item, found in (sizes or {}).items()}
+    plans = plan_shards(out, splits, classes, options.shard_size, tiles)
     done = _finished_shards(plans, out, upload, options)
     missing = [plan for plan in plans if plan not in done]
-    if not missing and (out / "index.json").exists() and not any(plan.record.exists() for plan in plans):
+    listed = (out / "index.json").exists()
+    if listed and targets:
+        listed = read_index(out).targets == targets  # those of older versions lack them
+    if not missing and listed and not any(plan.record.exists() for plan in plans):
         print(f"{options.out} is complete{', nothing is damaged' if options.repair else ' already'}")
         return
+    if done and missing:
+        samples = sum(written.shard.samples for written in done.values())
+        images = counted(samples, "tile" if options.tile else "image")
+        print(f"{len(done):,} of {counted(len(plans), 'shard')} ({images}) are complete already", flush=True)
     if missing:
         from data.writing import write_shard  # imports torch: here, so that the forked processes share it
 
         write = partial(write_shard, options=options, upload=upload)
-        images, shared = sum(len(plan.items) for plan in missing), None if upload else out
-        written = run_tasks(write, missing, options.pool, images, shared)
+        images = sum(len(part.tiles) for plan in missing for part in plan.parts)
+        written = run_tasks(write, missing, options.pool, images, None if upload else out)
         done |= dict(zip(missing, written, strict=True))
-    _finish(out, upload, {plan: done[plan] for plan in plans}, classes)
+    _finish(out, upload, {plan: done[plan] for plan in plans}, classes, targets, options)
 
 
-def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[dict, Callable[..., None]]:
+def _preview(
+    options: PrepareOptions, splits: dict[str, list[Item]], sizes: Sizes | None, first: list[str]
+) -> tuple[dict, Callable[..., None]]:
     """Print what the collection contains. Returns the survey for index.json, and what writes the contact sheet.
 
     Raises `UserError` if images need an option, before the work begins.
@@ -109,12 +153,13 @@ def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[di
     from data.preview import describe, write_pictures  # import torch
     from data.survey import survey
 
-    found = survey(options, splits)
-    lines = describe(found)
+    found = survey(options, splits, sizes)
+    lines = describe(found, sum(map(len, splits.values())))
     for line in lines:
         print(f"  {line}", flush=True)
     _check_options(found.refused)
-    return found.as_plain() | {"preview": lines}, partial(write_pictures, found)
+    _check_masks(found)
+    return found.as_plain() | {"preview": [*first, *lines]}, partial(write_pictures, found)
 
 
 def _check_options(refused: list[tuple[str, ImageError]]) -> None:
@@ -129,6 +174,14 @@ def _check_options(refused: list[tuple[str, ImageError]]) -> None:
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         more = f" ({len(ranges)} files like it: {number(low)} to {number(high)})"
     raise UserError(f"{printable(name)} {error}{more}")
+
+
+def _check_masks(found: "Survey") -> None:
+    """Raise `UserError` if no mask that was looked at can be used: writing would take long and leave nothing."""
+    kinds = {error.kind for _, error in found.refused}
+    if not found.sides and kinds & {NO_MASK, MASK_SIZE, MASK_CLASS}:
+        name, error = found.refused[0]
+        raise UserError(f"no image looked at can be used with its mask, the first: {printable(name)}: {error}")
 
 
 def _finished_shards(
@@ -149,7 +202,7 @@ def _finished_shards(
             record = json.loads(plan.record.read_bytes())
             done[plan] = Written(Shard(**record["shard"]), record["skipped"], record.get("notes", {}))
         elif plan.path.name in listed:
-            lines = [line for item, _ in plan.items for line in skipped.get(printable(item.name), ())]
+            lines = [line for part in plan.parts for line in skipped.get(printable(part.item.name), ())]
             done[plan] = Written(listed[plan.path.name], lines, {})
     shards = [written.shard for written in done.values()]
     if options.repair and shards:
@@ -183,13 +236,29 @@ def _by_kind(skipped: list[str]) -> str:
     )
 
 
-def _finish(out: Path, upload: Upload | None, done: dict[ShardPlan, Written], classes: list[str] | None) -> None:
+def _mask_targets(options: PrepareOptions, survey: dict) -> dict:
+    """What index.json says about masks."""
+    classes = read_classes(options.mask_classes, options.ignore)
+    about = {"kind": "mask", "names": classes.names, "ignore": classes.void}
+    return about | ({"pixels": survey["mask_pixels"]} if "mask_pixels" in survey else {})
+
+
+def _finish(
+    out: Path,
+    upload: Upload | None,
+    done: dict[ShardPlan, Written],
+    classes: list[str] | None,
+    targets: dict | None,
+    options: PrepareOptions,
+) -> None:
     """Write skipped.txt and index.json, remove the records, print a summary."""
     splits = defaultdict(list)
     for plan, written in done.items():
         splits[plan.path.name.rsplit("-", 1)[0]].append(written.shard)
-    index = Index(dict(splits), classes, json.loads((out / "source.json").read_bytes()).get("survey"))
-    skipped = [line for written in done.values() for line in written.skipped]
+    survey, tiled = json.loads((out / "source.json").read_bytes()).get("survey"), options.tile is not None
+    targets = _mask_targets(options, survey or {}) if options.masks else targets
+    index = Index(dict(splits), classes, survey, targets)
+    skipped = list(dict.fromkeys(line for written in done.values() for line in written.skipped))  # shards share images
     if not any(shard.samples for shard in index.shards):
         useless = [file for plan in done for file in (plan.path, index_file(plan.path), plan.record)]
         useless += [out / "source.json"]
@@ -197,13 +266,18 @@ def _finish(out: Path, upload: Upload | None, done: dict[ShardPlan, Written], cl
             file.unlink(missing_ok=True)  # a mirror has only some of them
         if upload:
             upload.delete(useless)
+        if not skipped:
+            raise UserError("all tiles are background: add --keep-empty to keep them")
         raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
     if skipped:
         write_atomic(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
-        place = f"{upload.url if upload else out}/skipped.txt"
-        print(f"{len(skipped):,} images were left out, listed in {place}: {_by_kind(skipped)}")
+        one, more = ("image", "images")
+        if tiled:
+            one, more = "image, or group of its tiles,", "images, or groups of an image's tiles,"
+        left_out = f"1 {one} was" if len(skipped) == 1 else f"{len(skipped):,} {more} were"
+        print(f"{left_out} left out, listed in {options.out}/skipped.txt: {_by_kind(skipped)}")
     for note, count in sorted(sum((Counter(written.notes) for written in done.values()), Counter()).items()):
-        print(note.format(count))
+        print(note.format(Plural(count)))
     write_index(out, index)
     if upload:
         upload.push(*[out / "skipped.txt"] * bool(skipped), out / "index.json")
@@ -211,4 +285,4 @@ def _finish(out: Path, upload: Upload | None, done: dict[ShardPlan, Written], cl
     (out / LOST).unlink(missing_ok=True)  # images lost to a repair without the source are complete again
     for plan in done:
         plan.record.unlink(missing_ok=True)
-    describe(out, upload and upload.url)
+    describe(out)

@@ -2,8 +2,10 @@
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import BinaryIO
 
 import numpy as np
 import pydicom
@@ -21,8 +23,10 @@ from data.reading import (
     Page,
     Reading,
     check_size,
+    damage_as_error,
     raise_limit,
 )
+from data.regions import View, whole
 
 # what decodes compressed pixels; RLE, baseline JPEG and JPEG 2000 need nothing else
 CODECS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
@@ -54,6 +58,29 @@ def read_dicom(data: bytes, reading: Reading, notes: Notes) -> Iterator[Page]:
             raise ImageError("needs more memory than there is", TOO_LARGE) from None
         except Exception:  # damaged files raise almost any exception in pydicom
             raise ImageError("not a readable image (a damaged DICOM file)") from None
+
+
+def dicom_views(file: BinaryIO, reading: Reading, notes: Notes) -> Iterator[View]:
+    """Frames as `read_dicom`, decoded one after the other when they are opened."""
+    with damage_as_error("a damaged DICOM file"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = pydicom.dcmread(file, force=True, defer_size="1 KB")  # without the pixels
+        frames = _checked_frames(image, reading)
+        size = int(image.Rows), int(image.Columns)
+    several, pages = frames > 1 and reading.pages == "all", None
+
+    def open_frame(number: int) -> tuple[int, Callable[[int, int, int, int], Page]]:
+        nonlocal pages
+        if pages is None:
+            file.seek(0)
+            pages = read_dicom(file.read(), reading, notes)
+        for page in pages:
+            if page.number == number:
+                return whole(page)
+        raise ImageError("not a readable image (a damaged DICOM file)")  # as the frames before
+
+    for number in range(1, frames + 1) if several else (0,):
+        yield View(size, partial(open_frame, number), number)
 
 
 def _checked_frames(image: pydicom.Dataset, reading: Reading) -> int:
@@ -105,7 +132,7 @@ def _read_frame(image: pydicom.Dataset, frame: int, reading: Reading, notes: Not
         values = values.astype(np.int32)  # its range is not that of the type
     if outside is not None and outside.any():
         values = np.where(outside, values[~outside].min() if not outside.all() else 0, values).astype(values.dtype)
-        notes["{:,} DICOM images have padding: it became their lowest value"] += 1
+        notes["{:DICOM image has padding: it became its|DICOM images have padding: it became their} lowest value"] += 1
     return Page(values[..., None], limits, inverted=colours == "MONOCHROME1")
 
 
@@ -133,16 +160,16 @@ def _windowed(
     table = "VOILUTSequence" in tags
     if reading.value_range is not None or (centres is None and not table):
         if reading.value_range and (centres is not None or table):
-            notes["{:,} DICOM images have a window that --value-range replaces"] += 1
+            notes["{:DICOM image has|DICOM images have} a window that --value-range replaces"] += 1
         return values, None
     if table:
-        notes["{:,} DICOM images were mapped by their VOI table"] += 1
+        notes["{:DICOM image was mapped by its|DICOM images were mapped by their} VOI table"] += 1
         bits = tags.VOILUTSequence[0].LUTDescriptor[2]
         return apply_voi(values, tags), (0, (1 << bits) - 1)
     several = isinstance(centres, pydicom.multival.MultiValue)
     centre, width = (float(x[0] if several else x) for x in (centres, widths))
     which = "the first of their windows" if several and len(centres) > 1 else "their window"
-    notes[f"{{:,}} DICOM images were mapped by {which}"] += 1
+    notes[f"{{:DICOM image was|DICOM images were}} mapped by {which}"] += 1
     function = tags.get("VOILUTFunction", "LINEAR")
     if function == "SIGMOID":
         return (1 / (1 + np.exp(-4 * (values - centre) / width))).astype(np.float32), (0, 1)

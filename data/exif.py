@@ -1,4 +1,4 @@
-"""EXIF orientation of encoded pictures: found without decoding, removed, applied. Free of torch."""
+"""EXIF orientation of encoded pictures: found without decoding, removed, applied; rare kinds of JPEG. Free of torch."""
 
 import struct
 import zlib
@@ -7,6 +7,9 @@ from typing import TypeVar
 Pixels = TypeVar("Pixels")  # an array or a tensor
 ORIENTATION = 0x0112  # tag
 SEGMENT, CHUNK = struct.Struct(">BBH"), struct.Struct(">I4s")  # of a JPEG: 0xFF, marker, size; of a PNG: size, name
+# markers of a JPEG's frame: SOF0 to SOF2 are common, JPEG-LS is SOF55
+FRAMES = {0xC0: "", 0xC1: "", 0xC2: "", 0xC3: "lossless", 0xC5: "hierarchical", 0xC6: "hierarchical", 0xC7: "lossless",
+          0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded", 0xCB: "lossless", 0xF7: "lossless (JPEG-LS)"}  # fmt: skip
 # axes to flip after swapping height and width for orientations 5 to 8: "v" = rows, "h" = columns
 FLIPS = {1: "", 2: "h", 3: "vh", 4: "v", 5: "", 6: "h", 7: "vh", 8: "v"}
 
@@ -53,6 +56,19 @@ def _find(data: bytes) -> tuple[int, int, int] | None:
     if data[:4] == b"\x89PNG":
         return _find_in_png(data)
     return _find_in_webp(data) if data[:4] == b"RIFF" else None
+
+
+def rare_jpeg(data: bytes) -> str:
+    """What makes a JPEG unreadable here, such as `12-bit` or `lossless`; empty for common ones and damaged headers."""
+    at = 2
+    while data[:2] == b"\xff\xd8" and at + 5 <= len(data):
+        start, marker, size = SEGMENT.unpack_from(data, at)
+        if start != 0xFF or marker in (0xD9, 0xDA):
+            break
+        if marker in FRAMES:
+            return FRAMES[marker] or (f"{data[at + 4]}-bit" if data[at + 4] != 8 else "")
+        at += 1 if marker == 0xFF else 2 + size
+    return ""
 
 
 def _find_in_jpeg(data: bytes) -> tuple[int, int, int] | None:

@@ -7,20 +7,26 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError
+from configs.shell import quote
 from data.pool import Pool, add_progress, run_tasks
-from data.shards import Index, Shard, find_damage, index_file, index_tar, read_index, repair_hint, write_index
-from data.suggest import pretrain_command
+from data.shards import Index, Shard, Split, find_damage, index_file, index_tar, read_index, repair_hint, write_index
 from data.tars import read_rows
+from data.vectors import stored_targets
+
+MAX_SHOWN = 10  # names of targets
 
 
-def describe(folder: Path, place: str | None = None) -> None:
-    """Print the content of a folder of shards, and a command that trains on it; `place` is the URL that it mirrors."""
+def describe(folder: Path) -> None:
+    """Print the content of a folder of shards."""
     index = read_index(folder)
     for split, shards in index.splits.items():
         samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
         print(f"  {split:9} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
-    print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
-    print(f"ready: {pretrain_command(folder, index, place or str(folder))}")
+    if index.targets:
+        kind, names = index.targets["kind"], index.targets["names"]
+        print(f"  targets: {kind} ({', '.join(names[:MAX_SHOWN])}{', ...' if len(names) > MAX_SHOWN else ''})")
+    if index.classes or not index.targets:
+        print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
 
 
 def index_folder(folder: Path, pool: Pool) -> None:
@@ -47,6 +53,8 @@ def index_folder(folder: Path, pool: Pool) -> None:
     if max_label >= len(classes):
         raise UserError(f"{names} has {len(classes)} lines, but a label is {max_label}: write one line per class")
     write_index(folder, Index(dict(splits), classes or None))
+    if targets := stored_targets([Split(folder, name) for name in splits]):
+        write_index(folder, Index(dict(splits), classes or None, targets=targets))
     describe(folder)
 
 
@@ -62,7 +70,7 @@ def verify(folder: Path, pool: Pool) -> None:
     damage = list(filter(None, check_every_byte(folder, shards, pool)))
     if damage:
         print("\n".join(damage))
-        way_out = f"or keep the undamaged images with `python data/prepare.py {folder} --repair`"
+        way_out = f"or keep the undamaged images with `python data/prepare.py {quote(str(folder))} --repair`"
         problem = f"{len(damage)} of {len(shards)} shards are damaged, listed above"
         raise UserError(f"{folder}: {problem}: fetch or prepare them again, {way_out}")
     print(f"{folder}: {len(shards):,} shards, {sum(shard.samples for shard in shards):,} images, no damage")
@@ -88,8 +96,9 @@ def _damaged_samples(tar: Path) -> str:
         rows, indexed = read_rows(tar), np.load(index_file(tar), allow_pickle=False)
     except (UserError, OSError, ValueError) as error:
         return f" ({error})"
-    if indexed.dtype != rows.dtype:
+    if not set(indexed.dtype.descr) <= set(rows.dtype.descr):
         return " (its index is damaged as well)"
+    rows = rows[list(indexed.dtype.names)]  # older indexes have no targets
     if len(rows) != len(indexed):
         return f" ({len(rows)} images, {len(indexed)} indexed)"
     differ = np.flatnonzero(rows != indexed)

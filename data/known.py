@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from configs.errors import UserError, printable, reason
-from data.layouts import IMAGE_FOLDERS
+from data.classes import IMAGE_FOLDERS
 from data.listing import Listing
 from data.sources import Item
 from data.tables import Row
@@ -39,7 +39,7 @@ def known_rows(path: Path, data: bytes | None, items: list[Item]) -> list[Row] |
     Raises:
         UserError: numbers of the ground truth cannot be translated, or there are fewer lines than images
     """
-    if path.name.startswith("ILSVRC2012_devkit") or data is None:
+    if data is None:
         truth, meta = _devkit(path)
         return _in_order(truth, _wnids(meta, path), path, items)
     if path.name == KAGGLE:
@@ -104,7 +104,7 @@ def _devkit(path: Path) -> tuple[list[str], bytes]:
         raise UserError(f"{path} is not a readable devkit of ILSVRC2012 ({reason(error)}): fetch {DEVKIT}") from None
     for name in (GROUND_TRUTH, META):
         if name not in files:
-            raise UserError(f"{path} has no {name}: give {DEVKIT} of ILSVRC2012")
+            raise UserError(f"{path} has no {name}: give a file of labels, or {DEVKIT} of ILSVRC2012")
     return files[GROUND_TRUTH].decode().split(), files[META]
 
 

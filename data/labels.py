@@ -1,21 +1,21 @@
 """Give images the labels of a table, of files beside each image, or of known data sets."""
 
 import json
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
 from configs.errors import UserError, counted, printable
-from data.layouts import UNLABELED, split_name
+from data.cells import LABELS_TASK, as_label, cell_reader, empty
+from data.classes import UNLABELED, split_name
 from data.listing import SIDECARS, Listing, suffix
 from data.sources import READABLE, Item
-from data.tables import LABEL_NAMES, TARGETS, Columns, Row, plain
+from data.tables import LABEL_NAMES, TARGETS, Columns, Row, as_path, plain
 from data.tars import split_member_name
 
-SINGLE = "only one label per image can be trained on now; they are kept in the json of each sample"
+SHOWN = 10  # columns in a line
 
 
 def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: str) -> tuple[list[Item], list[str]]:
@@ -33,21 +33,34 @@ def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: s
         number, first = counted(len(without_image), "row"), _cell(without_image[0])
         notes.append(f"{printable(name)}: {number} without an image, such as {first}")
     repeated = sum(len(found) - 1 for found in by_image.values())
-    read = _reader(columns, [rows[i] for i, image in enumerate(matches) if image is not None], name, notes)
-    out, several = [], 0
+    read = cell_reader(columns, [rows[i] for i, image in enumerate(matches) if image is not None], name, notes)
+    used = {column, *columns.labels, columns.split, *TARGETS}
+    if columns.split:
+        notes.append(f"splits from column {printable(columns.split)} of {printable(name)}")
+    if unused := [c for c in dict.fromkeys(c for row in rows for c in row) if c not in used]:
+        shown = ", ".join(printable(c) or "without a name" for c in unused[:SHOWN])
+        more = ", ..." if len(unused) > SHOWN else ""
+        notes.append(f"{printable(name)}: {counted(len(unused), 'column')} not used: {shown}{more}")
+    out, several, found = [], [], []
     for i, item in enumerate(items):
         values = [read(row) for row in by_image[i]] if i in by_image else []
         labels = list(dict.fromkeys(label for label, _ in values if label is not None))
         targets: dict[str, Any] = {}
         for _, more in values:
+            if "labels" in targets and "labels" in more:  # of several rows
+                more = more | {"labels": [*targets["labels"], *more["labels"]]}
             targets |= more
         if len(labels) > 1:
-            several, targets = several + 1, {"labels": labels} | targets
+            several.append(f"{printable(item.name)}: {', '.join(labels[:3])}")
         split = _split_of(by_image[i], columns.split, name) if i in by_image else None
-        label = labels[0] if len(labels) == 1 else None
-        out.append(_labelled(item, label, targets, split or item.split))
+        found.append((labels, targets, split or item.split))
+    for item, (labels, targets, split) in zip(items, found, strict=True):
+        if several and labels:  # also those of one label, so that all have targets of the same kind
+            labels, targets = [], {"labels": labels} | targets
+        out.append(_labelled(item, labels[0] if labels else None, targets, split))
     if several:
-        notes.append(f"{counted(several, 'image')} with rows of several labels: {SINGLE}")
+        images = f"{counted(len(several), 'image')} with rows of several labels, such as {several[0]}"
+        notes.append(f"{images}: {LABELS_TASK}")
     elif repeated:
         notes.append(f"{printable(name)}: {counted(repeated, 'row')} of images that have one already")
     return set_apart(out, set(by_image), name, notes), notes
@@ -63,8 +76,8 @@ def _labelled(item: Item, label: str | None, targets: dict[str, Any], split: str
     return replace(item, label=label, split=split, targets=targets or None, stamp=stamp)
 
 
-def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]) -> list[Item]:
-    """Images without a row in `name` go to split `unlabeled`, but a split without any row stays together.
+def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str], unit: str = "row") -> list[Item]:
+    """Images without a `unit` in `name` go to split `unlabeled`, but a split without any stays together.
 
     `labelled` has the positions of the others.
     """
@@ -78,14 +91,14 @@ def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]
         without = [i for i in members if i not in labelled]
         if len(without) == len(members) and split is not None:
             notes.append(
-                f"{printable(name)} has no rows for split {split}: {counted(len(without), 'image')} without a label"
+                f"{printable(name)} has no {unit}s for split {split}: {counted(len(without), 'image')} without a label"
             )
         else:
             moved += without
     if moved:
         first = printable(items[min(moved)].name)
         notes.append(
-            f"{counted(len(moved), 'image')} without a row in {printable(name)}, such as {first}: split {UNLABELED}"
+            f"{counted(len(moved), 'image')} without a {unit} in {printable(name)}, such as {first}: split {UNLABELED}"
         )
     gone = set(moved)
     return [replace(item, split=UNLABELED) if i in gone else item for i, item in enumerate(items)]
@@ -94,7 +107,7 @@ def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]
 def _match(items: list[Item], rows: list[Row], candidates: tuple[str, ...], name: str) -> tuple[list[int | None], str]:
     """Number of each row's image, and the column that names it."""
     found = {}
-    paths = _Paths(items)
+    paths = Paths(items)
     for column in candidates:
         matches = [paths.find(row.get(column), name) for row in rows]
         if any(image is not None for image in matches):
@@ -110,25 +123,32 @@ def _match(items: list[Item], rows: list[Row], candidates: tuple[str, ...], name
     return found[best], best
 
 
-class _Paths:
+class Paths:
     """Finds an image by its path, with or without folders or suffix."""
 
     def __init__(self, items: list[Item]):
-        self.names = [str(PurePosixPath(item.name)) for item in items]
+        self.names = [normalize("NFC", item.name) for item in items]  # macOS writes NFD
+        self.by_name = {name: i for i, name in enumerate(self.names)}
+        if len(self.by_name) < len(items):  # members of one name in an archive
+            self.by_name = {}
         self.by_tail: dict[int, dict[str, list[int]]] = {}
 
     def find(self, value: Any, table: str) -> int | None:
         """Number of the image that a cell names, None if there is none; `UserError` if there are several."""
-        if value is None or isinstance(value, (bool, float, dict, list)) or not str(value).strip():
+        path = normalize("NFC", as_path(value))
+        if not path:
             return None
-        parts = PurePosixPath(str(value).strip().replace("\\", "/").lstrip("/")).parts
+        if path in self.by_name:
+            return self.by_name[path]
+        parts = PurePosixPath(path.lstrip("/")).parts
         for first in range(len(parts)):  # a table may name folders that the source does not have
             hits = self._index(len(parts) - first).get("/".join(parts[first:]), ())
             if len(hits) == 1:
                 return hits[0]
             if hits:
                 one, two = (printable(self.names[i]) for i in hits[:2])
-                raise UserError(f"{printable(table)}: {_cell(value)} may be {one} or {two}: write paths with folders")
+                way_out = "write paths with folders, or choose folders with --splits"
+                raise UserError(f"{printable(table)}: {_cell(value)} may be {one} or {two}: {way_out}")
         return None
 
     def _index(self, length: int) -> dict[str, list[int]]:
@@ -136,91 +156,16 @@ class _Paths:
         if length not in self.by_tail:
             index = self.by_tail[length] = defaultdict(list)
             for i, name in enumerate(self.names):
-                tail = "/".join(name.split("/")[-length:])
+                tail = "/".join(PurePosixPath(name).parts[-length:])
                 index[tail].append(i)
                 index[tail.rpartition(".")[0]].append(i)
         return self.by_tail[length]
 
 
-def _reader(
-    columns: Columns, rows: list[Row], name: str, notes: list[str]
-) -> Callable[[Row], tuple[str | None, dict[str, Any]]]:
-    """A function from a row to its label, None if it has none, and to its other targets."""
-    values = [[row.get(column) for column in columns.labels] for row in rows]
-    kept = [column for column in TARGETS if column not in columns.labels and any(column in row for row in rows)]
-    numeric = all(_number(v) is not None for row in values for v in row if not _empty(v))
-    whole = numeric and all(_number(v).is_integer() for row in values for v in row if not _empty(v))
-    several = len(columns.labels) > 1
-    if not several and any(isinstance(row[0], (list, tuple)) or "|" in str(row[0]) for row in values):
-        kind, what = _several_labels, "has several labels per image"
-    elif several and whole and {_number(v) for row in values for v in row if not _empty(v)} <= {0, 1}:
-        kind, what = _flags, "columns are 0 or 1, so each column with 1 is a label"
-    elif numeric and (several or not whole):
-        kind, what = _numbers, "has numbers as labels"
-    elif several:
-        kind, what = _several_columns, "has several labels per image"
-    else:
-        kind, what = _single, ""
-    if what:
-        notes.append(f"{printable(name)}: {', '.join(map(printable, columns.labels))}: {what}: {SINGLE}")
-
-    def read(row: Row) -> tuple[str | None, dict[str, Any]]:
-        label, targets = kind([row.get(column) for column in columns.labels], columns)
-        return label, {column: row[column] for column in kept if not _empty(row.get(column))} | targets
-
-    return read
-
-
-def _single(values: list, columns: Columns) -> tuple[str | None, dict]:
-    return (None if _empty(values[0]) else as_label(values[0])), {}
-
-
-def _several_labels(values: list, columns: Columns) -> tuple[str | None, dict]:
-    value = values[0]
-    if _empty(value):
-        return None, {}
-    parts = value if isinstance(value, (list, tuple)) else str(value).split("|")
-    return None, {"labels": [as_label(part) for part in parts if not _empty(part)]}
-
-
-def _several_columns(values: list, columns: Columns) -> tuple[str | None, dict]:
-    return None, {"labels": [as_label(value) for value in values if not _empty(value)]}
-
-
-def _flags(values: list, columns: Columns) -> tuple[str | None, dict]:
-    flagged = [column for column, v in zip(columns.labels, values, strict=True) if not _empty(v) and _number(v) == 1]
-    return None, {"labels": [printable(column) for column in flagged]}
-
-
-def _numbers(values: list, columns: Columns) -> tuple[str | None, dict]:
-    return None, {"numbers": [None if _empty(value) else _number(value) for value in values]}
-
-
-def _empty(value: Any) -> bool:
-    missing = isinstance(value, float) and math.isnan(value)
-    return value is None or missing or (isinstance(value, str) and not value.strip())
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, None if the value is none."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) and not isinstance(value, bool) else None
-
-
-def as_label(value: Any) -> str:
-    """A class name from a cell: `3` from 3.0, and text that can be printed."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return printable(str(value).strip())
-
-
 def _split_of(rows: list[Row], column: str | None, name: str) -> str | None:
     if column is None:
         return None
-    values = {str(row[column]).strip() for row in rows if not _empty(row.get(column))}
+    values = {str(row[column]).strip() for row in rows if not empty(row.get(column))}
     splits = {split_name(value) for value in values}
     if None in splits or len(splits) > 1:
         listed = ", ".join(sorted(map(_cell, values)))
@@ -264,7 +209,7 @@ def label_by_sidecars(listing: Listing) -> list[str]:
     count = sum(item.label is not None for item in out)
     notes = [f"labels from .cls or .json files beside the images: {count:,} of {counted(len(out), 'image')}"]
     if found := sorted({key for item in out for key in item.targets or ()}):
-        notes.append(f"the .json files have {', '.join(found)}: {SINGLE}")
+        notes.append(f"the .json files have {', '.join(found)}")
     return notes
 
 

@@ -4,9 +4,11 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -19,31 +21,51 @@ from data.reading import MAX_PIXELS, ImageError
 from data.remote import Remote
 from data.sampler import SUBSTITUTES, EpochOrder, EvalBatches, TrainBatches
 from data.shards import Split
-from data.transforms import crop_shrink, sample_rng, to_float
+from data.transforms import RowTransform, crop_shrink, sample_rng, to_float
 
 MAX_WORKERS = 8
 MAX_REPLACEMENTS = 20  # images tried in place of a damaged one
 WORKER_GRACE = 25  # seconds until a loader process ends after SIGTERM
 
-# (decoded image [C, H, W], its target, the sample's generator) -> entries of the batch by name
-Transform = Callable[[Tensor, int, np.random.Generator], dict[str, Tensor | int]]
+OBJECT = "object_"  # first letters of entries with one row per object, as many as the image has objects
+
+# (decoded image [C, H, W], its target, the sample's generator) -> entries of the batch by name; the target is the
+# label, or what a `ReadTarget` returns, or None if the sample does not count
+Transform = Callable[[Tensor, Any, np.random.Generator], dict[str, Tensor | int]]
+ReadTarget = Callable[[bytes], Any]  # from `Split.read_target`; raises `UserError` for a damaged one
 
 
 def collate(samples: list[dict]) -> dict[str, Tensor]:
-    """Stack samples to a batch. If only some images have more than 8 bits per channel, all become float32."""
+    """Stack samples to a batch. If only some images have more than 8 bits per channel, all become float32.
+
+    Images of different sizes are padded with zeros at the bottom and on the right.
+
+    Entries named `OBJECT`... have one row per object: they are concatenated, and `objects` [B] has the numbers of rows.
+    """
     if len({sample["image"].dtype for sample in samples}) > 1:
         samples = [{**sample, "image": to_float(sample["image"])} for sample in samples]
-    return default_collate(samples)
+    if len({sample["image"].shape for sample in samples}) > 1:
+        height, width = (max(sample["image"].shape[axis] for sample in samples) for axis in (1, 2))
+        samples = [{**sample, "image": _padded(sample["image"], height, width)} for sample in samples]
+    ragged = [key for key in samples[0] if key.startswith(OBJECT)]
+    batch = default_collate([{key: x for key, x in sample.items() if key not in ragged} for sample in samples])
+    batch |= {key: torch.cat([sample[key] for sample in samples]) for key in ragged}
+    return batch | ({"objects": torch.tensor([len(sample[ragged[0]]) for sample in samples])} if ragged else {})
+
+
+def _padded(image: Tensor, height: int, width: int) -> Tensor:
+    return F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
 
 
 class Samples(Dataset):
     """The samples of a split, decoded and transformed, by (epoch, sample, view).
 
-    Sample -1 pads a batch; its target is -1. Views number the random crops of a sample in an epoch (data.repeats).
+    The target is the label or, with `read_target`, what it makes of `Split.read_target`. Sample -1 pads a batch; its
+    label is -1, another target None. Views number the random crops of a sample in an epoch (data.repeats).
 
     A damaged image is replaced by another one and marked in "damaged". The replacement depends on seed, epoch and
-    sample only, so it is the same on every machine and in resumed runs. With `score`, for evaluation, it gets target
-    -1, so that it is not counted. If all replacements are damaged as well, `UserError` is raised.
+    sample only, so it is the same on every machine and in resumed runs. With `score`, for evaluation, it gets the
+    target of padding, so that it is not counted. If all replacements are damaged as well, `UserError` is raised.
 
     With `crops`, for transforms that begin with `random_crop`, a JPEG is decoded at the fraction of its size at which
     the crop still has all its pixels.
@@ -51,51 +73,51 @@ class Samples(Dataset):
 
     def __init__(
         self, split: Split, channels: int, seed: int, transform: Transform, score: bool = False,
-        crops: Data | None = None, max_pixels: int = MAX_PIXELS,
+        crops: Data | None = None, max_pixels: int = MAX_PIXELS, read_target: ReadTarget | None = None,
     ):  # fmt: skip
         self.split, self.channels, self.seed, self.transform, self.score = split, channels, seed, transform, score
-        self.crops, self.max_pixels = crops, max_pixels
+        self.crops, self.max_pixels, self.read_target = crops, max_pixels, read_target
 
     def __getitem__(self, index: tuple[int, int, int]) -> dict[str, Tensor | int | bool]:
         epoch, sample, view = index
         loaded = max(0, sample)
         draw = partial(sample_rng, self.seed, epoch, loaded, view)
         shrink = partial(crop_shrink, self.crops, draw()) if self.crops else None
-        image, label = self.load(loaded, shrink)
+        image, target = self.load(loaded, shrink)
         damaged = image is None
         if damaged:
-            image, label = self._replacement(epoch, loaded)
-        target = -1 if sample < 0 or (damaged and self.score) else label
+            image, target = self._replacement(epoch, loaded)
+        if sample < 0 or (damaged and self.score):
+            target = None if self.read_target else -1
         entries = self.transform(image, target, draw())
         return {**entries, "sample": sample, "damaged": damaged and sample >= 0}  # padding is not a sample
 
-    def load(self, sample: int, shrink: Shrink | None = None) -> tuple[Tensor | None, int | str]:
-        """Image and label of a sample, or None and the reason why it cannot be used."""
+    def load(self, sample: int, shrink: Shrink | None = None) -> tuple[Tensor | None, Any]:
+        """Image and target of a sample, or None and the reason why it cannot be used."""
         try:
-            data, label = self.split.read(sample)
-            return decode(data, self.channels, shrink, self.max_pixels), label
+            data, target = self.split.read(sample)
+            if self.read_target:
+                target = self.read_target(self.split.read_target(sample))
+            return decode(data, self.channels, shrink, self.max_pixels), target
         except RemoteUserError:  # the image is not damaged, but cannot be fetched
             raise
         except ImageError as error:
-            return None, f"{self._place(sample)}: {error.kind}: {error}"
+            return None, f"{self.split.place(sample)}: {error.kind}: {error}"
         except UserError as error:  # the shard is damaged, or a file of a folder
-            return None, f"{self._place(sample)}: {error}"
+            return None, f"{self.split.place(sample)}: {error}"
 
-    def _replacement(self, epoch: int, sample: int) -> tuple[Tensor, int]:
+    def _replacement(self, epoch: int, sample: int) -> tuple[Tensor, Any]:
         rng = np.random.default_rng([self.seed, SUBSTITUTES, epoch, sample])
         for other in rng.integers(len(self.split), size=MAX_REPLACEMENTS).tolist():
-            image, label = self.load(other)
+            image, found = self.load(other)
             if image is not None:
-                return image, label
-        raise UserError(f"{label}; {MAX_REPLACEMENTS} replacements of sample {sample} are damaged as well")
+                return image, found
+        raise UserError(f"{found}; {MAX_REPLACEMENTS} replacements of sample {sample} cannot be used either")
 
     def describe_damage(self, sample: int) -> str:
         """What is wrong with a damaged sample; it is read again."""
         image, damage = self.load(sample)
-        return damage if image is None else f"{self._place(sample)}: damaged at first, now readable"
-
-    def _place(self, sample: int) -> str:
-        return f"{self.split.folder}, split {self.split.name}, sample {sample}"
+        return damage if image is None else f"{self.split.place(sample)}: damaged at first, now readable"
 
 
 class Loader:
@@ -182,8 +204,11 @@ def train_loader(
     ranks: int = 1,
     pin: bool = False,
     weights: np.ndarray | None = None,
+    read_target: ReadTarget | None = None,
 ) -> Loader:
     """All micro batches of a rank, over all epochs. For `weights` of the samples see `EpochOrder`.
+
+    JPEGs are decoded for the crop of `random_crop`, unless targets are read that belong to places of the image.
 
     Raises `UserError` if the split is smaller than one global batch.
     """
@@ -193,8 +218,8 @@ def train_loader(
     if batches.steps_per_epoch == 0:
         problem = f"{split.folder} has {len(order)} samples in split {split.name}, fewer than one batch"
         raise UserError(f"{problem}: lower optim.batch_size (now {optim.batch_size})")
-    crops = data if data.shrink_jpeg else None
-    samples = Samples(split, channels, seed, transform, crops=crops, max_pixels=data.max_pixels)
+    crops = data if data.shrink_jpeg and (not read_target or isinstance(transform, RowTransform)) else None
+    samples = Samples(split, channels, seed, transform, False, crops, data.max_pixels, read_target)
     return Loader(samples, batches, data.workers, pin)
 
 
@@ -208,8 +233,9 @@ def eval_loader(
     ranks: int = 1,
     pin: bool = False,
     samples: Sequence[int] | None = None,
+    read_target: ReadTarget | None = None,
 ) -> Loader:
     """The given samples of a split, once each, in batches of `batch` per rank; None = all samples."""
     batches = EvalBatches(range(len(split)) if samples is None else samples, batch, rank, ranks)
-    scored = Samples(split, channels, 0, transform, score=True, max_pixels=data.max_pixels)
+    scored = Samples(split, channels, 0, transform, True, None, data.max_pixels, read_target)
     return Loader(scored, batches, data.workers, pin)

@@ -3,17 +3,42 @@
 import io
 import re
 import warnings
+from typing import BinaryIO
 
 import imagecodecs
 import numpy as np
 import pillow_heif
 from PIL import Image, UnidentifiedImageError
 
-from data.reading import NO_IMAGE, ImageError, Notes, Page, Reading, check_size, raise_limit
+from data.reading import (
+    FIRST_FRAME,
+    HEAD_BYTES,
+    NO_IMAGE,
+    UNSUPPORTED,
+    ImageError,
+    Notes,
+    Page,
+    Reading,
+    check_size,
+    damage_as_error,
+    raise_limit,
+)
 
 # no formats that start programs (EPS) or describe drawings (WMF)
 FORMATS = ("AVIF", "BMP", "DIB", "ICO", "JPEG2000", "PCX", "PPM", "QOI", "SGI", "SUN", "XBM")
 STORED = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "LAB": "RGB", "RGBX": "RGB", "RGBa": "RGBA", "La": "LA"}
+OTHERS = (  # first bytes, message, kind
+    (b"version https://git-lfs", "a Git LFS pointer, not the image: run `git lfs pull`", NO_IMAGE),
+    (b"<svg", "an SVG drawing is not supported: convert it to PNG", UNSUPPORTED),
+    (b"<", "a web page or XML, not an image: download it again", NO_IMAGE),
+    (b"{", "JSON, not an image: download it again", NO_IMAGE),
+    (b"PK", "not an image of a known type: an archive; unpack it, and save arrays of .npz as .npy", NO_IMAGE),
+    (b"\xff\x0a", "JPEG XL is not supported: convert it to PNG", UNSUPPORTED),
+    (b"\0\0\0\x0cJXL ", "JPEG XL is not supported: convert it to PNG", UNSUPPORTED),
+    (b"8BPS", "a Photoshop file is not supported: convert it to PNG", UNSUPPORTED),
+    (b"v/1\x01", "OpenEXR is not supported: convert it to TIFF", UNSUPPORTED),
+    (b"%PDF", "a PDF, not an image", NO_IMAGE),
+)
 CODESTREAM_SIZE = b"\xff\x4f\xff\x51"  # of JPEG 2000: start of code stream, size marker
 PNM_HEADER = re.compile(rb"P([56])(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)\s")
 
@@ -31,30 +56,48 @@ def read_picture(data: bytes, kind: str, name: str, reading: Reading, notes: Not
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PIL, about damage that it tolerates
             if kind == "heif":
-                return _read_heif(data, reading)
+                return _read_heif(data, reading, notes)
             if kind == "pnm" and (match := PNM_HEADER.match(data)) and int(match[4]) > 255:
                 return _read_deep_pnm(data, match, reading)
-            formats = (*FORMATS, "TGA") if name.lower().endswith(".tga") else FORMATS
-            picture = Image.open(io.BytesIO(data), formats=formats)
+            picture = _open(io.BytesIO(data), name)
             _check(picture.size, len(picture.getbands()), reading)
-            if getattr(picture, "is_animated", False):
-                notes["{:,} pictures are animated: only their first frame was taken"] += 1
+            notes[FIRST_FRAME] += getattr(picture, "is_animated", False)
             if kind == "avif":
-                pixels, turn = imagecodecs.avif_decode(data, index=0), picture.getexif().get(274, 1)
-                return _page(pixels, _avif_bits(data), 1 if reading.no_exif else turn)
+                return _read_avif(data, picture, reading)
             if kind == "jp2":
                 return _page(imagecodecs.jpeg2k_decode(data), _jpeg2000_bits(data))
             picture.load()
             return from_pil(picture)
+    except UnidentifiedImageError:
+        raise _unknown(kind, data[:HEAD_BYTES]) from None
     except ImageError:
         raise
-    except UnidentifiedImageError:
-        if kind:
-            raise ImageError("not a readable image (its header is damaged)") from None
-        archive = ": an archive; unpack it, and save arrays of .npz as .npy" if data[:2] == b"PK" else ""
-        raise ImageError(f"not an image of a known type{archive}", NO_IMAGE) from None
     except Exception:  # damaged files raise almost any exception in PIL
         raise ImageError("not a readable image (damaged or cut short)") from None
+
+
+def picture_size(file: BinaryIO, kind: str, name: str) -> tuple[int, int]:
+    """Height and width of a picture of `read_picture`, from its header. Raises `ImageError`."""
+    with damage_as_error(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return (pillow_heif.open_heif(file) if kind == "heif" else _open(file, name)).size[::-1]
+        except UnidentifiedImageError:
+            file.seek(0)
+            raise _unknown(kind, file.read(HEAD_BYTES)) from None
+
+
+def _open(file: BinaryIO, name: str) -> Image.Image:
+    return Image.open(file, formats=(*FORMATS, "TGA") if name.lower().endswith(".tga") else FORMATS)
+
+
+def _unknown(kind: str, start: bytes) -> ImageError:
+    if kind:
+        return ImageError("not a readable image (its header is damaged)")
+    for other, what, refusal in OTHERS:
+        if start.lstrip().startswith(other):
+            return ImageError(what, refusal)
+    return ImageError("not an image of a known type", NO_IMAGE)
 
 
 def from_pil(picture: Image.Image, orientation: int = 1) -> Page:
@@ -79,9 +122,19 @@ def _page(pixels: np.ndarray, bits: int, turn: int = 1) -> Page:
     return Page(pixels, limits, alpha=pixels.shape[2] in (2, 4), orientation=turn if turn in range(1, 9) else 1)
 
 
-def _read_heif(data: bytes, reading: Reading) -> Page:
+def _read_avif(data: bytes, picture: Image.Image, reading: Reading) -> Page:
+    """The first frame of an AVIF. All are decoded: for a single one, imagecodecs 2026.3 writes beyond its memory."""
+    height, width, frames = picture.height, picture.width, picture.n_frames
+    check_size(height * frames, width, len(picture.getbands()), reading.max_pixels, " in all frames: save the first")
+    pixels = imagecodecs.avif_decode(data)
+    turn = 1 if reading.no_exif else picture.getexif().get(274, 1)
+    return _page(pixels[0] if frames > 1 else pixels, _avif_bits(data), turn)
+
+
+def _read_heif(data: bytes, reading: Reading, notes: Notes) -> Page:
     """HEIC; its decoder turns it upright. Deeper values come shifted to 16 bits."""
     picture = pillow_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=False)
+    notes[FIRST_FRAME] += len(picture) > 1
     deep = ";16" in picture.mode
     _check(picture.size, (2 if deep else 1) * len(picture.mode.partition(";")[0]), reading)
     pixels = np.asarray(picture)

@@ -1,14 +1,19 @@
 """Run tasks in several processes of this machine, or on a Ray cluster, with a progress bar."""
 
 import multiprocessing
+import shlex
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from configs.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -42,7 +47,8 @@ def run_tasks(
     """Call `function(task)` for every task in worker processes, and return the results in the order of the tasks.
 
     The first error stops the other tasks and is raised; Ctrl-C stops the workers at once. `images` is the total of the
-    progress bar, see `add_progress`. `folder` is where tasks write: on Ray, all nodes must share it.
+    progress bar, see `add_progress`. `folder` is where tasks write: on Ray, all nodes must share it. Raises `UserError`
+    if a process is killed.
     """
     bar = Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with bar:
@@ -67,10 +73,14 @@ def _run_here(
                 for future in finished:
                     future.result()
                 update(done.value)
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.terminate()
+            if isinstance(error, BrokenProcessPool):
+                problem = "a worker process was killed, perhaps because memory ran out"
+                way_out = f"run `python {shlex.join(sys.argv)}` again, with fewer --workers; what is complete is kept"
+                raise UserError(f"{problem}: {way_out}") from None
             raise
     return [future.result() for future in futures]
 

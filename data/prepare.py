@@ -6,6 +6,8 @@ python data/prepare.py ILSVRC2012_img_train.tar shards/imagenet --resize 512 \\
     --val ILSVRC2012_img_val.tar --val-labels ILSVRC2012_devkit_t12.tar.gz
 python data/prepare.py photos/ shards/photos --labels labels.csv          labels in a table instead of folders
 python data/prepare.py cifar10.tar.xz shards/cifar10 --val-fraction 0.1   tar (gz, bz2, xz) or zip
+python data/prepare.py slides/ shards/slides --tile 512                   tiles of huge images
+python data/prepare.py camvid/ shards/camvid --masks labels --mask-classes camvid/classes.txt --ignore 11
 python data/prepare.py photos/ shards/photos --only list.csv              only the images that a file lists by name
 python data/prepare.py s3://bucket/photos s3://bucket/shards/photos       from and to URLs
 python data/prepare.py photos/ shards/photos --ray                        on a Ray cluster (see docs/data.md)
@@ -13,18 +15,24 @@ python data/prepare.py shards/made-elsewhere --index                      index 
 python data/prepare.py shards/photos --verify                             check every byte
 python data/prepare.py photos/ shards/photos --repair                     rewrite damaged shards from the images
 python data/prepare.py shards/photos --repair                             without the images: keep what is undamaged
+
+When the shards are complete, launch/plan.py writes a recipe for them, OUT/plan.yaml, and the commands to train.
 """
 
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # the project, not this folder
 
 from configs.command import parse_options
-from configs.errors import UserError, run_main
+from configs.errors import UserError, printable, run_main
+from configs.shell import command
 from data.build import build
 from data.index import index_folder, verify
 from data.planning import PrepareOptions
+from data.remote import is_url
 from data.repair import repair
 
 LABEL_FILES = ("labels", "val_labels", "test_labels")
@@ -39,6 +47,16 @@ def parse(argv: list[str] | None = None) -> PrepareOptions:
         raise UserError(f"--no-labels and --{given.replace('_', '-')} exclude each other: give one")
     if options.val and options.val_fraction:
         raise UserError("--val and --val-fraction exclude each other: give one")
+    if options.tile is None and (given := next((k for k in ("overlap", "keep_empty") if getattr(options, k)), None)):
+        raise UserError(f"--{given.replace('_', '-')} needs --tile")
+    if options.tile and options.overlap >= options.tile:
+        raise UserError(f"--overlap is {options.overlap}, must be less than --tile {options.tile}")
+    if options.tile and options.resize:
+        raise UserError("--tile and --resize exclude each other: choose one")
+    if not options.masks and (options.mask_classes or options.ignore != (255,)):
+        raise UserError("--mask-classes and --ignore are for masks: add --masks SOURCE")
+    if options.masks and options.source == "digits":
+        raise UserError("--masks does not apply to the built-in digits: leave it out")
     actions = options.index + options.verify + options.repair
     if actions > 1 or (options.out is None and not actions) or (options.out and (options.index or options.verify)):
         raise UserError("give SOURCE OUT, or one folder of shards with --index, --verify or --repair (see --help)")
@@ -47,8 +65,8 @@ def parse(argv: list[str] | None = None) -> PrepareOptions:
     return options
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point."""
+def main(argv: list[str] | None = None) -> PrepareOptions:
+    """Do what the command line says, and return it."""
     options = parse(argv)
     if options.ray:
         from data.ray_pool import find_cluster  # optional
@@ -59,7 +77,34 @@ def main(argv: list[str] | None = None) -> None:
     else:
         run = index_folder if options.index else verify if options.verify else repair
         run(Path(options.source), options.pool)
+    return options
+
+
+def prepare_and_plan() -> None:
+    """Entry point. Prints what to do next; the shards stand if planning fails."""
+    options = main()
+    if options.dry_run:
+        words = [word for word in sys.argv[1:] if word != "--dry-run"]
+        print(f"next: {command('data/prepare.py', *words)}")
+    elif options.out and is_url(options.out):
+        print(f"next: {command('launch/plan.py', options.out.rstrip('/'))}")
+    elif options.out or options.index:
+        plan(Path(options.out or options.source), options.no_plan)
+
+
+def plan(folder: Path, later: bool) -> None:
+    """Plan the training on shards in another process, because the plan needs other packages than data."""
+    again, path = command("launch/plan.py", folder), folder / "plan.yaml"
+    if path.exists():
+        print(f"{printable(path)} is kept: to plan anew, remove it and run `{again}`")
+        print(f"ready: {command('pretrain/main.py', '--config', path)}")
+    elif later:
+        print(f"next: {again}")
+    else:
+        sys.stdout.flush()
+        if subprocess.run([sys.executable, str(ROOT / "launch/plan.py"), str(folder)], check=False).returncode:
+            print(f"the shards are complete; only the plan is missing: `{again}` makes it")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(prepare_and_plan)

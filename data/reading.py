@@ -2,7 +2,9 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 import numpy as np
@@ -10,18 +12,29 @@ from pydantic import Field
 
 from configs.errors import UserError
 from configs.keys import option, require
+from data.cache import RemoteUserError
 
 HEAD_BYTES = 132  # of a file, from which `sniff` knows its type
 MAX_PIXELS = 178_956_970  # the size at which PIL refuses pictures as decompression bombs
 BYTES_PER_PIXEL = 4  # allowed for each pixel of the limit: RGBA, or one float32
 DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE = "damaged", "too large", "unsupported", "not an image"  # kinds of refusals
+UNREADABLE = "cannot be read"  # the disk or the permissions, not the image
 CHANNELS, PAGES, VALUES, NODATA = "wrong channels", "needs --pages", "needs --value-range", "needs --nodata"
-KINDS = (DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NODATA)
+NO_MASK, MASK_SIZE, MASK_CLASS = (
+    "with an unreadable mask",
+    "with a mask of another size",
+    "with a mask of unknown classes",
+)
+KINDS = (
+    DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NODATA, NO_MASK, MASK_SIZE, MASK_CLASS,
+)  # fmt: skip
 NEED_OPTION = (PAGES, VALUES, NODATA)  # of the user, before a collection can be written
 
-FIRST_PAGE = "{:,} files have several pages or frames: only the first was taken (--pages first)"
+FIRST_PAGE = "{:file has|files have} several pages or frames: only the first was taken (--pages first)"
+FIRST_FRAME = "{:picture has|pictures have} several frames or images: only the first one is used"
+AVIF, HEIF = {b"avif", b"avis"}, {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}  # brands
 KEPT = ("jpg", "png", "webp", "gif")  # pictures that the loader decodes
-Notes = Counter  # line with a place for its number -> number
+Notes = Counter  # line with a place for its number, formatted as `Plural` -> number
 PixelLimit = Annotated[int, Field(ge=1, le=1 << 34)]
 
 
@@ -34,6 +47,14 @@ class ImageError(UserError):
     def __init__(self, message: str, kind: str = DAMAGED, found: tuple[float, float] | None = None):
         super().__init__(message)
         self.kind, self.found = kind, found
+
+
+class Plural(int):
+    """A number that is formatted with its words: `{:image is|images are}` -> 1 image is, 1,200 images are."""
+
+    def __format__(self, spec: str) -> str:
+        one, _, more = spec.partition("|")
+        return f"{int(self):,} {one if self == 1 else more}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +85,20 @@ class Reading:
         return not self.no_exif and self.value_range is None and self.nodata in (None, "nan")
 
 
+@dataclass(frozen=True)
+class FileOptions(Reading):
+    """How files of images are read by a command that has one result for a file."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.pages != "all", "--pages", self.pages, "first: a file has one result, shards may have all pages")
+
+
+def reading_of(options: Reading) -> Reading:
+    """The reading options of a command."""
+    return Reading(**{field.name: getattr(options, field.name) for field in fields(Reading)})
+
+
 @dataclass(frozen=True, eq=False)
 class Page:
     """One image of a file, as stored: `pixels` [H, W, C] of any numeric type.
@@ -81,6 +116,19 @@ class Page:
     orientation: int = 1
     deep_png: bool = False
     number: int = 0
+
+
+@contextmanager
+def damage_as_error(what: str = "damaged or cut short") -> Iterator[None]:
+    """Turn what decoders raise into `ImageError`."""
+    try:
+        yield
+    except (ImageError, RemoteUserError):
+        raise
+    except MemoryError:
+        raise ImageError("needs more memory than there is", TOO_LARGE) from None
+    except Exception:  # damaged files raise almost any exception
+        raise ImageError(f"not a readable image ({what})") from None
 
 
 def number(value: float) -> str:
@@ -121,7 +169,8 @@ def sniff(data: bytes) -> str:
     if data[128:132] == b"DICM":
         return "dcm"
     if data[4:8] == b"ftyp":
-        return "avif" if data[8:12] in (b"avif", b"avis") else "heif"
+        brands = {data[at : at + 4] for at in range(8, min(int.from_bytes(data[:4], "big"), len(data)), 4)}
+        return "avif" if brands & AVIF else "heif" if brands & HEIF else ""  # "": a video
     if data[4:12] == b"jP  \r\n\x87\n" or data[:4] == b"\xff\x4f\xff\x51":
         return "jp2"
     if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3].isspace():

@@ -7,12 +7,14 @@ import numpy as np
 from PIL import Image
 
 from configs.errors import UserError
-from data.decode import PIL_FORMATS, decode, is_deep, is_direct, read_npy, read_png
+from data.decode import PIL_FORMATS, decode, is_deep, is_direct, read_npy, read_png, unreadable
 from data.exif import orientation, without_exif
 from data.reading import (
     BYTES_PER_PIXEL,
+    FIRST_FRAME,
     KEPT,
     TOO_LARGE,
+    UNSUPPORTED,
     ImageError,
     Notes,
     Page,
@@ -23,6 +25,9 @@ from data.reading import (
 )
 from data.values import PLAIN, encode_page, fill_missing
 
+NOT_TURNED = "{:image was not turned by its|images were not turned by their} EXIF orientation (--no-exif)"
+MAX_FIRST = 16  # a first axis up to this length may be of channels
+JPEG_QUALITY = 95  # of JPEGs whose pixels change
 Encoded = tuple[str, bytes]  # member type and content
 
 
@@ -62,13 +67,15 @@ def reencode_all(
     """
     kind = sniff(data)
     try:
+        if not data:
+            raise ImageError("an empty file")
         if reading.no_exif and kind in KEPT:
             turn, data = orientation(data), without_exif(data)
-            notes["{:,} images were not turned by their EXIF orientation (--no-exif)"] += turn != 1
+            notes[NOT_TURNED] += turn != 1
         if kind in KEPT:
             yield name, _picture(data, kind, resize, quality, reading, notes)
             return
-        if kind == "npy" and _stays(array := read_npy(data), resize, reading):
+        if kind == "npy" and _stays(array := _read_array(data), resize, reading):
             yield name, (kind, data)
             return
         pages = [Page(array)] if kind == "npy" else _pages(data, kind, name, resize, reading, notes)
@@ -100,6 +107,16 @@ def _pages(data: bytes, kind: str, name: str, resize: int | None, reading: Readi
         yield read_picture(data, kind, name, reading, notes)
 
 
+def _read_array(data: bytes) -> np.ndarray:
+    """A .npy array [H, W, C]. Raises `ImageError` if its channels seem to be first."""
+    array = read_npy(data)
+    height, width, channels = array.shape
+    if height <= MAX_FIRST < channels and height < width:
+        shape = f"has shape {array.shape}, so its channels seem to be first"
+        raise ImageError(f"{shape}: save it as [H, W, C] with numpy.moveaxis(array, 0, 2)", UNSUPPORTED)
+    return array
+
+
 def _stays(array: np.ndarray, resize: int | None, reading: Reading) -> bool:
     """Whether a .npy file is kept byte for byte."""
     mapped = reading.value_range is not None and array.dtype != np.uint8
@@ -115,8 +132,7 @@ def _picture(
         picture = Image.open(io.BytesIO(data), formats=PIL_FORMATS)
         deep, small = is_deep(picture), resize is None or min(picture.size) <= resize
         _check_picture(picture, None if small else resize, resize, reading.max_pixels)
-        if getattr(picture, "is_animated", False):
-            notes["{:,} pictures are animated: only their first frame is used"] += 1
+        notes[FIRST_FRAME] += getattr(picture, "is_animated", False)
         if deep and small and reading.value_range is None and reading.nodata in (None, "nan"):
             picture.verify()
             read_png(data)  # in 2 bytes per value; the loader needs 4
@@ -124,20 +140,25 @@ def _picture(
         if not deep and small and quality is None:
             decode(data, 3, max_pixels=reading.max_pixels)  # as the loader will
             return kind, data
-        if is_direct(picture):
-            picture.verify()  # checksums
-            pixels = read_png(data)
-            page = Page(pixels, alpha=pixels.shape[2] in (2, 4), orientation=orientation(data), deep_png=deep)
-            return encode_page(page, resize, quality, reading, notes)
-        from data.pictures import from_pil
-
-        picture.load()
-        page = from_pil(picture, orientation(data))
+        page = picture_page(picture, data)
     except UserError:
         raise
     except Exception:  # damaged files raise almost any exception in PIL
-        raise ImageError("not a readable image (damaged or cut short)") from None
-    return encode_page(page, resize, quality or (95 if kind == "jpg" else None), reading, notes)
+        raise unreadable(data) from None
+    return encode_page(page, resize, quality or (JPEG_QUALITY if kind == "jpg" else None), reading, notes)
+
+
+def picture_page(picture: Image.Image, data: bytes) -> Page:
+    """The pixels of an opened JPEG, PNG, WebP or GIF, whose bytes are `data`."""
+    if is_direct(picture):
+        picture.verify()  # checksums
+        pixels = read_png(data)
+        alpha = pixels.shape[2] in (2, 4)
+        return Page(pixels, alpha=alpha, orientation=orientation(data), deep_png=is_deep(picture))
+    from data.pictures import from_pil
+
+    picture.load()
+    return from_pil(picture, orientation(data))
 
 
 def _check_picture(picture: Image.Image, shrunk_to: int | None, resize: int | None, max_pixels: int) -> None:

@@ -17,6 +17,7 @@ from data.remote import PROTOCOLS, AttemptError, check_url, explain, is_url, ope
 from data.shards import Shard, index_file
 
 BLOCK_BYTES = 1 << 23  # read at a time while an archive is listed
+REGION_BYTES = 1 << 20  # of a huge image that is cut into tiles
 SMALL_BLOCK_BYTES = 1 << 16  # for members of a zip, which are read in any order
 WRITABLE = ("s3", "gs", "az")  # whose files appear at once, when they are complete
 STATE = ("source.json", "index.json", "skipped.txt", "lost.txt", "preview.png")
@@ -58,14 +59,20 @@ def read_url(url: str, start: int | None = None, size: int | None = None) -> byt
     return b"" if size == 0 else _call(url, "SOURCE", read)
 
 
-def open_binary(place: str, block: int = BLOCK_BYTES) -> BinaryIO:
-    """Open a local file, or one at a URL, which is read in blocks of `block` bytes."""
-    return io.BufferedReader(_RemoteFile(place, block)) if is_url(place) else Path(place).open("rb")
+def open_binary(place: str, block: int = BLOCK_BYTES, first: int = 0, size: int | None = None) -> BinaryIO:
+    """Open a local file, or one at a URL, which is read in blocks of `block` bytes.
+
+    Of one at a URL, `size` bytes from byte `first` can be a file.
+    """
+    return io.BufferedReader(_RemoteFile(place, block, first, size)) if is_url(place) else Path(place).open("rb")
 
 
 class _RemoteFile(io.RawIOBase):
-    def __init__(self, url: str, block: int):
-        self.url, self.block, self.position, self.start, self.data = url, block, 0, 0, b""
+    def __init__(self, url: str, block: int, first: int, size: int | None):
+        self.url, self.block, self.first, self.size = url, block, first, size
+        self.position, self.start, self.data = 0, 0, b""
+        if size is not None:
+            return
         self.size = _call(url, "SOURCE", lambda files, path: files.info(path)["size"])
         if self.size is None:
             raise RemoteUserError(f"{url}: its server does not tell its size: download it, and give the local file")
@@ -87,7 +94,8 @@ class _RemoteFile(io.RawIOBase):
         wanted = max(0, min(len(buffer), self.size - self.position))
         if wanted and not self.start <= self.position < self.start + len(self.data):
             self.start = self.position
-            self.data = read_url(self.url, self.start, min(max(wanted, self.block), self.size - self.start))
+            size = min(max(wanted, self.block), self.size - self.start)
+            self.data = read_url(self.url, self.first + self.start, size)
         found = self.data[self.position - self.start :][:wanted] if wanted else b""
         buffer[: len(found)] = found
         self.position += len(found)

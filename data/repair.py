@@ -24,11 +24,12 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.files import sha256, sync_folder, write_atomic
+from configs.shell import quote
 from data.index import describe
 from data.pool import Pool, add_progress, run_tasks
 from data.reading import TOO_LARGE, ImageError
 from data.shards import Index, Shard, index_file, index_tar, read_index, write_index
-from data.tars import IMAGE_TYPES, ROW, member_end, parse_label, split_member_name
+from data.tars import IMAGE_TYPES, ROW, TARGET_ROW, member_end, parse_label, split_member_name
 
 LOST = "lost.txt"
 TYPES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"\x93N": "npy"}  # by an image's first bytes
@@ -175,8 +176,12 @@ def _read(file: BinaryIO, member: Member) -> bytes:
 
 
 def _unchanged(file: BinaryIO, rows: np.ndarray) -> np.ndarray:
-    """Bools [samples]: whether an image still has its checksum in the index."""
-    return np.array([zlib.crc32(os.pread(file.fileno(), size, at)) == crc for at, size, crc, _ in rows.tolist()], bool)
+    """Bools [samples]: whether an image, and its target if it has one, still have their checksums in the index."""
+    intact = np.ones(len(rows), bool)
+    for part in ("", "target_") if rows.dtype == TARGET_ROW else ("",):
+        places = rows[[f"{part}offset", f"{part}size", f"{part}crc"]].tolist()
+        intact &= [zlib.crc32(os.pread(file.fileno(), size, offset)) == crc for offset, size, crc in places]
+    return intact
 
 
 def _decodable(file: BinaryIO, members: list[Member]) -> tuple[np.ndarray, np.ndarray]:
@@ -220,7 +225,7 @@ def _samples(
     for member in members:
         groups[member.key].append(member)
     for i in kept:
-        offset, size, crc, label = rows[i].tolist()
+        offset, size, crc, label = rows[list(ROW.names)][i].tolist()
         image = os.pread(file.fileno(), size, offset)
         kind = types.get(offset) or TYPES.get(image[:2], "jpg")
         sample = {}
@@ -269,7 +274,10 @@ def _report(folder: Path, index: Index, new: Index, repaired: dict[Shard, Repair
     if lost:
         print(f"{lost:,} images are lost, listed in {folder / LOST}")
         if (folder / "source.json").exists():
-            print(f"to restore them from the original images: `python data/prepare.py SOURCE {folder} --repair`")
+            print(
+                "to restore them from the original images: "
+                f"`python data/prepare.py SOURCE {quote(str(folder))} --repair`"
+            )
     for split, shards in index.splits.items():
         if [s.sha256 for s in shards] != [s.sha256 for s in new.splits.get(split, ())]:
             way_out = "runs trained on it cannot be resumed, use a new --run.name"

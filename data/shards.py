@@ -1,8 +1,19 @@
 """The shard format: WebDataset tars, with an index beside them.
 
     OUT/index.json                 splits, shards (file, samples, bytes, sha256), class names
-    OUT/train-000000.tar           KEY.jpg (or .png, .webp, .gif, .npy), KEY.cls (label), KEY.json (original name)
-    OUT/train-000000.idx.npy       one row per sample: offset, size and crc32 of its image, label (-1 = none)
+    OUT/train-000000.tar           KEY.jpg (or .png, .webp, .gif, .npy), KEY.cls (label), KEY.mask.png, KEY.json
+    OUT/train-000000.idx.npy       one row per sample: offset, size, crc32 of its image, label (-1 = none), and target
+
+KEY.json has the original name and the targets of tasks other than classification, except masks:
+
+    {"name": "a.jpg", "labels": ["cloudy", "river"]}                    several labels; [] = none of them
+    {"name": "a.jpg", "numbers": [3.5, null]}                           one for each of index.json's targets.names
+    {"name": "a.jpg", "height": 480, "width": 640, "boxes": [           of the image as it is in the shard, upright
+        {"class": "RBC", "box": [x, y, width, height], "crowd": false, "segmentation": COCO polygons or RLE}, ...]}
+
+index.json has `targets`, if there are any: {"kind": "mask", "boxes", "labels" or "numbers", "names": of classes or
+numbers}; for masks also "ignore", the value without a class, and "pixels" of each class, and without one, in the
+masks that the preview looked at.
 
 The tars are plain WebDataset: `webdataset` reads them, and tars of other tools can be read here once they are indexed.
 Nothing in a shard is executed or unpickled. This module does not import torch.
@@ -24,10 +35,11 @@ import numpy as np
 from configs.errors import UserError, nearest
 from configs.files import atomic_file, sha256, write_atomic
 from configs.schema import Data
+from configs.shell import quote
 from data.cache import Cache
 from data.remote import CONCURRENT_FETCHES, Remote, is_url
 from data.sampler import WINDOW
-from data.tars import ROW, read_rows
+from data.tars import TARGET_ROW, read_rows
 
 FORMAT = "convnext-fcmae-shards/1"
 MAX_OPEN_SHARDS = 64  # open files and index tables per reader
@@ -51,6 +63,7 @@ class Index:
     splits: dict[str, list[Shard]]
     classes: list[str] | None
     survey: dict | None = None  # what data/prepare.py found in the source
+    targets: dict | None = None  # of tasks other than classification
 
     @property
     def shards(self) -> list[Shard]:
@@ -65,7 +78,7 @@ def index_file(tar: Path) -> Path:
 
 def max_index_bytes(shard: Shard) -> int:
     """Upper bound of the size of a shard's index: numpy's header, and one row per sample."""
-    return 1024 + shard.samples * ROW.itemsize
+    return 1024 + shard.samples * TARGET_ROW.itemsize
 
 
 def index_tar(tar: Path) -> Shard:
@@ -97,14 +110,14 @@ def repair_hint(folder: Path | Remote) -> str:
         return "check the uploaded folder with `python data/prepare.py FOLDER --verify`, and upload it again"
     if (folder / "source.json").exists():
         return "delete that file and run the same data/prepare.py command again"
-    return f"fetch it again, or run `python data/prepare.py {folder} --index`"
+    return f"fetch it again, or run `python data/prepare.py {quote(str(folder))} --index`"
 
 
 def write_index(folder: Path, index: Index) -> None:
     """Write index.json, which marks a folder of shards as complete."""
     splits = {split: [asdict(shard) for shard in shards] for split, shards in index.splits.items()}
     content = {"format": FORMAT, "classes": index.classes, "splits": splits}
-    content |= {"survey": index.survey} if index.survey else {}
+    content |= {key: value for key in ("survey", "targets") if (value := getattr(index, key))}
     write_atomic(folder / "index.json", json.dumps(content, indent=1).encode())
 
 
@@ -113,14 +126,16 @@ def read_index(folder: Path | Remote) -> Index:
     path = folder / "index.json"
     if isinstance(folder, Path) and not path.exists():
         if folder.is_dir() and any(folder.glob("*.tar")):
-            raise UserError(f"{folder} has tars but no index.json: run `python data/prepare.py {folder} --index`")
-        raise UserError(f"no shards at {folder}: make them with `python data/prepare.py SOURCE {folder}`")
+            raise UserError(
+                f"{folder} has tars but no index.json: run `python data/prepare.py {quote(str(folder))} --index`"
+            )
+        raise UserError(f"no shards at {folder}: make them with `python data/prepare.py SOURCE {quote(str(folder))}`")
     try:
         content = json.loads(path.read_bytes() if isinstance(folder, Path) else folder.fetch_index())
         if content["format"] != FORMAT:
             raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}: prepare it again")
         splits = {split: [Shard(**shard) for shard in shards] for split, shards in content["splits"].items()}
-        index = Index(splits, content["classes"], content.get("survey"))
+        index = Index(splits, content["classes"], content.get("survey"), content.get("targets"))
         for shard in index.shards:
             _check_entry(shard, path)
         return index
@@ -150,6 +165,7 @@ class Split:
         if name not in index.splits:
             raise UserError(f"{folder / 'index.json'} has no split {name} {nearest(name, index.splits)}")
         self.folder, self.name, self.classes, self.shards = folder, name, index.classes, index.splits[name]
+        self.targets = index.targets
         for shard in self.shards if isinstance(folder, Path) else ():  # remote shards are checked when fetched
             if damage := find_damage(folder, shard):
                 raise UserError(f"{damage}: {repair_hint(folder)}")
@@ -169,11 +185,28 @@ class Split:
 
     def read(self, sample: int) -> tuple[bytes, int]:
         """Image bytes and label. Raises `UserError` for a wrong checksum, or if the shard cannot be fetched."""
-        number = int(np.searchsorted(self.first, sample, "right")) - 1
-        file, rows = self._open_shard(number)
-        offset, size, crc, label = rows[sample - self.first[number]].item()
+        row = self._row(sample)
+        return self._bytes(sample, row["offset"], row["size"], row["crc"]), int(row["label"])
+
+    def read_target(self, sample: int) -> bytes:
+        """Content of the sample's mask, or of its json with other targets; empty without. Errors as `read`."""
+        row = self._row(sample)
+        if row.dtype != TARGET_ROW or not row["target_size"]:
+            return b""
+        return self._bytes(sample, row["target_offset"], row["target_size"], row["target_crc"])
+
+    def _row(self, sample: int) -> np.void:
+        number = self._shard_of(sample)
+        return self._open_shard(number)[1][sample - self.first[number]]
+
+    def _shard_of(self, sample: int) -> int:
+        return int(np.searchsorted(self.first, sample, "right")) - 1
+
+    def _bytes(self, sample: int, offset: int, size: int, crc: int) -> bytes:
+        """A member of the sample's tar."""
+        number = self._shard_of(sample)
+        file, shard = self._open_shard(number)[0], self.shards[number]
         data = os.pread(file, size, offset)
-        shard = self.shards[number]
         if zlib.crc32(data) != crc and isinstance(self.folder, Remote):  # only the copy in the cache may be damaged
             if self.folder.drop_if_damaged(file, shard.sha256):
                 os.close(self._open_shards.pop(number)[0])
@@ -181,9 +214,13 @@ class Split:
         if zlib.crc32(data) != crc:
             hint = repair_hint(self.folder)
             if isinstance(self.folder, Path):
-                hint += f"; `python data/prepare.py {self.folder} --verify` lists all damage"
+                hint += f"; `python data/prepare.py {quote(str(self.folder))} --verify` lists all damage"
             raise UserError(f"{self.folder / shard.file} is damaged at byte {offset} (checksum): {hint}")
-        return data, label
+        return data
+
+    def place(self, sample: int) -> str:
+        """Where a sample is, for messages."""
+        return f"{self.folder}, split {self.name}, sample {sample}"
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none. Reads the indexes only, not the tars."""
@@ -229,14 +266,21 @@ class Split:
         return {**self.__dict__, "_open_shards": OrderedDict()}
 
 
+def open_folder(data: Data) -> Path | Remote:
+    """The folder of shards at `data.path`, which may be a URL."""
+    if not is_url(data.path):
+        return Path(data.path)
+    return Remote(data.path, Cache(Path(data.cache), int(data.cache_gb * 1e9)))
+
+
 def open_split(data: Data, name: str | None = None) -> Split:
     """Open a split of the shards at `data.path`, by default `data.split`.
 
     Raises `UserError` if it does not exist, or data.cache_gb is too small for the shards that are in use at a time.
     """
-    if not is_url(data.path):
-        return Split(Path(data.path), name or data.split)
-    split = Split(Remote(data.path, Cache(Path(data.cache), int(data.cache_gb * 1e9))), name or data.split)
+    split = Split(open_folder(data), name or data.split)
+    if isinstance(split.folder, Path):
+        return split
     largest = sorted((shard.bytes + max_index_bytes(shard) for shard in split.shards), reverse=True)
     required = sum(largest[: 2 * WINDOW])  # a window that is read, and the next one
     if required > split.folder.cache.limit:

@@ -11,10 +11,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 from configs.errors import UserError, reason
+from data.reading import TOO_LARGE, UNSUPPORTED, ImageError
 from data.remote import is_url
-from data.remote_files import SMALL_BLOCK_BYTES, open_binary, read_url
+from data.remote_files import REGION_BYTES, SMALL_BLOCK_BYTES, open_binary, read_url
 from data.tars import IMAGE_TYPES
 
 # with those that data/reencode.py converts
@@ -38,6 +40,7 @@ class Item:
     zipped: bool = False
     split: str | None = None  # None: not divided
     label: str | None = None
+    mask: "Item | None" = field(default=None, compare=False)  # of semantic segmentation
     targets: dict | None = field(default=None, compare=False)  # `labels`, `numbers`, `boxes` of a table, for tasks
 
     @property
@@ -45,10 +48,15 @@ class Item:
         """Whether the image is a file of its own."""
         return self.container != "digits" and self.offset is None and not self.zipped
 
+    def placed(self, split: str | None, label: str | None) -> "Item":
+        """The image with a split and a label; quicker than `dataclasses.replace`."""
+        place = self.name, self.container, self.stamp, self.offset, self.size, self.zipped
+        return Item(*place, split, label, self.mask, self.targets)
+
     def image_bytes(self) -> bytes:
         """The encoded image.
 
-        Raises `UserError` if it is damaged in a zip, `OSError` or `RemoteUserError` if the source cannot be read.
+        Raises `ImageError` if it is damaged in a zip, `OSError` or `RemoteUserError` if the source cannot be read.
         """
         if self.container == "digits":
             return digits()[self.name][0]
@@ -71,6 +79,15 @@ class Item:
         """Something that equal images have in common without being read: the size or, in a zip, the checksum."""
         return self.stamp.partition(" ")[0] if self.is_file or self.zipped else self.size
 
+    def open(self) -> BinaryIO:
+        """The encoded image as a file; a member of a zip is read into memory. Errors as `image_bytes`."""
+        if self.zipped or self.container == "digits":
+            return io.BytesIO(self.image_bytes())
+        if self.remote:
+            return open_binary(self.container, REGION_BYTES, self.offset or 0, self.size)
+        file = Path(self.container).open("rb")  # noqa: SIM115  # the caller closes it
+        return file if self.offset is None else io.BufferedReader(_Section(file, self.offset, self.size))
+
     def head(self, count: int) -> bytes:
         """The first bytes; none if the file cannot be read."""
         try:
@@ -90,11 +107,45 @@ class Item:
         archive, members = open_zip(self.container, os.getpid())
         member = members[self.offset]
         if member.file_size > MAX_MEMBER_BYTES:
-            raise UserError(f"has {member.file_size:,} bytes, the limit in a zip is {MAX_MEMBER_BYTES:,}: unpack it")
+            size = f"has {member.file_size:,} bytes, the limit in a zip is {MAX_MEMBER_BYTES:,}: unpack it"
+            raise ImageError(size, TOO_LARGE)
+        if member.flag_bits & 1:
+            raise ImageError("is encrypted: unpack the zip with its password", UNSUPPORTED)
         try:
             return archive.read(member)
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:  # RuntimeError: encrypted
-            raise UserError(f"cannot be read from the zip ({reason(error)})") from None
+        except NotImplementedError:
+            problem = f"is compressed by a method of zip that is not supported ({member.compress_type}): unpack it"
+            raise ImageError(problem, UNSUPPORTED) from None
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError):
+            raise ImageError("is damaged in the zip: fetch it again") from None
+
+
+class _Section(io.RawIOBase):
+    """A part of an open file, which it closes."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int):
+        self.file, self.offset, self.size, self.at = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = max(0, min(len(buffer), self.size - self.at))
+        data = os.pread(self.file.fileno(), count, self.offset + self.at)
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 @lru_cache(4)

@@ -1,8 +1,9 @@
-"""Reading WebDataset tars: member names, the position and checksum of each image, damage.
+"""Reading WebDataset tars: member names, the position and checksum of each image and target, damage.
 
 Free of torch. `data/writing.py` writes tars.
 """
 
+import json
 import tarfile
 import zlib
 from pathlib import Path
@@ -14,6 +15,9 @@ from configs.errors import UserError
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "npy")  # what the loader decodes
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")])
+TARGET_ROW = np.dtype([*ROW.descr, ("target_offset", "<u8"), ("target_size", "<u4"), ("target_crc", "<u4")])
+MASK = "mask.png"  # type of the member with a sample's mask
+TARGETS = ("labels", "numbers", "boxes")  # keys of the `json` member that are targets of tasks
 CHUNK_BYTES = 1 << 20  # read at a time from files that may be large
 
 
@@ -22,11 +26,14 @@ def read_rows(tar: Path) -> np.ndarray:
 
     A sample's key is its path up to the first dot of the file name. Its image is its first member whose type is in
     `IMAGE_TYPES`; samples without an image are skipped. Its label is the number in its `cls` member, -1 without one.
+    Its target is its `MASK` member or else its `json` member with one of the keys `TARGETS`. If a sample has a target,
+    the rows are of `TARGET_ROW`, with size 0 for samples without.
 
     Raises `UserError` if the tar is truncated or damaged, or a label is not a whole number.
     """
     rows: dict[str, tuple[int, int, int]] = {}
     labels: dict[str, int] = {}
+    targets: dict[str, tuple[int, int, int]] = {}
     end, length = 0, tar.stat().st_size
     try:
         with tarfile.open(tar, "r:") as archive, tar.open("rb") as file:
@@ -37,21 +44,37 @@ def read_rows(tar: Path) -> np.ndarray:
                 if not member.isreg():
                     continue
                 key, kind = split_member_name(member.name)
-                if kind != "cls" and (kind not in IMAGE_TYPES or key in rows):
+                is_image = kind in IMAGE_TYPES and key not in rows
+                if not (is_image or kind in ("cls", "json", MASK)):
                     continue
                 file.seek(member.offset_data)
                 data = file.read(member.size)
-                if kind != "cls":
-                    rows[key] = member.offset_data, member.size, zlib.crc32(data)
-                elif (label := parse_label(data)) >= 0:
+                place = member.offset_data, member.size, zlib.crc32(data)
+                if is_image:
+                    rows[key] = place
+                elif kind == MASK or (kind == "json" and key not in targets and _has_target(data)):
+                    targets[key] = place
+                elif kind == "cls":
+                    if (label := parse_label(data)) < 0:
+                        problem = f"the label in {member.name} is {data[:20]!r}; a .cls member must be a whole number"
+                        raise UserError(f"{tar}: {problem}")
                     labels[key] = label
-                else:
-                    problem = f"the label in {member.name} is {data[:20]!r}; a .cls member must be a whole number"
-                    raise UserError(f"{tar}: {problem}")
             check_end(file, end, length, tar)
     except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two: an impossible size in a header
         raise UserError(f"{tar} is not a readable tar ({error}): fetch or write it again") from None
-    return np.array([(*row, labels.get(key, -1)) for key, row in rows.items()], ROW)
+    plain = [(*row, labels.get(key, -1)) for key, row in rows.items()]
+    if not targets.keys() & rows.keys():
+        return np.array(plain, ROW)
+    return np.array([row + targets.get(key, (0, 0, 0)) for key, row in zip(rows, plain, strict=True)], TARGET_ROW)
+
+
+def _has_target(data: bytes) -> bool:
+    """Whether a `json` member has a target."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and any(content.get(key) is not None for key in TARGETS)
 
 
 def split_member_name(name: str) -> tuple[str, str]:

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import webdataset
 
-from configs.errors import UserError, printable
+from configs.errors import printable
 from configs.files import atomic_file, write_atomic
-from data.cache import RemoteUserError
 from data.decode import read_npy
-from data.planning import PrepareOptions, ShardPlan, Written
+from data.masks import with_masks, with_tile_masks
+from data.planning import Part, PrepareOptions, ShardPlan, Written
 from data.pool import add_progress
 from data.reading import ImageError, Notes
 from data.reencode import Encoded, reencode_all
 from data.remote_files import Upload
 from data.shards import index_file, index_tar
-from data.sources import Item
+from data.tars import MASK
+from data.tiles import cut
+
+ARRAYS = "{:image is an array: it needs|images are arrays: they need} --model.channels "
 
 FETCHED_AHEAD = 16  # images at URLs
 
@@ -37,20 +40,23 @@ def write_shard(plan: ShardPlan, options: PrepareOptions, upload: Upload | None)
     notes = Notes()
 
     def samples() -> Iterator[dict[str, bytes | str]]:
-        for number, (item, label, data) in enumerate(_read_ahead(plan.items), plan.first):
-            for name, image in _images(item, data, options, notes):
+        for part, read in _read_ahead(plan.parts, options):
+            item, label = part.item, part.label
+            for name, image, place, mask in _images(part, read, options, notes):
                 if isinstance(image, ImageError):
                     skipped.append(printable(f"{name}: {image.kind}: {image}"))
                     continue
                 kind, data = image
                 if kind == "npy":
                     channels = read_npy(data).shape[2]
-                    notes[f"{{:,}} images are arrays: they need --model.channels {channels}"] += 1
-                key = f"{number:09}{name[len(item.name) :].replace('#', '-')}"  # -1, -2, ... for pages
-                about = {"name": name} | ({} if label is None else {"class": item.label}) | (item.targets or {})
+                    notes[ARRAYS + str(channels)] += 1
+                place_in_file = name[len(item.name) :].replace("@", "-y").replace(",", "-x").replace("#", "-")
+                key = f"{part.number:09}{place_in_file}"  # -1, -2, ... for pages, -y0-x512 for tiles
+                about = {"name": name} | place | ({} if label is None else {"class": item.label}) | (item.targets or {})
                 members = {"__key__": key, kind: data, "json": json.dumps(about, default=str).encode()}
+                members |= {} if mask is None else {MASK: mask}
                 yield members | ({} if label is None else {"cls": str(label).encode()})
-            add_progress(1)
+            add_progress(len(part.tiles))
 
     if upload:
         plan.path.parent.mkdir(exist_ok=True)  # on another node
@@ -66,26 +72,32 @@ def write_shard(plan: ShardPlan, options: PrepareOptions, upload: Upload | None)
     return Written(shard, skipped, dict(notes))
 
 
-def _read_ahead(items: list[tuple[Item, int | None]]) -> Iterator[tuple[Item, int | None, Callable[[], bytes]]]:
-    """Images, their labels, and a function for their bytes; those at URLs are fetched by threads in advance."""
+def _read_ahead(parts: list[Part], options: PrepareOptions) -> Iterator[tuple[Part, Callable[[], bytes]]]:
+    """Parts, and a function for the bytes of their files; those at URLs are fetched by threads in advance."""
     with ThreadPoolExecutor(FETCHED_AHEAD) as pool:
         coming = deque()
-        for item, label in items:
-            coming.append((item, label, pool.submit(item.image_bytes).result if item.remote else item.image_bytes))
+        for part in parts:
+            read = part.item.image_bytes
+            ahead = part.item.remote and not options.tile  # tiles are cut from an open file
+            coming.append((part, pool.submit(read).result if ahead else read))
             if len(coming) > FETCHED_AHEAD:
                 yield coming.popleft()
         yield from coming
 
 
 def _images(
-    item: Item, read: Callable[[], bytes], options: PrepareOptions, notes: Notes
-) -> Iterator[tuple[str, Encoded | ImageError]]:
-    """Images of a file, or why it cannot be read."""
+    part: Part, read: Callable[[], bytes], options: PrepareOptions, notes: Notes
+) -> Iterator[tuple[str, Encoded | ImageError, dict, bytes | None]]:
+    """Name of each image of a file, the image or why it cannot be read, of tiles their places, and masks."""
+    item = part.item
+    if options.tile:
+        yield from with_tile_masks(cut(item, part.tiles, options, notes), item, options)
+        return
     try:
         data = read()
-    except RemoteUserError:  # the image is not damaged, but cannot be fetched
-        raise
-    except UserError as error:
-        yield item.name, ImageError(str(error))
+    except ImageError as error:
+        yield item.name, error, {}, None
     else:
-        yield from reencode_all(data, item.name, options.resize, options.quality, options, notes)
+        images = reencode_all(data, item.name, options.resize, options.quality, options, notes)
+        for name, image, mask in with_masks(images, data, item, options):
+            yield name, image, {}, mask

@@ -5,7 +5,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -18,11 +18,13 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.log import say
 from data.decode import decode
-from data.folder import list_images, open_images, read_image
-from data.loader import Loader
+from data.examples import example_images
+from data.folder import list_images, read_image
+from data.loader import OBJECT, Loader
 from data.reading import HEAD_BYTES, Reading, sniff
 from data.sources import READABLE
 from data.transforms import EvalTransform, to_float
+from finetune.inference import Inference
 from finetune.options import STDIN
 
 PREFETCHED = 2  # batches decoded in advance
@@ -31,10 +33,10 @@ UNKNOWN_TYPE = f"not of a known type ({', '.join(READABLE)})"
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file: the transformed image [C, H, W], or the reason why it is unreadable."""
+    """A picture file: what the transform makes of it, or the reason why it is unreadable."""
 
     path: Path
-    image: Tensor | None = None
+    entries: dict[str, Tensor | int] = field(default_factory=dict)
     error: str = ""
 
 
@@ -49,9 +51,12 @@ def padded_batches(loader: Loader, size: int, damaged: dict[int, str], first: bo
         for sample in batch["sample"][batch["damaged"]].tolist():
             damaged[sample] = loader.samples.describe_damage(sample)
         missing = size - len(batch["sample"])
-        batch = {key: torch.cat([x, x[:1].repeat(missing, *[1] * (x.ndim - 1))]) for key, x in batch.items()}
-        for key in {"sample", "label"} & batch.keys():
-            batch[key][size - missing :] = -1
+        for key, x in batch.items():
+            if not key.startswith(OBJECT):
+                batch[key] = torch.cat([x, x[:1].repeat(missing, *[1] * (x.ndim - 1))])
+        for key, value in {"sample": -1, "label": -1, "objects": 0}.items():
+            if key in batch:
+                batch[key][size - missing :] = value
         yield batch
 
 
@@ -70,7 +75,7 @@ def find_pictures(arguments: Sequence[str]) -> Iterator[Path]:
         raise UserError(f"{arguments[0]}: {UNKNOWN_TYPE}")
     paths = []
     for path in map(Path, arguments):
-        paths += [path / item.name for item in list_images(path)] if path.is_dir() else [path]
+        paths += list_images(path) if path.is_dir() else [path]
     return iter(paths)
 
 
@@ -86,16 +91,17 @@ def is_picture(path: Path) -> bool:
 
 
 def picture_batches(
-    paths: Iterator[Path], transform: EvalTransform, channels: int, batch: int, prefetched: int, reading: Reading
+    paths: Iterator[Path], task: Inference, batch: int, prefetched: int, reading: Reading
 ) -> Iterator[list[Picture]]:
-    """Batches of pictures, decoded by threads `prefetched` batches in advance."""
+    """Batches of pictures, decoded and transformed for a task by threads `prefetched` batches in advance."""
+    channels, target = task.trained.preprocessing.channels, None if task.read_target else -1
 
     def read_picture(path: Path) -> Picture:
         if not is_picture(path):
             return Picture(path, error=UNKNOWN_TYPE)
         try:
             image = decode(read_image(path, reading), channels, max_pixels=reading.max_pixels)
-            return Picture(path, transform(image)["image"])
+            return Picture(path, task.transform(image, target, np.random.default_rng(0)))
         except UserError as error:
             return Picture(path, error=str(error))
 
@@ -109,28 +115,16 @@ def picture_batches(
             yield [future.result() for future in chunk]
 
 
-def sample_images(path: str, split: str, count: int, transform: EvalTransform, channels: int) -> Tensor:
-    """Up to `count` images [N, C, H, W] from 0 to 1 of a picture file, or evenly spread over a folder or shards.
+def sample_images(
+    path: str, split: str, count: int, transform: EvalTransform, channels: int, reading: Reading
+) -> Tensor:
+    """Up to `count` transformed images [N, C, H, W] from 0 to 1, as `data.examples.example_images`.
 
-    Unreadable ones are reported and left out.
-
-    Raises:
-        UserError: there is no readable image
+    Unreadable ones are reported and left out. Raises `UserError` if there is no readable image.
     """
-    images = None if Path(path).is_file() else open_images(path, split)
-    available = 1 if images is None else len(images)
-    if not available:
-        raise UserError(f"{path}, split {split} has no images: choose another --split")
-    stack = []
-    for sample in np.linspace(0, available - 1, min(count, available)).round().astype(int).tolist():
-        try:
-            data = read_image(Path(path)) if images is None else images.read(sample)[0]
-            image = decode(data, channels)
-        except UserError as error:
-            problem = f"{path}{'' if images is None else f', sample {sample}'}: {error}"
-            say(f"left out: {problem}")
-            continue
-        stack.append(to_float(transform(image)["image"]))
-    if not stack:
-        raise UserError(problem)
-    return torch.stack(stack)
+    images, problems = example_images(path, split, count, channels, reading)
+    for problem in problems:
+        say(f"left out: {problem}")
+    if not images:
+        raise UserError(problems[-1])
+    return torch.stack([to_float(transform(image)["image"]) for image in images])

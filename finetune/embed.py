@@ -22,10 +22,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 from rich.console import Console
 from rich.progress import track
 
-from configs.checks import check_dataset, check_exists, check_new
+from configs.checks import check_exists, check_new
 from configs.command import parse_options
 from configs.errors import UserError, run_main
-from configs.schema import Optim, Run
+from configs.schema import Data, Optim, Run
+from data.folder import check_images
 from finetune.options import EmbedOptions
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(EmbedOptions, __doc__, argv)
     check_exists(options.weights)
-    check_dataset(options.source)
+    check_images(options.source)
     check_new(options.out)
     if options.ray:
         from data.ray_pool import find_cluster  # optional
@@ -48,15 +49,13 @@ def main(argv: list[str] | None = None) -> None:
         find_cluster(options.ray)
 
     # slow imports, after parsing, so that --help and user errors are quick
-    from data.folder import Folder, open_images
+    from data.folder import open_splits
     from launch.training.precision import precision
     from launch.training.world import destroy_world, init_world, process_errors
     from models.opening import open_encoder
 
     trained = open_encoder(options.weights, options.ema, options.size)
-    splits = [open_images(options.source, name) for name in options.split]
-    if len(splits) > 1 and isinstance(splits[0], Folder) and splits[0].items[0].split is None:
-        raise UserError(f"{options.source} has no split folders: give one --split")
+    splits = open_splits(Data(options.source), options.split, options)
     if empty := next((images.name for images in splits if not len(images)), None):
         raise UserError(f"{options.source}, split {empty} has no images: choose another --split")
     if options.ray:
@@ -75,11 +74,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_output(trained: "Trained", kind: str, options: EmbedOptions) -> AbstractContextManager["FeatureWriter"]:
     """The file to write; `kind` is the precision."""
+    from data.reading import reading_of
     from finetune.feature_file import Origin, feature_file
     from models.formats.containers import digest
 
-    about = options.weights, digest(options.weights), options.ema, trained.preprocessing.size, kind, options.source
-    return feature_file(options.out, trained.weights.arch.dims[-1], options.dtype, Origin(*about))
+    about = options.weights, digest(options.weights), options.ema, trained.preprocessing.size, kind
+    origin = Origin(*about, options.source, reading_of(options))
+    return feature_file(options.out, trained.weights.arch.dims[-1], options.dtype, origin)
 
 
 def report(writer: "FeatureWriter", skipped: int, options: EmbedOptions) -> None:
@@ -127,8 +128,8 @@ def write_features(
         return track(steps, what, number, console=Console(stderr=True), disable=not world.first, show_speed=False)
 
     transform, channels = EvalTransform.of(trained.preprocessing), trained.preprocessing.channels
-    every = range(len(images))
-    loader = embedding_loader(images, every, transform, channels, options.workers, options.batch, world)
+    every, data = range(len(images)), Data(workers=options.workers, max_pixels=options.max_pixels)
+    loader = embedding_loader(images, every, transform, channels, data, options.batch, world)
     all_names, damaged, lost = iterate_names(images), {}, {}
     for part in embed(trained, loader, world, kind, damaged, progress):
         if writer:

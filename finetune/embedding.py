@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from configs.schema import Data
 from data.folder import Folder
 from data.loader import Loader, Samples
 from data.name_lists import escape_name
@@ -69,13 +70,12 @@ class ReadableSamples(Samples):
 
 
 def embedding_loader(
-    images: Split | Folder, part: range, transform: EvalTransform, channels: int, workers: int | None, batch: int,
-    world: World,
-) -> Loader:  # fmt: skip
-    """This rank's batches of the consecutive images `part` of a split; `workers` as in `Loader`."""
-    samples = ReadableSamples(images, channels, 0, transform, score=True)
+    images: Split | Folder, part: range, transform: EvalTransform, channels: int, data: Data, batch: int, world: World
+) -> Loader:
+    """This rank's batches of the consecutive images `part` of a split."""
+    samples = ReadableSamples(images, channels, 0, transform, score=True, max_pixels=data.max_pixels)
     batches = RunsOfSamples(part, min(batch, len(images)), world.rank, world.ranks)
-    return Loader(samples, batches, workers, world.device.type == "cuda", part)
+    return Loader(samples, batches, data.workers, world.device.type == "cuda", part)
 
 
 def embed(

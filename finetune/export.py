@@ -19,11 +19,13 @@ from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.checks import check_dataset, check_exists, check_new
+from configs.checks import check_exists, check_new
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.files import sync_folder
 from configs.keys import REQUIRED, argument, option
+from data.folder import check_images
+from data.reading import FileOptions
 from finetune.exporters import SUFFIXES
 from finetune.options import ModelOptions
 
@@ -31,12 +33,14 @@ COMPARED = 16  # images
 
 
 @dataclass(frozen=True)
-class Options(ModelOptions):
+class Options(FileOptions, ModelOptions):
     """The command line."""
 
     out: Path = argument(f"file to write, named *{', *'.join(SUFFIXES.values())}")
     to: Literal[tuple(SUFFIXES)] = option(REQUIRED, "format")
-    images: str = option(REQUIRED, f"images to compare outputs on: an image, a folder, or shards; {COMPARED} are used")
+    images: str = option(
+        REQUIRED, f"images to compare outputs on: an image, a folder, zip or tar, or shards; {COMPARED} are used"
+    )
     split: str = option("val", "split of --images")
     features: bool = option(False, "without the classifier: the feature maps of the four stages")
     fp16: bool = option(False, "weights and activations in fp16; norms and head stay fp32")
@@ -52,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in (out, out.with_name(f"{out.name}.data")):  # the second: ONNX weights of more than 2 GB
         check_new(path)
     if not Path(options.images).is_file():
-        check_dataset(options.images)
+        check_images(options.images)
 
     from data.transforms import EvalTransform  # slow imports, after parsing
     from finetune.batches import sample_images
@@ -64,21 +68,23 @@ def main(argv: list[str] | None = None) -> None:
 
     open_model = open_encoder if options.features else open_classifier
     trained = open_model(options.weights, options.ema, options.size)
+    task = None if options.features else make_inference(trained)
+    trained = task.trained if task else trained
     weights, transform = trained.weights, EvalTransform.of(trained.preprocessing)
-    images = sample_images(options.images, options.split, COMPARED, transform, trained.preprocessing.channels)
+    images = sample_images(options.images, options.split, COMPARED, transform, trained.preprocessing.channels, options)
     print(f"{options.weights}: {weights.describe()}; comparing on {len(images)} images", flush=True)
     if to == "safetensors" and weights.head and not weights.outputs:
         raise UserError(f"timm's models have no head like that of {options.weights}: use another --to, or --features")
-    outputs = stage_outputs(weights.arch) if options.features else make_inference(trained).outputs()
+    outputs = task.outputs() if task else stage_outputs(weights.arch)
     source = deployed = Deployed(trained.model, trained.mean, trained.std)
     free = free_sides(weights)
-    if options.features and not all(free):
+    if not (all(free) or weights.outputs):
         print(f"  sides below {min_free_side(weights.arch)} pixels are fixed in the graph: --size sets larger ones")
-    batches = comparison_batches(images, free)
+    batches, one_class = comparison_batches(images, free), weights.outputs > 0
     expected = [predict_with(source)(batch) for batch in batches]
     if options.fp16:
         deployed = to_fp16(source)
-        check_fp16(source, deployed, expected, batches)
+        check_fp16(source, deployed, expected, batches, one_class)
         encoder, head = ({name: x.half() for name, x in part.items()} for part in (weights.encoder, weights.head))
         weights = replace(weights, encoder=encoder, head=head)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -86,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
         export(part, to, deployed, weights, outputs)
         with explain_errors(to):
             exported = load_exported(part, to, weights)
-            largest = compare(expected, exported, batches, options.fp16, f"{out} is not written: it")
+            largest = compare(
+                expected, exported, batches, options.fp16, f"{out} is not written: it", weights.outputs > 0
+            )
         files = move_files(Path(folder), out)
     written = f"{' and '.join(map(str, files))}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
     shapes = ", ".join("x".join(map(str, batch.shape)) for batch in batches)

@@ -1,18 +1,22 @@
 """Inference with trained models: predictions for a split on any number of ranks, and the interface of a task."""
 
 from collections.abc import Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data.folder import Folder
+from data.loader import ReadTarget, Transform
 from data.reading import Reading
 from data.shards import Split
 from data.transforms import normalize
 from launch.training.precision import autocast
 from launch.training.world import World, gather
+from models.opening import Trained
 
 
 class Predictions(Protocol):
@@ -22,8 +26,21 @@ class Predictions(Protocol):
         """Means over the samples, by name."""
 
 
+def join(parts: list) -> Any:
+    """Concatenate predictions, dataclasses of arrays [N, ...] with `sample` [N], in the order of the samples.
+
+    Fields that are not arrays must be equal in all parts.
+    """
+    rows = {field.name for field in fields(parts[0]) if isinstance(getattr(parts[0], field.name), np.ndarray)}
+    order = np.argsort(np.concatenate([part.sample for part in parts]))
+    return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in rows})
+
+
 class Collector(Protocol):
     """Turns a model's outputs into predictions."""
+
+    def run(self, model: nn.Module, image: Tensor, batch: dict[str, Tensor]) -> Any:
+        """The model's output for normalised images [B, C, H, W], and the other entries of their batch."""
 
     def collect(self, output: Any, batch: dict[str, Tensor]) -> Predictions:
         """Predictions for a batch; samples whose `label` is -1 are padding and left out."""
@@ -35,10 +52,13 @@ class Collector(Protocol):
 class Inference(Collector, Protocol):
     """A task's part of evaluate.py, predict.py and export.py, for a trained model.
 
-    A task with a head of its own adds it, with the weights of the file, to the model that `make_inference` is given.
+    A task with a head of its own builds `trained.model` from the weights that `make_inference` is given.
     """
 
+    trained: Trained  # the task's model and its preprocessing
+    transform: Transform  # of pictures in evaluation; entries besides `image` reach `collect` and `predict`
     files: str  # names of the files of `write_evaluation`
+    read_target: ReadTarget | None  # of the samples; None = the target is the label
 
     def match(self, images: Split | Folder) -> None:
         """Map a data set's targets to the model's. Raises `UserError` if they do not fit."""
@@ -55,8 +75,11 @@ class Inference(Collector, Protocol):
     def name_outputs(self, file: str | None) -> None:
         """Set names of the outputs from a text file, or else from the weights. Raises `UserError` if there are none."""
 
-    def predict(self, output: Any, paths: list[Path], top: int) -> list[Any]:
+    def predict(self, output: Any, batch: dict[str, Tensor], paths: list[Path], top: int) -> list[Any]:
         """Predictions, with `path` and `lines` (text), of pictures; `top` classes each if the task has classes."""
+
+    def average(self, outputs: list[Any]) -> Any:
+        """Mean output for views of the same images, for --tta. Optional."""
 
     def annotate(self, folder: Path, number: int, prediction: Any, reading: Reading) -> None:
         """Write a copy of a picture, read as before, with its prediction; `number` makes the file name unique."""
@@ -72,10 +95,13 @@ class Inference(Collector, Protocol):
 
 
 @torch.no_grad()
-def output_of(model: nn.Module, image: Tensor, mean: Tensor, std: Tensor, precision: str) -> Tensor:
-    """Output of a model for images [B, C, H, W] as loaded; `mean` and `std` are [C], `precision` fp32, bf16 or fp16."""
+def output_of(
+    task: Collector, model: nn.Module, batch: dict[str, Tensor], mean: Tensor, std: Tensor, precision: str
+) -> Any:
+    """A task's output for a batch as loaded; `mean` and `std` are [C], `precision` fp32, bf16 or fp16."""
+    image = normalize(batch["image"].to(mean.device, non_blocking=True), mean, std)
     with autocast(image.device, precision):
-        return model(normalize(image, mean, std))
+        return task.run(model, image, batch)
 
 
 def predict(
@@ -90,9 +116,8 @@ def predict(
     for model in models.values():
         model.eval()
     for batch in batches:
-        image = batch["image"].to(world.device, non_blocking=True)
         for name, model in models.items():
-            parts[name].append(task.collect(output_of(model, image, mean, std, precision), batch))
+            parts[name].append(task.collect(output_of(task, model, batch, mean, std, precision), batch))
     for name, model in models.items():
         model.train(modes[name])
     return {name: task.join(gather(task.join(batches))) for name, batches in parts.items()}

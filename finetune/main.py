@@ -17,7 +17,8 @@ from configs.compare import to_dict
 from configs.errors import UserError, run_main
 from configs.log import say
 from configs.recipes import recipe_section
-from configs.schema import Encoder, Finetune, PretrainModel
+from configs.schema import Data, Encoder, Finetune, PretrainModel
+from configs.shell import command
 from finetune.tasks import TASKS
 from launch.inputs import check_inputs
 from models.sizes import resolve
@@ -31,7 +32,7 @@ def main() -> None:
     import numpy as np
     from timm.utils import ModelEmaV3, random_seed
 
-    from data.folder import open_for_training
+    from data.folds import fold_parts
     from data.loader import eval_loader, train_loader
     from finetune.finetuning import Finetuning
     from finetune.layer_decay import layer_decay
@@ -39,6 +40,7 @@ def main() -> None:
     from launch.training.dry_run import plan
     from launch.training.engine import Engine
     from launch.training.fit import fit_batch, fit_memory
+    from launch.training.images import Images
     from launch.training.parameter_groups import parameter_groups
     from launch.training.report import write_report
     from launch.training.trainer import Trainer
@@ -48,21 +50,28 @@ def main() -> None:
     init = open_init(config.init)
     arch = architecture(config, init.weights.arch if init else None)
     config = replace(config, data=with_statistics(config.data, init, arch.channels))
+    if init is None and config.model.like and config.data.mean is None and config.data.std is None:
+        like = recipe_section(like_recipe(config), "data", Data)
+        config = replace(config, data=replace(config.data, mean=like.mean, std=like.std))
     data, optim = config.data, config.optim
     data.grid(arch.stem_stride)  # raises for a size that is not a multiple of the patch
     statistics = data.statistics(arch.channels)
-    train_split, eval_split = open_for_training(data), open_for_training(data, config.eval_split)
+    ranks = dry_run()
+    world = init_world(config.run) if ranks is None else None
+    recorded = recorded_optim(config.run, "fine-tuning") if world else {}
+    collection = Images(config.run, world, resumed=bool(recorded))
+    splits = collection.open(data, [data.split] if data.folds else [data.split, config.eval_split])
+    train_split, eval_split = fold_parts(*splits, data.fold, data.folds) if data.folds else splits
     task = TASKS[config.task.name].make_task(config, train_split, eval_split)
     transform, weights = task.train_transform(statistics[0]), task.sample_weights()
     images = len(train_split) if weights is None else np.count_nonzero(weights)
     decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
-    if (ranks := dry_run()) is not None:
+    if ranks is not None:
         model = task.build(arch)
-        say(plan(config, model, parameter_groups(model, optim, decay), images, ranks, check=task.check_batch))
+        say(plan(config, model, parameter_groups(model, optim, decay), images, ranks, task.inputs, task.check_batch))
         return
 
-    world = init_world(config.run)
-    recorded, check = recorded_optim(config.run, "fine-tuning"), task.check_batch
+    check = task.check_batch
     optim = fit_batch(optim, images, world.ranks, data.repeats, check, recorded)
     check(optim.accumulation(world.ranks)[0])
     config = replace(config, optim=optim)
@@ -70,15 +79,17 @@ def main() -> None:
     model = task.build(arch)
     task.load(model, init)
     groups = parameter_groups(model, optim, decay)
-    optim = fit_memory(config, model, groups, world, lambda image: (image,), check, recorded)
+    optim = fit_memory(config, model, groups, world, task.inputs, check, recorded)
     micro, _ = optim.accumulation(world.ranks)
     config = replace(config, optim=optim)
     ema = ModelEmaV3(model, config.augment.ema) if config.augment.ema else None  # before the engine wraps the model
     engine = Engine(model, groups, optim, world)
 
     place = world.rank, world.ranks, world.device.type == "cuda"
-    loader = train_loader(train_split, transform, arch.channels, config.run.seed, data, optim, *place, weights)
-    val_loader = eval_loader(eval_split, task.eval_transform(), arch.channels, data, micro, *place)
+    channels, read_target = arch.channels, task.read_target
+    train = train_split, transform, channels, config.run.seed, data, optim, *place
+    loader = train_loader(*train, weights=weights, read_target=read_target)
+    val_loader = eval_loader(eval_split, task.eval_transform(), channels, data, micro, *place, read_target=read_target)
     digests = {"data_digest": train_split.digest, "init_digest": init.digest if init else "none"}
     identity = to_dict(config) | {"stage": "fine-tuning"} | digests
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
@@ -88,10 +99,11 @@ def main() -> None:
     trainer = Trainer(config, engine, loader, stage, world, identity, [eval_split])
     trainer.run()
     best, path = stage.best, trainer.folder / "best.pt"
-    say(f"best {config.eval_split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
+    say(f"best {stage.split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
     if world.first:
         task.draw(trainer.folder, stage.best_predictions)
         say(f"wrote {write_report(trainer.folder)}: open it in a browser")
+        say(f"next: {command('finetune/evaluate.py', path, data.path, '--split', config.eval_split)}")
     destroy_world()
 
 
@@ -110,13 +122,18 @@ def architecture(config: Finetune, arch: Encoder | None) -> Encoder:
                 raise UserError(f"{config.init} has model.{key} {getattr(arch, key)}, not {value}: leave the key out")
         return replace(arch, channels=config.model.channels or arch.channels)
     if "name" not in given and config.model.like:
-        path = Path(config.model.like)
-        recipe = recipe_section(path if path.exists() else ROOT / path, "model", PretrainModel)
+        recipe = recipe_section(like_recipe(config), "model", PretrainModel)
         given = {key: getattr(recipe, key) for key in keys} | given
         say(f"--init none: the model of {config.model.like}, from scratch")
     if "name" not in given:
         raise UserError("--init none needs a model: set --model.name, such as convnextv2_atto, or --init fcmae.pt")
     return resolve(Encoder(**given))
+
+
+def like_recipe(config: Finetune) -> Path:
+    """The recipe of `model.like`, from this folder or the project's."""
+    path = Path(config.model.like)
+    return path if path.exists() else ROOT / path
 
 
 if __name__ == "__main__":

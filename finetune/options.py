@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from configs.keys import RAY_HELP, argument, option, require
-from data.reading import Reading
+from data.reading import FileOptions
 
+TTA = ("hflip", "vflip", "crops")  # views in test-time augmentation
 STDIN = "-"  # in place of paths: read them from standard input
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 
@@ -31,21 +32,22 @@ class DeviceOptions(ModelOptions):
 
 
 @dataclass(frozen=True)
-class ImageOptions(Reading, DeviceOptions):
+class ImageOptions(FileOptions, DeviceOptions):
     """Which model to use, where it runs, and how files of images are read."""
+
+    tta: tuple[str, ...] = option((), f"average the outputs for several views of each image: {', '.join(TTA)}")
 
     def __post_init__(self):
         super().__post_init__()
-        require(
-            self.pages != "all", "--pages", self.pages, "first: a file has one prediction, shards may have all pages"
-        )
+        for name in self.tta:
+            require(name in TTA, "--tta", name, f"one or several of {', '.join(TTA)}")
 
 
 @dataclass(frozen=True)
-class EmbedOptions(DeviceOptions):
+class EmbedOptions(FileOptions, DeviceOptions):
     """The command line of finetune/embed.py."""
 
-    source: str = argument("folder of images, or folder of shards or its URL")
+    source: str = argument("images: a folder, a zip, a tar, a table of files, or shards or their URL")
     out: Path = argument("Parquet file to write")
     split: tuple[str, ...] = option(("train",), "splits to embed, in this order; a folder without splits is one")
     dtype: Literal["float32", "float16"] = option("float32", "type of the features in the file")
@@ -54,4 +56,5 @@ class EmbedOptions(DeviceOptions):
     ray: str | None = option(None, RAY_HELP, alone="auto")
 
     def __post_init__(self):
+        super().__post_init__()
         require(len(set(self.split)) == len(self.split), "--split", " ".join(self.split), "different splits")

@@ -1,4 +1,4 @@
-"""Classify pictures with trained weights: names and probabilities for each.
+"""Predict with trained weights: for each picture classes and their probabilities, labels, numbers, or a mask.
 
 python finetune/predict.py runs/photos-finetuned/best.pt cat.jpg dog.jpg
 python finetune/predict.py runs/photos-finetuned/best.pt inbox/ --csv inbox.csv --annotate inbox-annotated
@@ -6,8 +6,9 @@ find photos -name '*.jpg' | python finetune/predict.py runs/photos-finetuned/bes
 python finetune/predict.py convnextv2_tiny_1k_224_ema.pt cat.jpg --classes imagenet.txt
 
 Folders are searched recursively; `-` reads paths from standard input, one a line. Size, crop, normalisation and class
-names come from the weights. Unreadable pictures are reported on standard error; the others are classified, and the exit
-code is 2.
+names come from the weights. --tta hflip averages over mirrored pictures as well. Of a segmentation model, --annotate
+writes masks (index PNG) and pictures in their colours; the table has each class's share of the pixels. Unreadable
+pictures are reported on standard error; the others are predicted, and the exit code is 2.
 """
 
 import sys
@@ -32,7 +33,7 @@ class Options(ImageOptions):
 
     images: tuple[str, ...] = argument("file, folder, or - for paths from standard input")
     top: PositiveInt = option(5, "classes per picture")
-    annotate: Path | None = option(None, "folder for copies with names and probabilities below the picture")
+    annotate: Path | None = option(None, "folder for copies with names and probabilities, or for masks")
     csv: Path | None = option(None, "write a table")
     json: Path | None = option(None, "write the same as a list of objects")
     batch: PositiveInt = option(32, "pictures per batch")
@@ -58,17 +59,17 @@ def main(argv: list[str] | None = None) -> None:
 def classify(options: Options) -> tuple[int, int]:
     """Classify and print batch by batch, then write the files. Returns (unreadable pictures, all pictures)."""
     from data.loader import collate  # slow imports, after parsing
-    from data.transforms import EvalTransform
     from finetune.batches import PREFETCHED, find_pictures, picture_batches
     from finetune.inference import output_of
     from finetune.tasks import make_inference
+    from finetune.tta import with_views
     from launch.training.precision import precision
     from launch.training.world import destroy_world, init_world
     from models.opening import open_classifier
 
-    trained = open_classifier(options.weights, options.ema, options.size)
-    task = make_inference(trained)
+    task = make_inference(open_classifier(options.weights, options.ema, options.size))
     task.name_outputs(options.classes)
+    averaged = with_views(task, options.tta)
     paths = find_pictures(options.images)
     if options.annotate:
         options.annotate.mkdir(parents=True, exist_ok=True)
@@ -76,17 +77,17 @@ def classify(options: Options) -> tuple[int, int]:
     if world.ranks > 1:
         raise UserError("finetune/predict.py runs in one process: start it with python, not with a launcher")
     kind = precision(Optim(precision=options.precision), world.device)
-    model, mean, std = (x.to(world.device) for x in (trained.model, trained.mean, trained.std))
-    channels, transform = trained.preprocessing.channels, EvalTransform.of(trained.preprocessing)
+    trained = task.trained
+    model, mean, std = (x.to(world.device) for x in (averaged, trained.mean, trained.std))
     prefetched = 0 if options.images == (STDIN,) else PREFETCHED  # answer whoever writes the paths at once
     kept = []
     done = failed = 0
-    for pictures in picture_batches(paths, transform, channels, options.batch, prefetched, options):
+    for pictures in picture_batches(paths, task, options.batch, prefetched, options):
         readable = [picture for picture in pictures if not picture.error]
         if readable:
-            image = collate([{"image": picture.image} for picture in readable])["image"].to(world.device)
-            output = output_of(model, image, mean, std, kind)
-            predictions = task.predict(output, [picture.path for picture in readable], options.top)
+            batch = collate([picture.entries for picture in readable])
+            output = output_of(task, model, batch, mean, std, kind)
+            predictions = task.predict(output, batch, [picture.path for picture in readable], options.top)
             for number, prediction in enumerate(predictions, done + 1):
                 print(f"{prediction.path}: {', '.join(prediction.lines)}")
                 if options.annotate:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 from configs.errors import UserError
-from configs.schema import Optim, Run
+from configs.schema import Data, Optim, Run
 from data.folder import Folder, names_of, open_images
 from data.ray_pool import cluster_resources, run_on_ray
+from data.reading import Reading, reading_of
 from data.shards import Split
 from data.transforms import EvalTransform
 from finetune.embedding import Rows, embed, embedding_loader, rows_of
@@ -30,6 +31,7 @@ class Job:
     ema: bool
     size: Size | None
     source: str
+    reading: Reading
     device: str
     precision: str
     batch: int
@@ -53,8 +55,8 @@ def plan_job(options: EmbedOptions) -> tuple[Job, dict[str, int]]:
         raise UserError(f"--device is cuda, but the Ray cluster at {options.ray} has no GPU: use auto or cpu")
     share = min(MAX_WORKERS, max(1, int(found.get("CPU", 1)) // gpus)) if gpus else 0
     workers, device = share if options.workers is None else options.workers, "cuda" if gpus else "cpu"
-    about = options.weights, digest(options.weights), options.ema, options.size, options.source, device
-    job = Job(*about, options.precision, options.batch, workers)
+    about = options.weights, digest(options.weights), options.ema, options.size, options.source, reading_of(options)
+    job = Job(*about, device, options.precision, options.batch, workers)
     resources = {"cpus": max(1, workers), "gpus": min(1, gpus)}
     (kind,) = run_on_ray(_precision, [job], options.ray, **resources)
     return replace(job, precision=kind), resources
@@ -80,11 +82,12 @@ def _precision(job: Job) -> str:
 
 def _embed_part(part: Part, job: Job) -> tuple[list[Rows], dict[int, str]]:
     trained, world = _open(job)
-    images = _images(job.source, part.split)
+    images = _images(job.source, part.split, job.reading)
     if images.digest != part.digest:
         raise UserError(f"{job.source} has other images on another node: all nodes must share it")
     transform, channels = EvalTransform.of(trained.preprocessing), trained.preprocessing.channels
-    loader = embedding_loader(images, part.samples, transform, channels, job.workers, job.batch, world)
+    data = Data(workers=job.workers, max_pixels=job.reading.max_pixels)
+    loader = embedding_loader(images, part.samples, transform, channels, data, job.batch, world)
     names, damaged = iter(names_of(images, part.samples)), {}
     parts = embed(trained, loader, world, job.precision, damaged, lambda steps, *_: steps)
     return [rows_of(batch, names, images.classes) for batch in parts], damaged
@@ -99,5 +102,5 @@ def _open(job: Job) -> tuple[Trained, World]:
 
 
 @lru_cache(2)
-def _images(source: str, split: str) -> Split | Folder:
-    return open_images(source, split)
+def _images(source: str, split: str, reading: Reading) -> Split | Folder:
+    return open_images(source, split, reading)

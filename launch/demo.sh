@@ -18,7 +18,7 @@ SECONDS=0
 trap 'echo $((before + SECONDS)) >runs/demo/seconds' EXIT
 step() { printf '\n\033[1m== %s\033[0m\n%s\n' "$1" "\$ ${*:2}"; "${@:2}"; }
 
-step "1/4  images -> shards" python data/prepare.py digits shards/digits
+step "1/4  images -> shards" python data/prepare.py digits shards/digits --no-plan
 step "2/4  FCMAE pretraining" \
     deepspeed --quiet --num_gpus 1 pretrain/main.py --run.folder runs/demo --run.name pretrain
 step "3/4  fine-tuning from the pretrained weights" \

@@ -3,6 +3,9 @@
 Parameter names are timm's. A layout (models/sparse/layouts.py) defines how x is stored; channels are always last.
 """
 
+from collections import deque
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from timm.layers import DropPath
@@ -127,13 +130,17 @@ class ConvNeXt(nn.Module):
         self.head = Head(arch.dims[-1], classes) if classes else None
         self.apply(init_weights)
 
-    def forward_features(self, image: Tensor, layout: Layout) -> Tensor:
-        """Images [B, C, H, W] to the last stage's tokens, in the layout's shape."""
+    def forward_stages(self, image: Tensor, layout: Layout) -> Iterator[Tensor]:
+        """Images [B, C, H, W] to the tokens of each of the four stages, in the layout's shape."""
         conv, norm = self.stem
         x = norm(layout.embed(image, conv))
         for stage in self.stages:
             x = stage(x, layout, self.recompute if self.training else "none")
-        return x
+            yield x
+
+    def forward_features(self, image: Tensor, layout: Layout) -> Tensor:
+        """Images [B, C, H, W] to the last stage's tokens, in the layout's shape."""
+        return deque(self.forward_stages(image, layout), maxlen=1).pop()  # keeps no other
 
     def forward(self, image: Tensor) -> Tensor:
         """Images [B, C, H, W] to logits [B, classes]."""
@@ -147,4 +154,5 @@ def init_weights(module: nn.Module) -> None:
     """
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

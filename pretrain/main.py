@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.command import dry_run, parse
+from configs.command import dry_run, given_recipe, parse
 from configs.compare import to_dict
 from configs.errors import run_main
 from configs.log import say
@@ -25,10 +25,12 @@ from configs.schema import Pretrain
 from launch.inputs import check_inputs
 from pretrain.objectives import OBJECTIVES
 
+RECIPE = "pretrain/digits.yaml"  # without --config
+
 
 def main() -> None:
     """Entry point: parse, build, run."""
-    config = parse(Pretrain, "pretrain/digits.yaml", __doc__, {"objective": OBJECTIVES})
+    config = parse(Pretrain, RECIPE, __doc__, {"objective": OBJECTIVES})
     make_objective = OBJECTIVES[config.objective.name].Objective
     make_objective(config)  # check the settings before the slow imports
     check_inputs(config)
@@ -36,13 +38,13 @@ def main() -> None:
     from timm.utils import random_seed
     from torch import Tensor
 
-    from data.folder import open_for_training
     from data.loader import train_loader
-    from data.suggest import finetune_command
+    from launch.plans.following import after_pretraining
     from launch.training.checkpoints import recorded_optim
     from launch.training.dry_run import plan
     from launch.training.engine import Engine
     from launch.training.fit import fit_batch, fit_memory
+    from launch.training.images import Images
     from launch.training.parameter_groups import parameter_groups
     from launch.training.report import write_report
     from launch.training.summary import write_summary
@@ -57,17 +59,19 @@ def main() -> None:
     config = replace(config, data=with_statistics(config.data, init, config.model.channels))
     data, optim, objective = config.data, config.optim, make_objective(config)
     statistics = data.statistics(config.model.channels)
-    split, probe = open_for_training(data), probe_splits(config)
+    ranks = dry_run()
+    world = init_world(config.run) if ranks is None else None
+    recorded = recorded_optim(config.run, "pretraining") if world else {}
+    images = Images(config.run, world, resumed=bool(recorded))
+    [split], probe = images.open(data, [data.split]), probe_splits(config, images)
 
     def inputs(image: Tensor) -> tuple[Tensor, ...]:
         return objective.inputs(image, objective.example(len(image)))
 
-    if (ranks := dry_run()) is not None:
+    if ranks is not None:
         model = objective.build()
         say(plan(config, model, parameter_groups(model, optim), len(split), ranks, inputs))
         return
-    world = init_world(config.run)
-    recorded = recorded_optim(config.run, "pretraining")
     config = replace(config, optim=fit_batch(optim, len(split), world.ranks, data.repeats, recorded=recorded))
     random_seed(config.run.seed)
     model = objective.build()
@@ -98,10 +102,12 @@ def main() -> None:
             preprocessing = Preprocessing(data.height_width, config.model.channels, *statistics)
             weights = Weights(model.encoder.arch, preprocessing, cpu_state(model.encoder), *objective.decoder(model))
             save(path, replace(weights, classes=split.classes, objective=config.objective.name))
-            summary = summarize(trainer.folder / "log.jsonl", config, trainer.steps_per_epoch)
+            lines = after_pretraining(path, config, given_recipe(RECIPE), split)
+            summary = summarize(trainer.folder / "log.jsonl", config, trainer.steps_per_epoch) | {"next": lines}
             write_summary(trainer.folder, config, world, seconds, summary)
-            print(f"wrote {path}: fine-tune it with `{finetune_command(path, to_dict(config))}`")
+            print(f"wrote {path}: encoder and decoder")
             print(f"wrote {write_report(trainer.folder)}: open it in a browser")
+            print("\n".join(lines))
     destroy_world()
 
 

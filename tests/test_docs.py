@@ -70,3 +70,10 @@ def test_the_check_of_features_can_fail(text, wrong):
     assert check_features(f"{HEAD}| x | yes[^a] | no: it is not |\n\n[^a]: {THIS}\n") == 1
     with pytest.raises(AssertionError, match=wrong):
         check_features(HEAD + text + "\n")
+
+
+def test_every_collection_on_the_data_page_names_a_test_that_exists():
+    table = (ROOT / "docs/data.md").read_text().split("| collection | what prepare does | test |\n")[1].split("\n\n")[0]
+    rows = table.splitlines()[1:]
+    assert len(rows) > 40 and all(len(named_tests(row.rsplit("|", 2)[1])) == 1 for row in rows)
+    assert all("::" in row for row in rows)

@@ -50,7 +50,7 @@ def answered(command: str, *words: str) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.mark.parametrize("command", [*STAGES, *COMMANDS, "data/prepare.py", "launch/report.py"])
+@pytest.mark.parametrize("command", [*STAGES, *COMMANDS, "data/prepare.py", "launch/report.py", "launch/plan.py"])
 def test_help(command):
     done = answered(command, "--help")
     assert done.returncode == 0 and command.split("/")[1] in done.stdout and done.stderr == ""
@@ -94,6 +94,8 @@ def test_mistakes(command, words, names):
         ([RECONSTRUCT, "nowhere", "--weights", FILE, "--out", "x.png"], "nowhere"),
         ([RECONSTRUCT, "docs", "--weights", FILE, "--out", "nowhere/x.png"], "nowhere"),
         ([RECONSTRUCT, "docs", "--weights", FILE, "--out", "x.png", "--size", "big"], "--size"),
+        (["launch/plan.py", "nowhere"], "nowhere"),
+        (["launch/plan.py", "docs/guide", "--out", "nowhere/x.yaml"], "nowhere"),
         ([CONVERT, "nowhere.pt", "x.pt", "--to", "ours"], "nowhere.pt"),
         ([CONVERT, FILE, "nowhere/x.pt", "--to", "ours"], "nowhere"),
         ([CONVERT, FILE, "x.pt", "--to", "nothing"], "nothing"),

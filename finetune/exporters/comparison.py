@@ -38,8 +38,17 @@ def comparison_batches(images: Tensor, free: tuple[bool, bool]) -> list[Tensor]:
     return [images[:1], images[torch.arange(3) % len(images)], images, *larger]
 
 
-def compare(expected: list[list[Tensor]], predict: Predict, batches: list[Tensor], fp16: bool, subject: str) -> float:
+def compare(
+    expected: list[list[Tensor]],
+    predict: Predict,
+    batches: list[Tensor],
+    fp16: bool,
+    subject: str,
+    one_class: bool = True,
+) -> float:
     """The maximum difference from the expected outputs of each batch, relative to the largest output.
+
+    `one_class`: an output [B, K] is of K classes, of which an image has one.
 
     Raises:
         UserError: the difference exceeds the tolerance or is not finite, or an image is assigned to another class; the
@@ -54,20 +63,22 @@ def compare(expected: list[list[Tensor]], predict: Predict, batches: list[Tensor
             if not share <= tolerance:
                 found = f"{share:.1e} of the largest output in a batch of {len(images)}"
                 raise UserError(f"{subject} differs from the source by {found}, more than {tolerance:.0e}")
-            if output.ndim == 2 and (others := int((output.argmax(1) != reference.argmax(1)).sum())):
+            if one_class and output.ndim == 2 and (others := int((output.argmax(1) != reference.argmax(1)).sum())):
                 raise UserError(f"{subject} assigns {others} of {len(images)} images to another class than the source")
             largest = max(largest, share)
     return largest
 
 
-def check_fp16(source: Deployed, low: Deployed, expected: list[list[Tensor]], batches: list[Tensor]) -> None:
+def check_fp16(
+    source: Deployed, low: Deployed, expected: list[list[Tensor]], batches: list[Tensor], one_class: bool = True
+) -> None:
     """Raise `UserError` if a model does not run in fp16, in torch: other runtimes may use fp32 on a CPU.
 
     The message names the first layer that overflows, if any.
     """
     try:
         with explain_errors("torch"):
-            compare(expected, predict_with(low), batches, True, "--fp16 does not suit this model: it")
+            compare(expected, predict_with(low), batches, True, "--fp16 does not suit this model: it", one_class)
     except UserError as error:
         name, value = first_overflow(source, batches)
         if not name:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from configs.schema import Finetune, Optim, Pretrain
-from launch.training.fit import Check, Room, any_batch, fit_batch, largest, measure_need, measured_counts
-from launch.training.memory import GIB, Inputs, free_bytes, state_bytes
+from launch.training.fit import Check, any_batch, fit_batch, largest, measured_counts, room_on
+from launch.training.memory import GIB, Inputs, state_bytes
 from launch.training.precision import precision
 from models import kernels
 
@@ -50,14 +50,12 @@ def plan(
     parameters = sum(p.numel() for p in model.parameters())
     height, width = config.data.height_width
     kernels.use(config.run.kernels == "fused")
-    free = free_bytes(device)  # before the model is measured
-    need = measure_need(replace(config, optim=optim), model.to(device), groups, ranks, inputs)
-    room = Room(free + 4 * parameters * (device.type == "cpu"), 1, need)  # on a CPU the weights are loaded already
+    room = room_on(device, replace(config, optim=optim), model, groups, ranks, inputs)
     best = largest(room.limit, room.roomy, optim.batch_size // ranks, check)
     if optim.micro_batch == "auto":
         optim = replace(optim, micro_batch=best)
     micro, _ = optim.accumulation(ranks)
-    extra = {"activations": need.activations.bytes(micro)}
+    extra = {"activations": room.need.activations.bytes(micro)}
     if isinstance(config, Finetune) and config.augment.ema:
         extra["EMA"] = 4 * parameters
     notes = [LEGEND.format(kind=kind, mode=encoder.recompute, counts=counts, device=device.type.upper())]

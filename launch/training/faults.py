@@ -88,8 +88,10 @@ class Faults:
         for name, split in self.splits.items():
             damaged = len(self.damaged[name])
             if damaged > self.max_damaged * len(split):
+                remedy = "repair damaged shards with `python data/prepare.py SHARDS --repair`"
+                if not split.shards:  # a collection that was not prepared
+                    remedy = "make shards with `python data/prepare.py SOURCE OUT`, which leaves them out"
                 raise UserError(
                     f"{damaged} of {len(split)} images of split {name} cannot be used, more than data.max_damaged "
-                    f"{self.max_damaged} allows (log.jsonl lists them with reasons): repair damaged shards with "
-                    "`python data/prepare.py SHARDS --repair`"
+                    f"{self.max_damaged} allows (log.jsonl lists them with reasons): {remedy}"
                 )

@@ -175,6 +175,16 @@ def measure_need(
     return Need(state, measure_activations(model, batches, low))
 
 
+def room_on(
+    device: torch.device, config: Pretrain | Finetune, model: nn.Module, groups: list[dict], ranks: int, inputs: Inputs
+) -> Room:
+    """What a rank could use on this device, outside of a run; the model is moved there."""
+    free = free_bytes(device)  # before the model is measured
+    need = measure_need(config, model.to(device), groups, ranks, inputs)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    return Room(free + weights * (device.type == "cpu"), 1, need)  # on a CPU the weights are loaded already
+
+
 def measured_counts(optim: Optim, ranks: int) -> list[int]:
     """Numbers of images that activations are measured with: not more than a micro batch has, which could not fit."""
     micro, _ = optim.accumulation(ranks)

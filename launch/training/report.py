@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import shlex
 from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
@@ -16,8 +15,8 @@ from matplotlib.figure import Figure
 
 from configs.errors import UserError
 from configs.files import write_atomic
+from configs.shell import command
 from data.shards import read_index
-from data.suggest import finetune_command
 from launch.training.runlog import read_log
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -25,6 +24,8 @@ PICTURES = {  # titles by file name; other pictures are shown under their names
     "reconstruction.png": "Images of the last batch and the model's output",
     "confusion.png": "Confusion matrix of the best weights",
     "calibration.png": "Calibration of the best weights",
+    "scatter.png": "Predictions of the best weights over true values",
+    "examples.png": "Examples of the evaluation split, with the predictions of the best weights",
 }
 CURVES = {  # by title of the plot: labels of curves by their names in log.jsonl; other scores are shown under theirs
     "loss": {"loss": "training"},
@@ -113,25 +114,36 @@ def _data_url(path: Path) -> str:
 
 def next_commands(run: Path, config: dict) -> dict[str, str]:
     """Commands to continue with, by purpose."""
-    shards = shlex.quote(config["data"]["path"])
-    objective = config.get("objective", {}).get("name")
-    best, pretrained = (shlex.quote(str(run / name)) for name in ("best.pt", f"{objective}.pt"))
-    if (run / "best.pt").exists():
+    shards, objective = config["data"]["path"], config.get("objective", {}).get("name")
+    best, pretrained = run / "best.pt", run / f"{objective}.pt"
+    if best.exists():
+        split = ("--split", config["eval_split"])
+        evaluate = command("finetune/evaluate.py", best, shards, *split)
+        compared = ("--to", "onnx", "--images", shards, *split)
         return {
-            "evaluate it in detail": f"python finetune/evaluate.py {best} {shards} --split {config['eval_split']}",
-            "use it on images": f"python finetune/predict.py {best} photos/",
-            "export it": f"python finetune/export.py {best} model.onnx --to onnx --images photos/",
-            "use it in timm": f"python models/convert.py {best} model.safetensors --to timm",
+            **({} if config["data"].get("folds") else {"evaluate it in detail": evaluate}),  # a fold is no split
+            "use it on images in photos/": command("finetune/predict.py", best, "photos/"),
+            "export it": command("finetune/export.py", best, run / "model.onnx", *compared),
+            "use it in transformers": command("models/convert.py", best, run / "hf", "--to", "transformers"),
         }
-    if (run / f"{objective}.pt").exists():
-        grid = f"python pretrain/reconstruct.py photos/ --weights {pretrained} --out grid.png"
+    if pretrained.exists():
+        following = _recorded(run)
+        evaluated = config.get("probe", {}).get("eval_split", "val")
+        probe = command("finetune/probe.py", pretrained, shards, "--eval-split", evaluated)
+        grid = command("pretrain/reconstruct.py", "photos/", "--weights", pretrained, "--out", "grid.png")
         return {
-            "fine-tune it on labels": finetune_command(run / f"{objective}.pt", config),
-            "evaluate its features": f"python finetune/probe.py {pretrained} {shards}",
-            **({"draw its reconstructions": grid} if objective == "fcmae" else {}),
-            "use it in timm": f"python models/convert.py {pretrained} encoder.safetensors --to timm",
+            **({"continue": following} if following else {}),
+            **({"evaluate its features by labels": probe} if "finetune/main.py" in following else {}),
+            **({"draw reconstructions of images in photos/": grid} if objective == "fcmae" else {}),
+            "use it in transformers": command("models/convert.py", pretrained, run / "hf", "--to", "transformers"),
         }
     return {"resume it": "run the command that started it again"}
+
+
+def _recorded(run: Path) -> str:
+    """The command that a pretraining has printed at its end; empty if it recorded none, as earlier versions."""
+    lines = json.loads((run / "summary.json").read_text()).get("next", []) if (run / "summary.json").exists() else []
+    return next((line.removeprefix("next: ") for line in lines if line.startswith("next: ")), "")
 
 
 def curves_of(lines: list[dict]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:

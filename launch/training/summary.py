@@ -16,13 +16,20 @@ from launch.training.world import World
 
 def write_summary(folder: Path, config: Pretrain | Finetune, world: World, seconds: float, results: dict) -> None:
     """Write FOLDER/summary.json: `results` (plain values), seconds, hardware, configuration."""
-    if world.device.type == "cuda":
-        hardware = f"{torch.cuda.get_device_name(world.device)} x {world.ranks}"
-    else:
-        cores = torch.get_num_threads() * int(os.environ["LOCAL_WORLD_SIZE"])  # of this machine
-        hardware = f"{cpu_name()}, {cores} core{'s' * (cores > 1)}"
-    about = {"seconds": round(seconds), "hardware": hardware, "config": to_dict(config)}
+    cores = torch.get_num_threads() * int(os.environ["LOCAL_WORLD_SIZE"])  # of this machine
+    about = {
+        "seconds": round(seconds),
+        "hardware": hardware(world.device, world.ranks, cores),
+        "config": to_dict(config),
+    }
     write_atomic(folder / "summary.json", json.dumps(results | about, indent=1).encode())
+
+
+def hardware(device: torch.device, ranks: int, cores: int) -> str:
+    """GPUs, or CPU and cores, that a run uses."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} x {ranks}"
+    return f"{cpu_name()}, {cores} core{'s' * (cores > 1)}"
 
 
 def cpu_name() -> str:

@@ -7,11 +7,11 @@ from typing import Literal
 import pytest
 from pydantic import PositiveInt
 
-from configs.command import dry_run, parse, parse_options
+from configs.command import dry_run, given_recipe, parse, parse_options
 from configs.compare import differences, to_dict
 from configs.errors import UserError, nearest
 from configs.keys import REQUIRED, argument, keys, option
-from configs.recipes import recipe_section
+from configs.recipes import has_block, recipe_section
 from configs.schema import Data, Encoder, Finetune, FinetuneModel, Optim, Pretrain
 from finetune.tasks import TASKS
 from pretrain.objectives import OBJECTIVES
@@ -44,6 +44,14 @@ def test_without_config_the_built_in_recipe_is_named(capsys):
     config = parsed()
     assert "no --config: using the built-in recipe" in capsys.readouterr().out
     assert config.data.path == "shards/digits" and config.model.dims == (24, 48, 96, 192)
+
+
+def test_the_built_in_recipe_has_no_keys_for_another_task(tmp_path):
+    config = finetuning("--task.name", "segmentation")
+    assert config.task == TASKS["segmentation"].Settings("segmentation") and config.data.size == 24
+    (tmp_path / "r.yaml").write_text("task: {smoothing: 0.1}\n")
+    with pytest.raises(UserError, match=r"task\.smoothing"):
+        finetuning("--config", str(tmp_path / "r.yaml"), "--task.name", "segmentation")
 
 
 def test_overrides_go_over_the_recipe_and_it_over_defaults(tmp_path):
@@ -202,6 +210,45 @@ def test_one_section_of_a_recipe(tmp_path):
     (tmp_path / "r.yaml").write_text("model: {drop_path: x}\n")
     with pytest.raises(UserError, match=r"model\.drop_path is x: .*a number"):
         recipe_section(tmp_path / "r.yaml", "model", FinetuneModel)
+
+
+BOTH = """
+data: {path: shards/x, size: 64}
+optim: {epochs: 3}
+pretrain:
+  model: {name: convnextv2_pico}
+  optim: {epochs: 7}
+finetune:
+  layer_decay: 0.5
+  task: {mixup: 0.25}
+"""
+
+
+def test_a_recipe_for_both_stages(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(BOTH)
+    pretrain = parse(Pretrain, "", "", {"objective": OBJECTIVES}, ["--config", str(path)])
+    finetune = parse(Finetune, "", "", {"task": TASKS}, ["--config", str(path), "--task.mixup", "0.5"])
+    assert (pretrain.model.name, pretrain.optim.epochs, pretrain.data.size) == ("convnextv2_pico", 7, 64)
+    assert (finetune.layer_decay, finetune.optim.epochs, finetune.data.path) == (0.5, 3, "shards/x")
+    assert finetune.task.mixup == 0.5 and finetune.model.name is None
+    assert recipe_section(path, "model", Encoder).name == "convnextv2_pico"
+    assert has_block(path, "finetune") and given_recipe("", ["--config", str(path), "--optim.lr", "1"]) == path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("  layer_decay", "  layer_decy", r"layer_decy \(nearest: layer_decay\)"),
+        ("{mixup", "{mixp", r"task\.mixp \(nearest: task\.mixup\)"),
+        ("data: {path", "data: {pth", r"data\.pth \(nearest: data\.path\)"),
+        ("finetune:\n", "finetune:\nlayers:\n", "block finetune holds no sections"),
+    ],
+)
+def test_mistakes_in_a_recipe_for_both_stages(old, new, says, tmp_path):
+    (tmp_path / "plan.yaml").write_text(BOTH.replace(old, new))
+    with pytest.raises(UserError, match=says):
+        parse(Finetune, "", "", {"task": TASKS}, ["--config", str(tmp_path / "plan.yaml")])
 
 
 def test_differences():

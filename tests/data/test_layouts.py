@@ -5,7 +5,7 @@ import os
 import pytest
 
 from configs.errors import UserError
-from data.layouts import split_name
+from data.classes import split_name
 from data.shards import read_index
 from tests.conftest import has
 from tests.data.helpers import as_folder, as_tar, as_zip, collection, picture
@@ -98,6 +98,20 @@ def test_what_could_mean_several_things_is_refused(parts, words, tmp_path):
     assert has(message, words.split()[0]) and all(word in message for word in words.split()), message
 
 
+@pytest.mark.parametrize(
+    ("numbers", "refused"), [("1 2", False), ("001 002 003", False), ("0 1", True), ("left right", True)]
+)
+def test_numbered_folders_are_parts_of_a_class(numbers, refused, tmp_path):
+    names = [f"{top}/{number}" for top in ("CAT", "DOG") for number in numbers.split()]
+    source = as_folder(collection(dict.fromkeys(names, 1)), tmp_path / "in")
+    if refused:
+        assert has(refusal(source, tmp_path / "out"), "same sub-folders --no-splits")
+        prepared(source, tmp_path / "out", "--no-splits")
+    else:
+        prepared(source, tmp_path / "out")
+    assert read_index(tmp_path / "out").classes == ["CAT", "DOG"]
+
+
 def test_options_say_what_folders_mean(tmp_path, capsys):
     source = as_folder(collection({"train/a": 2, "train/b": 2, "PublicTest/a": 1, "misc/c": 3}), tmp_path / "in")
     prepared(source, tmp_path / "one", "--splits", "train=train", "test=PublicTest", "unlabeled=misc")
@@ -157,6 +171,7 @@ def test_hidden_files_and_other_types_are_counted(tmp_path, capsys):
               "$RECYCLE.BIN/0.jpg"]  # fmt: skip
     others = ["cat/a.psd", "cat/b.PSD", "notes.md", "cat/README"]
     files = collection({"cat": 2, "dog": 1}) | {name: picture(5) for name in (*hidden, *others)}
+    files["cat/README"] = b"text"  # without a suffix, the content decides
     for make, name in ((as_folder, "in"), (as_zip, "x.zip"), (as_tar, "x.tar")):
         prepared(make(files, tmp_path / name), tmp_path / f"out-{name}")
         assert sizes(tmp_path / f"out-{name}") == {"train": 3}, name

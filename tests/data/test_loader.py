@@ -1,6 +1,7 @@
 """Batches do not depend on the number of loader processes; damage is reported in one line."""
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from PIL import Image
 
 from configs.errors import UserError
 from configs.schema import Data, Optim, Pretrain
+from data.index import index_folder
 from data.loader import Loader, eval_loader, train_loader
+from data.pool import Pool
 from data.shards import index_file, open_split
 from data.transforms import EvalTransform, PretrainTransform
+from data.writing import write_tar
+from finetune.batches import padded_batches
 from tests.data.helpers import as_folder, collection, picture
 from tests.data.test_prepare import prepared
 
@@ -187,3 +192,32 @@ def test_repeated_images_have_other_crops_and_masks(shards):
         assert differ > 0.7  # of two patches in four, one pair of masks in six is alike
     with pytest.raises(UserError, match=r"data\.repeats is 3.*optim\.batch_size 40"):
         Pretrain(data=Data(repeats=3), optim=optim)
+
+
+def test_targets_and_rows_of_objects(tmp_path):
+    """A target that cannot be read makes a sample damaged; padding and replacements have none in evaluation."""
+    about = [{"boxes": [{"box": [i, 0, 1, 1]}] * i} for i in range(4)] + [{"boxes": "damaged"}]
+    samples = [
+        {"__key__": str(i), "png": picture(i, kind="png"), "json": json.dumps(x).encode()} for i, x in enumerate(about)
+    ]
+    write_tar(tmp_path / "train-0.tar", iter(samples))
+    index_folder(tmp_path, Pool(1))
+
+    def read_target(data):
+        boxes = json.loads(data)["boxes"]
+        if boxes == "damaged":
+            raise UserError("boxes are damaged")
+        return torch.tensor([box["box"] for box in boxes]).reshape(-1, 4)
+
+    def with_boxes(image, target, rng):
+        return {"image": image, "object_box": torch.full((1, 4), -1) if target is None else target}
+
+    data = Data(str(tmp_path), workers=0)
+    found = eval_loader(open_split(data), with_boxes, 3, data, 3, 0, 1, read_target=read_target)
+    one, two = found
+    assert one["objects"].tolist() == [0, 1, 2] and one["object_box"][:, 0].tolist() == [1, 2, 2]
+    assert two["objects"].tolist() == [3, 1] and two["object_box"][-1].tolist() == [-1] * 4
+    assert two["damaged"].tolist() == [False, True]
+    assert "boxes are damaged" in found.samples.describe_damage(4)
+    padded = list(padded_batches(found, 3, {}, False))[1]
+    assert padded["objects"].tolist() == [3, 1, 0] and padded["sample"].tolist() == [3, 4, -1]

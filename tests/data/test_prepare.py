@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -19,11 +20,13 @@ from PIL import Image
 from configs.errors import UserError
 from data import prepare
 from data.decode import decode
-from data.index import describe, index_folder, verify
-from data.pool import Pool
-from data.reading import Reading
-from data.reencode import reencode
+from data.index import index_folder, verify
+from data.pool import Pool, run_tasks
+from data.reading import FIRST_FRAME, FIRST_PAGE, Plural, Reading
+from data.reencode import NOT_TURNED, reencode
 from data.shards import Split, index_file, read_index
+from data.values import CLIPPED
+from data.writing import ARRAYS
 from tests.conftest import ROOT, names, run
 from tests.data.helpers import as_folder, as_ilsvrc, as_tar, as_zip, collection, killed, picture
 from tests.data.test_transforms import bomb
@@ -91,13 +94,6 @@ def test_digits(digits):
     train, val = Split(digits, "train"), Split(digits, "val")
     assert decode(train.read(0)[0]).shape == (1, 8, 8)
     assert np.bincount(val.labels()).min() >= 34  # each class, a fifth
-
-
-def test_the_recommended_command_uses_the_recipe_of_the_data(digits, tmp_path, capsys):
-    describe(digits)
-    assert "--config configs/pretrain/digits.yaml" in capsys.readouterr().out
-    prepared(as_folder(CATS, tmp_path / "in"), tmp_path / "cats")
-    assert "--config configs/pretrain/photos.yaml" in capsys.readouterr().out
 
 
 def test_splits_of_the_source(tmp_path):
@@ -352,7 +348,7 @@ def test_verify_names_a_damaged_index(what, tmp_path, capsys):
 
 def test_bad_input_as_a_command(tmp_path):
     (tmp_path / "empty").mkdir()
-    line = run("python", "data/prepare.py", tmp_path / "empty", tmp_path / "out", code=2).stderr
+    line = run("python", "data/prepare.py", "--no-plan", tmp_path / "empty", tmp_path / "out", code=2).stderr
     assert line.startswith("error: ") and line.count("\n") == 1 and f"{tmp_path}/empty" in line
     assert not (tmp_path / "out").exists()
 
@@ -472,10 +468,31 @@ def test_our_own_shards_are_not_indexed_as_foreign(tmp_path):
 
 
 def test_an_image_outside_the_class_folders(tmp_path):
-    source = as_folder(CATS | {"stray.jpg": picture(0)}, tmp_path / "in")
-    with pytest.raises(UserError, match=r"stray\.jpg.*--no-labels"):
+    source = as_folder({f"x/{name}": data for name, data in CATS.items()} | {"stray.jpg": picture(0)}, tmp_path / "in")
+    with pytest.raises(UserError, match=r"such as stray\.jpg.*--no-labels.*--splits train=FOLDER"):
         prepared(source, tmp_path / "out")
     prepared(source, tmp_path / "out", "--no-labels")
+    assert set(Split(tmp_path / "out", "train").labels().tolist()) == {-1}
+    prepared(source, tmp_path / "two", "--splits", "train=x")
+    assert sorted(Split(tmp_path / "two", "train").labels().tolist()) == [0, 0, 0, 0, 0, 1, 1, 1]
+
+
+def _killed(task):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["data/prepare.py", "my photos", "out"])
+    with pytest.raises(UserError, match=r"process was killed.*run `python data/prepare\.py 'my photos' out` again"):
+        run_tasks(_killed, [1, 2, 3], Pool(2), 3)
+
+
+def test_one_image_and_several_in_the_notes():
+    notes = [ARRAYS, CLIPPED, FIRST_PAGE, FIRST_FRAME, NOT_TURNED]
+    assert [note.format(Plural(1)).split(" ")[:2] for note in notes] == [
+        ["1", "image"], ["1", "value"], ["1", "file"], ["1", "picture"], ["1", "image"]
+    ]  # fmt: skip
+    assert CLIPPED.format(Plural(1200)).startswith("1,200 values outside of the range of values were clipped")
 
 
 @pytest.mark.parametrize("label", [b"x", b"-5", b"1.5", b"9" * 40])

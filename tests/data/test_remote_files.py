@@ -11,7 +11,7 @@ from moto.server import ThreadedMotoServer
 from configs.errors import UserError
 from data import prepare, remote, remote_files
 from data.cache import RemoteUserError
-from data.planning import PrepareOptions, ShardPlan
+from data.planning import Part, PrepareOptions, ShardPlan
 from data.remote_files import Upload, open_binary
 from data.sources import Item
 from data.writing import write_shard
@@ -104,7 +104,7 @@ def test_an_image_that_cannot_be_fetched_ends_the_run(s3, tmp_path):
         s3.put_object(Bucket="bucket", Key=entry["Key"], Body=b"", StorageClass="GLACIER")
     with pytest.raises(UserError, match=r"s3://bucket/photos/cat/\d\.jpg"):
         prepared("s3://bucket/photos", tmp_path / "out", *OPTIONS)
-    plan = ShardPlan(tmp_path / "x.tar", [(Item("a.jpg", "s3://bucket/photos/a.jpg", "5 x"), None)], 0)
+    plan = ShardPlan(tmp_path / "x.tar", [Part(Item("a.jpg", "s3://bucket/photos/a.jpg", "5 x"), None, 0, range(1))])
     with pytest.raises(RemoteUserError, match=r"^s3://bucket/photos/a\.jpg does not exist: check SOURCE$"):
         write_shard(plan, PrepareOptions(source="s3://bucket/photos", out="out"), None)
     assert not (tmp_path / "x.tar").exists()

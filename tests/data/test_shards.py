@@ -3,14 +3,21 @@
 import json
 import pickle
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from configs.errors import UserError
+from configs.files import sha256
 from data.decode import decode
-from data.shards import MAX_OPEN_SHARDS, Split, read_index
-from tests.data.helpers import as_folder, collection, open_files
+from data.index import index_folder, verify
+from data.pool import Pool
+from data.repair import repair
+from data.shards import MAX_OPEN_SHARDS, Index, Split, index_file, read_index, write_index
+from data.tars import ROW
+from data.writing import write_tar
+from tests.data.helpers import as_folder, collection, open_files, picture
 from tests.data.test_prepare import HARMS, harm, prepared
 
 
@@ -139,3 +146,54 @@ def test_many_shards_few_open_files(tmp_path):
     assert open_files(tmp_path / "out") == MAX_OPEN_SHARDS
     assert [split.read(i) for i in range(len(split))] == first
     assert pickle.loads(pickle.dumps(split)).read(3) == first[3]
+
+
+def with_targets(folder):
+    """A shard of three samples: a mask and numbers, labels, no target."""
+    mask, about = picture(9, mode="L", kind="png"), json.dumps({"name": "a", "numbers": [1.5]}).encode()
+    folder.mkdir()
+    samples = [
+        {"__key__": "a", "jpg": picture(0), "mask.png": mask, "json": about},
+        {"__key__": "b", "png": picture(1, kind="png"), "json": b'{"labels": []}'},
+        {"__key__": "c", "webp": picture(2, kind="webp"), "json": b'{"name": "c"}', "cls": b"2"},
+    ]
+    write_tar(folder / "train-0.tar", iter(samples))
+    index_folder(folder, Pool(1))
+    return [mask, b'{"labels": []}', b""]
+
+
+def test_targets(tmp_path):
+    """A mask goes before json; json without a target is none."""
+    expected = with_targets(tmp_path / "x")
+    split = Split(tmp_path / "x", "train")
+    assert [split.read_target(i) for i in range(3)] == expected
+    assert [decode(split.read(i)[0]).shape for i in range(3)] == [(3, 16, 20)] * 3
+    assert split.labels().tolist() == [-1, -1, 2]
+    verify(tmp_path / "x", Pool(1))
+
+
+def test_a_sample_with_a_damaged_target_is_damaged(tmp_path, capsys):
+    expected = with_targets(tmp_path / "x")
+    tar = tmp_path / "x/train-0.tar"
+    place = np.load(index_file(tar))["target_offset"][0]
+    with tar.open("r+b") as file:
+        file.seek(int(place) + 20)
+        file.write(b"damaged")
+    with pytest.raises(UserError, match="checksum"):
+        Split(tmp_path / "x", "train").read_target(0)
+    repair(tmp_path / "x", Pool(1))
+    assert "image 0, key 'a'" in (tmp_path / "x/lost.txt").read_text()
+    split = Split(tmp_path / "x", "train")
+    assert [split.read_target(i) for i in range(2)] == expected[1:]
+
+
+def test_an_index_without_targets_is_still_read(tmp_path):
+    """Of an older version: the same rows without the target's columns."""
+    with_targets(tmp_path / "x")
+    index, file = read_index(tmp_path / "x"), tmp_path / "x/train-0.idx.npy"
+    np.save(file, np.load(file)[list(ROW.names)].astype(ROW))
+    shard = replace(index.splits["train"][0], index_sha256=sha256(file))
+    write_index(tmp_path / "x", Index({"train": [shard]}, None))
+    split = Split(tmp_path / "x", "train")
+    assert split.read_target(0) == b"" and decode(split.read(0)[0]).shape == (3, 16, 20)
+    verify(tmp_path / "x", Pool(1))

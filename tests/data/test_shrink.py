@@ -75,7 +75,7 @@ def test_the_loader_does_it_unless_switched_off(tmp_path):
     (tmp_path / "photos").mkdir()
     for i in range(2):
         (tmp_path / f"photos/{i}.jpg").write_bytes(photo(600, 800))
-    run("python", ROOT / "data/prepare.py", tmp_path / "photos", tmp_path / "shards")
+    run("python", ROOT / "data/prepare.py", "--no-plan", tmp_path / "photos", tmp_path / "shards")
     shapes = []
 
     class Seen(PretrainTransform):

@@ -17,6 +17,7 @@ from configs.schema import Encoder, FCMAESettings, Finetune, Pretrain, PretrainM
 from data import prepare
 from finetune import curate, embed, evaluate, export, predict, probe
 from finetune.tasks import TASKS
+from launch import plan
 from launch.training.memory import MEASURED_BATCHES, measure_activations
 from models import convert
 from models.convnext import ConvNeXt
@@ -35,8 +36,10 @@ HAS = {  # what the reader of a page is told to have
     "own-images": ("photos", "labelled", "new-photos"),
     "channels": ("scans", "fields", "rgb.pt"),
     "small-images": ("cifar10.tar.xz",),
+    "several-labels": ("photos", "labels.csv", "new-photos", "runs/photos/fcmae.pt"),
     "one-gpu": ("shards/photos",),
     "many-nodes": ("shards/photos",),
+    "segment": ("streets", "new-photos"),
     "embed": ("photos", "new-photos", "runs/photos/fcmae.pt"),
     "elsewhere": ("shards/photos", "new-photos", "runs/photos/fcmae.pt", "runs/photos-finetuned/best.pt",
                   "checkpoint-799.pth", "convnextv2_atto_1k_224_ema.pt"),
@@ -45,6 +48,7 @@ PARSERS = {
     "pretrain/main.py": partial(parse, Pretrain, "pretrain/digits.yaml", "", {"objective": OBJECTIVES}),
     "finetune/main.py": partial(parse, Finetune, "finetune/digits.yaml", "", {"task": TASKS}),
     "data/prepare.py": prepare.parse,
+    "launch/plan.py": partial(parse_options, plan.Options, ""),
     "models/convert.py": partial(parse_options, convert.Options, ""),
     "finetune/evaluate.py": partial(parse_options, evaluate.Options, ""),
     "finetune/predict.py": partial(parse_options, predict.Options, ""),
@@ -80,8 +84,9 @@ def check_arguments(reader: Reader) -> None:
         if program in ("python", "deepspeed", "torchrun", "sbatch"):
             script, *arguments = split_words(words, ".py")[1]
             assert (ROOT / script).exists(), script
+            made = f"configs/{script.split('/')[0]}/photos.yaml"  # in place of a plan that the reader would have made
             if script in PARSERS:
-                PARSERS[script](arguments)
+                PARSERS[script]([made if word.endswith("/plan.yaml") else word for word in arguments])
 
 
 @pytest.mark.parametrize("page", sorted(HAS))
@@ -99,7 +104,7 @@ def test_arguments_are_ones_that_the_scripts_take(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_keys_files_and_links_that_a_page_names_exist(page):
     text = (GUIDE / f"{page}.md").read_text()
-    stages = Pretrain(), Finetune(task=TASKS["classification"].Settings())
+    stages = Pretrain(), *(Finetune(task=task.Settings()) for task in TASKS.values())
     valid = {key for stage in stages for key, _ in keys(stage)}
     named = set(re.findall(r"--(\w+\.\w+)", text)) | set(
         re.findall(r"`((?:data|model|objective|task|optim|augment|probe|run)\.\w+)`", text)

@@ -43,7 +43,7 @@ def test_from_pretrained_weights(digits, pretrained, tmp_path):
     assert has(done.stdout, "val top-1 average best.pt")
     assert names(tmp_path / "x") == {
         "config.yaml", "log.jsonl", "tensorboard", "checkpoints", "best.pt", "last.pt", "summary.json", "report.html",
-        "confusion.png", "calibration.png",
+        "confusion.png", "calibration.png", "examples.png",
     }  # fmt: skip
     found = summary(tmp_path / "x")
     assert found["last"]["raw"]["images"] == found["last"]["ema"]["images"] == 355
@@ -163,6 +163,6 @@ def test_an_odd_micro_batch_is_not_mixed(digits, tmp_path):
 
 
 def test_shards_without_labels(pretrained, tmp_path, refused):
-    run("python", "data/prepare.py", "digits", tmp_path / "shards", "--no-labels")
+    run("python", "data/prepare.py", "--no-plan", "digits", tmp_path / "shards", "--no-labels")
     line = refused(main, *words(tmp_path / "shards", tmp_path, "x", *SHAPE))
     assert has(line, "train labels")

@@ -370,7 +370,7 @@ def test_one_image(tmp_path):
     """Steps, pictures and weights of a single image."""
     (tmp_path / "in").mkdir()
     np.save(tmp_path / "in/a.npy", np.random.default_rng(0).integers(0, 256, (24, 24, 1), np.uint8))
-    run("python", "data/prepare.py", tmp_path / "in", tmp_path / "shards", "--no-labels")
+    run("python", "data/prepare.py", "--no-plan", tmp_path / "in", tmp_path / "shards", "--no-labels")
     done = run("python", "pretrain/main.py", *words(tmp_path / "shards", tmp_path / "x"))
     assert has(done.stdout, "1 image using 1") and (tmp_path / "x/reconstruction.png").exists()
     assert all(math.isfinite(loss) for _, loss in losses(tmp_path / "x")) and len(losses(tmp_path / "x")) == 2

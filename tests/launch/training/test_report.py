@@ -97,8 +97,15 @@ def test_the_commands_after_any_objective(objective, reconstructs, tmp_path):
         f"run: {{name: x}}\ndata: {{path: shards/x}}\nobjective: {{name: {objective}}}\n"
     )
     (tmp_path / f"{objective}.pt").write_bytes(b"")
+    following = {
+        "stage": "pretraining",
+        "seconds": 1,
+        "hardware": "x",
+        "next": ["why", "next: python finetune/main.py --a b"],
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(following))
     page = write_report(tmp_path).read_text()
-    assert f"--init {tmp_path}/{objective}.pt" in page and ("reconstruct.py" in page) == reconstructs
+    assert "python finetune/main.py --a b" in page and "probe.py" in page and ("reconstruct.py" in page) == reconstructs
 
 
 def test_a_run_that_has_only_begun(tmp_path):

@@ -132,7 +132,7 @@ def test_drift_is_refused_with_the_difference(more, says, digits, pretrained, tm
     other = tmp_path_factory.getbasetemp() / "other-shards"
     if more[1] == "OTHER":
         if not other.exists():
-            run("python", "data/prepare.py", "digits", other, "--shard-size", "400")
+            run("python", "data/prepare.py", "--no-plan", "digits", other, "--shard-size", "400")
         more = ["--data.path", other]
     words = ["--data.path", digits, "--run.folder", pretrained.parent, "--run.name", pretrained.name]
     failed = run("python", "pretrain/main.py", *words, "--optim.epochs", "2", *TINY, *QUICK, *more, code=2)
@@ -201,7 +201,7 @@ def test_one_image_that_is_not_finite(stage, tmp_path):
         members[f"{i:02}.npy"] = out.getvalue()
     (tmp_path / "shards").mkdir()
     as_tar(members, tmp_path / "shards/train-0.tar")
-    run("python", "data/prepare.py", tmp_path / "shards", "--index")
+    run("python", "data/prepare.py", "--no-plan", tmp_path / "shards", "--index")
     more = [
         "--data.size",
         "32",

@@ -5,7 +5,7 @@ import pytest
 
 from configs.errors import UserError
 from configs.schema import Data, Optim
-from data.folder import Folder
+from data.folder import open_images
 from data.folds import Part, fold_parts
 from data.loader import train_loader
 from data.sampler import EpochOrder
@@ -46,7 +46,7 @@ def test_shards_without_a_sample_are_passed_over():
 
 
 def test_a_folder_has_folds_too(tmp_path):
-    folder = Folder(as_folder(collection({"a": 4, "b": 2}), tmp_path / "in"), "train")
+    folder = open_images(str(as_folder(collection({"a": 4, "b": 2}), tmp_path / "in")), "train")
     parts = [fold_parts(folder, fold, 2)[1] for fold in (0, 1)]
     assert [sorted(part.labels()) for part in parts] == [[0, 0, 1], [0, 0, 1]]
     assert isinstance(parts[0], Part) and parts[0].name == "fold 0 of train"

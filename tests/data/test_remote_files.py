@@ -13,10 +13,11 @@ from data import prepare, remote, remote_files
 from data.cache import RemoteUserError
 from data.planning import Part, PrepareOptions, ShardPlan
 from data.remote_files import Upload, open_binary
+from data.shards import Split
 from data.sources import Item
 from data.writing import write_shard
 from tests.conftest import has, names
-from tests.data.helpers import as_folder, as_ilsvrc, as_tar, as_zip, collection
+from tests.data.helpers import as_folder, as_ilsvrc, as_tar, as_zip, collection, picture
 from tests.data.server import Server
 from tests.data.test_prepare import prepared
 
@@ -132,13 +133,64 @@ def test_folders_of_images_and_of_tars(kind, s3, tmp_path):
             prepared("s3://bucket/some/photos", tmp_path / "out", *OPTIONS)
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar", "masks elsewhere"])
+def test_tiles_with_masks(kind, s3, tmp_path):
+    """Tiles are cut from parts of the remote file."""
+    images = {f"images/{i}.png": picture(i, (50, 70), kind="png") for i in range(2)}
+    images["images/2.tif"] = picture(2, (90, 40), kind="tiff")
+    masks = {f"labels/{i}.png": picture(i, size, "L", "png") for i, size in enumerate([(50, 70), (50, 70), (90, 40)])}
+    (tmp_path / "names").write_text("".join(f"{i}\n" for i in range(255)))
+    options = ("--tile", "32", "--shard-size", "5", "--mask-classes", tmp_path / "names", "--masks")
+    local = as_folder(images | masks, tmp_path / "all")
+    prepared(local, tmp_path / "local", *options, "labels")
+    if kind == "tar":
+        s3.upload_file(str(as_tar(images | masks, tmp_path / "x.tar")), "bucket", "x.tar")
+    else:
+        for name, data in (images | masks).items():
+            s3.put_object(Bucket="bucket", Key=f"all/{name}", Body=data)
+    source = {"folder": "s3://bucket/all", "tar": "s3://bucket/x.tar", "masks elsewhere": "s3://bucket/all/images"}[
+        kind
+    ]
+    more = "s3://bucket/all/labels" if kind == "masks elsewhere" else "labels"
+    prepared(source, tmp_path / "out", *options, more)
+    assert len(Split(tmp_path / "out", "train")) >= 15
+    if kind == "masks elsewhere":  # its images have other names
+        assert len(Split(tmp_path / "out", "train")) == len(Split(tmp_path / "local", "train"))
+    else:
+        assert shards(tmp_path / "out") == shards(tmp_path / "local")
+
+
+@pytest.mark.parametrize("lost", ["tile", "mask", "mask of a tile"])
+def test_a_part_that_cannot_be_fetched_ends_the_run(lost, s3, tmp_path):
+    """Neither a tile nor a mask that is out of reach is left out like a damaged one."""
+    (tmp_path / "names").write_text("a\nb\n")
+    (tmp_path / "a.png").write_bytes(picture(0, (50, 70), kind="png"))
+    gone = Item("x.png", "s3://bucket/x.png", "500 x")
+    item = gone if lost == "tile" else Item("a.png", str(tmp_path / "a.png"), "9 9", mask=gone)
+    options = PrepareOptions(
+        source="x", out="out", masks="labels", mask_classes=tmp_path / "names", tile=None if lost == "mask" else 32
+    )
+    with pytest.raises(RemoteUserError, match=r"^s3://bucket/x\.png does not exist: check SOURCE$"):
+        write_shard(ShardPlan(tmp_path / "x.tar", [Part(item, None, 0, range(1))]), options, None)
+    assert not (tmp_path / "x.tar").exists()
+
+
+def test_the_next_command_after_shards_at_a_url(s3, tmp_path, capsys, monkeypatch):
+    """The plan is not made at once: it would fetch what was just uploaded."""
+    source = as_folder(PHOTOS, tmp_path / "photos")
+    monkeypatch.setattr("sys.argv", ["prepare.py", str(source), "s3://bucket/out/", "--workers", "1", *OPTIONS])
+    prepare.prepare_and_plan()
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.startswith("next: ") and told.endswith("launch/plan.py s3://bucket/out")
+
+
 def test_shards_at_a_url(s3, tmp_path, capsys):
     source = as_folder(PHOTOS, tmp_path / "photos")
     prepared(source, tmp_path / "local", *OPTIONS)
     prepared(source, "s3://bucket/out/", *OPTIONS, "--workers", "2")
     found = objects(s3, "out")
     assert found == {name: (tmp_path / "local" / name).read_bytes() for name in names(tmp_path / "local")}
-    assert has(capsys.readouterr().out, "--data.path s3://bucket/out s3://bucket/out/skipped.txt")
+    assert has(capsys.readouterr().out, "s3://bucket/out/preview.png s3://bucket/out/skipped.txt")
     prepared(source, "s3://bucket/out", *OPTIONS)
     assert "s3://bucket/out is complete already" in capsys.readouterr().out
     s3.delete_object(Bucket="bucket", Key="out/train-000001.tar")

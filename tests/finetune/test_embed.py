@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from configs.errors import UserError
 from configs.schema import Data, Run
@@ -86,7 +87,7 @@ def test_two_ranks_write_the_bytes_of_one(weights, photos, tmp_path):
 def test_two_nodes_of_ray_write_the_bytes_of_one_process(
     shards, cluster, weights, photos, tmp_path, monkeypatch, capfd
 ):
-    """Also with damaged images, the first batch of a part among them."""
+    """Also with damaged images, the first batch of a part among them, and with options of reading."""
     pytest.importorskip("finetune.ray_embedding")
     from finetune import ray_embedding
 
@@ -98,8 +99,10 @@ def test_two_nodes_of_ray_write_the_bytes_of_one_process(
     else:
         for name in ("train/cat/4.jpg", "train/dog/0.jpg", "val/dog/3.jpg"):
             (source / name).write_bytes(b"damaged")
+        Image.fromarray(np.random.default_rng(0).random((16, 20), np.float32)).save(source / "train/cat/x.tif")
     monkeypatch.setattr(ray_embedding, "PART", 4)
     more = ["--split", "train", "val", "--batch", "2", "--device", "cpu"]
+    more += [] if shards else ["--value-range", "0", "1"]
     call(embed.main, weights, source, tmp_path / "one.parquet", *more)
     alone = capfd.readouterr().err
     call(embed.main, weights, source, tmp_path / "two.parquet", *more, "--ray", cluster)

@@ -4,9 +4,8 @@ python -m venv /tmp/img2dataset && /tmp/img2dataset/bin/pip install img2dataset
 python bench/prepare.py photos/ --img2dataset /tmp/img2dataset/bin/img2dataset
 
 All write the same images to tars of 1,000, from and to the same disk: as they are, and shrunk to a shorter side of
-224 px as JPEG of quality 95. Times are of whole commands, start-up included; on a busy machine, compare images per
-second of CPU time. prepare also surveys the collection,
-decodes every image, and writes checksums; img2dataset reads file:// URLs; tar only copies, which no tool can beat.
+224 px as JPEG of quality 95. Times are of whole commands; on a busy machine, compare those of the CPU. prepare also
+surveys the collection and writes checksums; img2dataset reads file:// URLs; tar only copies, which no tool can beat.
 """
 
 import os
@@ -17,7 +16,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
@@ -29,11 +27,9 @@ from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import argument, option
 
-SIDE, SHARD = 224, 1000
-
 
 @dataclass(frozen=True)
-class PrepareBench:
+class Options:
     """The command line."""
 
     photos: Path = argument("folder of JPEGs")
@@ -45,65 +41,55 @@ class PrepareBench:
 
 def replicate(photos: Path, folder: Path, copies: int) -> list[Path]:
     """Copies of the photographs in one folder."""
-    files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    files = [path for path in sorted(photos.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")] * copies
     if not files:
         raise UserError(f"{photos} has no .jpg or .jpeg: give a folder of photographs")
-    made = [folder / f"{copy:03}-{number:06}.jpg" for copy in range(copies) for number in range(len(files))]
-    for number, path in enumerate(made):
-        path.write_bytes(files[number % len(files)].read_bytes() + bytes(number))
-    return made
+    for number, path in enumerate(files):
+        (folder / f"{number:09}.jpg").write_bytes(path.read_bytes() + bytes(number))
+    return sorted(folder.iterdir())
 
 
-def commands(options: PrepareBench, source: Path, out: Path, cores: int) -> dict[str, list[object]]:
+def commands(img2dataset: Path | None, source: Path, out: Path, cores: int) -> dict[str, list[object]]:
     """Command lines by name; each writes to `out`."""
-    ours = [sys.executable, ROOT / "data/prepare.py", source, out, "--no-labels", "--shard-size", SHARD]
+    ours = [sys.executable, ROOT / "data/prepare.py", source, out, "--no-labels", "--no-plan", "--shard-size", 1000]
     ours += ["--workers", cores]
-    found = {"tar": ["tar", "cf", f"{out}.tar", source], "prepare": ours, "prepare, 224 px": [*ours, "--resize", SIDE]}
-    if options.img2dataset:
-        theirs = [options.img2dataset, "--url_list", f"{source}.csv", "--input_format", "csv", "--url_col", "url"]
-        theirs += ["--output_folder", out, "--output_format", "webdataset", "--number_sample_per_shard", SHARD]
+    found = {"tar": ["tar", "cf", f"{out}.tar", source], "prepare": ours, "prepare, 224 px": [*ours, "--resize", 224]}
+    if img2dataset:
+        theirs = [img2dataset, "--url_list", f"{source}.csv", "--input_format", "csv", "--url_col", "url"]
+        theirs += ["--output_folder", out, "--output_format", "webdataset", "--number_sample_per_shard", 1000]
         theirs += ["--processes_count", cores, "--thread_count", 16, "--encode_quality", 95]
-        found["img2dataset"] = [*theirs, "--resize_mode", "no"]
-        shrunk = ["--resize_mode", "keep_ratio", "--resize_only_if_bigger", "True", "--image_size", SIDE]
-        found["img2dataset, 224 px"] = [*theirs, *shrunk]
+        shrunk = ["--resize_mode", "keep_ratio", "--resize_only_if_bigger", "True", "--image_size", 224]
+        found |= {"img2dataset": [*theirs, "--resize_mode", "no"], "img2dataset, 224 px": [*theirs, *shrunk]}
     return found
 
 
-def cpu_seconds() -> float:
-    """CPU time of all commands so far, with their own processes."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def seconds(command: list[object], cores: int, out: Path) -> tuple[float, float, int]:
-    """Time of a command on some cores, its CPU time, and the bytes that it has written."""
-    pin = partial(os.sched_setaffinity, 0, sorted(os.sched_getaffinity(0))[:cores])
-    start, cpu = time.perf_counter(), cpu_seconds()
-    done = subprocess.run(list(map(str, command)), preexec_fn=pin, capture_output=True, text=True)
-    elapsed, cpu = time.perf_counter() - start, cpu_seconds() - cpu
+    """Time of a command on some cores, its CPU time with that of its own processes, and the bytes that it writes."""
+    out.parent.mkdir()
+    words = ["taskset", "-c", ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores])), *map(str, command)]
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(words, capture_output=True, text=True)
+    elapsed, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise UserError(f"{command[0]} failed: {done.stderr.strip()[-300:]}")
     size = sum(path.stat().st_size for path in out.parent.rglob("*.tar"))
-    shutil.rmtree(out, ignore_errors=True)
-    Path(f"{out}.tar").unlink(missing_ok=True)
-    return elapsed, cpu, size
+    shutil.rmtree(out.parent)
+    return elapsed, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, size
 
 
 def main() -> None:
     """Entry point."""
-    options = parse_options(PrepareBench, __doc__)
+    options = parse_options(Options, __doc__)
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "photos", Path(folder) / "out/out"
         source.mkdir()
-        out.parent.mkdir()
         files = replicate(options.photos, source, options.copies)
         Path(f"{source}.csv").write_text("\n".join(["url", *(path.as_uri() for path in files), ""]))
-        print(f"{len(files):,} images of {sum(path.stat().st_size for path in files) / len(files) / 1e3:.0f} KB")
-        print("| cores | command | images/s | images per second of CPU time | written |")
+        print(f"{len(files):,} images of {sum(path.stat().st_size for path in files) / len(files) / 1e3:.0f} KB\n")
+        print("| cores | command | images/s | per second of CPU time | written |\n| --- | --- | --- | --- | --- |")
         for cores in options.cores:
-            runs = commands(options, source, out, cores)
             for _ in range(options.rounds):  # in turns, because the machine's speed changes
-                for name, command in runs.items():
+                for name, command in commands(options.img2dataset, source, out, cores).items():
                     elapsed, cpu, size = seconds(command, cores, out)
                     rates = f"{len(files) / elapsed:,.0f} | {len(files) / cpu:,.0f}"
                     print(f"| {cores} | {name} | {rates} | {size / 1e6:,.0f} MB |", flush=True)

@@ -79,7 +79,7 @@ def test_workers_killed_while_shards_are_written(cluster, tmp_path):
     source = as_folder(collection({"cat": 400}), tmp_path / "photos")
     options = ["--shard-size", "20", "--resize", "8"]
     prepared(source, tmp_path / "one", *options)
-    words = ["data/prepare.py", source, tmp_path / "two", *options, "--ray", cluster]
+    words = ["data/prepare.py", "--no-plan", source, tmp_path / "two", *options, "--ray", cluster]
     process = started(tmp_path / "log", *words)
     killed, stop = 0, time.monotonic() + 120
     while killed < 3 and process.poll() is None and time.monotonic() < stop:
@@ -98,7 +98,7 @@ def test_ctrl_c_and_the_same_command_again(cluster, tmp_path):
     source = as_folder(collection({"cat": 400}), tmp_path / "photos")
     options = ["--shard-size", "10", "--resize", "8"]
     prepared(source, tmp_path / "one", *options)
-    words = ["data/prepare.py", source, tmp_path / "two", *options, "--ray", cluster]
+    words = ["data/prepare.py", "--no-plan", source, tmp_path / "two", *options, "--ray", cluster]
     process = started(tmp_path / "log", *words)
     stop = time.monotonic() + 120
     while not list(tmp_path.glob("two/.train-*.record.json")) and time.monotonic() < stop:

@@ -79,7 +79,7 @@ class PrepareOptions(Reading):
     test: str | None = option(None, "another source: its images are split test")
     test_labels: Path | None = option(None, "labels of split test, as --labels")
     masks: str | None = option(
-        None, "masks for semantic segmentation: a folder of SOURCE, or another folder, zip or tar; see docs/data.md"
+        None, "masks for semantic segmentation: a folder of SOURCE, or another source; see docs/data.md"
     )
     mask_classes: Path | None = option(
         None, "classes of the masks: a name a line, or csv with `name,value` or `name,r,g,b`"

@@ -84,7 +84,7 @@ class Item:
         if self.zipped or self.container == "digits":
             return io.BytesIO(self.image_bytes())
         if self.remote:
-            return open_binary(self.container, REGION_BYTES, self.offset or 0, self.size)
+            return open_binary(self.container, REGION_BYTES, self.offset or 0, int(self.byte_size))
         file = Path(self.container).open("rb")  # noqa: SIM115  # the caller closes it
         return file if self.offset is None else io.BufferedReader(_Section(file, self.offset, self.size))
 
@@ -96,8 +96,7 @@ class Item:
                 with archive.open(members[self.offset]) as file:
                     return file.read(count)
             if self.remote:
-                size = int(self.stamp.partition(" ")[0]) if self.offset is None else self.size
-                return read_url(self.container, self.offset or 0, min(count, size))
+                return read_url(self.container, self.offset or 0, min(count, int(self.byte_size)))
             with Path(self.container).open("rb") as file:
                 return os.pread(file.fileno(), min(count, self.size or count), self.offset or 0)
         except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):  # RuntimeError: encrypted in a zip

@@ -112,7 +112,7 @@ def test_an_image_that_cannot_be_fetched_ends_the_run(s3, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["images", "tars"])
-def test_folders_of_images_and_of_tars(kind, s3, tmp_path):
+def test_folders_of_images_and_of_tars(kind, s3, tmp_path, capsys):
     local = tmp_path / "photos"
     if kind == "images":
         as_folder({**PHOTOS, "a b/ü#.jpg": PHOTOS["cat/0.jpg"]}, local)
@@ -123,6 +123,10 @@ def test_folders_of_images_and_of_tars(kind, s3, tmp_path):
     for path in local.rglob("*.*"):
         s3.upload_file(str(path), "bucket", f"some/photos/{path.relative_to(local)}")
     prepared(local, tmp_path / "local", *OPTIONS)
+    s3.put_object(Bucket="bucket", Key="some/photos/x.csv", Body=b"file,label\n0.jpg,a\n")
+    prepared("s3://bucket/some/photos/", tmp_path / "out", "--shard-size", "4", "--workers", "2", "--no-splits")
+    assert (kind == "tars") or "x.csv looks like labels: fetch it and add --labels PATH" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out")
     prepared("s3://bucket/some/photos/", tmp_path / "out", *OPTIONS, "--workers", "2")
     assert shards(tmp_path / "out") == shards(tmp_path / "local")
     with pytest.raises(UserError, match=r"^s3://bucket/none has no image|does not exist"):

@@ -142,6 +142,8 @@ def parse_options(kind: type[Config], about: str, argv: list[str] | None = None,
             more["nargs"] = "*" if field.default == () else "+"
         elif positional and not required:
             more["nargs"] = "?"
+        elif field.metadata.get("alone"):
+            more |= {"nargs": "?", "const": field.metadata["alone"]}
         if field.default not in (REQUIRED, None, ()):
             text += f" (default {' '.join(map(str, field.default)) if several else field.default})"
         parser.add_argument(name, type=partial(from_text, name, element), default=field.default, help=text, **more)

@@ -17,6 +17,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+RAY_HELP = "run on a Ray cluster, not only on this machine: HOST:PORT of its head; alone: the one that Ray finds"
 
 
 def fixed(default: Any, text: str) -> Any:
@@ -39,9 +40,12 @@ def argument(text: str, default: Any = REQUIRED) -> Any:
     return dataclasses.field(default=default, kw_only=True, metadata={"help": text, "positional": True})
 
 
-def option(default: Any, text: str) -> Any:
-    """An option of a command, `--its-name`; a bool takes no value, a tuple of any length takes several words."""
-    return dataclasses.field(default=default, kw_only=True, metadata={"help": text})
+def option(default: Any, text: str, alone: str | None = None) -> Any:
+    """An option of a command, `--its-name`; a bool takes no value, a tuple of any length takes several words.
+
+    `alone` is what it means without a value.
+    """
+    return dataclasses.field(default=default, kw_only=True, metadata={"help": text, "alone": alone})
 
 
 def require(ok: bool, key: str, value: object, rule: str) -> None:

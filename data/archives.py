@@ -19,6 +19,7 @@ from typing import BinaryIO
 from configs.errors import UserError, printable, reason
 from configs.shell import quote
 from data.listing import ARCHIVES, SIDECARS, Listing, suffix
+from data.remote_files import SMALL_BLOCK_BYTES, open_binary
 from data.sources import Item, open_zip
 from data.tars import CHUNK_BYTES, check_end, member_end
 
@@ -30,33 +31,36 @@ def by_suffix(archives: list[Item]) -> Counter[str]:
     return Counter(next(kind for kind in ARCHIVES if item.name.lower().endswith(kind)) for item in archives)
 
 
-def list_archive(path: Path, shown: str, listing: Listing, scratch: Path | None, unpacked: list[Path]) -> None:
+def list_archive(path: str, shown: str, listing: Listing, scratch: Path | None, unpacked: list[Path]) -> None:
     """Files of a zip or tar at `path`; a compressed tar is unpacked. `shown` is its name."""
     if not _is_tar(path):  # before zip: a tar whose last member is a zip looks like a zip
-        if zipfile.is_zipfile(path):
+        if _is_zip(path):
             _list_zip(path, listing)
             return
-        target = _unpack(path, shown, scratch, unpacked)
+        target = str(_unpack(path, shown, scratch, unpacked))
         if not _is_tar(target):
             raise UserError(f"{listing.source} unpacks to a single file, not to a tar: give a folder, a zip or a tar")
         path = target
-    with path.open("rb") as file:
-        _list_members(file, path, path.stat().st_size, listing)
+    with open_binary(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        _list_members(file, path, size, listing)
 
 
 def list_inner(archive: Item, listing: Listing, scratch: Path | None, unpacked: list[Path]) -> None:
     """Add the files of an archive in the source; its name without the suffix is their folder."""
     kind = next(kind for kind in ARCHIVES if archive.name.lower().endswith(kind))
     inner = Listing(f"{listing.source}/{archive.name}", archive.name[: -len(kind)], files=listing.files)
-    path = Path(archive.container)
+    path = archive.container
     if archive.offset is None:
         list_archive(path, archive.name, inner, scratch, unpacked)
     elif kind == ".tar" and not archive.zipped:  # in place
-        with path.open("rb") as file:
+        with open_binary(path) as file:
             file.seek(archive.offset)
             _list_members(file, path, archive.offset + archive.size, inner)
     else:
-        list_archive(_copy_out(archive, inner.source, scratch, unpacked), archive.name, inner, scratch, unpacked)
+        path = str(_copy_out(archive, inner.source, scratch, unpacked))
+        list_archive(path, archive.name, inner, scratch, unpacked)
     if inner.archives and not inner.images:
         way_out = "give it as SOURCE, and other archives with --val or --test"
         raise UserError(f"{printable(inner.source)} contains archives itself, {_counted(inner.archives)}: {way_out}")
@@ -81,8 +85,8 @@ def _is_shard(inner: Listing) -> bool:
     return labelled or re.fullmatch(r"(.*[-_.])?\d{4,}", posixpath.basename(inner.folder)) is not None
 
 
-def _list_zip(path: Path, listing: Listing) -> None:
-    for entry in open_zip(str(path), os.getpid())[0].infolist():
+def _list_zip(path: str, listing: Listing) -> None:
+    for entry in open_zip(path, os.getpid())[0].infolist():
         if entry.is_dir():
             continue
         name = entry.filename
@@ -97,7 +101,7 @@ def _list_zip(path: Path, listing: Listing) -> None:
         listing.add_member(name, path, entry.header_offset, entry.file_size, entry.CRC)
 
 
-def _list_members(file: BinaryIO, path: Path, limit: int, listing: Listing) -> None:
+def _list_members(file: BinaryIO, path: str, limit: int, listing: Listing) -> None:
     """Files of the tar in `file` from its position to byte `limit`."""
     start = end = file.tell()
     links = []
@@ -122,10 +126,10 @@ def _list_members(file: BinaryIO, path: Path, limit: int, listing: Listing) -> N
             _add_links(file, start, links, path, listing)
     except tarfile.TarError as error:
         raise UserError(f"{listing.source} is damaged ({error}): fetch it again") from None
-    check_end(file, end, limit, Path(listing.source))
+    check_end(file, end, limit, listing.source)
 
 
-def _add_links(file: BinaryIO, start: int, links: list[tarfile.TarInfo], path: Path, listing: Listing) -> None:
+def _add_links(file: BinaryIO, start: int, links: list[tarfile.TarInfo], path: str, listing: Listing) -> None:
     """Links in the tar that begins at byte `start` of `file`: each file counts once."""
     file.seek(start)
     with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
@@ -142,18 +146,24 @@ def _add_links(file: BinaryIO, start: int, links: list[tarfile.TarInfo], path: P
             seen[target.offset_data] = link.name
 
 
-def _is_tar(path: Path) -> bool:
+def _is_tar(path: str) -> bool:
     """Whether a file is an uncompressed tar."""
-    try:
-        tarfile.open(path, "r:").close()
-    except tarfile.TarError:
-        return False
-    return True
+    with open_binary(path, SMALL_BLOCK_BYTES) as file:
+        try:
+            tarfile.open(fileobj=file, mode="r:").close()
+        except tarfile.TarError:
+            return False
+        return True
 
 
-def _unpack(path: Path, shown: str, scratch: Path | None, unpacked: list[Path]) -> Path:
+def _is_zip(path: str) -> bool:
+    with open_binary(path, SMALL_BLOCK_BYTES) as file:
+        return zipfile.is_zipfile(file)
+
+
+def _unpack(path: str, shown: str, scratch: Path | None, unpacked: list[Path]) -> Path:
     """Decompress a gz, bz2 or xz file for random access."""
-    with path.open("rb") as file:
+    with open_binary(path) as file:
         start = file.read(2)
     opener = UNPACKERS.get(start)
     if start == b"PK":
@@ -162,7 +172,7 @@ def _unpack(path: Path, shown: str, scratch: Path | None, unpacked: list[Path]) 
         raise UserError(f"{shown} is not a folder, a zip or a tar (plain, gz, bz2 or xz)")
     target = _reserve(shown, shown, scratch, unpacked)
     try:
-        with opener(path) as packed, target.open("wb") as out:
+        with open_binary(path) as file, opener(file) as packed, target.open("wb") as out:
             copyfileobj(packed, out, CHUNK_BYTES)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:
@@ -181,7 +191,7 @@ def _copy_out(item: Item, shown: str, scratch: Path | None, unpacked: list[Path]
                 with archive.open(members[item.offset]) as member:
                     copyfileobj(member, out, CHUNK_BYTES)
             else:
-                with Path(item.container).open("rb") as file:
+                with open_binary(item.container) as file:
                     file.seek(item.offset)
                     for start in range(0, item.size, CHUNK_BYTES):
                         out.write(file.read(min(CHUNK_BYTES, item.size - start)))

@@ -4,8 +4,10 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from configs.errors import UserError, counted, printable
@@ -30,6 +32,8 @@ from data.reading import (
     Plural,
     number,
 )
+from data.remote import is_url
+from data.remote_files import Upload, check_out_url
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
 from data.sources import Item
@@ -46,25 +50,50 @@ def build(options: PrepareOptions) -> None:
 
     Raises `UserError` if the source cannot be read, or the folder has other content.
     """
-    out = options.out
+    if is_url(options.out):
+        upload = Upload(check_out_url(options.out))
+        if options.repair:
+            raise UserError(f"--repair reads every byte: fetch {upload.url}, repair the folder, and upload it again")
+        with TemporaryDirectory(prefix="prepare-") as mirror:  # of the small files; TMPDIR chooses the disk
+            upload.pull(Path(mirror))
+            _build(replace(options, out=upload.url), Path(mirror), upload)
+        return
+    out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another folder")
     if out.exists() and not (out / "source.json").exists() and any(not f.name.startswith(".") for f in out.iterdir()):
         raise UserError(f"{out} is not empty and was not made by this command: choose another folder")
-    lists = read_lists(options.only, options.without)
     created = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open_collection(options, out) as (items, classes):
-            _write_missing(options, select(items, lists, options.source), classes)
+        _build(replace(options, out=str(out)), out, None)
     finally:
         if created and out.exists() and not any(out.iterdir()):
             out.rmdir()
 
 
-def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None) -> None:
+def _build(options: PrepareOptions, out: Path, upload: Upload | None) -> None:
+    """Write what is missing in a folder or, with `upload`, at the URL whose small files it mirrors."""
+    lists = read_lists(options.only, options.without)
+    with open_collection(options, out) as (items, classes):
+        if upload and options.ray and any(_unpacked(item, out) for item in items):
+            raise UserError(
+                f"{options.source} is unpacked on this machine, where Ray's other nodes cannot read it: "
+                "unpack it first, or give a folder as OUT"
+            )
+        _write_missing(options, out, upload, select(items, lists, options.source), classes)
+
+
+def _unpacked(item: Item, out: Path) -> bool:
+    """Whether an image or its mask is in an archive that was unpacked into `out`."""
+    return any(part and part.container.startswith(f"{out}/") for part in (item, item.mask))
+
+
+def _write_missing(
+    options: PrepareOptions, out: Path, upload: Upload | None, items: list[Item], classes: list[str] | None
+) -> None:
     items, targets = settle_targets(items)
-    out, splits = options.out, hold_out(items, options.val_fraction, tiled=options.tile is not None)
+    splits = hold_out(items, options.val_fraction, tiled=options.tile is not None)
     counts = count_classes(splits)
     lines = [*split_lines(counts), *preview_lines(splits, targets)]
     for line in lines:
@@ -79,23 +108,26 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
     if options.dry_run or not (out / "preview.png").exists():
         survey, write_sheet = _preview(options, splits, sizes, lines)
     if options.dry_run:
-        write_sheet(out.with_name(f"{out.name}.preview.png"))
+        name = f"{PurePosixPath(options.out).name}.preview.png"
+        write_sheet(Path(name) if upload else out.with_name(name))
         print("no shards were written (--dry-run)")
         return
-    claim_folder(options, items, survey)
+    claim_folder(out, options, items, survey)
     if write_sheet:
-        write_sheet(out / "preview.png")
+        write_sheet(out / "preview.png", f"{options.out}/preview.png")
+    if upload:
+        upload.push(*(path for path in (out / "source.json", out / "preview.png") if path.exists()))
     for file in out.glob(".*.part"):  # left behind by a killed run
         file.unlink()
     tiles = {item: max(1, count_tiles(found, options.tile, options.overlap)) for item, found in (sizes or {}).items()}
     plans = plan_shards(out, splits, classes, options.shard_size, tiles)
-    done = _finished_shards(plans, options)
+    done = _finished_shards(plans, out, upload, options)
     missing = [plan for plan in plans if plan not in done]
     listed = (out / "index.json").exists()
     if listed and targets:
         listed = read_index(out).targets == targets  # those of older versions lack them
     if not missing and listed and not any(plan.record.exists() for plan in plans):
-        print(f"{out} is complete{', nothing is damaged' if options.repair else ' already'}")
+        print(f"{options.out} is complete{', nothing is damaged' if options.repair else ' already'}")
         return
     if done and missing:
         samples = sum(written.shard.samples for written in done.values())
@@ -104,17 +136,16 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
     if missing:
         from data.writing import write_shard  # imports torch: here, so that the forked processes share it
 
-        write = partial(write_shard, options=options)
-        written = run_tasks(
-            write, missing, options.workers, sum(len(part.tiles) for plan in missing for part in plan.parts)
-        )
+        write = partial(write_shard, options=options, upload=upload)
+        images = sum(len(part.tiles) for plan in missing for part in plan.parts)
+        written = run_tasks(write, missing, options.pool, images, None if upload else out)
         done |= dict(zip(missing, written, strict=True))
-    _finish(out, {plan: done[plan] for plan in plans}, classes, targets, options)
+    _finish(out, upload, {plan: done[plan] for plan in plans}, classes, targets, options)
 
 
 def _preview(
     options: PrepareOptions, splits: dict[str, list[Item]], sizes: Sizes | None, first: list[str]
-) -> tuple[dict, Callable[[Path], None]]:
+) -> tuple[dict, Callable[..., None]]:
     """Print what the collection contains. Returns the survey for index.json, and what writes the contact sheet.
 
     Raises `UserError` if images need an option, before the work begins.
@@ -153,13 +184,15 @@ def _check_masks(found: "Survey") -> None:
         raise UserError(f"no image looked at can be used with its mask, the first: {printable(name)}: {error}")
 
 
-def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[ShardPlan, Written]:
+def _finished_shards(
+    plans: list[ShardPlan], out: Path, upload: Upload | None, options: PrepareOptions
+) -> dict[ShardPlan, Written]:
     """Finished shards and their skipped images, from index.json or from the records of an interrupted run.
 
     Their sizes are checked, with `--repair` every byte. Shards that lost images to a repair without the source do not
     count as finished.
     """
-    out, done, incomplete = options.out, {}, salvaged_shards(options.out)
+    done, incomplete = {}, salvaged_shards(out)
     listed = {shard.file: shard for shard in read_index(out).shards} if (out / "index.json").exists() else {}
     skipped = _skipped_lines(out)
     for plan in plans:
@@ -173,7 +206,9 @@ def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[Sh
             done[plan] = Written(listed[plan.path.name], lines, {})
     shards = [written.shard for written in done.values()]
     if options.repair and shards:
-        damage = check_every_byte(out, shards, options.workers)
+        damage = check_every_byte(out, shards, options.pool)
+    elif upload:
+        damage = upload.damage(shards)
     else:
         damage = [find_damage(out, shard) for shard in shards]
     for description in filter(None, damage):
@@ -209,7 +244,12 @@ def _mask_targets(options: PrepareOptions, survey: dict) -> dict:
 
 
 def _finish(
-    out: Path, done: dict[ShardPlan, Written], classes: list[str] | None, targets: dict | None, options: PrepareOptions
+    out: Path,
+    upload: Upload | None,
+    done: dict[ShardPlan, Written],
+    classes: list[str] | None,
+    targets: dict | None,
+    options: PrepareOptions,
 ) -> None:
     """Write skipped.txt and index.json, remove the records, print a summary."""
     splits = defaultdict(list)
@@ -220,10 +260,12 @@ def _finish(
     index = Index(dict(splits), classes, survey, targets)
     skipped = list(dict.fromkeys(line for written in done.values() for line in written.skipped))  # shards share images
     if not any(shard.samples for shard in index.shards):
-        for plan in done:
-            for file in (plan.path, index_file(plan.path), plan.record):
-                file.unlink()
-        (out / "source.json").unlink()
+        useless = [file for plan in done for file in (plan.path, index_file(plan.path), plan.record)]
+        useless += [out / "source.json"]
+        for file in useless:
+            file.unlink(missing_ok=True)  # a mirror has only some of them
+        if upload:
+            upload.delete(useless)
         if not skipped:
             raise UserError("all tiles are background: add --keep-empty to keep them")
         raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
@@ -233,10 +275,13 @@ def _finish(
         if tiled:
             one, more = "image, or group of its tiles,", "images, or groups of an image's tiles,"
         left_out = f"1 {one} was" if len(skipped) == 1 else f"{len(skipped):,} {more} were"
-        print(f"{left_out} left out, listed in {out / 'skipped.txt'}: {_by_kind(skipped)}")
+        print(f"{left_out} left out, listed in {options.out}/skipped.txt: {_by_kind(skipped)}")
     for note, count in sorted(sum((Counter(written.notes) for written in done.values()), Counter()).items()):
         print(note.format(Plural(count)))
     write_index(out, index)
+    if upload:
+        upload.push(*[out / "skipped.txt"] * bool(skipped), out / "index.json")
+        upload.delete([plan.record for plan in done])
     (out / LOST).unlink(missing_ok=True)  # images lost to a repair without the source are complete again
     for plan in done:
         plan.record.unlink(missing_ok=True)

@@ -207,8 +207,8 @@ def _report(listing: Listing, items: list[Item], notes: list[str], hint: bool, f
     _print_notes([*listing.notes(), *notes])
     tables = [item for name, item in listing.label_files.items() if suffix(name) in TABLES] if hint else []
     for item in [item for item in tables if may_hold_labels(item.image_bytes(), item.name)][:3]:
-        inside = item.offset is not None
-        where = f"unpack it and add {flag} PATH" if inside else f"add {flag} {printable(item.container)}"
+        first = "fetch it and " if item.remote else "unpack it and " if item.offset is not None else ""
+        where = f"{first}add {flag} {'PATH' if first else printable(item.container)}"
         say(f"  {printable(item.name)} looks like labels: {where} {WAY_OUT}")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.shell import quote
-from data.pool import add_progress, run_tasks
+from data.pool import Pool, add_progress, run_tasks
 from data.shards import Index, Shard, Split, find_damage, index_file, index_tar, read_index, repair_hint, write_index
 from data.tars import read_rows
 from data.vectors import stored_targets
@@ -29,7 +29,7 @@ def describe(folder: Path) -> None:
         print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
 
 
-def index_folder(folder: Path, workers: int) -> None:
+def index_folder(folder: Path, pool: Pool) -> None:
     """Index WebDataset tars of other tools. A tar's split is its name without the number (train-0001.tar -> train).
 
     Raises `UserError` for no tars, a damaged one, no images, or too few lines in classes.txt.
@@ -39,7 +39,7 @@ def index_folder(folder: Path, workers: int) -> None:
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise UserError(f"{folder} has no .tar: give the folder of the shards")
-    shards = run_tasks(_index_one, tars, workers, len(tars))
+    shards = run_tasks(_index_one, tars, pool, len(tars), folder)
     splits, max_label = defaultdict(list), -1
     for tar, shard in zip(tars, shards, strict=True):
         split = tar.stem.rstrip("0123456789").rstrip("-_.") or "train"
@@ -64,10 +64,10 @@ def _index_one(tar: Path) -> Shard:
     return shard
 
 
-def verify(folder: Path, workers: int) -> None:
+def verify(folder: Path, pool: Pool) -> None:
     """Check every byte of every shard. Prints the damaged shards and raises `UserError` if there are any."""
     shards = read_index(folder).shards
-    damage = list(filter(None, check_every_byte(folder, shards, workers)))
+    damage = list(filter(None, check_every_byte(folder, shards, pool)))
     if damage:
         print("\n".join(damage))
         way_out = f"or keep the undamaged images with `python data/prepare.py {quote(str(folder))} --repair`"
@@ -76,10 +76,10 @@ def verify(folder: Path, workers: int) -> None:
     print(f"{folder}: {len(shards):,} shards, {sum(shard.samples for shard in shards):,} images, no damage")
 
 
-def check_every_byte(folder: Path, shards: list[Shard], workers: int) -> list[str | None]:
+def check_every_byte(folder: Path, shards: list[Shard], pool: Pool) -> list[str | None]:
     """Description of each shard's damage, with its damaged samples; None if there is none."""
     samples = sum(shard.samples for shard in shards)
-    return run_tasks(partial(_check_shard, folder=folder), shards, workers, samples)
+    return run_tasks(partial(_check_shard, folder=folder), shards, pool, samples)
 
 
 def _check_shard(shard: Shard, folder: Path) -> str | None:

@@ -4,7 +4,6 @@ import posixpath
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from configs.errors import counted, few
 from configs.log import say
@@ -63,11 +62,11 @@ class Listing:
             self.ignored[f".{kind}" if kind else "without a suffix"] += 1
         return False
 
-    def add_member(self, name: str, path: Path, offset: int, size: int, crc: int | None = None) -> bool:
+    def add_member(self, name: str, path: str, offset: int, size: int, crc: int | None = None) -> bool:
         """Sort a member of a tar or, with its checksum, of a zip; as `add`."""
         name, stamp = name.removeprefix("./"), f"{offset} {size}" if crc is None else f"{crc}"
         name = f"{self.folder}/{name}" if self.folder else name
-        return self.add(Item(name, str(path), stamp, offset, size, zipped=crc is not None))
+        return self.add(Item(name, path, stamp, offset, size, zipped=crc is not None))
 
     def _hidden_part(self, name: str) -> str | None:
         """The path of the first hidden folder above a file, or of the file; None if there is none."""

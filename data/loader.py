@@ -123,12 +123,16 @@ class Samples(Dataset):
 class Loader:
     """Batches as dicts of tensors: "sample" and "damaged" [B], and those of the transform: "image" [B, C, H, W].
 
-    `workers` are loader processes: 0 = load in this process, None = this rank's share of the cores, at most 8.
+    `workers` are loader processes: 0 = load in this process, None = this rank's share of the cores, at most 8. `part`
+    are the consecutive samples that the batches of an evaluation are from, None = all; only their shards are fetched.
     Iterating raises `UserError` for damaged data, also for errors in a loader process.
     """
 
-    def __init__(self, samples: Samples, batches: TrainBatches | EvalBatches, workers: int | None, pin: bool):
-        self.samples, self.batches = samples, batches
+    def __init__(
+        self, samples: Samples, batches: TrainBatches | EvalBatches, workers: int | None, pin: bool,
+        part: range | None = None,
+    ):  # fmt: skip
+        self.samples, self.batches, self.part = samples, batches, part
         if workers is None:
             cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             workers = min(MAX_WORKERS, max(1, cores))
@@ -154,7 +158,7 @@ class Loader:
         batches = iter(loader)  # starts the loader processes: fork before the prefetching threads exist
         try:
             if prefetch and not training:
-                prefetch(range(len(self.samples.split.shards)))
+                prefetch(self._shards())
             yield from batches
         except UserError as error:  # torch adds the worker's traceback to the message
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
@@ -167,6 +171,14 @@ class Loader:
                 prefetch([])
 
     __iter__ = iterate
+
+    def _shards(self) -> range:
+        """Numbers of the shards that evaluation reads."""
+        split = self.samples.split
+        if not self.part:
+            return range(len(split.shards))
+        first, last = np.searchsorted(split.first, (self.part[0], self.part[-1]), "right").tolist()
+        return range(first - 1, last)
 
 
 def _quiet_worker(_: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from configs.errors import UserError, printable
+from data.cache import RemoteUserError
 from data.exif import orientation, swaps, upright
 from data.reading import (
     KEPT,
@@ -235,6 +236,8 @@ def with_masks(
         if item.mask and not isinstance(image, ImageError):
             try:
                 mask = encode_mask(_mask_of(image, name, data, item, options))
+            except RemoteUserError:
+                raise
             except ImageError as error:
                 image = error
             except UserError as error:
@@ -253,6 +256,8 @@ def with_tile_masks(
             try:
                 whole = _whole_mask(item, (place["height"], place["width"]), options) if whole is None else whole
                 mask = encode_mask(cut_mask(whole, place["y"], place["x"], *image_size(*image)))
+            except RemoteUserError:
+                raise
             except ImageError as error:
                 image = error
             except UserError as error:

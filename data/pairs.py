@@ -17,6 +17,7 @@ from data.labels import Paths, set_apart
 from data.listing import Listing, suffix
 from data.masks import SHOWN, read_classes, read_pixels
 from data.planning import PrepareOptions
+from data.remote import is_url
 from data.sources import Item
 from data.walk import list_source
 
@@ -49,7 +50,7 @@ def open_masks(listing: Listing, options: PrepareOptions, scratch: Path, stack: 
                 f"--masks {options.masks} has all images of {listing.source}: give its folder of masks only"
             )
         return masks
-    if not path.exists():
+    if not (path.exists() or is_url(options.masks)):
         raise UserError(f"--masks {options.masks}: neither a path nor a folder with images in {listing.source}")
     inside = scratch / ".masks"
     inside.mkdir(exist_ok=True)

@@ -17,7 +17,8 @@ from pydantic import Field
 
 from configs.errors import UserError
 from configs.files import write_atomic
-from configs.keys import BelowOne, argument, option
+from configs.keys import RAY_HELP, BelowOne, argument, option
+from data.pool import Pool
 from data.reading import Reading
 from data.shards import Shard
 from data.sources import Item
@@ -38,9 +39,10 @@ ORDER_SEED = 0  # of the order of images in shards, and of the choice of held-ou
 class PrepareOptions(Reading):
     """The command line of data/prepare.py: what to write, and how."""
 
-    source: str = argument("`digits`, a folder, a zip, a tar (plain, gz, bz2, xz), or the ILSVRC2012 train tar")
-    out: Path | None = argument(
-        "folder for the shards; omitted with --index, --verify, and --repair without the source", default=None
+    source: str = argument("`digits`, a folder, a zip, a tar (plain, gz, bz2, xz), the ILSVRC2012 train tar, or a URL")
+    out: str | None = argument(
+        "folder for the shards, or its URL; omitted with --index, --verify, and --repair without the source",
+        default=None,
     )
     resize: Pixels | None = option(None, "shrink images whose shorter side is longer than this, pixels")
     quality: Quality | None = option(None, "re-encode as JPEG of this quality, 1 to 100")
@@ -58,6 +60,7 @@ class PrepareOptions(Reading):
     )
     shard_size: ShardSize = option(5000, "maximum images, or tiles before background is dropped, in a shard")
     workers: Workers = option(os.cpu_count(), "processes")
+    ray: str | None = option(None, RAY_HELP, alone="auto")
     val_fraction: BelowOne = option(0.0, "hold out this share of each class as split val")
     only: Path | None = option(None, "use only the images whose names this file lists (see docs/guide/embed.md)")
     without: tuple[Path, ...] = option((), "leave out the images whose names these files list")
@@ -76,7 +79,7 @@ class PrepareOptions(Reading):
     test: str | None = option(None, "another source: its images are split test")
     test_labels: Path | None = option(None, "labels of split test, as --labels")
     masks: str | None = option(
-        None, "masks for semantic segmentation: a folder of SOURCE, or another folder, zip or tar; see docs/data.md"
+        None, "masks for semantic segmentation: a folder of SOURCE, or another source; see docs/data.md"
     )
     mask_classes: Path | None = option(
         None, "classes of the masks: a name a line, or csv with `name,value` or `name,r,g,b`"
@@ -91,6 +94,11 @@ class PrepareOptions(Reading):
         "with SOURCE OUT: check every byte of the shards in OUT and rewrite damaged ones; with a folder of shards "
         "alone: rewrite damaged indexes, and keep the undamaged images of damaged tars",
     )
+
+    @property
+    def pool(self) -> Pool:
+        """Where the work is done."""
+        return Pool(self.workers, self.ray)
 
 
 class Part(NamedTuple):
@@ -160,8 +168,8 @@ def hold_out(items: list[Item], fraction: float, tiled: bool = False) -> dict[st
     return dict(splits)
 
 
-def claim_folder(options: PrepareOptions, items: list[Item], survey: dict | None) -> None:
-    """Write source.json with the survey. Raises `UserError` if there is one of another source or other options."""
+def claim_folder(out: Path, options: PrepareOptions, items: list[Item], survey: dict | None) -> None:
+    """Write source.json with the survey to `out`. Raises `UserError` if there is one of another source or options."""
     content = _digest(f"{item.name} {item.stamp}" for item in items)
     new = {"source": Path(options.source).name, "images": len(items), "content": content}
     defaults = {field.name: field.default for field in fields(Reading)}
@@ -177,7 +185,7 @@ def claim_folder(options: PrepareOptions, items: list[Item], survey: dict | None
                 if key in FILES or isinstance(value, Path)
                 else value
             )
-    path = options.out / "source.json"
+    path = out / "source.json"
     if not path.exists():
         write_atomic(path, json.dumps(new | {"survey": survey}, indent=1).encode())
         return

@@ -9,6 +9,8 @@ python data/prepare.py cifar10.tar.xz shards/cifar10 --val-fraction 0.1   tar (g
 python data/prepare.py slides/ shards/slides --tile 512                   tiles of huge images
 python data/prepare.py camvid/ shards/camvid --masks labels --mask-classes camvid/classes.txt --ignore 11
 python data/prepare.py photos/ shards/photos --only list.csv              only the images that a file lists by name
+python data/prepare.py s3://bucket/photos s3://bucket/shards/photos       from and to URLs
+python data/prepare.py photos/ shards/photos --ray                        on a Ray cluster (see docs/data.md)
 python data/prepare.py shards/made-elsewhere --index                      index WebDataset tars of other tools
 python data/prepare.py shards/photos --verify                             check every byte
 python data/prepare.py photos/ shards/photos --repair                     rewrite damaged shards from the images
@@ -30,6 +32,7 @@ from configs.shell import command
 from data.build import build
 from data.index import index_folder, verify
 from data.planning import PrepareOptions
+from data.remote import is_url
 from data.repair import repair
 
 LABEL_FILES = ("labels", "val_labels", "test_labels")
@@ -65,11 +68,15 @@ def parse(argv: list[str] | None = None) -> PrepareOptions:
 def main(argv: list[str] | None = None) -> PrepareOptions:
     """Do what the command line says, and return it."""
     options = parse(argv)
+    if options.ray:
+        from data.ray_pool import find_cluster  # optional
+
+        find_cluster(options.ray)
     if options.out:
         build(options)
     else:
         run = index_folder if options.index else verify if options.verify else repair
-        run(Path(options.source), options.workers)
+        run(Path(options.source), options.pool)
     return options
 
 
@@ -79,8 +86,10 @@ def prepare_and_plan() -> None:
     if options.dry_run:
         words = [word for word in sys.argv[1:] if word != "--dry-run"]
         print(f"next: {command('data/prepare.py', *words)}")
+    elif options.out and is_url(options.out):
+        print(f"next: {command('launch/plan.py', options.out.rstrip('/'))}")
     elif options.out or options.index:
-        plan(options.out or Path(options.source), options.no_plan)
+        plan(Path(options.out or options.source), options.no_plan)
 
 
 def plan(folder: Path, later: bool) -> None:

@@ -70,7 +70,7 @@ def _warnings(found: Survey) -> list[str]:
             f"warning: {low}: add --value-range 0 {(1 << highest.bit_length()) - 1}, or the range of the device"
         )
     if found.duplicates is None:
-        lines.append(f"equal files were not searched among more than {MOST_COMPARED:,} images")
+        lines.append(f"equal files were not searched: there are more than {MOST_COMPARED:,}, or they are at a URL")
     elif found.duplicates:
         first = ", ".join(printable(item.name) for _, item in found.duplicates[0][:3])
         count = sum(len(group) - 1 for group in found.duplicates)
@@ -104,8 +104,8 @@ def _sizes(values: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,} (median {middle:,})"
 
 
-def write_pictures(found: Survey, path: Path) -> None:
-    """Write the pictures, if there are any, as a contact sheet, a PNG."""
+def write_pictures(found: Survey, path: Path, shown: str | None = None) -> None:
+    """Write the pictures, if there are any, as a contact sheet, a PNG; `shown` is the name to print."""
     if not found.pictures:
         return
     rows, side = -(-len(found.pictures) // COLUMNS), TILE + GAP
@@ -115,4 +115,4 @@ def write_pictures(found: Survey, path: Path) -> None:
     out = io.BytesIO()
     sheet.save(out, "png")
     write_atomic(path, out.getvalue())
-    print(f"  see {path}", flush=True)
+    print(f"  see {shown or path}", flush=True)

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from configs.errors import UserError
 from configs.keys import option, require
+from data.cache import RemoteUserError
 
 HEAD_BYTES = 132  # of a file, from which `sniff` knows its type
 MAX_PIXELS = 178_956_970  # the size at which PIL refuses pictures as decompression bombs
@@ -122,7 +123,7 @@ def damage_as_error(what: str = "damaged or cut short") -> Iterator[None]:
     """Turn what decoders raise into `ImageError`."""
     try:
         yield
-    except ImageError:
+    except (ImageError, RemoteUserError):
         raise
     except MemoryError:
         raise ImageError("needs more memory than there is", TOO_LARGE) from None

@@ -49,20 +49,36 @@ def is_url(path: str) -> bool:
     return "://" in path or "::" in path or path.startswith("pipe:")
 
 
-def check_url(url: str) -> str:
-    """A folder's URL without trailing slashes. Raises `UserError` unless it is a plain URL of a supported protocol."""
+def check_url(url: str, key: str = "data.path") -> str:
+    """A folder's URL without trailing slashes. Raises `UserError` unless it is a plain URL of a supported protocol.
+
+    Errors name `key` and leave out the query, which may contain a signature.
+    """
     protocol, _, place = url.partition("://")
+    shown = f"{key} {url.partition('?')[0]}{'?...' if '?' in url else ''}"
+    if "@" in place.split("/")[0] and (protocol.startswith("http") or ":" in place.split("@")[0]):
+        raise UserError(f"{key} contains a password, which logs would show: put it into ~/.netrc")
     if protocol not in PROTOCOLS or "::" in url:
-        raise UserError(f"data.path {url}: use a URL without :: that begins with {', '.join(PROTOCOLS)}")
+        raise UserError(f"{shown}: use a URL without :: that begins with {', '.join(PROTOCOLS)}")
     if not place.strip("/") or re.search(r"[\s?#*\[\]]", place):
-        raise UserError(f"data.path {url} is not the URL of a folder: use {protocol}://... without spaces and ?#*[]")
-    if protocol.startswith("http") and "@" in place.split("/")[0]:
-        raise UserError("data.path contains a password, which logs would show: put it into ~/.netrc")
+        raise UserError(f"{shown} is not the URL of a folder: use {protocol}://... without spaces and ?#*[]")
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError:
-        raise UserError(f"data.path {url} needs a package: pip install '{PROTOCOLS[protocol]}'") from None
+        raise UserError(f"{shown} needs a package: pip install '{PROTOCOLS[protocol]}'") from None
     return url.rstrip("/")
+
+
+def open_filesystem(url: str) -> fsspec.AbstractFileSystem:
+    """A filesystem of this process for a URL's protocol."""
+    options = {}
+    if url.startswith("http"):
+        import aiohttp
+
+        # aiohttp's default limits a whole file to five minutes; trust_env: proxies and ~/.netrc
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=2 * STALL_SECONDS)
+        options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
+    return fsspec.url_to_fs(url, skip_instance_cache=True, **options)[0]
 
 
 class _Progress(NoOpCallback):  # huggingface_hub streams only with this base class
@@ -90,20 +106,25 @@ def retried(url: str, attempt: Callable[[], Result]) -> Result:
     raise RemoteUserError(f"{url}: {problem}; gave up after {ATTEMPTS} attempts: {way_out}")
 
 
-def explain(error: Exception, url: str, part: Path) -> Exception:
-    """Classify a library's error: `AttemptError` if another attempt may help, `RemoteUserError` if it cannot."""
-    if isinstance(error, OSError) and (error.errno in (errno.ENOSPC, errno.EDQUOT) or error.filename == str(part)):
+def explain(error: Exception, url: str, part: Path | None = None, key: str = "data.path") -> Exception:
+    """Classify a library's error: `AttemptError` if another attempt may help, `RemoteUserError` if it cannot.
+
+    `part` is the local file that was written, `key` what the user has given.
+    """
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or (part and isinstance(error, OSError) and error.filename == str(part)):
         return error  # an error of the cache, not of the server
     owners, names = (error, getattr(error, "response", None)), ("status", "status_code", "code")  # depends on library
     codes = [getattr(owner, name, None) for owner in owners for name in names]
     status = next((code for code in codes if isinstance(code, int)), None)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return RemoteUserError(f"{url} does not exist: upload the whole folder of shards, and check data.path")
+        upload = "upload the whole folder of shards, and " if key == "data.path" else ""
+        return RemoteUserError(f"{url} does not exist: {upload}check {key}")
     if isinstance(error, PermissionError) or status in (401, 403):
         package = PROTOCOLS[url.partition("://")[0]]
         return RemoteUserError(f"{url}: no permission ({reason(error)}): configure credentials as {package} documents")
     if status in range(400, 500) and status not in (408, 425, 429):
-        return RemoteUserError(f"{url} was refused ({reason(error)}): check data.path")
+        return RemoteUserError(f"{url} was refused ({reason(error)}): check {key}")
     return AttemptError(reason(error))
 
 
@@ -222,13 +243,5 @@ class Remote:
     def _filesystem(self) -> fsspec.AbstractFileSystem:
         process = os.getpid()
         if process not in self._filesystems:
-            options = {}
-            if self.url.startswith("http"):
-                import aiohttp
-
-                # aiohttp's default limits a whole file to five minutes; trust_env: proxies and ~/.netrc
-                timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=2 * STALL_SECONDS)
-                options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
-            files, _ = fsspec.url_to_fs(self.url, skip_instance_cache=True, **options)
-            self._filesystems.setdefault(process, files)
+            self._filesystems.setdefault(process, open_filesystem(self.url))
         return self._filesystems[process]

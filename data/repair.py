@@ -26,7 +26,7 @@ from configs.errors import UserError
 from configs.files import sha256, sync_folder, write_atomic
 from configs.shell import quote
 from data.index import describe
-from data.pool import add_progress, run_tasks
+from data.pool import Pool, add_progress, run_tasks
 from data.reading import TOO_LARGE, ImageError
 from data.shards import Index, Shard, index_file, index_tar, read_index, write_index
 from data.tars import IMAGE_TYPES, ROW, TARGET_ROW, member_end, parse_label, split_member_name
@@ -66,14 +66,15 @@ class Header(tarfile.TarInfo):
             raise tarfile.InvalidHeaderError(str(error)) from None
 
 
-def repair(folder: Path, workers: int) -> None:
+def repair(folder: Path, pool: Pool) -> None:
     """Repair every shard that does not match index.json, print a summary, and list lost images in lost.txt.
 
     Raises `UserError` if there is no index.json, or no undamaged image.
     """
     index = read_index(folder)
     shards = index.shards
-    results = run_tasks(partial(_repair_shard, folder=folder), shards, workers, sum(shard.samples for shard in shards))
+    samples = sum(shard.samples for shard in shards)
+    results = run_tasks(partial(_repair_shard, folder=folder), shards, pool, samples, folder)
     repaired = {shard: result for shard, result in zip(shards, results, strict=True) if result}
     new = _updated(index, repaired)
     if repaired and new.splits:

@@ -15,6 +15,8 @@ from typing import BinaryIO
 
 from configs.errors import UserError, reason
 from data.reading import TOO_LARGE, UNSUPPORTED, ImageError
+from data.remote import is_url
+from data.remote_files import REGION_BYTES, SMALL_BLOCK_BYTES, open_binary, read_url
 from data.tars import IMAGE_TYPES
 
 # with those that data/reencode.py converts
@@ -52,15 +54,25 @@ class Item:
         return Item(*place, split, label, self.mask, self.targets)
 
     def image_bytes(self) -> bytes:
-        """The encoded image. Raises `UserError` if it is damaged in a zip, `OSError` if the source has disappeared."""
+        """The encoded image.
+
+        Raises `ImageError` if it is damaged in a zip, `OSError` or `RemoteUserError` if the source cannot be read.
+        """
         if self.container == "digits":
             return digits()[self.name][0]
         if self.zipped:
             return self._from_zip()
+        if self.remote:
+            return read_url(self.container, self.offset, self.size)
         if self.offset is not None:
             with Path(self.container).open("rb") as file:
                 return os.pread(file.fileno(), self.size, self.offset)
         return Path(self.container).read_bytes()
+
+    @property
+    def remote(self) -> bool:
+        """Whether the image is at a URL."""
+        return is_url(self.container)
 
     @property
     def byte_size(self) -> int | str | None:
@@ -71,6 +83,8 @@ class Item:
         """The encoded image as a file; a member of a zip is read into memory. Errors as `image_bytes`."""
         if self.zipped or self.container == "digits":
             return io.BytesIO(self.image_bytes())
+        if self.remote:
+            return open_binary(self.container, REGION_BYTES, self.offset or 0, int(self.byte_size))
         file = Path(self.container).open("rb")  # noqa: SIM115  # the caller closes it
         return file if self.offset is None else io.BufferedReader(_Section(file, self.offset, self.size))
 
@@ -81,6 +95,8 @@ class Item:
                 archive, members = open_zip(self.container, os.getpid())
                 with archive.open(members[self.offset]) as file:
                     return file.read(count)
+            if self.remote:
+                return read_url(self.container, self.offset or 0, min(count, int(self.byte_size)))
             with Path(self.container).open("rb") as file:
                 return os.pread(file.fileno(), min(count, self.size or count), self.offset or 0)
         except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):  # RuntimeError: encrypted in a zip
@@ -139,7 +155,7 @@ def open_zip(path: str, process: int) -> tuple[zipfile.ZipFile, dict[int, zipfil
     damaged.
     """
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(open_binary(path, SMALL_BLOCK_BYTES) if is_url(path) else path)
     except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError) as error:
         raise UserError(f"{path} is a damaged zip ({reason(error)}): fetch it again") from None
     return archive, {member.header_offset: member for member in archive.infolist()}

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from configs.errors import UserError
+from data.cache import RemoteUserError
 from data.decode import decode
 from data.exif import orientation
 from data.grid import Sizes, count_tiles
@@ -91,7 +92,8 @@ def survey(options: PrepareOptions, splits: dict[str, list[Item]], sizes: Sizes 
             found.background += background
         found.highest *= options.value_range is None
         del found.pictures[PICTURES:]
-        found.duplicates = _duplicates(every, pool) if len(every) <= MOST_COMPARED else None
+        remote = any(item.remote for _, item in every)  # each comparison would be a request
+        found.duplicates = _duplicates(every, pool) if len(every) <= MOST_COMPARED and not remote else None
     return found
 
 
@@ -130,6 +132,8 @@ def _look_at_tiles(item: Item, options: PrepareOptions, show: bool, sizes: Sizes
         if any(isinstance(t.image, ImageError) and t.image.kind in (VALUES, NODATA) for t in tiles):
             tiles = [Tile(item.name, find_range(item, options), {})]
         kind = sniff(item.head(HEAD_BYTES))
+    except RemoteUserError:  # the image is not damaged, but cannot be fetched
+        raise
     except (UserError, OSError) as error:
         tiles, kind = [Tile(item.name, error if isinstance(error, ImageError) else ImageError(str(error)), {})], ""
     masked = with_tile_masks(tiles, item, options)

@@ -89,7 +89,7 @@ def member_end(member: tarfile.TarInfo) -> int:
     return member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def check_end(file: BinaryIO, end: int, limit: int, tar: Path) -> None:
+def check_end(file: BinaryIO, end: int, limit: int, tar: Path | str) -> None:
     """Check that only zeros, at least two blocks, are in `file` from byte `end`, of the last member, to byte `limit`.
 
     Python's tarfile takes a truncated or zeroed header for the end of the archive, without an error. Raises

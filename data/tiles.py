@@ -16,6 +16,7 @@ import simplejpeg
 from PIL import Image
 
 from configs.errors import UserError
+from data.cache import RemoteUserError
 from data.decode import PIL_FORMATS, is_deep, is_direct, npy_header, read_npy
 from data.dicom import dicom_views
 from data.exif import orientation, swaps
@@ -83,6 +84,8 @@ def cut(item: Item, positions: Sequence[int], options: PrepareOptions, notes: No
                 first += count
                 if inside:
                     yield from _cut_view(item, view, inside, options, notes)
+    except RemoteUserError:  # the image is not damaged, but cannot be fetched
+        raise
     except UserError as error:
         yield Tile(item.name, error if isinstance(error, ImageError) else ImageError(str(error)), {})
 

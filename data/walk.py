@@ -1,5 +1,7 @@
 """List the files of a source: a folder, a zip, a tar (compressed or not), and archives inside them, one level deep.
 
+A folder or an archive may be at a URL.
+
 Listing executes and unpacks nothing, except compressed tars and archives in archives, which need random access.
 """
 
@@ -12,7 +14,9 @@ from pathlib import Path
 
 from configs.errors import UserError
 from data.archives import by_suffix, list_archive, list_inner
-from data.listing import Listing, is_hidden
+from data.listing import ARCHIVES, Listing, is_hidden
+from data.remote import is_url
+from data.remote_files import check_source_url, list_url
 from data.sources import READABLE, Item
 
 
@@ -24,16 +28,20 @@ def list_source(source: str, scratch: Path | None) -> Iterator[Listing]:
 
     Raises `UserError` if the source does not exist, is of an unknown type, damaged, or without images.
     """
+    remote = is_url(source)
+    source = check_source_url(source) if remote else source
     path, listing, unpacked = Path(source), Listing(source), []
-    if (path / "index.json").exists():
+    if not remote and (path / "index.json").exists():
         raise UserError(f"{source} contains shards already: train on them, or give the original images")
-    if not path.exists():
+    if not remote and not path.exists():
         raise UserError(f"{source} does not exist: give a folder, a zip, a tar, or `digits`")
     try:
-        if path.is_dir():
+        if remote and not source.lower().endswith(ARCHIVES):
+            _list_remote_folder(source, listing)
+        elif not remote and path.is_dir():
             _list_folder(path, listing)
         else:
-            list_archive(path, source, listing, scratch, unpacked)
+            list_archive(source, source, listing, scratch, unpacked)
         archives, listing.archives = listing.archives, []
         if listing.images:  # an archive beside its own files would double them
             listing.ignored += by_suffix(archives)
@@ -93,3 +101,15 @@ def _list_folder(root: Path, listing: Listing) -> None:
                 links.append((entry, entry.path, name))
             else:
                 visit(entry, entry.path, name, False)
+
+
+def _list_remote_folder(url: str, listing: Listing) -> None:
+    """Files below a folder at a URL."""
+    if url.startswith("http"):
+        kinds = ", ".join(ARCHIVES)
+        raise UserError(f"{url} is no archive ({kinds}), and servers do not list folders: give an archive's URL")
+    found = list_url(url)
+    if any(name == "index.json" for name, *_ in found):
+        raise UserError(f"{url} contains shards already: train on them, or give the original images")
+    for name, size, version in found:
+        listing.add(Item(name, f"{url}/{name}", f"{size} {version}"))

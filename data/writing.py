@@ -1,7 +1,9 @@
 """Writing shards. Imports webdataset, torch and torchvision: commands import this module when they need it."""
 
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,11 +17,14 @@ from data.planning import Part, PrepareOptions, ShardPlan, Written
 from data.pool import add_progress
 from data.reading import ImageError, Notes
 from data.reencode import Encoded, reencode_all
-from data.shards import index_tar
+from data.remote_files import Upload
+from data.shards import index_file, index_tar
 from data.tars import MASK
 from data.tiles import cut
 
 ARRAYS = "{:image is an array: it needs|images are arrays: they need} --model.channels "
+
+FETCHED_AHEAD = 16  # images at URLs
 
 
 def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
@@ -29,15 +34,15 @@ def write_tar(path: Path, samples: Iterator[dict[str, bytes | str]]) -> None:
             tar.write(sample)
 
 
-def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
-    """Write one shard, its index, and a record that it is complete."""
+def write_shard(plan: ShardPlan, options: PrepareOptions, upload: Upload | None) -> Written:
+    """Write one shard, its index, and a record that it is complete; with `upload`, move them to its URL."""
     skipped: list[str] = []
     notes = Notes()
 
     def samples() -> Iterator[dict[str, bytes | str]]:
-        for part in plan.parts:
+        for part, read in _read_ahead(plan.parts, options):
             item, label = part.item, part.label
-            for name, image, place, mask in _images(part, options, notes):
+            for name, image, place, mask in _images(part, read, options, notes):
                 if isinstance(image, ImageError):
                     skipped.append(printable(f"{name}: {image.kind}: {image}"))
                     continue
@@ -53,15 +58,35 @@ def write_shard(plan: ShardPlan, options: PrepareOptions) -> Written:
                 yield members | ({} if label is None else {"cls": str(label).encode()})
             add_progress(len(part.tiles))
 
+    if upload:
+        plan.path.parent.mkdir(exist_ok=True)  # on another node
     write_tar(plan.path, samples())
     shard = index_tar(plan.path)
     record = {"shard": asdict(shard), "skipped": skipped, "notes": notes}
     write_atomic(plan.record, json.dumps(record).encode())
+    if upload:
+        files = [plan.path, index_file(plan.path), plan.record]
+        upload.push(*files)
+        for file in files:
+            file.unlink()
     return Written(shard, skipped, dict(notes))
 
 
+def _read_ahead(parts: list[Part], options: PrepareOptions) -> Iterator[tuple[Part, Callable[[], bytes]]]:
+    """Parts, and a function for the bytes of their files; those at URLs are fetched by threads in advance."""
+    with ThreadPoolExecutor(FETCHED_AHEAD) as pool:
+        coming = deque()
+        for part in parts:
+            read = part.item.image_bytes
+            ahead = part.item.remote and not options.tile  # tiles are cut from an open file
+            coming.append((part, pool.submit(read).result if ahead else read))
+            if len(coming) > FETCHED_AHEAD:
+                yield coming.popleft()
+        yield from coming
+
+
 def _images(
-    part: Part, options: PrepareOptions, notes: Notes
+    part: Part, read: Callable[[], bytes], options: PrepareOptions, notes: Notes
 ) -> Iterator[tuple[str, Encoded | ImageError, dict, bytes | None]]:
     """Name of each image of a file, the image or why it cannot be read, of tiles their places, and masks."""
     item = part.item
@@ -69,7 +94,7 @@ def _images(
         yield from with_tile_masks(cut(item, part.tiles, options, notes), item, options)
         return
     try:
-        data = item.image_bytes()
+        data = read()
     except ImageError as error:
         yield item.name, error, {}, None
     else:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from configs.errors import UserError
 from configs.schema import Data
 from data.folder import Folder
 from data.loader import Loader, Samples
+from data.name_lists import escape_name
 from data.sampler import Batch
 from data.shards import Split
 from data.transforms import EvalTransform
@@ -30,24 +32,34 @@ class Embedded:
     x: Tensor  # [N, D] fp32, on the CPU
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a feature file, N consecutive readable images of a split, and the names of the damaged ones by sample."""
+
+    names: list[str]
+    samples: list[int]
+    labels: list[str | None]
+    x: np.ndarray  # [N, D] fp32
+    lost: dict[int, str]
+
+
 class RunsOfSamples:
-    """Batches of one rank: every `ranks`-th run of `batch` consecutive samples.
+    """Batches of one rank, of the consecutive samples `part`: every `ranks`-th run of `batch` samples.
 
     A batch has the same images on any number of ranks, so that features are equal to the last bit. All ranks get the
     same number of batches: sample -1 stands for one that does not exist.
     """
 
-    def __init__(self, samples: int, batch: int, rank: int, ranks: int):
-        self.samples, self.batch, self.rank, self.ranks = samples, batch, rank, ranks
+    def __init__(self, part: range, batch: int, rank: int, ranks: int):
+        self.part, self.batch, self.rank, self.ranks = part, batch, rank, ranks
 
     def __len__(self) -> int:
-        return -(-self.samples // (self.batch * self.ranks))
+        return -(-len(self.part) // (self.batch * self.ranks))
 
     def __iter__(self) -> Iterator[Batch]:
         for step in range(len(self)):
             start = (step * self.ranks + self.rank) * self.batch
-            samples = range(start, min(start + self.batch, self.samples))
-            yield [(0, sample, 0) for sample in samples] or [(0, -1, 0)]
+            yield [(0, sample, 0) for sample in self.part[start : start + self.batch]] or [(0, -1, 0)]
 
 
 class ReadableSamples(Samples):
@@ -58,23 +70,23 @@ class ReadableSamples(Samples):
 
 
 def embedding_loader(
-    images: Split | Folder, transform: EvalTransform, channels: int, data: Data, batch: int, world: World
+    images: Split | Folder, part: range, transform: EvalTransform, channels: int, data: Data, batch: int, world: World
 ) -> Loader:
-    """This rank's batches of all images of a split."""
+    """This rank's batches of the consecutive images `part` of a split."""
     samples = ReadableSamples(images, channels, 0, transform, score=True, max_pixels=data.max_pixels)
-    batches = RunsOfSamples(len(images), min(batch, len(images)), world.rank, world.ranks)
-    return Loader(samples, batches, data.workers, world.device.type == "cuda")
+    batches = RunsOfSamples(part, min(batch, len(images)), world.rank, world.ranks)
+    return Loader(samples, batches, data.workers, world.device.type == "cuda", part)
 
 
 def embed(
     trained: Trained, loader: Loader, world: World, precision: str, damaged: dict[int, str], progress: Progress
 ) -> Iterator[Embedded]:
-    """Features of a split, `ranks` batches at a time, on all ranks alike.
+    """Features of a part of a split, `ranks` batches at a time, on all ranks alike.
 
     `damaged` receives the errors of this rank's damaged images. Raises `UserError` if features are not finite, or no
-    image of the first batches is readable.
+    image of the split's first batches is readable.
     """
-    batch, readable = loader.batches.batch, 0
+    batch, part, readable = loader.batches.batch, loader.batches.part, 0
     encoder, mean, std = (x.to(world.device) for x in (trained.model, trained.mean, trained.std))
     steps = progress(loader, len(loader.batches), f"features of {loader.samples.split.name}")
     for step, entries in enumerate(steps):
@@ -91,11 +103,19 @@ def embed(
             problem = f"{trained.path} gives features that are not finite"
             raise UserError(f"{problem}: try --precision fp32, or other weights")
         readable += len(x)
-        stop = min((step + 1) * batch * world.ranks, loader.batches.samples)
-        if not readable:
+        run = part[step * batch * world.ranks :][: batch * world.ranks]
+        if not (readable or part.start):
             first = next(iter(damaged.values()), "see rank 0")
-            raise UserError(f"none of the first {stop:,} images is readable, the first: {first}")
-        yield Embedded(step * batch * world.ranks, stop, about[:, 0], about[:, 1], x)
+            raise UserError(f"none of the first {run.stop:,} images is readable, the first: {first}")
+        yield Embedded(run.start, run.stop, about[:, 0], about[:, 1], x)
+
+
+def rows_of(part: Embedded, names: Iterator[str], classes: list[str] | None) -> Rows:
+    """Rows of consecutive images; `names` has their original names, and those of later ones."""
+    escaped = {sample: escape_name(next(names)) for sample in range(part.start, part.stop)}
+    kept = part.sample.tolist()
+    lost = {sample: escaped[sample] for sample in escaped.keys() - set(kept)}
+    return Rows([escaped[sample] for sample in kept], kept, label_names(part.label, classes), part.x.numpy(), lost)
 
 
 def _gather(part: Tensor, world: World) -> Tensor:

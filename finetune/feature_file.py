@@ -56,7 +56,7 @@ class FeatureWriter:
         self.schema = pa.schema([*fields, ("feature", pa.list_(ELEMENTS[kind], width))], about)
         self.writer = pq.ParquetWriter(file, self.schema, use_dictionary=["split", "label"])
         self.waiting = self.schema.empty_table()
-        self.rows = 0
+        self.rows, self.width = 0, width
 
     def add(self, names: list[str], split: str, samples: list[int], labels: list[str | None], x: np.ndarray) -> None:
         """Append images; `x` is [B, D] fp32. Raises `UserError` if float16 cannot hold a feature."""

@@ -1,11 +1,12 @@
 """Options that the commands for trained models share; free of torch, so that parsing is quick."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
-from configs.keys import argument, option, require
+from configs.keys import RAY_HELP, argument, option, require
 from data.reading import FileOptions
 
 TTA = ("hflip", "vflip", "crops")  # views in test-time augmentation
@@ -40,3 +41,20 @@ class ImageOptions(FileOptions, DeviceOptions):
         super().__post_init__()
         for name in self.tta:
             require(name in TTA, "--tta", name, f"one or several of {', '.join(TTA)}")
+
+
+@dataclass(frozen=True)
+class EmbedOptions(FileOptions, DeviceOptions):
+    """The command line of finetune/embed.py."""
+
+    source: str = argument("images: a folder, a zip, a tar, a table of files, or shards or their URL")
+    out: Path = argument("Parquet file to write")
+    split: tuple[str, ...] = option(("train",), "splits to embed, in this order; a folder without splits is one")
+    dtype: Literal["float32", "float16"] = option("float32", "type of the features in the file")
+    batch: PositiveInt = option(64, "images per batch and rank")
+    workers: NonNegativeInt | None = option(None, "loader processes per rank (default: its cores, at most 8)")
+    ray: str | None = option(None, RAY_HELP, alone="auto")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(len(set(self.split)) == len(self.split), "--split", " ".join(self.split), "different splits")

@@ -194,6 +194,18 @@ def pretrained(digits, shared) -> Path:
     return make_once(shared / "runs", make) / "one"
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """Address of a cluster of two nodes with one CPU each."""
+    pytest.importorskip("ray", reason="tests on Ray need it: pip install ray")
+    from ray.cluster_utils import Cluster
+
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    found.add_node(num_cpus=1)
+    yield found.address
+    found.shutdown()
+
+
 @pytest.fixture(autouse=True)
 def _alone():
     """Each test has the same random numbers, and leaves no variable (RANK, ...) and no process group to the next."""

@@ -17,7 +17,11 @@ MAY_IMPORT = {
     "finetune": {"configs", "models", "data", "launch", "finetune"},
     "bench": {"configs", "models", "data", "launch", "pretrain", "finetune", "bench"},
 }
-ONLY_IN = {"deepspeed": "launch/training/engine.py", "MinkowskiEngine": "models/sparse/minkowski.py"}
+ONLY_IN = {
+    "deepspeed": "launch/training/engine.py",
+    "MinkowskiEngine": "models/sparse/minkowski.py",
+    "ray": "data/ray_pool.py",
+}
 
 
 def imports(path) -> set[str]:

@@ -8,7 +8,16 @@ from pathlib import Path
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Handles GET; a request uses up the first fault in the list of its file."""
+    """Handles HEAD and GET, also of ranges; a request uses up the first fault in the list of its file."""
+
+    def do_HEAD(self):
+        file = self.server.folder / self.path.lstrip("/")
+        if not file.is_file():
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(file.stat().st_size))
+        self.end_headers()
 
     def do_GET(self):
         server = self.server
@@ -24,7 +33,13 @@ class Handler(BaseHTTPRequestHandler):
             return
         data = (server.folder / name).read_bytes()
         time.sleep(server.delay)
-        self.send_response(200)
+        if (part := self.headers.get("Range")) and server.ranges:
+            first, last = map(int, part.removeprefix("bytes=").split("-"))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            data = data[first : last + 1]
+        else:
+            self.send_response(200)
         if fault != "short":  # without a length, the body ends with the connection
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -51,6 +66,7 @@ class Server(ThreadingHTTPServer):
     Attributes:
         faults: name -> faults of its next requests: an HTTP status, "hang", "stall", "cut", "short" or "flip"
         always: fault of all other requests
+        ranges: whether it sends parts of files
         counts: name -> requests
         delay: seconds before an answer
     """
@@ -60,6 +76,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.counts, self.faults, self.always, self.delay = folder, Counter(), defaultdict(list), None, 0
+        self.ranges = True
         self.lock, self.closing = threading.Lock(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 

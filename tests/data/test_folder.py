@@ -14,6 +14,7 @@ from configs.schema import Data
 from data.decode import decode
 from data.folder import Folder, list_collection, open_images, open_splits, read_image, sample_names
 from data.index import index_folder
+from data.pool import Pool
 from data.reading import VALUES, ImageError
 from data.shards import Split, index_file
 from tests.data.helpers import as_folder, as_tar, as_zip, collection, picture
@@ -165,7 +166,7 @@ def test_names_in_shards_of_other_tools(tmp_path):
         "a/4.jpg": jpg, "a/4.cls": b"0",
     }  # fmt: skip
     as_tar(members, folder / "train-0.tar")
-    index_folder(folder, 1)
+    index_folder(folder, Pool(1))
     assert sample_names(Split(folder, "train")) == ["first.jpg", "a/2.png", "a/3.jpg", "a/4.jpg"]
 
 

@@ -14,6 +14,7 @@ from configs.errors import UserError
 from configs.schema import Data, Optim, Pretrain
 from data.index import index_folder
 from data.loader import Loader, eval_loader, train_loader
+from data.pool import Pool
 from data.shards import index_file, open_split
 from data.transforms import EvalTransform, PretrainTransform
 from data.writing import write_tar
@@ -200,7 +201,7 @@ def test_targets_and_rows_of_objects(tmp_path):
         {"__key__": str(i), "png": picture(i, kind="png"), "json": json.dumps(x).encode()} for i, x in enumerate(about)
     ]
     write_tar(tmp_path / "train-0.tar", iter(samples))
-    index_folder(tmp_path, 1)
+    index_folder(tmp_path, Pool(1))
 
     def read_target(data):
         boxes = json.loads(data)["boxes"]

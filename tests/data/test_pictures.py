@@ -15,6 +15,7 @@ from configs.errors import UserError
 from data.decode import decode
 from data.folder import read_image
 from data.loader import Samples
+from data.pool import Pool
 from data.reading import TOO_LARGE, ImageError, Reading
 from data.reencode import reencode
 from data.repair import repair
@@ -241,5 +242,5 @@ def test_a_salvaged_shard_keeps_images_over_the_limit(tmp_path, monkeypatch):
         raise ImageError("has many pixels", TOO_LARGE)
 
     monkeypatch.setattr("data.decode.decode", refuse)
-    repair(tmp_path / "out", 1)
+    repair(tmp_path / "out", Pool(1))
     assert len(Split(tmp_path / "out", "train")) == 2 and "lost.txt" not in names(tmp_path / "out")

@@ -21,7 +21,7 @@ from configs.errors import UserError
 from data import prepare
 from data.decode import decode
 from data.index import index_folder, verify
-from data.pool import run_tasks
+from data.pool import Pool, run_tasks
 from data.reading import FIRST_FRAME, FIRST_PAGE, Plural, Reading
 from data.reencode import NOT_TURNED, reencode
 from data.shards import Split, index_file, read_index
@@ -239,12 +239,12 @@ def test_reads_a_webdataset_tar_made_elsewhere(tmp_path):
         }
     as_tar(members, tmp_path / "set-train-0001.tar")
     as_tar({"9.seg.png": b"x", "9.jpeg": data[0]}, tmp_path / "set-val-0000.tar")
-    index_folder(tmp_path, 1)
+    index_folder(tmp_path, Pool(1))
     assert content(tmp_path, "set-train") == {image: i % 3 for i, image in enumerate(data)}
     assert content(tmp_path, "set-val") == {data[0]: -1}
     assert read_index(tmp_path).classes == ["0", "1", "2"]
     (tmp_path / "classes.txt").write_text("x\ny\nz\n")
-    index_folder(tmp_path, 1)
+    index_folder(tmp_path, Pool(1))
     assert read_index(tmp_path).classes == ["x", "y", "z"]
 
 
@@ -271,14 +271,14 @@ def test_a_killed_run_is_completed(tmp_path):
 
 def test_verify_names_the_damage(tmp_path, capsys):
     prepared(as_folder(collection({"a": 8}), tmp_path / "in"), tmp_path / "out", "--shard-size", "4")
-    verify(tmp_path / "out", 1)
+    verify(tmp_path / "out", Pool(1))
     assert "no damage" in capsys.readouterr().out
     shard = tmp_path / "out/train-000001.tar"
     data = bytearray(shard.read_bytes())
     data[int(np.load(index_file(shard))["offset"][0]) + 50] ^= 1
     shard.write_bytes(data)
     with pytest.raises(UserError, match="1 of 2 shards"):
-        verify(tmp_path / "out", 1)
+        verify(tmp_path / "out", Pool(1))
     assert re.search(r"train-000001\.tar .*\(images 0 differ\)", capsys.readouterr().out)
     with pytest.raises(UserError, match=r"train-000001\.tar is damaged.*--verify"):
         content(tmp_path / "out")
@@ -309,14 +309,14 @@ def test_a_damaged_foreign_tar_is_not_indexed(how, tmp_path):
     path = as_tar({f"{i}.jpg": picture(i) for i in range(4)}, tmp_path / "x-0.tar")
     harm(path, how)
     if how == "zeroed to the end":  # the image has the right size, and the zeros look like the end of a tar
-        index_folder(tmp_path, 1)
+        index_folder(tmp_path, Pool(1))
         found = list(content(tmp_path, "x"))
         assert found[:2] == [picture(0), picture(1)]
         with pytest.raises(UserError, match="not a readable image"):
             decode(found[2])
         return
     with pytest.raises(UserError, match=r"x-0\.tar"):
-        index_folder(tmp_path, 1)
+        index_folder(tmp_path, Pool(1))
     assert not (tmp_path / "index.json").exists()
 
 
@@ -325,7 +325,7 @@ def test_verify_names_a_damaged_tar(how, tmp_path, capsys):
     prepared(as_folder(CATS, tmp_path / "in"), tmp_path / "out", "--shard-size", "4")
     harm(tmp_path / "out/train-000001.tar", how)
     with pytest.raises(UserError, match=r"1 of 2 shards.*/out --repair"):
-        verify(tmp_path / "out", 1)
+        verify(tmp_path / "out", Pool(1))
     assert "out/train-000001.tar " in capsys.readouterr().out
 
 
@@ -341,7 +341,7 @@ def test_verify_names_a_damaged_index(what, tmp_path, capsys):
         np.save(index, np.zeros(8))
         (tmp_path / "out/train-000000.tar").write_bytes(bytes(10240))  # so that the tables are compared
     with pytest.raises(UserError, match="1 of 1 shards"):
-        verify(tmp_path / "out", 1)
+        verify(tmp_path / "out", Pool(1))
     expected = {"gone": "no .idx.npy", "other bytes": "train-000000.idx.npy", "another table": "tar has 10240"}
     assert expected[what] in capsys.readouterr().out
 
@@ -457,13 +457,13 @@ def test_a_damaged_shard_is_written_again(tmp_path):
         Split(tmp_path / "out", "train")
     prepared(source, tmp_path / "out", "--shard-size", "3")
     assert (tmp_path / "out/index.json").read_bytes() == before
-    verify(tmp_path / "out", 1)
+    verify(tmp_path / "out", Pool(1))
 
 
 def test_our_own_shards_are_not_indexed_as_foreign(tmp_path):
     prepared(as_folder(CATS, tmp_path / "in"), tmp_path / "out")
     with pytest.raises(UserError, match="made by this command"):
-        index_folder(tmp_path / "out", 1)
+        index_folder(tmp_path / "out", Pool(1))
     assert read_index(tmp_path / "out").classes == ["cat", "dog"]
 
 
@@ -484,7 +484,7 @@ def _killed(task):
 def test_a_killed_worker_ends_in_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data/prepare.py", "my photos", "out"])
     with pytest.raises(UserError, match=r"process was killed.*run `python data/prepare\.py 'my photos' out` again"):
-        run_tasks(_killed, [1, 2, 3], 2, 3)
+        run_tasks(_killed, [1, 2, 3], Pool(2), 3)
 
 
 def test_one_image_and_several_in_the_notes():
@@ -499,7 +499,7 @@ def test_one_image_and_several_in_the_notes():
 def test_a_label_that_is_not_a_number(label, tmp_path):
     as_tar({"0.jpg": picture(0), "0.cls": label}, tmp_path / "x-0.tar")
     with pytest.raises(UserError, match=r"0\.cls .*whole number"):
-        index_folder(tmp_path, 1)
+        index_folder(tmp_path, Pool(1))
 
 
 def test_out_cannot_be_written(refused, tmp_path):

@@ -13,6 +13,7 @@ from configs.errors import UserError
 from data import prepare
 from data.decode import decode
 from data.index import index_folder, verify
+from data.pool import Pool
 from data.repair import repair
 from data.shards import Split, find_damage, index_file, read_index
 from data.tars import read_rows
@@ -97,7 +98,7 @@ def test_skipped_images_stay_listed(tmp_path):
 
 
 def test_nothing_is_damaged(made, shards, capsys):
-    repair(shards, 2)
+    repair(shards, Pool(2))
     assert "nothing is damaged" in capsys.readouterr().out
     assert files(shards) == files(made / "out")
 
@@ -117,7 +118,7 @@ def test_nothing_is_damaged(made, shards, capsys):
 )
 def test_damage_outside_the_images_is_repaired_exactly(harm, made, shards, capsys):
     harm(shards / "train-000001.tar")
-    repair(shards, 1)
+    repair(shards, Pool(1))
     assert files(shards) == files(made / "out")
     output = capsys.readouterr().out
     assert "train-000001.tar: repaired, byte for byte" in output and "has changed" not in output
@@ -131,7 +132,7 @@ def test_salvage(made, shards, capsys):
     flip(tar, int(rows["offset"][1]) + 70)
     change(tar, int(rows["offset"][3]) - 1024, bytes(1400))  # with label, header and the image's beginning
     with pytest.raises(UserError, match="1 of 4 shards"):
-        verify(shards, 1)
+        verify(shards, Pool(1))
     capsys.readouterr()
     prepare.main([str(shards), "--repair", "--workers", "1"])
     output = capsys.readouterr().out
@@ -149,7 +150,7 @@ def test_salvage(made, shards, capsys):
     assert content(shards) == {data: label for data, label in before.items() if data not in gone}
     assert Split(shards, "train").digest != digest
     assert not [name for name in names(shards) if name.startswith(".")]
-    verify(shards, 1)
+    verify(shards, Pool(1))
     left, old = files(shards), files(made / "out")
     assert {name for name in old if left[name] != old[name]} == {tar.name, index_file(tar).name, "index.json"}
     prepared(made / "in", shards, "--shard-size", "4")  # brings them back, with --repair or without
@@ -159,7 +160,7 @@ def test_salvage(made, shards, capsys):
 def test_a_second_salvage_adds_to_the_list(shards):
     for number in (0, 1):
         flip(shards / "train-000000.tar", place(shards / "train-000000.tar", number))
-        repair(shards, 1)
+        repair(shards, Pool(1))
     assert len((shards / "lost.txt").read_text().splitlines()) == 2
     assert sum(shard.samples for shard in read_index(shards).splits["train"]) == 14
 
@@ -171,10 +172,10 @@ def test_tar_and_index_damaged(harm, shards):
     lost = {Split(shards, "train").read(i)[0] for i in (6, 7)}
     FAULTS["cut"](tar)
     harm(index_file(tar))
-    repair(shards, 1)
+    repair(shards, Pool(1))
     assert content(shards) == {data: label for data, label in before.items() if data not in lost}
     assert (shards / "lost.txt").read_text() == "train-000001.tar: 2 images, keys and bytes unknown\n"
-    verify(shards, 1)
+    verify(shards, Pool(1))
 
 
 def test_tar_and_index_damaged_with_headers_left(shards):
@@ -185,16 +186,16 @@ def test_tar_and_index_damaged_with_headers_left(shards):
     change(tar, image(tar, 1).offset - 512, b"?")
     change(tar, image(tar, 2).offset, bytes(512))
     index_file(tar).unlink()
-    repair(shards, 1)
+    repair(shards, Pool(1))
     found = content(shards)
     assert len(found) == 13 and found.items() <= before.items() and kept[0] in found
-    verify(shards, 1)
+    verify(shards, Pool(1))
 
 
 def test_missing_tars(shards, capsys):
     """They are removed from the index; if all are missing, nothing is changed."""
     (shards / "train-000003.tar").unlink()
-    repair(shards, 1)
+    repair(shards, Pool(1))
     assert "train-000003.tar: 0 of 4 images" in capsys.readouterr().out
     assert len((shards / "lost.txt").read_text().splitlines()) == 4
     assert len(Split(shards, "train")) == 12
@@ -202,14 +203,14 @@ def test_missing_tars(shards, capsys):
         tar.unlink()
     before = files(shards)
     with pytest.raises(UserError, match="no undamaged image, nothing was changed"):
-        repair(shards, 1)
+        repair(shards, Pool(1))
     assert files(shards) == before
 
 
 def test_a_split_that_is_lost(made, tmp_path, capsys):
     prepared(made / "in", tmp_path / "out", "--val-fraction", "0.2")
     (tmp_path / "out/val-000000.tar").unlink()
-    repair(tmp_path / "out", 1)
+    repair(tmp_path / "out", Pool(1))
     assert list(read_index(tmp_path / "out").splits) == ["train"]
     assert "split val has changed" in capsys.readouterr().out
 
@@ -223,10 +224,10 @@ def test_foreign_shards(tmp_path):
         mask = picture(i + 50, mode="L", kind="png")
         samples |= {f"./x/{i}.JPG": picture(i), f"./x/{i}.txt": b"%d" % i, f"./x/{i}.png": mask, f"./x/{i}.cls": b"03"}
     tar = as_tar(samples, folder / "x-7.tar")
-    index_folder(folder, 1)
+    index_folder(folder, Pool(1))
     flip(tar, members(tar)["./x/1.JPG"].offset_data + 80)
     change(tar, members(tar)["./x/3.JPG"].offset, bytes(512))
-    repair(folder, 1)
+    repair(folder, Pool(1))
     assert content(folder, "x") == {picture(i): 3 for i in (0, 2, 3, 4)}
     with tarfile.open(tar) as archive:
         found = {member.name: archive.extractfile(member).read() for member in archive}
@@ -237,9 +238,9 @@ def test_foreign_shards(tmp_path):
 
 def test_an_image_whose_name_is_lost(tmp_path):
     tar = as_tar({f"{i}.png": picture(i, kind="png") for i in range(3)}, tmp_path / "x-0.tar")
-    index_folder(tmp_path, 1)
+    index_folder(tmp_path, Pool(1))
     change(tar, members(tar)["1.png"].offset, bytes(512))
-    repair(tmp_path, 1)
+    repair(tmp_path, Pool(1))
     assert list(content(tmp_path, "x")) == [picture(i, kind="png") for i in range(3)]
     assert [name.split("-")[0] for name in members(tar)] == ["0.png", "salvaged", "2.png"]
 
@@ -253,11 +254,11 @@ def test_long_names(tmp_path):
             for i in range(4):
                 (tmp_path / "image").write_bytes(picture(i))
                 archive.add(tmp_path / "image", f"{'long' * 40}/{i}.jpg")
-        index_folder(folder, 1)
+        index_folder(folder, Pool(1))
         found = list(members(folder / "x-0.tar").values())
         change(folder / "x-0.tar", found[0].offset_data - 512, bytes(512))
         change(folder / "x-0.tar", found[2].offset, bytes(512))
-        repair(folder, 1)
+        repair(folder, Pool(1))
         assert list(content(folder, "x")) == [picture(i) for i in range(4)]
         found = list(members(folder / "x-0.tar"))
         assert found[0].startswith("salvaged")
@@ -268,9 +269,9 @@ def test_two_images_in_a_sample(tmp_path):
     """The first one is the sample's image; another one that would precede it in the new tar is dropped."""
     pictures = {f"{i}.{kind}": picture(i, kind=kind) for i in range(3) for kind in ("png", "webp", "jpeg")}
     tar = as_tar(pictures, tmp_path / "x-0.tar")
-    index_folder(tmp_path, 1)
+    index_folder(tmp_path, Pool(1))
     flip(tar, members(tar)["1.png"].offset_data + 99)
-    repair(tmp_path, 1)
+    repair(tmp_path, Pool(1))
     assert list(content(tmp_path, "x")) == [picture(i, kind="png") for i in (0, 2)]
     assert list(members(tar)) == ["0.png", "0.webp", "2.png", "2.webp"]
 
@@ -297,9 +298,9 @@ def test_any_damage(seed, shards):
         for offset, size, _, label in rows.tolist():
             if data[offset : offset + size] == before[offset : offset + size]:
                 expected[data[offset : offset + size]] = label
-    repair(shards, 1)
+    repair(shards, Pool(1))
     assert content(shards) == expected
-    verify(shards, 1)
+    verify(shards, Pool(1))
 
 
 @pytest.mark.parametrize("way", ["in place", "from the source", "new folder"])
@@ -308,7 +309,7 @@ def test_killed_at_every_moment(way, made, shards, tmp_path):
 
     def run(folder):
         if way == "in place":
-            repair(folder, 1)
+            repair(folder, Pool(1))
         else:
             prepared(made / "in", folder, *(["--repair"] if way == "from the source" else []), "--shard-size", "4")
 
@@ -353,15 +354,15 @@ def test_hostile_members_are_neither_executed_nor_written_elsewhere(tmp_path, mo
     }
     hostile = {f"0.{kind}": payload for kind in ("pyd", "pyc", "pickle", "pkl", "pth", "__key__", "_x", "")}
     tar = as_tar(images | hostile | {"1.npy": with_object(mark), "2.jpg": picture(9)}, folder / "x-0.tar")
-    index_folder(folder, 1)
+    index_folder(folder, Pool(1))
     flip(tar, members(tar)["2.jpg"].offset_data + 99)
     with pytest.raises(UserError, match="1 of 1 shards"):
-        verify(folder, 1)
-    repair(folder, 1)
+        verify(folder, Pool(1))
+    repair(folder, Pool(1))
     index_file(tar).unlink()
     flip(tar, 0)
-    repair(folder, 1)  # without an index: every image is decoded
-    verify(folder, 1)
+    repair(folder, Pool(1))  # without an index: every image is decoded
+    verify(folder, Pool(1))
     split, read = Split(folder, "x"), []
     for i in range(len(split)):
         data, _ = split.read(i)
@@ -380,7 +381,7 @@ def test_an_index_with_files_outside_the_folder(shards, tmp_path):
     index["splits"]["train"][0]["file"] = "../other.tar"
     (shards / "index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"other\.tar"):
-        repair(shards, 1)
+        repair(shards, Pool(1))
     assert (tmp_path / "other.tar").read_bytes() == b"not ours"
 
 
@@ -388,7 +389,7 @@ def test_an_index_with_files_outside_the_folder(shards, tmp_path):
 def test_a_header_with_an_absurd_size(size, tmp_path):
     """It neither allocates memory nor causes an endless loop."""
     tar = as_tar({"0.jpg": picture(0)}, tmp_path / "x-0.tar")
-    index_folder(tmp_path, 1)
+    index_folder(tmp_path, Pool(1))
     first = members(tar)["0.jpg"]
     with tarfile.open(tmp_path / "hostile", "w") as archive:
         member = tarfile.TarInfo("1.txt")
@@ -400,5 +401,5 @@ def test_a_header_with_an_absurd_size(size, tmp_path):
     with pytest.raises(UserError, match=r"x-0\.tar"):
         read_rows(tar)
     index_file(tar).unlink()
-    repair(tmp_path, 1)
+    repair(tmp_path, Pool(1))
     assert list(content(tmp_path, "x")) == [picture(0)]

@@ -12,6 +12,7 @@ from configs.errors import UserError
 from configs.files import sha256
 from data.decode import decode
 from data.index import index_folder, verify
+from data.pool import Pool
 from data.repair import repair
 from data.shards import MAX_OPEN_SHARDS, Index, Split, index_file, read_index, write_index
 from data.tars import ROW
@@ -157,7 +158,7 @@ def with_targets(folder):
         {"__key__": "c", "webp": picture(2, kind="webp"), "json": b'{"name": "c"}', "cls": b"2"},
     ]
     write_tar(folder / "train-0.tar", iter(samples))
-    index_folder(folder, 1)
+    index_folder(folder, Pool(1))
     return [mask, b'{"labels": []}', b""]
 
 
@@ -168,7 +169,7 @@ def test_targets(tmp_path):
     assert [split.read_target(i) for i in range(3)] == expected
     assert [decode(split.read(i)[0]).shape for i in range(3)] == [(3, 16, 20)] * 3
     assert split.labels().tolist() == [-1, -1, 2]
-    verify(tmp_path / "x", 1)
+    verify(tmp_path / "x", Pool(1))
 
 
 def test_a_sample_with_a_damaged_target_is_damaged(tmp_path, capsys):
@@ -180,7 +181,7 @@ def test_a_sample_with_a_damaged_target_is_damaged(tmp_path, capsys):
         file.write(b"damaged")
     with pytest.raises(UserError, match="checksum"):
         Split(tmp_path / "x", "train").read_target(0)
-    repair(tmp_path / "x", 1)
+    repair(tmp_path / "x", Pool(1))
     assert "image 0, key 'a'" in (tmp_path / "x/lost.txt").read_text()
     split = Split(tmp_path / "x", "train")
     assert [split.read_target(i) for i in range(2)] == expected[1:]
@@ -195,4 +196,4 @@ def test_an_index_without_targets_is_still_read(tmp_path):
     write_index(tmp_path / "x", Index({"train": [shard]}, None))
     split = Split(tmp_path / "x", "train")
     assert split.read_target(0) == b"" and decode(split.read(0)[0]).shape == (3, 16, 20)
-    verify(tmp_path / "x", 1)
+    verify(tmp_path / "x", Pool(1))

@@ -20,6 +20,7 @@ from data import prepare
 from data.decode import decode
 from data.index import verify
 from data.planning import PrepareOptions
+from data.pool import Pool
 from data.reading import Notes
 from data.reencode import reencode
 from data.shards import Split, read_index
@@ -303,7 +304,7 @@ def test_repair(tmp_path, capsys):
     assert files(out) == before
     (out / "train-000002.tar").write_bytes(tar)
     prepare.main([str(out), "--repair", "--workers", "1"])
-    verify(out, 1)
+    verify(out, Pool(1))
     assert "1 images are lost" in capsys.readouterr().out
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from configs.errors import UserError
 from configs.schema import Data, Run
@@ -79,6 +80,35 @@ def test_two_ranks_write_the_bytes_of_one(weights, photos, tmp_path):
     assert has(done.stdout, "train/cat/2.jpg 17 images") and done.stdout.count("left out: ") == 1
     call(embed.main, weights, source, tmp_path / "one.parquet", *more)
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True])
+def test_two_nodes_of_ray_write_the_bytes_of_one_process(
+    shards, cluster, weights, photos, tmp_path, monkeypatch, capfd
+):
+    """Also with damaged images, the first batch of a part among them, and with options of reading."""
+    pytest.importorskip("finetune.ray_embedding")
+    from finetune import ray_embedding
+
+    source = shutil.copytree(photos, tmp_path / "photos")
+    if shards:
+        prepared(source, tmp_path / "shards", "--shard-size", "4")
+        (tmp_path / "shards/train-000001.tar").write_bytes(bytes((tmp_path / "shards/train-000001.tar").stat().st_size))
+        source = tmp_path / "shards"
+    else:
+        for name in ("train/cat/4.jpg", "train/dog/0.jpg", "val/dog/3.jpg"):
+            (source / name).write_bytes(b"damaged")
+        Image.fromarray(np.random.default_rng(0).random((16, 20), np.float32)).save(source / "train/cat/x.tif")
+    monkeypatch.setattr(ray_embedding, "PART", 4)
+    more = ["--split", "train", "val", "--batch", "2", "--device", "cpu"]
+    more += [] if shards else ["--value-range", "0", "1"]
+    call(embed.main, weights, source, tmp_path / "one.parquet", *more)
+    alone = capfd.readouterr().err
+    call(embed.main, weights, source, tmp_path / "two.parquet", *more, "--ray", cluster)
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+    lost = [[line for line in text.splitlines() if "left out" in line] for text in (alone, capfd.readouterr().err)]
+    assert len(lost[0]) >= 3 and lost[0] == lost[1]
 
 
 def test_damaged_images_are_named_and_left_out(weights, tmp_path, capsys):
@@ -162,10 +192,12 @@ def test_bad_input(words, message, weights, photos, tmp_path, monkeypatch):
 
 
 def test_batches_do_not_depend_on_the_ranks():
-    alone = list(embedding.RunsOfSamples(11, 3, 0, 1))
-    parts = [list(embedding.RunsOfSamples(11, 3, rank, 3)) for rank in range(3)]
+    alone = list(embedding.RunsOfSamples(range(11), 3, 0, 1))
+    parts = [list(embedding.RunsOfSamples(range(11), 3, rank, 3)) for rank in range(3)]
     assert all(len(part) == 2 for part in parts)
     assert [batch for step in zip(*parts, strict=True) for batch in step] == [*alone, [(0, -1, 0)], [(0, -1, 0)]]
+    ranges = range(6), range(6, 11)
+    assert [batch for part in ranges for batch in embedding.RunsOfSamples(part, 3, 0, 1)] == alone
 
 
 def test_a_value_that_float16_cannot_hold(tmp_path):

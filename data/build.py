@@ -36,14 +36,14 @@ def build(options: PrepareOptions) -> None:
     created = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open_collection(options, out) as (items, classes):
-            _write_missing(options, select(items, lists, options.source), classes)
+        with open_collection(options, out) as (items, classes, targets):
+            _write_missing(options, select(items, lists, options.source), classes, targets)
     finally:
         if created and out.exists() and not any(out.iterdir()):
             out.rmdir()
 
 
-def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None) -> None:
+def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None, targets: dict | None) -> None:
     out, splits = options.out, hold_out(items, options.val_fraction)
     check_val(splits)
     survey = write_sheet = None
@@ -70,7 +70,7 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
         write = partial(write_shard, options=options)
         written = run_tasks(write, missing, options.workers, sum(len(plan.items) for plan in missing))
         done |= dict(zip(missing, written, strict=True))
-    _finish(out, {plan: done[plan] for plan in plans}, classes)
+    _finish(out, {plan: done[plan] for plan in plans}, classes, targets)
 
 
 def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[dict, Callable[[Path], None]]:
@@ -151,12 +151,12 @@ def _by_kind(skipped: list[str]) -> str:
     )
 
 
-def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None) -> None:
+def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None, targets: dict | None) -> None:
     """Write skipped.txt and index.json, remove the records, print a summary."""
     splits = defaultdict(list)
     for plan, written in done.items():
         splits[plan.path.name.rsplit("-", 1)[0]].append(written.shard)
-    index = Index(dict(splits), classes, json.loads((out / "source.json").read_bytes()).get("survey"))
+    index = Index(dict(splits), classes, json.loads((out / "source.json").read_bytes()).get("survey"), targets)
     skipped = [line for written in done.values() for line in written.skipped]
     if not any(shard.samples for shard in index.shards):
         for plan in done:

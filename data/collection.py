@@ -2,6 +2,7 @@
 
 SOURCE    its folders are splits and classes; --labels FILE
 --val SOURCE, --test SOURCE    further splits; --val-labels FILE, --test-labels FILE
+--boxes FILE                   boxes of objects in place of labels; --val-boxes FILE, --test-boxes FILE
 """
 
 from collections import Counter, defaultdict
@@ -11,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from configs.errors import UserError, counted, printable
+from data.box_files import BoxFile
+from data.box_targets import box_hint, box_items, box_targets, in_split
 from data.known import find_val_labels, known_rows, without_image_class
 from data.labels import label_by_sidecars, label_by_table, set_apart
 from data.layouts import UNLABELED, arrange
@@ -23,8 +26,11 @@ SHOWN = 10  # names in a line
 
 
 @contextmanager
-def open_collection(options: PrepareOptions, scratch: Path) -> Iterator[tuple[list[Item], list[str] | None]]:
-    """All images with their splits and labels, and the class names of all splits. Prints what was decided.
+def open_collection(
+    options: PrepareOptions, scratch: Path
+) -> Iterator[tuple[list[Item], list[str] | None, dict | None]]:
+    """All images with their splits and labels, the class names of all splits, and `targets` of index.json. Prints what
+    was decided.
 
     What has to be unpacked stays in `scratch` until the block ends. Raises `UserError` for sources or labels that
     cannot be read, or that could mean several things.
@@ -35,15 +41,16 @@ def open_collection(options: PrepareOptions, scratch: Path) -> Iterator[tuple[li
             raise UserError(f"--{reject[0].replace('_', '-')} does not apply to the built-in digits: leave it out")
         items = [Item(name, "digits", split=split, label=label) for name, (_, split, label) in digits().items()]
         print(f"digits: {len(items):,} images", flush=True)
-        yield sorted(items, key=lambda item: item.name), None if options.no_labels else class_names(items, False)
+        yield sorted(items, key=lambda item: item.name), None if options.no_labels else class_names(items, False), None
         return
     with ExitStack() as stack:
         listing = stack.enter_context(list_source(options.source, scratch))
-        items = _main_images(listing, options)
+        files: list[BoxFile] = []
+        items = _main_images(listing, options, files)
         from_files = bool(listing.sidecars or options.labels)
-        for split, source, labels in (
-            ("val", options.val, options.val_labels),
-            ("test", options.test, options.test_labels),
+        for split, source, labels, boxes in (
+            ("val", options.val, options.val_labels, options.val_boxes),
+            ("test", options.test, options.test_labels, options.test_boxes),
         ):
             if source is not None:
                 if any(item.split == split for item in items):
@@ -52,18 +59,20 @@ def open_collection(options: PrepareOptions, scratch: Path) -> Iterator[tuple[li
                 inner.mkdir(exist_ok=True)
                 stack.callback(inner.rmdir)
                 further = stack.enter_context(list_source(source, inner))
-                items = items + _further_images(further, split, labels, options)
+                items = items + _further_images(further, split, labels, boxes, options, files)
         if options.no_labels:
             items = [replace(item, label=None) for item in items]
         check_classes(items, options.source)
-        yield items, class_names(items, from_files)
+        yield items, class_names(items, from_files), box_targets(files) if files else None
 
 
-def _main_images(listing: Listing, options: PrepareOptions) -> list[Item]:
+def _main_images(listing: Listing, options: PrepareOptions, files: list[BoxFile]) -> list[Item]:
     """Images of SOURCE, also with labels of its splits val and test from files."""
     items, notes = _arranged(listing, options.labels, options, options.splits, options.no_splits)
-    files = len(listing.label_files)
-    if not (options.no_labels or options.labels or options.val or options.val_labels):
+    if options.boxes:
+        items = _boxed(listing, items, options, notes, files)
+    listed = len(listing.label_files)
+    if not (options.boxes or options.no_labels or options.labels or options.val or options.val_labels):
         items = _known_val(listing, items, options, notes)
     for split, labels, source in (
         ("val", options.val_labels, options.val),
@@ -78,17 +87,34 @@ def _main_images(listing: Listing, options: PrepareOptions) -> list[Item]:
             labelled = _with_labels(members, labels, options, notes)
             items = [item for item in items if item.split != split] + labelled
             items.sort(key=lambda item: item.name)
-    known = len(listing.label_files) < files
-    _report(listing, items, notes, hint=not (options.labels or options.no_labels or known))
+    known = len(listing.label_files) < listed
+    _report(listing, items, notes, hint=not (options.labels or options.no_labels or options.boxes or known))
     return items
+
+
+def _boxed(
+    listing: Listing, items: list[Item], options: PrepareOptions, notes: list[str], files: list[BoxFile]
+) -> list[Item]:
+    """Images of SOURCE with boxes: those of splits val and test from files of their own, if these are given."""
+    own = {"val": options.val_boxes, "test": options.test_boxes}
+    own = {split: path for split, path in own.items() if path and not getattr(options, split)}
+    rest = [item for item in items if item.split not in own]
+    parts = [(rest, options.boxes), *((in_split(items, split, path), path) for split, path in own.items())]
+    out = []
+    for members, path in parts:
+        boxed, file = box_items(members, path, listing, notes)
+        out += boxed
+        files.append(file)
+    return sorted(out, key=lambda item: item.name)
 
 
 def _arranged(
     listing: Listing, labels: Path | None, options: PrepareOptions, splits: tuple[str, ...], no_splits: bool
 ) -> tuple[list[Item], list[str]]:
     """Images with splits, and with labels from a table, from files beside them, or from their folders."""
-    first = [] if labels or options.no_labels else label_by_sidecars(listing)
-    items, notes = arrange(listing, splits, no_splits, labelled=not (labels or options.no_labels))
+    unlabelled = bool(labels or options.no_labels or options.boxes)
+    first = [] if unlabelled else label_by_sidecars(listing)
+    items, notes = arrange(listing, splits, no_splits, labelled=not unlabelled)
     if labels:
         items = _with_labels(items, labels, options, notes)
         for name, file in [*listing.label_files.items()]:
@@ -116,11 +142,16 @@ def _known_val(listing: Listing, items: list[Item], options: PrepareOptions, not
     return sorted(others + test + labelled, key=lambda item: item.name)
 
 
-def _further_images(listing: Listing, split: str, labels: Path | None, options: PrepareOptions) -> list[Item]:
+def _further_images(
+    listing: Listing, split: str, labels: Path | None, boxes: Path | None, options: PrepareOptions, files: list[BoxFile]
+) -> list[Item]:
     """Images of --val or --test, all in one split."""
     items, notes = _arranged(listing, labels, options, (), True)
+    if boxes:
+        items, file = box_items(items, boxes, listing, notes)
+        files.append(file)
     items = [item if item.split == UNLABELED else replace(item, split=split) for item in items]
-    _report(listing, items, notes, hint=not (labels or options.no_labels), flag=f"--{split}-labels")
+    _report(listing, items, notes, not (labels or options.no_labels or options.boxes), split)
     return items
 
 
@@ -155,12 +186,15 @@ def _with_labels(
     return labelled + [item for item in items if item.split == UNLABELED]
 
 
-def _report(listing: Listing, items: list[Item], notes: list[str], hint: bool, flag: str = "--labels") -> None:
+def _report(listing: Listing, items: list[Item], notes: list[str], hint: bool, split: str = "") -> None:
     """Print what a source has, and what was left out or decided."""
+    flag = f"--{split}-labels" if split else "--labels"
     print(f"{printable(listing.source)}: {counted(len(items), 'image')}", flush=True)
     for note in (*listing.notes(), *notes):
         print(f"  {printable(note)}", flush=True)
     tables = [item for name, item in listing.label_files.items() if suffix(name) in TABLES] if hint else []
+    if hint and (line := box_hint(listing, flag.replace("labels", "boxes"))):
+        print(f"  {line}", flush=True)
     for item in [item for item in tables if may_hold_labels(item.image_bytes(), item.name)][:3]:
         inside = item.offset is not None
         where = f"unpack it and add {flag} PATH" if inside else f"add {flag} {printable(item.container)}"

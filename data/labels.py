@@ -94,7 +94,7 @@ def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]
 def _match(items: list[Item], rows: list[Row], candidates: tuple[str, ...], name: str) -> tuple[list[int | None], str]:
     """Number of each row's image, and the column that names it."""
     found = {}
-    paths = _Paths(items)
+    paths = Paths(items)
     for column in candidates:
         matches = [paths.find(row.get(column), name) for row in rows]
         if any(image is not None for image in matches):
@@ -110,7 +110,7 @@ def _match(items: list[Item], rows: list[Row], candidates: tuple[str, ...], name
     return found[best], best
 
 
-class _Paths:
+class Paths:
     """Finds an image by its path, with or without folders or suffix."""
 
     def __init__(self, items: list[Item]):

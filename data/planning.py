@@ -26,7 +26,7 @@ Pixels = Annotated[int, Field(ge=1, le=1 << 16)]
 Quality = Annotated[int, Field(ge=1, le=100)]
 ShardSize = Annotated[int, Field(ge=1, le=1 << 30)]
 Workers = Annotated[int, Field(ge=1, le=1 << 12)]
-FILES = ("labels", "val", "val_labels", "test", "test_labels")
+FILES = ("labels", "val", "val_labels", "test", "test_labels", "boxes", "val_boxes", "test_boxes")
 LABEL_OPTIONS = ("splits", "no_splits", "label_column", "path_column", *FILES)
 ORDER_SEED = 0  # of the order of images in shards, and of the choice of held-out images
 
@@ -60,6 +60,9 @@ class PrepareOptions(Reading):
     val_labels: Path | None = option(None, "labels of split val, as --labels; or the devkit of ILSVRC2012")
     test: str | None = option(None, "another source: its images are split test")
     test_labels: Path | None = option(None, "labels of split test, as --labels")
+    boxes: Path | None = option(None, "boxes of SOURCE: a COCO json, or a folder of VOC xml or YOLO txt files")
+    val_boxes: Path | None = option(None, "boxes of split val, as --boxes")
+    test_boxes: Path | None = option(None, "boxes of split test, as --boxes")
     dry_run: bool = option(False, "look at the images and write OUT.preview.png; no shards")
     index: bool = option(False, "index the .tar files of other tools in SOURCE")
     verify: bool = option(False, "check every byte of the shards in SOURCE")

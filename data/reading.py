@@ -16,7 +16,8 @@ MAX_PIXELS = 178_956_970  # the size at which PIL refuses pictures as decompress
 BYTES_PER_PIXEL = 4  # allowed for each pixel of the limit: RGBA, or one float32
 DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE = "damaged", "too large", "unsupported", "not an image"  # kinds of refusals
 CHANNELS, PAGES, VALUES, NODATA = "wrong channels", "needs --pages", "needs --value-range", "needs --nodata"
-KINDS = (DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NODATA)
+BOXES = "boxes of another size"
+KINDS = (DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NODATA, BOXES)
 NEED_OPTION = (PAGES, VALUES, NODATA)  # of the user, before a collection can be written
 
 FIRST_PAGE = "{:,} files have several pages or frames: only the first was taken (--pages first)"

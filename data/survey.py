@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from configs.errors import UserError
+from data.boxes import colour_of
 from data.decode import decode
 from data.exif import orientation
 from data.planning import PrepareOptions
 from data.reading import KEPT, ImageError, Notes, sniff
 from data.reencode import reencode_all
 from data.sources import Item
+from data.writing import box_target
 
 SAMPLE = 1000  # images that are decoded
 MOST_COMPARED = 300_000  # images in which duplicates are searched
@@ -88,10 +90,15 @@ def _look(item: Item, options: PrepareOptions, show: bool) -> list[tuple]:
     if kind in KEPT and not options.no_exif:
         turn = orientation(data)
     for name, image in islice(reencode_all(data, item.name, options.resize, options.quality, options, Notes()), PAGES):
-        tile = None
+        tile, boxes = None, []
+        if not isinstance(image, ImageError):
+            try:
+                boxes = box_target(item, image, options, Notes()).get("boxes", [])
+            except ImageError as error:
+                image = error
         if not isinstance(image, ImageError):
             image = decode(image[1], max_pixels=options.max_pixels)
-            tile = _tile(image) if show and not looks else None
+            tile = _tile(image, boxes) if show and not looks else None
             image = (*image.shape, "8 bits" if image.dtype.itemsize == 1 else "more than 8 bits")
         looks.append((name, kind, turn, image, tile))
     return looks
@@ -112,7 +119,7 @@ def _add(found: Survey, looks: list[tuple]) -> None:
             found.pictures.append(tile)
 
 
-def _tile(image: Tensor) -> Image.Image:
+def _tile(image: Tensor, boxes: list[dict]) -> Image.Image:
     """The centre of an image, TILE pixels wide and high; more than 8 bits are shown from the lowest to the highest.
 
     Without torch: processes that are forked later could not use its threads.
@@ -122,7 +129,13 @@ def _tile(image: Tensor) -> Image.Image:
     if pixels.dtype != np.uint8:
         low, high = pixels.min(), pixels.max()
         pixels = (255 * (pixels - low) / max(high - low, 1e-9)).astype(np.uint8)
-    return ImageOps.fit(Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB"), (TILE, TILE))
+    picture = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+    if boxes:
+        draw, line = ImageDraw.Draw(picture), max(1, round(min(picture.size) / TILE))
+        for entry in boxes:
+            x, y, w, h = entry["box"]
+            draw.rectangle((x, y, x + w, y + h), outline=colour_of(entry["class"]), width=line)
+    return ImageOps.fit(picture, (TILE, TILE))
 
 
 def _duplicates(every: Sequence[tuple[str, Item]], pool: ThreadPoolExecutor) -> list[list[tuple[str, Item]]]:

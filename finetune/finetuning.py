@@ -56,6 +56,9 @@ class Task(Collector, Protocol):
         A subclass may give its head the tokens of all stages (`forward_stages`).
         """
 
+    def inputs(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Arguments of the model's forward in training, for images [B, C, H, W]: to measure the memory of a step."""
+
     def load(self, model: nn.Module, init: Opened | None) -> None:
         """Load the weights of --init; None = from scratch. Raises `UserError` if they are of another model."""
 

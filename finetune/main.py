@@ -58,7 +58,7 @@ def main() -> None:
     decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
     if (ranks := dry_run()) is not None:
         model = task.build(arch)
-        say(plan(config, model, parameter_groups(model, optim, decay), images, ranks, check=task.check_batch))
+        say(plan(config, model, parameter_groups(model, optim, decay), images, ranks, task.inputs, task.check_batch))
         return
 
     world = init_world(config.run)
@@ -70,7 +70,7 @@ def main() -> None:
     model = task.build(arch)
     task.load(model, init)
     groups = parameter_groups(model, optim, decay)
-    optim = fit_memory(config, model, groups, world, lambda image: (image,), check, recorded)
+    optim = fit_memory(config, model, groups, world, task.inputs, check, recorded)
     micro, _ = optim.accumulation(world.ranks)
     config = replace(config, optim=optim)
     ema = ModelEmaV3(model, config.augment.ema) if config.augment.ema else None  # before the engine wraps the model

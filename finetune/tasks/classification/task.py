@@ -80,6 +80,9 @@ class ClassifierTask:
         model.head.requires_grad_(True)
         return model
 
+    def inputs(self, image: Tensor) -> tuple[Tensor, ...]:
+        return (image,)
+
     def load(self, model: ConvNeXt, init: Opened | None) -> None:
         """Load --init; a new head is scaled by `head_init`."""
         if init is None or not start_classifier(model, init, self.classes):

@@ -56,7 +56,14 @@ def main(argv: list[str] | None = None) -> None:
 
     from data.transforms import EvalTransform  # slow imports, after parsing
     from finetune.batches import sample_images
-    from finetune.exporters.comparison import check_fp16, compare, comparison_batches, explain_errors, predict_with
+    from finetune.exporters.comparison import (
+        check_fp16,
+        compare,
+        comparison_batches,
+        explain_errors,
+        predict_with,
+        relative_difference,
+    )  # fmt: skip
     from finetune.exporters.files import export, how_to_use, load_exported, stage_outputs
     from finetune.exporters.graph import Deployed, free_sides, min_free_side, to_fp16
     from finetune.tasks import make_inference
@@ -64,32 +71,36 @@ def main(argv: list[str] | None = None) -> None:
 
     open_model = open_encoder if options.features else open_classifier
     trained = open_model(options.weights, options.ema, options.size)
-    weights, transform = trained.weights, EvalTransform.of(trained.preprocessing)
+    task = None if options.features else make_inference(trained)
+    weights = trained.weights
+    transform = task.transform if task else EvalTransform.of(trained.preprocessing)
     images = sample_images(options.images, options.split, COMPARED, transform, trained.preprocessing.channels)
     print(f"{options.weights}: {weights.describe()}; comparing on {len(images)} images", flush=True)
     if to == "safetensors" and weights.head and not weights.outputs:
         raise UserError(f"timm's models have no head like that of {options.weights}: use another --to, or --features")
-    outputs = stage_outputs(weights.arch) if options.features else make_inference(trained).outputs()
+    trained, outputs = (task.trained, task.outputs()) if task else (trained, stage_outputs(weights.arch))
     source = deployed = Deployed(trained.model, trained.mean, trained.std)
+    one_by_one, difference = (task.batch == 1, task.difference) if task else (False, relative_difference)
     free = free_sides(weights)
     if options.features and not all(free):
         print(f"  sides below {min_free_side(weights.arch)} pixels are fixed in the graph: --size sets larger ones")
-    batches = comparison_batches(images, free)
+    batches = [*images.split(1)] if one_by_one else comparison_batches(images, free)
     expected = [predict_with(source)(batch) for batch in batches]
     if options.fp16:
         deployed = to_fp16(source)
-        check_fp16(source, deployed, expected, batches)
+        check_fp16(source, deployed, expected, batches, difference)
         encoder, head = ({name: x.half() for name, x in part.items()} for part in (weights.encoder, weights.head))
         weights = replace(weights, encoder=encoder, head=head)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         part = Path(folder, out.name)
-        export(part, to, deployed, weights, outputs)
+        export(part, to, deployed, weights, outputs, one_by_one)
         with explain_errors(to):
             exported = load_exported(part, to, weights)
-            largest = compare(expected, exported, batches, options.fp16, f"{out} is not written: it")
+            subject = f"{out} is not written: it"
+            largest = compare(expected, exported, batches, options.fp16, subject, difference)
         files = move_files(Path(folder), out)
     written = f"{' and '.join(map(str, files))}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
-    shapes = ", ".join("x".join(map(str, batch.shape)) for batch in batches)
+    shapes = ", ".join(dict.fromkeys("x".join(map(str, batch.shape)) for batch in batches))
     difference = f"its outputs for images of {shapes} differ by at most {largest:.1e} of the largest output"
     print(f"wrote {written}; read back, {difference}; load it with\n  {how_to_use(out, to, weights)}")
 

@@ -18,6 +18,7 @@ TOLERANCE = 1e-4  # of the largest output: runtimes sum in different orders
 FP16_TOLERANCE = 1e-2
 FP16_MAX = torch.finfo(torch.float16).max  # 65504
 
+Difference = Callable[[list[Tensor], list[Tensor]], float]  # of outputs from the expected ones
 Predict = Callable[[Tensor], list[Tensor]]  # images [B, C, H, W] from 0 to 1 to [logits] or to four feature maps
 
 
@@ -38,36 +39,57 @@ def comparison_batches(images: Tensor, free: tuple[bool, bool]) -> list[Tensor]:
     return [images[:1], images[torch.arange(3) % len(images)], images, *larger]
 
 
-def compare(expected: list[list[Tensor]], predict: Predict, batches: list[Tensor], fp16: bool, subject: str) -> float:
-    """The maximum difference from the expected outputs of each batch, relative to the largest output.
-
-    Raises:
-        UserError: the difference exceeds the tolerance or is not finite, or an image is assigned to another class; the
-            message begins with `subject`
+def relative_difference(outputs: list[Tensor], references: list[Tensor]) -> float:
+    """The maximum difference of outputs, relative to the largest output. Raises `UserError` if an image is assigned to
+    another class.
     """
-    largest, tolerance = 0.0, FP16_TOLERANCE if fp16 else TOLERANCE
-    for images, references in zip(batches, expected, strict=True):
-        for output, reference in zip(predict(images), references, strict=True):
-            if output.shape != reference.shape:
-                raise UserError(f"{subject} outputs {list(output.shape)} instead of {list(reference.shape)}")
-            share = float((output - reference).abs().max() / reference.abs().max())
-            if not share <= tolerance:
-                found = f"{share:.1e} of the largest output in a batch of {len(images)}"
-                raise UserError(f"{subject} differs from the source by {found}, more than {tolerance:.0e}")
-            if output.ndim == 2 and (others := int((output.argmax(1) != reference.argmax(1)).sum())):
-                raise UserError(f"{subject} assigns {others} of {len(images)} images to another class than the source")
-            largest = max(largest, share)
+    largest = 0.0
+    for output, reference in zip(outputs, references, strict=True):
+        share = float((output - reference).abs().max() / reference.abs().max())
+        largest = largest if share <= largest else share  # also NaN
+        if output.ndim == 2 and (others := int((output.argmax(1) != reference.argmax(1)).sum())):
+            raise UserError(f"assigns {others} of {len(output)} images to another class than the source")
     return largest
 
 
-def check_fp16(source: Deployed, low: Deployed, expected: list[list[Tensor]], batches: list[Tensor]) -> None:
+def compare(
+    expected: list[list[Tensor]], predict: Predict, batches: list[Tensor], fp16: bool, subject: str,
+    difference: Difference = relative_difference,
+) -> float:  # fmt: skip
+    """The maximum difference from the expected outputs of each batch, as `difference` measures it.
+
+    Raises:
+        UserError: the difference exceeds the tolerance or is not finite, or the one of `difference`; the message begins
+            with `subject`
+    """
+    largest, tolerance = 0.0, FP16_TOLERANCE if fp16 else TOLERANCE
+    for images, references in zip(batches, expected, strict=True):
+        outputs = predict(images)
+        for output, reference in zip(outputs, references, strict=True):
+            if output.shape != reference.shape:
+                raise UserError(f"{subject} outputs {list(output.shape)} instead of {list(reference.shape)}")
+        try:
+            share = difference(outputs, references)
+        except UserError as error:
+            raise UserError(f"{subject} {error}") from None
+        if not share <= tolerance:
+            found = f"{share:.1e} of the largest output in a batch of {len(images)}"
+            raise UserError(f"{subject} differs from the source by {found}, more than {tolerance:.0e}")
+        largest = max(largest, share)
+    return largest
+
+
+def check_fp16(
+    source: Deployed, low: Deployed, expected: list[list[Tensor]], batches: list[Tensor],
+    difference: Difference = relative_difference,
+) -> None:  # fmt: skip
     """Raise `UserError` if a model does not run in fp16, in torch: other runtimes may use fp32 on a CPU.
 
     The message names the first layer that overflows, if any.
     """
     try:
         with explain_errors("torch"):
-            compare(expected, predict_with(low), batches, True, "--fp16 does not suit this model: it")
+            compare(expected, predict_with(low), batches, True, "--fp16 does not suit this model: it", difference)
     except UserError as error:
         name, value = first_overflow(source, batches)
         if not name:
@@ -81,7 +103,9 @@ def first_overflow(source: Deployed, batches: list[Tensor]) -> tuple[str, float]
     overflows: list[tuple[str, float]] = []
 
     def check(name: str, _, inputs: tuple, output: Tensor) -> None:
-        for label, x in ((f"the input of {name}", inputs[0]), (name, output)):
+        for label, x in ((f"the input of {name}", inputs[0] if inputs else None), (name, output)):
+            if not isinstance(x, Tensor):  # parts of a head take and give lists
+                continue
             if (value := float(x.abs().max())) > FP16_MAX:
                 overflows.append((label, value))
 

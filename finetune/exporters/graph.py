@@ -29,7 +29,7 @@ class Deployed(nn.Module):
     def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
         x = normalize(image, self.mean, self.std).to(self.model.stem[0].weight.dtype)
         if self.model.head is not None:
-            return self.model.head(self.model.forward_features(x, Dense()).float())
+            return self.model(x)
         return tuple(x.permute(0, 3, 1, 2).float() for x in self.model.forward_stages(x, Dense()))
 
 
@@ -39,6 +39,8 @@ def to_fp16(deployed: Deployed) -> Deployed:
     Head, LayerNorm and GRN's norm stay fp32: in fp16, GRN's sum of squares overflows from activations of 256 on.
     """
     low = copy.deepcopy(deployed)
+    if low.model.head is not None:
+        low.model.head.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
     for module in [*low.model.stem.modules(), *low.model.stages.modules()]:
         if isinstance(module, nn.LayerNorm):
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))

@@ -20,6 +20,7 @@ from data.folder import Folder, read_image
 from data.reading import Reading
 from data.shards import Split
 from data.transforms import EvalTransform
+from finetune.exporters.comparison import relative_difference
 from finetune.tasks.classification import scores
 from finetune.tasks.classification.scores import Predictions, calibration_error
 from finetune.tasks.classification.tables import show_evaluation
@@ -44,7 +45,7 @@ class Prediction:
 class ClassifierInference:
     """A trained classifier; implements `finetune.inference.Inference`."""
 
-    read_target = None
+    read_target = batch = None
     files = "evaluation.json, predictions.csv, confusion.png, calibration.png"
     join = staticmethod(scores.join)
     show_evaluation = staticmethod(show_evaluation)
@@ -168,6 +169,9 @@ class ClassifierInference:
             classes = [{"name": name, "probability": share} for name, share in prediction.classes]
             objects.append(json.dumps({"path": str(prediction.path), "classes": classes}))
         write_atomic(file, "[\n{}\n]\n".format(",\n".join(objects)).encode())
+
+    def difference(self, outputs: list[Tensor], references: list[Tensor]) -> float:
+        return relative_difference(outputs, references)
 
     def outputs(self) -> dict[str, str]:
         return {"logits": f"float32 [batch, {self.trained.weights.outputs}]"}

@@ -26,6 +26,8 @@ from finetune.tasks.detection.transforms import EvalTransform, ReadTarget
 from models.opening import Trained
 from models.weights import load_strict
 
+SURELY_COMPARED = 0.1  # score from which an exported model must give every object: the last ones may be cut off
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -154,6 +156,19 @@ class DetectionInference:
                 annotations.append(about)
         categories = [{"id": i, "name": name} for name, i in number.items()]
         return json.dumps({"images": images, "annotations": annotations, "categories": categories}).encode()
+
+    def difference(self, outputs: list[Tensor], references: list[Tensor]) -> float:
+        """The largest difference of scores and, as a share of the image's side, of boxes; an object is compared with
+        the nearest of its class, because almost equal scores may change places.
+        """
+        largest, side = 0.0, max(self.trained.preprocessing.size)
+        columns = [[part[0] for part in parts[:3]] for parts in (outputs, references)]
+        sure = columns[1][1] >= SURELY_COMPARED
+        for box, score, label in zip(*(part[sure] for part in columns[1]), strict=True):
+            share = (columns[0][0] - box).abs().amax(1) / side + (columns[0][1] - score).abs()
+            share = torch.where(columns[0][2] == label, share, 1.0)
+            largest = max(largest, float(share.min()))
+        return largest
 
     def outputs(self) -> dict[str, str]:
         count = self.trained.weights.task_config["head"]["detections"]

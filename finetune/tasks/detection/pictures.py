@@ -34,7 +34,7 @@ def draw_objects(picture: Image.Image, objects: Sequence[Object], letters: int =
     for name, _, (x, y, w, h), _ in objects:
         draw.rectangle((x, y, x + w, y + h), outline=colour_of(name), width=line)
     taken: list[tuple[float, float, float, float]] = []
-    for name, score, (x, y, w, h), _ in sorted(objects, key=lambda entry: -(entry[1] or 0)):
+    for name, score, (x, y, _, h), _ in sorted(objects, key=lambda entry: -(entry[1] or 0)):
         text = name if score is None else f"{name} {100 * score:.0f} %"
         width, height = font.getlength(text) + 4, letters + 4
         left = min(max(0, x), max(0, picture.width - width))

@@ -24,6 +24,7 @@ class Settings(Choice):
     masks: bool = fixed(False, "also predict outlines (Mask R-CNN); every object needs a polygon or mask")
     width: PositiveInt = fixed(256, "channels of the FPN and of the mask head")
     hidden: PositiveInt = fixed(1024, "width of the box head")
+    samples: PositiveInt = fixed(512, "proposals of each image that the box head is trained on")
     detections: PositiveInt = fixed(100, "maximum number of detections per image")
     jitter: tuple[float, float] = fixed(
         (0.1, 2.0), "large-scale jitter: range of the image's scale; 1 = it just fits into data.size"

@@ -74,10 +74,13 @@ class DetectionHead(nn.Module):
         width: channels of the FPN and of the mask head
         hidden: width of the box head
         masks: whether outlines are predicted
+        samples: proposals of an image that the box head is trained on
         detections: maximum number of detections per image
     """
 
-    def __init__(self, arch: Encoder, classes: int, width: int, hidden: int, masks: bool, detections: int):
+    def __init__(
+        self, arch: Encoder, classes: int, width: int, hidden: int, masks: bool, samples: int, detections: int
+    ):
         super().__init__()
         self.masks, self.detections = masks, detections
         strides = [arch.stem_stride * 2**i for i in range(5)]
@@ -94,7 +97,7 @@ class DetectionHead(nn.Module):
             parts["mask_predictor"] = MaskRCNNPredictor(width, width, 1 + classes)
         self.roi = RoIHeads(
             _pool(7, strides), TwoMLPHead(width * 49, hidden), FloatPredictor(hidden, 1 + classes),
-            0.5, 0.5, 512, 0.25, None, MIN_SCORE, 0.5, detections, **parts,
+            0.5, 0.5, samples, 0.25, None, MIN_SCORE, 0.5, detections, **parts,
         )  # fmt: skip
 
     def forward(self, image: Tensor, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -45,7 +45,7 @@ class DetectionTask:
         self.classes, self.metric = box_classes(train), settings.metric
         box_classes(evaluation)
         self.read_target = ReadTarget(tuple(self.classes), settings.masks)
-        keys = ("width", "hidden", "masks", "detections")
+        keys = ("width", "hidden", "masks", "samples", "detections")
         self.head = {"classes": len(self.classes), **{key: getattr(settings, key) for key in keys}}
         self.head_config = {"head": self.head, "ids": train.targets.get("ids")}
         self.mean: tuple[float, ...] = ()

@@ -66,7 +66,10 @@ def parse(
     path, config = Path(given.get("config", built_in)), schema()
     values = load_recipe(path)
     for key, modules in choices.items():
-        name = str((values | given).get(f"{key}.name", getattr(config, key).name))
+        own = values.get(f"{key}.name", getattr(config, key).name)
+        name = str(given.get(f"{key}.name", own))
+        if "config" not in given and name != own:  # the built-in recipe is for another one
+            values = {each: value for each, value in values.items() if not each.startswith(f"{key}.")}
         if name not in modules:
             raise UserError(f"{key}.name is {name}: there is no such {key} {nearest(name, modules)}")
         config = replace(config, **{key: modules[name].Settings(name=name)})

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     trained, outputs = (task.trained, task.outputs()) if task else (trained, stage_outputs(weights.arch))
     source = deployed = Deployed(trained.model, trained.mean, trained.std)
     one_by_one, difference = (task.batch == 1, task.difference) if task else (False, relative_difference)
-    free = free_sides(weights)
+    free = (False, False) if one_by_one else free_sides(weights)
     if options.features and not all(free):
         print(f"  sides below {min_free_side(weights.arch)} pixels are fixed in the graph: --size sets larger ones")
     batches = [*images.split(1)] if one_by_one else comparison_batches(images, free)

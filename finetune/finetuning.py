@@ -57,7 +57,7 @@ class Task(Collector, Protocol):
         """
 
     def inputs(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Arguments of the model's forward in training, for images [B, C, H, W]: to measure the memory of a step."""
+        """Arguments of the model's forward pass in training, for images [B, C, H, W]: to estimate its memory."""
 
     def load(self, model: nn.Module, init: Opened | None) -> None:
         """Load the weights of --init; None = from scratch. Raises `UserError` if they are of another model."""

@@ -35,9 +35,8 @@ def export(
         return
     example = torch.zeros(1 if one_by_one else 2, weights.arch.channels, *weights.preprocessing.size)
     text = json.dumps(metadata(weights, outputs, str(deployed.model.stem[0].weight.dtype).removeprefix("torch.")))
-    free = ({} if one_by_one else {0: "batch"}) | {
-        axis + 2: SIDES[axis] for axis in (0, 1) if free_sides(weights)[axis]
-    }
+    free = {} if one_by_one else {0: "batch"}
+    free |= {axis + 2: SIDES[axis] for axis in (0, 1) if not one_by_one and free_sides(weights)[axis]}
     with torch.no_grad(), quiet_libraries():
         if to == "torchscript":
             traced = torch.jit.trace(deployed, (example,), check_trace=False)  # `compare` checks it

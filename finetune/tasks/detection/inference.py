@@ -26,7 +26,7 @@ from finetune.tasks.detection.transforms import EvalTransform, ReadTarget
 from models.opening import Trained
 from models.weights import load_strict
 
-SURELY_COMPARED = 0.1  # score from which an exported model must give every object: the last ones may be cut off
+COMPARED = 10  # best objects of an image: the last ones may be cut off
 
 
 @dataclass(frozen=True)
@@ -158,16 +158,19 @@ class DetectionInference:
         return json.dumps({"images": images, "annotations": annotations, "categories": categories}).encode()
 
     def difference(self, outputs: list[Tensor], references: list[Tensor]) -> float:
-        """The largest difference of scores and, as a share of the image's side, of boxes; an object is compared with
-        the nearest of its class, because almost equal scores may change places.
+        """The largest difference of scores, of boxes relative to the image's side, and of masks. The best objects are
+        compared with the nearest of their class, because almost equal scores may change places.
         """
-        largest, side = 0.0, max(self.trained.preprocessing.size)
-        columns = [[part[0] for part in parts[:3]] for parts in (outputs, references)]
-        sure = columns[1][1] >= SURELY_COMPARED
-        for box, score, label in zip(*(part[sure] for part in columns[1]), strict=True):
-            share = (columns[0][0] - box).abs().amax(1) / side + (columns[0][1] - score).abs()
-            share = torch.where(columns[0][2] == label, share, 1.0)
-            largest = max(largest, float(share.min()))
+        side = max(self.trained.preprocessing.size)
+        box, score, label, *mask = (part[0].float() for part in outputs)
+        largest = float((score - references[1][0]).abs().max())
+        for i in range(int((references[1][0] > 0)[:COMPARED].sum())):
+            share = (box - references[0][0, i]).abs().amax(1) / side
+            near = torch.where(label == references[2][0, i], share + (score - references[1][0, i]).abs(), torch.inf)
+            match = int(near.argmin())
+            largest = max(largest, float(near[match]))
+            if mask:
+                largest = max(largest, float((mask[0][match] - references[3][0, i]).abs().max()))
         return largest
 
     def outputs(self) -> dict[str, str]:

@@ -19,7 +19,9 @@ def describe(folder: Path) -> None:
     for split, shards in index.splits.items():
         samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
         print(f"  {split:9} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
-    print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
+    boxes = index.targets and index.targets["kind"] == "boxes"
+    unlabelled = f"  boxes of {len(index.targets['names'])} classes" if boxes else "  no labels: for pretraining"
+    print(f"  {len(index.classes)} classes" if index.classes else unlabelled)
     print(f"ready: {pretrain_command(folder, index)}")
 
 

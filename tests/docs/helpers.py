@@ -17,6 +17,7 @@ from launch.training.world import free_port
 from models.formats.write import write_weights
 from tests.conftest import ROOT, run
 from tests.docs.stand_in import PROGRAMS
+from tests.finetune.tasks.detection.helpers import write_scenes
 from tests.models.formats.helpers import autoencoder, classifier
 
 CODE = ("configs", "data", "pretrain", "finetune", "models", "launch")
@@ -157,6 +158,7 @@ IMAGES = {
     "scans": scans,
     "fields": fields,
     "cifar10": cifar10,
+    "bccd": lambda path: write_scenes(path, {"train": 40, "val": 7}),
 }
 WEIGHTS = {
     "rgb.pt": (autoencoder, "ours"),

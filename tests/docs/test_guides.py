@@ -37,6 +37,7 @@ HAS = {  # what the reader of a page is told to have
     "small-images": ("cifar10.tar.xz",),
     "one-gpu": ("shards/photos",),
     "many-nodes": ("shards/photos",),
+    "detect": ("bccd",),
     "embed": ("photos", "new-photos", "runs/photos/fcmae.pt"),
     "elsewhere": ("shards/photos", "new-photos", "runs/photos/fcmae.pt", "runs/photos-finetuned/best.pt",
                   "checkpoint-799.pth", "convnextv2_atto_1k_224_ema.pt"),
@@ -99,7 +100,7 @@ def test_arguments_are_ones_that_the_scripts_take(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_keys_files_and_links_that_a_page_names_exist(page):
     text = (GUIDE / f"{page}.md").read_text()
-    stages = Pretrain(), Finetune(task=TASKS["classification"].Settings())
+    stages = Pretrain(), *(Finetune(task=task.Settings()) for task in TASKS.values())
     valid = {key for stage in stages for key, _ in keys(stage)}
     named = set(re.findall(r"--(\w+\.\w+)", text)) | set(
         re.findall(r"`((?:data|model|objective|task|optim|augment|probe|run)\.\w+)`", text)

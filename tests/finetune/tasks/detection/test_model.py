@@ -24,8 +24,9 @@ def test_levels_anchors_and_detections(stride):
     image = torch.randn(2, 3, 16 * stride, 24 * stride)
     with torch.no_grad():
         found = model(image)
-        maps = (norm(x).permute(0, 3, 1, 2) for norm, x in zip(model.head.norms, model.forward_stages(image, Dense())))
-        features = model.head.fpn(OrderedDict(zip("0123", maps)))
+        stages = zip(model.head.norms, model.forward_stages(image, Dense()), strict=True)
+        maps = [norm(x).permute(0, 3, 1, 2) for norm, x in stages]
+        features = model.head.fpn(OrderedDict(zip("0123", maps, strict=True)))
         images = ImageList(image, [tuple(image.shape[-2:])] * 2)
         proposals, _ = model.head.rpn(images, features)
         expected, _ = model.head.roi(features, proposals, images.image_sizes)

@@ -23,10 +23,3 @@ def check_parent(path: str | Path) -> None:
     folder = Path(path).parent
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: create it first")
-
-
-def check_dataset(path: str) -> None:
-    """Check that a path is a folder, or looks like a URL, which `data.remote` checks later."""
-    if ":" not in path and not Path(path).is_dir():
-        problem = "is a file" if Path(path).exists() else "does not exist"
-        raise UserError(f"{path} {problem}: give a folder of shards or of images, or the URL of a folder of shards")

@@ -72,6 +72,7 @@ def parse(
             values = {each: value for each, value in values.items() if not each.startswith(f"{key}.")}
         if name not in modules:
             raise UserError(f"{key}.name is {name}: there is no such {key} {nearest(name, modules)}")
+        values = _of_choice(key, name, str(values.get(f"{key}.name", getattr(config, key).name)), modules, values, path)
         config = replace(config, **{key: modules[name].Settings(name=name)})
 
     parser = Parser(
@@ -94,6 +95,18 @@ def parse(
     if "config" not in flags:
         say(f"no --config: using the built-in recipe {built_in}")
     return config
+
+
+def _of_choice(
+    key: str, name: str, other: str, modules: dict[str, Any], values: dict[str, Any], path: Path
+) -> dict[str, Any]:
+    """A recipe's values without the keys of its choice `other` if the command line chooses another `name`."""
+    if name == other or other not in modules:
+        return values
+    own = {f"{key}.{field.name}" for field in fields_of(modules[other].Settings)} - {f"{key}.name"}
+    if dropped := sorted(own & values.keys()):
+        say(f"{path}: {', '.join(dropped)} left out, because {key}.name is {name} instead of {other}")
+    return {one: value for one, value in values.items() if one not in own}
 
 
 def _add_keys(parser: Any, config: Any, metavars: dict[str, str], prefix: str = "") -> None:

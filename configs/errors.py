@@ -50,9 +50,18 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def few(names: Iterable[str], count: int = 10) -> str:
+    """The first names of several, printable, in one line."""
+    names = list(names)
+    return ", ".join(map(printable, names[:count])) + (", ..." if len(names) > count else "")
+
+
 def printable(text: object) -> str:
     """Text for a terminal or one line of a file: control characters and bytes that are not UTF-8 become `\\x1b`."""
-    return "".join(_escape(c) if category(c) in ESCAPED or c in BIDIRECTIONAL else c for c in str(text))
+    text = str(text)
+    if text.isprintable():  # quick, and true of most: no such character is printable to Python
+        return text
+    return "".join(_escape(c) if category(c) in ESCAPED or c in BIDIRECTIONAL else c for c in text)
 
 
 def _escape(character: str) -> str:

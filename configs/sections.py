@@ -101,7 +101,10 @@ class FinetuneModel(Encoder):
 class Data:
     """Shards written or indexed by `python data/prepare.py`."""
 
-    path: str = free("shards/digits", "folder of shards, or its URL: http(s)://, s3://, gs://, az:// or hf://")
+    path: str = free(
+        "shards/digits",
+        "folder of shards, or its URL (http(s)://, s3://, gs://, az://, hf://); folder, zip, tar or table of images",
+    )
     split: str = fixed("train", "split to train on")
     size: PositiveInt | tuple[PositiveInt, PositiveInt] = fixed(224, "image side in pixels, or [height,width]")
     crop_scale: tuple[float, float] = fixed((0.2, 1.0), "range of a random crop's area, as a share of the image")
@@ -127,7 +130,14 @@ class Data:
     max_pixels: PositiveInt = free(178_956_970, "refuse larger images, as --max-pixels of data/prepare.py")
     max_damaged: Probability = free(0.01, "share of images that may be unreadable; they are replaced and reported")
 
+    folds: NonNegativeInt = fixed(
+        0, "cross-validation: divide data.split into so many parts, alike in their labels; 0 = off (fine-tuning)"
+    )
+    fold: NonNegativeInt = fixed(0, "the part that is evaluated, from 0; the others are trained on (fine-tuning)")
+
     def __post_init__(self):
+        require(self.folds != 1, "data.folds", self.folds, "0, or at least 2")
+        require(self.fold < max(1, self.folds), "data.fold", self.fold, f"below data.folds {self.folds}")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares with 0 < min <= max <= 1")
         low, high = self.crop_ratio

@@ -7,17 +7,23 @@ A target is what KEY.json holds: {"height", "width": of the image, "boxes": [{"c
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from data.exif import FLIPS, swaps, upright
-from data.reading import BOXES, ImageError
+from data.exif import FLIPS, orientation, swaps, upright
+from data.masks import image_size
+from data.reading import BOXES, ImageError, Notes
+
+if TYPE_CHECKING:
+    from data.planning import PrepareOptions
+    from data.sources import Item
 
 Target = dict[str, Any]
 Points = Callable[[np.ndarray], np.ndarray]  # [N, 2] (x, y) to their new places
 Pixels = Callable[[np.ndarray], np.ndarray]  # a mask [H, W] to the new one
+TILE_SHARE = 0.2  # of a box's area: a box with less of it in a tile is left out there
 ROUNDING = 0.5  # pixels: a box that reaches less far beyond its image was rounded
 
 
@@ -65,13 +71,14 @@ def cut(target: Target, top: int, left: int, height: int, width: int, min_share:
             part[y0 - top : y1 - top, x0 - left : x1 - left] = mask[y0:y1, x0:x1]
         return part
 
-    moved = _moved(target, height, width, lambda points: points - (left, top), pixels)
     boxes = []
-    for entry in moved["boxes"]:
-        box = clipped(entry["box"], height, width)
-        if min(box[2:]) > 0 and box[2] * box[3] >= min_share * entry["box"][2] * entry["box"][3]:
-            boxes.append({**entry, "box": box})
-    return {**moved, "boxes": boxes}
+    for entry in target["boxes"]:  # huge images have many boxes, of which a tile has few
+        x, y, w, h = entry["box"]
+        box = clipped([x - left, y - top, w, h], height, width)
+        if min(box[2:]) > 0 and box[2] * box[3] >= min_share * w * h:
+            boxes.append(entry)
+    moved = _moved({**target, "boxes": boxes}, height, width, lambda points: points - (left, top), pixels)
+    return {**moved, "boxes": [{**entry, "box": clipped(entry["box"], height, width)} for entry in moved["boxes"]]}
 
 
 def clipped(box: list[float], height: float, width: float) -> list[float]:
@@ -90,6 +97,24 @@ def beyond(box: list[float], height: float, width: float) -> float:
 def usable(box: list[float]) -> bool:
     """Whether a box has an area."""
     return all(map(math.isfinite, box)) and min(box[2:]) > 0
+
+
+def box_target(
+    item: "Item", image: tuple[str, bytes], place: dict, options: "PrepareOptions", notes: Notes
+) -> Target | dict:
+    """The boxes of an encoded image, {} without; `place` is that of a tile in its image, or empty.
+
+    A tile has the boxes of which `TILE_SHARE` is in it. Raises `ImageError` if boxes are of an image of another shape.
+    """
+    target = item.targets or {}
+    if "boxes" not in target:
+        return {}
+    size = image_size(*image)
+    height, width = (place["height"], place["width"]) if place else size
+    fits = options.no_exif or _same_shape((target["height"], target["width"]), (height, width))
+    target, turn = fitted(target, height, width, 1 if fits else orientation(item.image_bytes()))
+    notes["{:,} images have boxes of the stored picture: turned upright with it"] += turn
+    return cut(target, place["y"], place["x"], *size, TILE_SHARE) if place else target
 
 
 def fitted(target: Target, height: int, width: int, orientation: int) -> tuple[Target, bool]:

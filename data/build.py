@@ -6,18 +6,25 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.errors import UserError, printable
 from configs.files import write_atomic
-from data.collection import check_val, open_collection
+from data.collection import check_val, count_classes, open_collection, split_lines
+from data.grid import Sizes, count_tiles
 from data.index import check_every_byte, describe
+from data.masks import read_classes
 from data.name_lists import read_lists, select
 from data.planning import PrepareOptions, ShardPlan, Written, claim_folder, hold_out, plan_shards
 from data.pool import run_tasks
-from data.reading import DAMAGED, KINDS, NEED_OPTION, VALUES, ImageError, number
+from data.reading import DAMAGED, KINDS, MASK_CLASS, MASK_SIZE, NEED_OPTION, NO_MASK, VALUES, ImageError, number
 from data.repair import LOST, salvaged_shards
 from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
 from data.sources import Item
+from data.vectors import preview_lines, settle_targets
+
+if TYPE_CHECKING:
+    from data.survey import Survey
 
 KIND = re.compile(rf": ({'|'.join(KINDS)}): ")  # in a line of skipped.txt
 
@@ -43,12 +50,24 @@ def build(options: PrepareOptions) -> None:
             out.rmdir()
 
 
-def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None, targets: dict | None) -> None:
-    out, splits = options.out, hold_out(items, options.val_fraction)
-    check_val(splits)
+def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str] | None, boxes: dict | None) -> None:
+    items, targets = settle_targets(items)
+    targets = boxes or targets
+    out, splits = options.out, hold_out(items, options.val_fraction, tiled=options.tile is not None)
+    counts = count_classes(splits)
+    kind = "masks" if options.masks else targets["kind"] if targets else None
+    lines = [*split_lines(counts, kind), *preview_lines(splits, targets)]
+    for line in lines:
+        print(f"  {line}", flush=True)
+    check_val(counts)
+    sizes = None
+    if options.tile:
+        from data.tiles import measure  # imports torch
+
+        sizes = measure(items, options)
     survey = write_sheet = None
     if options.dry_run or not (out / "preview.png").exists():
-        survey, write_sheet = _preview(options, splits)
+        survey, write_sheet = _preview(options, splits, sizes, lines)
     if options.dry_run:
         write_sheet(out.with_name(f"{out.name}.preview.png"))
         print("no shards were written (--dry-run)")
@@ -58,22 +77,30 @@ def _write_missing(options: PrepareOptions, items: list[Item], classes: list[str
         write_sheet(out / "preview.png")
     for file in out.glob(".*.part"):  # left behind by a killed run
         file.unlink()
-    plans = plan_shards(out, splits, classes, options.shard_size)
+    tiles = {item: max(1, count_tiles(found, options.tile, options.overlap)) for item, found in (sizes or {}).items()}
+    plans = plan_shards(out, splits, classes, options.shard_size, tiles)
     done = _finished_shards(plans, options)
     missing = [plan for plan in plans if plan not in done]
-    if not missing and (out / "index.json").exists() and not any(plan.record.exists() for plan in plans):
+    listed = (out / "index.json").exists()
+    if listed and targets:
+        listed = read_index(out).targets == targets  # those of older versions lack them
+    if not missing and listed and not any(plan.record.exists() for plan in plans):
         print(f"{out} is complete{', nothing is damaged' if options.repair else ' already'}")
         return
     if missing:
         from data.writing import write_shard  # imports torch: here, so that the forked processes share it
 
         write = partial(write_shard, options=options)
-        written = run_tasks(write, missing, options.workers, sum(len(plan.items) for plan in missing))
+        written = run_tasks(
+            write, missing, options.workers, sum(len(part.tiles) for plan in missing for part in plan.parts)
+        )
         done |= dict(zip(missing, written, strict=True))
-    _finish(out, {plan: done[plan] for plan in plans}, classes, targets)
+    _finish(out, {plan: done[plan] for plan in plans}, classes, targets, options)
 
 
-def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[dict, Callable[[Path], None]]:
+def _preview(
+    options: PrepareOptions, splits: dict[str, list[Item]], sizes: Sizes | None, first: list[str]
+) -> tuple[dict, Callable[[Path], None]]:
     """Print what the collection contains. Returns the survey for index.json, and what writes the contact sheet.
 
     Raises `UserError` if images need an option, before the work begins.
@@ -81,12 +108,13 @@ def _preview(options: PrepareOptions, splits: dict[str, list[Item]]) -> tuple[di
     from data.preview import describe, write_pictures  # import torch
     from data.survey import survey
 
-    found = survey(options, splits)
-    lines = describe(found)
+    found = survey(options, splits, sizes)
+    lines = describe(found, sum(map(len, splits.values())))
     for line in lines:
         print(f"  {line}", flush=True)
     _check_options(found.refused)
-    return found.as_plain() | {"preview": lines}, partial(write_pictures, found)
+    _check_masks(found)
+    return found.as_plain() | {"preview": [*first, *lines]}, partial(write_pictures, found)
 
 
 def _check_options(refused: list[tuple[str, ImageError]]) -> None:
@@ -101,6 +129,14 @@ def _check_options(refused: list[tuple[str, ImageError]]) -> None:
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         more = f" ({len(ranges)} files like it: {number(low)} to {number(high)})"
     raise UserError(f"{printable(name)} {error}{more}")
+
+
+def _check_masks(found: "Survey") -> None:
+    """Raise `UserError` if no mask that was looked at can be used: writing would take long and leave nothing."""
+    kinds = {error.kind for _, error in found.refused}
+    if not found.sides and kinds & {NO_MASK, MASK_SIZE, MASK_CLASS}:
+        name, error = found.refused[0]
+        raise UserError(f"no image looked at can be used with its mask, the first: {printable(name)}: {error}")
 
 
 def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[ShardPlan, Written]:
@@ -119,7 +155,7 @@ def _finished_shards(plans: list[ShardPlan], options: PrepareOptions) -> dict[Sh
             record = json.loads(plan.record.read_bytes())
             done[plan] = Written(Shard(**record["shard"]), record["skipped"], record.get("notes", {}))
         elif plan.path.name in listed:
-            lines = [line for item, _ in plan.items for line in skipped.get(printable(item.name), ())]
+            lines = [line for part in plan.parts for line in skipped.get(printable(part.item.name), ())]
             done[plan] = Written(listed[plan.path.name], lines, {})
     shards = [written.shard for written in done.values()]
     if options.repair and shards:
@@ -151,22 +187,36 @@ def _by_kind(skipped: list[str]) -> str:
     )
 
 
-def _finish(out: Path, done: dict[ShardPlan, Written], classes: list[str] | None, targets: dict | None) -> None:
+def _mask_targets(options: PrepareOptions, survey: dict) -> dict:
+    """What index.json says about masks."""
+    classes = read_classes(options.mask_classes, options.ignore)
+    about = {"kind": "mask", "names": classes.names, "ignore": classes.void}
+    return about | ({"pixels": survey["mask_pixels"]} if "mask_pixels" in survey else {})
+
+
+def _finish(
+    out: Path, done: dict[ShardPlan, Written], classes: list[str] | None, targets: dict | None, options: PrepareOptions
+) -> None:
     """Write skipped.txt and index.json, remove the records, print a summary."""
     splits = defaultdict(list)
     for plan, written in done.items():
         splits[plan.path.name.rsplit("-", 1)[0]].append(written.shard)
-    index = Index(dict(splits), classes, json.loads((out / "source.json").read_bytes()).get("survey"), targets)
-    skipped = [line for written in done.values() for line in written.skipped]
+    survey, tiled = json.loads((out / "source.json").read_bytes()).get("survey"), options.tile is not None
+    targets = _mask_targets(options, survey or {}) if options.masks else targets
+    index = Index(dict(splits), classes, survey, targets)
+    skipped = list(dict.fromkeys(line for written in done.values() for line in written.skipped))  # shards share images
     if not any(shard.samples for shard in index.shards):
         for plan in done:
             for file in (plan.path, index_file(plan.path), plan.record):
                 file.unlink()
         (out / "source.json").unlink()
+        if not skipped:
+            raise UserError("all tiles are background: add --keep-empty to keep them")
         raise UserError(f"no image of the source could be read, the first: {skipped[0]}")
     if skipped:
         write_atomic(out / "skipped.txt", "\n".join([*skipped, ""]).encode())
-        print(f"{len(skipped):,} images were left out, listed in {out / 'skipped.txt'}: {_by_kind(skipped)}")
+        what = "images, or groups of an image's tiles," if tiled else "images"
+        print(f"{len(skipped):,} {what} were left out, listed in {out / 'skipped.txt'}: {_by_kind(skipped)}")
     for note, count in sorted(sum((Counter(written.notes) for written in done.values()), Counter()).items()):
         print(note.format(count))
     write_index(out, index)

@@ -1,28 +1,29 @@
 """The images of one or several sources, with splits and labels; what was found, decided and left out is printed.
 
-SOURCE    its folders are splits and classes; --labels FILE
+SOURCE    its folders are splits and classes; --labels FILE, --masks SOURCE
 --val SOURCE, --test SOURCE    further splits; --val-labels FILE, --test-labels FILE
 --boxes FILE                   boxes of objects in place of labels; --val-boxes FILE, --test-boxes FILE
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from configs.errors import UserError, counted, printable
+from configs.errors import UserError, counted, few, printable
+from configs.log import say
 from data.box_files import BoxFile
 from data.box_targets import box_hint, box_items, box_targets, in_split
 from data.known import find_val_labels, known_rows, without_image_class
 from data.labels import label_by_sidecars, label_by_table, set_apart
-from data.layouts import UNLABELED, arrange
-from data.listing import TABLES, Listing, list_source, suffix
-from data.planning import LABEL_OPTIONS, PrepareOptions
+from data.layouts import UNLABELED, WAY_OUT, arrange
+from data.listing import TABLES, Listing, suffix
+from data.pairs import open_masks, pair_masks
+from data.planning import LABEL_OPTIONS, PrepareOptions, divided
 from data.sources import Item, digits
-from data.tables import Columns, find_columns, may_hold_labels, read_table
-
-SHOWN = 10  # names in a line
+from data.tables import Columns, Row, find_columns, list_table, may_hold_labels, read_table
+from data.walk import list_source
 
 
 @contextmanager
@@ -40,30 +41,64 @@ def open_collection(
         if reject:
             raise UserError(f"--{reject[0].replace('_', '-')} does not apply to the built-in digits: leave it out")
         items = [Item(name, "digits", split=split, label=label) for name, (_, split, label) in digits().items()]
-        print(f"digits: {len(items):,} images", flush=True)
+        say(f"digits: {len(items):,} images")
         yield sorted(items, key=lambda item: item.name), None if options.no_labels else class_names(items, False), None
         return
     with ExitStack() as stack:
-        listing = stack.enter_context(list_source(options.source, scratch))
-        files: list[BoxFile] = []
-        items = _main_images(listing, options, files)
-        from_files = bool(listing.sidecars or options.labels)
-        for split, source, labels, boxes in (
-            ("val", options.val, options.val_labels, options.val_boxes),
-            ("test", options.test, options.test_labels, options.test_boxes),
-        ):
-            if source is not None:
-                if any(item.split == split for item in items):
-                    raise UserError(f"--{split} {source}: {options.source} has a split {split} already")
-                inner = scratch / f".{split}"
-                inner.mkdir(exist_ok=True)
-                stack.callback(inner.rmdir)
-                further = stack.enter_context(list_source(source, inner))
-                items = items + _further_images(further, split, labels, boxes, options, files)
-        if options.no_labels:
-            items = [replace(item, label=None) for item in items]
-        check_classes(items, options.source)
-        yield items, class_names(items, from_files), box_targets(files) if files else None
+        yield _collect(stack, options, scratch)
+
+
+def read_collection(source: str) -> tuple[list[Item], list[str] | None]:
+    """Images and class names of a folder, zip, uncompressed tar or table, as `open_collection` without options."""
+    with ExitStack() as stack:
+        items, classes, _ = _collect(stack, PrepareOptions(source=source), None)
+        for line in split_lines(count_classes(divided(items))):
+            say(f"  {line}")
+        return items, classes
+
+
+def _collect(
+    stack: ExitStack, options: PrepareOptions, scratch: Path | None
+) -> tuple[list[Item], list[str] | None, dict | None]:
+    listing, files = _list(stack, options.source, scratch, options), []
+    masks = open_masks(listing, options, scratch, stack)
+    items = _main_images(listing, options, files)
+    from_files = bool(listing.sidecars or options.labels or listing.rows)
+    for split, source, labels, boxes in (
+        ("val", options.val, options.val_labels, options.val_boxes),
+        ("test", options.test, options.test_labels, options.test_boxes),
+    ):
+        if source is not None:
+            if any(item.split == split for item in items):
+                raise UserError(f"--{split} {source}: {options.source} has a split {split} already")
+            inner = scratch / f".{split}"
+            inner.mkdir(exist_ok=True)
+            stack.callback(inner.rmdir)
+            further = _list(stack, source, inner, options)
+            items = items + _further_images(further, split, labels, boxes, options, files)
+    if options.masks:
+        items, notes = pair_masks(items, masks, options)
+        _print_notes(notes)
+    if options.no_labels:
+        items = [item.placed(item.split, None) for item in items]
+    check_classes(count_classes(divided(items)), options.source)
+    return items, class_names(items, from_files), box_targets(files) if files else None
+
+
+def _list(stack: ExitStack, source: str, scratch: Path | None, options: PrepareOptions) -> Listing:
+    """The files of a source, which may be a table of files."""
+    path = Path(source)
+    if not (path.is_file() and suffix(path.name) in TABLES):
+        return stack.enter_context(list_source(source, scratch))
+    rows = read_table(path.read_bytes(), path.name)
+    return list_table(path, _columns(rows, path, options, is_source=True), rows)
+
+
+def _columns(rows: list[Row], path: Path, options: PrepareOptions, is_source: bool) -> Columns:
+    """The columns of a table. One that is the source may be without labels."""
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    return find_columns(rows, path.name, options.path_column, options.label_column, is_source)
 
 
 def _main_images(listing: Listing, options: PrepareOptions, files: list[BoxFile]) -> list[Item]:
@@ -112,10 +147,13 @@ def _arranged(
     listing: Listing, labels: Path | None, options: PrepareOptions, splits: tuple[str, ...], no_splits: bool
 ) -> tuple[list[Item], list[str]]:
     """Images with splits, and with labels from a table, from files beside them, or from their folders."""
-    unlabelled = bool(labels or options.no_labels or options.boxes)
-    first = [] if unlabelled else label_by_sidecars(listing)
-    items, notes = arrange(listing, splits, no_splits, labelled=not unlabelled)
-    if labels:
+    from_folders = not (labels or listing.rows or options.no_labels or options.masks or options.boxes)
+    first = label_by_sidecars(listing) if from_folders else []
+    items, notes = arrange(listing, splits, no_splits, labelled=from_folders)
+    listing.images = items  # not twice in memory
+    if listing.rows and not labels:
+        items = _with_labels(items, Path(listing.source), options, notes, rows=listing.rows)
+    elif labels:
         items = _with_labels(items, labels, options, notes)
         for name, file in [*listing.label_files.items()]:
             if file.offset is None and Path(file.container).resolve() == labels.resolve():
@@ -162,26 +200,31 @@ def _with_labels(
     notes: list[str],
     data: bytes | None = None,
     place: Path | None = None,
+    rows: list[Row] | None = None,
 ) -> list[Item]:
-    """The images with the labels of a file; those of split `unlabeled` have none. `data` is the file's content."""
+    """The images with the labels of a file; those of split `unlabeled` have none.
+
+    `data` is the file's content, `rows` are those of a table that is the source.
+    """
     if data is None and not path.exists():
         raise UserError(f"{path} does not exist: give a file of labels")
-    devkit = path.is_dir() or path.name.startswith("ILSVRC2012_devkit")
-    if data is None and not devkit:
-        data = path.read_bytes()
+    is_source = rows is not None
     open_items = [item for item in items if item.split != UNLABELED]
-    rows = known_rows(place or path, data, open_items) if open_items else None
-    if rows is not None:
+    if not is_source:
+        devkit = path.is_dir() or path.name.startswith("ILSVRC2012_devkit")
+        data = path.read_bytes() if data is None and not devkit else data
+        rows = known_rows(place or path, data, open_items) if open_items else None
+        known = rows is not None
+        rows = rows if known else read_table(data, path.name)
+    if not is_source and known:
         columns = Columns(("path",), ("label",), None)
     else:
-        rows = read_table(data, path.name)
-        if not rows:
-            raise UserError(f"{path} has no rows")
-        columns = find_columns(rows, path.name, options.path_column, options.label_column)
+        columns = _columns(rows, path, options, is_source)
     labelled, more = label_by_table(open_items, rows, columns, path.name)
-    of = f"column {', '.join(map(printable, columns.labels))} of " if columns.labels != ("label",) else ""
+    of = f"column {', '.join(columns.labels)} of " if columns.labels != ("label",) else ""
     count = sum(item.label is not None or item.targets is not None for item in labelled)
-    notes.append(f"labels from {of}{printable(path.name)}: {count:,} of {counted(len(labelled), 'image')}")
+    found = f"labels from {of}{path.name}: {count:,} of {counted(len(labelled), 'image')}"
+    notes.append(found if columns.labels else f"{path.name} has no column of labels")
     notes += more
     return labelled + [item for item in items if item.split == UNLABELED]
 
@@ -189,16 +232,20 @@ def _with_labels(
 def _report(listing: Listing, items: list[Item], notes: list[str], hint: bool, split: str = "") -> None:
     """Print what a source has, and what was left out or decided."""
     flag = f"--{split}-labels" if split else "--labels"
-    print(f"{printable(listing.source)}: {counted(len(items), 'image')}", flush=True)
-    for note in (*listing.notes(), *notes):
-        print(f"  {printable(note)}", flush=True)
+    say(f"{printable(listing.source)}: {counted(len(items), 'image')}")
+    _print_notes([*listing.notes(), *notes])
     tables = [item for name, item in listing.label_files.items() if suffix(name) in TABLES] if hint else []
     if hint and (line := box_hint(listing, flag.replace("labels", "boxes"))):
-        print(f"  {line}", flush=True)
+        say(f"  {line}")
     for item in [item for item in tables if may_hold_labels(item.image_bytes(), item.name)][:3]:
         inside = item.offset is not None
         where = f"unpack it and add {flag} PATH" if inside else f"add {flag} {printable(item.container)}"
-        print(f"  {printable(item.name)} looks like labels: {where}", flush=True)
+        say(f"  {printable(item.name)} looks like labels: {where}")
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        say(f"  {printable(note)}")
 
 
 def class_names(items: list[Item], by_number: bool) -> list[str] | None:
@@ -207,45 +254,50 @@ def class_names(items: list[Item], by_number: bool) -> list[str] | None:
     return sorted(names, key=int if by_number and all(map(str.isdecimal, names)) else None) or None
 
 
-def check_classes(items: list[Item], source: str) -> None:
-    """Print the classes of each split. Raises `UserError` if train and another split have no class in common."""
-    counts, without = defaultdict(Counter), Counter()
-    for item in items:
-        if item.label is None:
-            without[item.split or "train"] += 1
-        else:
-            counts[item.split or "train"][item.label] += 1
-    for split, found in sorted(counts.items()):
-        shown = ", ".join(f"{name} ({count:,})" for name, count in sorted(found.items())[:SHOWN])
-        more = ", ..." if len(found) > SHOWN else ""
-        print(f"  {split}: {counted(len(found), 'class', 'classes')}: {shown}{more}", flush=True)
-    for split, number in sorted(without.items()) if counts else ():
-        way_out = f": add --{split}-labels FILE to evaluate on them" if split in ("val", "test") else ""
-        print(f"  {split}: {counted(number, 'image')} without a label{way_out}", flush=True)
-    train = counts.get("train")
-    if train is None:
+def count_classes(splits: dict[str, list[Item]]) -> dict[str, Counter[str | None]]:
+    """Images of each class of each split; None counts those without a label."""
+    return {split: Counter(item.label for item in items) for split, items in splits.items()}
+
+
+def split_lines(splits: dict[str, Counter[str | None]], kind: str | None = None) -> Iterator[str]:
+    """A line on the images and classes of each split; `kind` are the targets if they are not classes."""
+    for split, classes in sorted(splits.items()):
+        line = f"{split:<9} {counted(classes.total(), 'image')}"
+        names = sorted(classes.keys() - {None}, key=lambda name: (classes[name], name))
+        if not names:
+            yield line if kind and split != UNLABELED else f"{line}, no {kind or 'labels'}"
+            continue
+        line += f", {counted(len(names), 'class', 'classes')}: {printable(names[0])} ({classes[names[0]]:,})"
+        line += f" to {printable(names[-1])} ({classes[names[-1]]:,})" if len(names) > 1 else ""
+        yield line + (f", {classes[None]:,} without a label" if classes[None] else "")
+
+
+def check_classes(splits: dict[str, Counter[str | None]], source: str) -> None:
+    """Print warnings on classes. Raises `UserError` if train and another split have no class in common."""
+    labelled = {split: classes.keys() - {None} for split, classes in splits.items()}
+    for split in ("test", "val") if any(labelled.values()) else ():
+        if without := splits.get(split, {}).get(None):
+            number = counted(without, "image")
+            say(f"  {split}: {number} without a label: add --{split}-labels FILE to evaluate on them")
+    train = labelled.get("train")
+    if not train:
         return
-    for split, found in sorted(counts.items()):
-        absent = sorted(found.keys() - train.keys())
-        if len(absent) == len(found) and split != UNLABELED:
-            seen = f"no class of split {split} ({_few(absent)}) is a class of train ({_few(sorted(train))})"
+    for split, found in sorted(labelled.items()):
+        absent = sorted(found - train)
+        if found and len(absent) == len(found) and split != UNLABELED:
+            seen = f"no class of split {split} ({few(absent)}) is a class of train ({few(sorted(train))})"
             way_out = f"give its labels with --{split}-labels FILE, or choose folders with --splits, or use --no-labels"
-            raise UserError(f"{printable(source)}: {seen}: {way_out}")
+            raise UserError(f"{printable(source)}: {seen}: {way_out} {WAY_OUT}")
         if absent:
-            print(f"  warning: {_few(absent)} of split {split} not in train: can never be predicted", flush=True)
+            say(f"  warning: {few(absent)} of split {split} not in train: can never be predicted")
     if len(train) == 1:
-        print(f"  warning: 1 class ({next(iter(train))}): fine-tuning cannot learn from it", flush=True)
+        say(f"  warning: 1 class ({next(iter(train))}): fine-tuning cannot learn from it")
 
 
-def check_val(splits: dict[str, list[Item]]) -> None:
+def check_val(splits: dict[str, Counter[str | None]]) -> None:
     """Print the classes of train that have no image in val."""
-    if "val" in splits:
-        have = {item.label for item in splits["val"]}
-        absent = sorted({item.label for item in splits.get("train", ())} - have - {None})
-        if absent and have != {None}:
-            subject = f"class {absent[0]} has" if len(absent) == 1 else f"classes {_few(absent)} have"
-            print(f"  warning: {subject} no validation image", flush=True)
-
-
-def _few(names: list[str]) -> str:
-    return f"{', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+    have = splits.get("val", {}).keys() - {None}
+    absent = sorted(splits.get("train", {}).keys() - have - {None})
+    if absent and have:
+        subject = f"class {absent[0]} has" if len(absent) == 1 else f"classes {few(absent)} have"
+        say(f"  warning: {subject} no validation image")

@@ -4,6 +4,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable
+from typing import BinaryIO
 
 import imagecodecs
 import numpy as np
@@ -23,6 +24,7 @@ PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # decoded besides .npy
 PNG_BANDS = {"I": 1, "L": 2, "R": 3}  # of 16 bits, by the first letter of PIL's raw mode; RGBA has 4
 LARGE = 1 << 24  # pixels
+DAMAGED_NPY = "not a readable .npy image (damaged, cut short, or of Python objects)"
 Shrink = Callable[[int, int], int]  # from a picture's height and width, the factor 1, 2, 4 or 8 to decode it at
 Image.MAX_IMAGE_PIXELS = None  # `check_size` limits pictures instead: its limit can be raised
 
@@ -167,18 +169,27 @@ def _to_channels(image: Tensor, channels: int) -> Tensor:
 
 def read_npy(data: bytes) -> np.ndarray:
     """A .npy array as [H, W, C]; unlike np.load, it checks that the bytes exist before it allocates what they claim."""
-    file, npy = io.BytesIO(data), np.lib.format
+    file = io.BytesIO(data)
+    shape, fortran_order, dtype = npy_header(file)
+    try:
+        array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
+        return array.reshape(shape, order="F" if fortran_order else "C")
+    except Exception:
+        raise ImageError(DAMAGED_NPY) from None
+
+
+def npy_header(file: BinaryIO) -> tuple[tuple[int, int, int], bool, np.dtype]:
+    """Shape [H, W, C], whether in Fortran's order, and type of a .npy, of which only the header is read."""
+    npy = np.lib.format
     try:
         version_1 = npy.read_magic(file) == (1, 0)
         shape, fortran_order, dtype = (npy.read_array_header_1_0 if version_1 else npy.read_array_header_2_0)(file)
-        array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
-        array = array.reshape(shape, order="F" if fortran_order else "C")
+        if dtype.hasobject:
+            raise ValueError
     except Exception:  # damaged headers raise almost any exception in numpy
-        raise ImageError("not a readable .npy image (damaged, cut short, or of Python objects)") from None
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.dtype.kind not in "uif" or 0 in array.shape:
-        kind = f"{array.dtype} {array.shape}"
+        raise ImageError(DAMAGED_NPY) from None
+    if len(shape) not in (2, 3) or dtype.kind not in "uif" or min(shape) < 1:
+        kind = f"{dtype} {shape}"
         message = f"a .npy image must be a numeric array of shape [H, W] or [H, W, C], not {kind}"
         raise ImageError(message, "unsupported")
-    return array
+    return (*shape, 1)[:3], fortran_order, dtype

@@ -2,8 +2,10 @@
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import BinaryIO
 
 import numpy as np
 import pydicom
@@ -21,8 +23,10 @@ from data.reading import (
     Page,
     Reading,
     check_size,
+    damage_as_error,
     raise_limit,
 )
+from data.regions import View, whole
 
 # what decodes compressed pixels; RLE, baseline JPEG and JPEG 2000 need nothing else
 CODECS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
@@ -54,6 +58,29 @@ def read_dicom(data: bytes, reading: Reading, notes: Notes) -> Iterator[Page]:
             raise ImageError("needs more memory than there is", TOO_LARGE) from None
         except Exception:  # damaged files raise almost any exception in pydicom
             raise ImageError("not a readable image (a damaged DICOM file)") from None
+
+
+def dicom_views(file: BinaryIO, reading: Reading, notes: Notes) -> Iterator[View]:
+    """Frames as `read_dicom`, decoded one after the other when they are opened."""
+    with damage_as_error("a damaged DICOM file"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = pydicom.dcmread(file, force=True, defer_size="1 KB")  # without the pixels
+        frames = _checked_frames(image, reading)
+        size = int(image.Rows), int(image.Columns)
+    several, pages = frames > 1 and reading.pages == "all", None
+
+    def open_frame(number: int) -> tuple[int, Callable[[int, int, int, int], Page]]:
+        nonlocal pages
+        if pages is None:
+            file.seek(0)
+            pages = read_dicom(file.read(), reading, notes)
+        for page in pages:
+            if page.number == number:
+                return whole(page)
+        raise ImageError("not a readable image (a damaged DICOM file)")  # as the frames before
+
+    for number in range(1, frames + 1) if several else (0,):
+        yield View(size, partial(open_frame, number), number)
 
 
 def _checked_frames(image: pydicom.Dataset, reading: Reading) -> int:

@@ -3,12 +3,11 @@
 This module does not import torch.
 """
 
-import hashlib
 import json
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,84 +15,100 @@ import numpy as np
 from configs.errors import UserError, nearest, printable
 from configs.log import say
 from configs.schema import Data
-from data.layouts import arrange
-from data.listing import Listing, list_source
+from data.catalog import Catalog, make_catalog
+from data.collection import read_collection
+from data.listing import TABLES, suffix
 from data.reading import KEPT, Reading, sniff
 from data.remote import is_url
 from data.shards import Split, open_split
 from data.sources import Item
 from data.tars import IMAGE_TYPES, split_member_name
+from data.walk import list_source
 
 DEFAULT = Reading()
+OF_FILES = ("pages", "value_range", "nodata", "no_exif")  # options of `Reading` that shards were written with
 
 
 class Folder:
-    """The images of a folder, zip or uncompressed tar, with the interface of `data.shards.Split`.
+    """A split of a collection that is read in place, with the interface of `data.shards.Split`.
 
-    Sub-folders are classes. Top folders named like splits (train, val, test) are splits; without them, the split
-    contains all images or, with `strict` and a name other than train, is missing. Classes are those of all splits,
-    sorted by name as in `data/prepare.py`; None if all images are outside of class folders. `reading` decides how files
-    are read. Raises `UserError` if there are no images, no such split, or the folders could mean several things.
+    Without split folders, the split contains all images or, with `strict` and a name other than train, is missing.
+    `reading` decides how files are read. Raises `UserError` if there is no such split.
     """
 
     shards = ()  # none to fetch
 
-    def __init__(self, folder: Path, name: str, reading: Reading = DEFAULT, strict: bool = False):
-        self.folder, self.name, self.reading = folder, name, reading
-        self.items, notes = arrange(_listed(folder))
-        for note in notes:
-            say(f"{printable(folder)}: {printable(note)}")
-        self.classes = sorted({item.label for item in self.items} - {None}) or None
-        splits = {item.split for item in self.items}
-        if splits == {None} and strict and name != "train":
+    def __init__(self, catalog: Catalog, name: str, reading: Reading = DEFAULT, strict: bool = False):
+        self.catalog, self.folder, self.name, self.reading = catalog, Path(catalog.source), name, reading
+        self.classes, number = catalog.classes, 0
+        if catalog.splits != [None]:
+            if name not in catalog.splits:
+                known = [split or "train" for split in catalog.splits]
+                raise UserError(f"{self.folder} has no split {name} {nearest(name, known)}")
+            number = catalog.splits.index(name)
+        elif strict and name != "train":
             way_out = f"make folders train/ and {name}/ in it, or shards with `data/prepare.py --val-fraction 0.1`"
-            raise UserError(f"{folder} has no split {name}: {way_out}")
-        if splits == {None}:
-            say(f"{folder} has no split folders: using all {len(self.items):,} images as split {name}")
-        elif name not in splits:
-            raise UserError(f"{folder} has no split {name} {nearest(name, splits)}")
+            raise UserError(f"{self.folder} has no split {name}: {way_out}")
         else:
-            self.items = [item for item in self.items if item.split == name]
-        number = {label: i for i, label in enumerate(self.classes or [])}
-        self._labels = np.array([number.get(item.label, -1) for item in self.items], np.int32)
-        self.counts = np.array([len(self.items)])
+            say(f"{self.folder} has no split folders: using all {len(catalog.rows):,} images as split {name}")
+        self._numbers = np.flatnonzero(catalog.rows["split"] == number)  # of the samples in the catalog
+        self._labels = catalog.rows["label"][self._numbers]
+        self.digest = catalog.digests[number]  # of names, labels, sizes and times of the images, compared on resume
+        self.counts = np.array([len(self._numbers)])
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self._numbers)
 
-    @property
-    def digest(self) -> str:
-        """Digest of names, labels, sizes and times of the images, compared on resume."""
-        listed = hashlib.sha256()
-        for item in self.items:
-            listed.update(f"{item.name}\0{item.stamp}\0{item.label}\0".encode(errors="surrogateescape"))
-        return listed.hexdigest()[:16]
+    def item(self, sample: int) -> Item:
+        """Name and place of a sample."""
+        return self.catalog.item(self._numbers[sample])
 
     def read(self, sample: int) -> tuple[bytes, int]:
-        """Image bytes for `data.decode.decode` and label (-1 = none); errors as `read_image`."""
-        item = self.items[sample]
-        if item.is_file:
-            data = read_image(Path(item.container), self.reading)
-        else:
-            data = loadable(item.image_bytes(), item.name, self.reading)
-        return data, int(self._labels[sample])
+        """Image bytes for `data.decode.decode` and label (-1 = none).
+
+        Raises `UserError` if the image cannot be used, or its file has changed since it was listed.
+        """
+        item = self.item(sample)
+        try:
+            data = _unchanged(item) if item.is_file else item.image_bytes()
+        except OSError as error:
+            raise UserError(f"cannot be read ({error.strerror.lower()})") from None
+        return loadable(data, item.name, self.reading), int(self._labels[sample])
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none."""
         return self._labels
 
+    def place(self, sample: int) -> str:
+        """Where a sample is, for messages."""
+        return f"{self.folder}, split {self.name}, sample {sample} ({printable(self.item(sample).name)})"
 
-def list_images(folder: Path) -> list[Item]:
-    """All images of a folder, zip or uncompressed tar, sorted by name. Raises `UserError` if there are none."""
-    return _listed(folder).images
+
+def _unchanged(item: Item) -> bytes:
+    """The content of a file, if its size and time are still those that were listed."""
+    with Path(item.container).open("rb") as file:
+        about = os.fstat(file.fileno())
+        if f"{about.st_size} {about.st_mtime_ns}" != item.stamp:
+            raise UserError("has changed since the images were listed")
+        return file.read()
 
 
-def _listed(folder: Path) -> Listing:
-    """Files below a folder; says what is left out."""
+def list_collection(path: str) -> Catalog:
+    """List a folder, zip, uncompressed tar or table, with splits and classes as `data/prepare.py` finds them.
+
+    Prints what was found and left out. Raises `UserError` as `data.collection.read_collection`.
+    """
+    return make_catalog(path, *read_collection(path))
+
+
+def list_images(folder: Path) -> list[Path]:
+    """All image files below a folder, sorted by name; prints what is left out. Raises `UserError` if there are none."""
     with list_source(str(folder), None) as listing:
         for note in listing.notes():
             say(f"{printable(folder)}: {printable(note)}")
-        return listing
+        if not listing.images[0].is_file:
+            raise UserError(f"{folder} has archives only: unpack them")
+        return [Path(item.container) for item in listing.images]
 
 
 def read_image(path: Path, reading: Reading = DEFAULT) -> bytes:
@@ -115,31 +130,50 @@ def loadable(data: bytes, name: str, reading: Reading = DEFAULT) -> bytes:
 
 
 def is_collection(path: str) -> bool:
-    """Whether a path has images that were not prepared: a folder without shards, a zip, a tar."""
+    """Whether a path has images that were not prepared: a folder without shards, a zip, a tar, a table of files."""
     folder = Path(path)
     if is_url(path) or (folder / "index.json").exists() or (folder.is_dir() and any(folder.glob("*.tar"))):
         return False
-    return folder.is_dir() or (folder.is_file() and (zipfile.is_zipfile(folder) or tarfile.is_tarfile(folder)))
+    if not folder.is_file():
+        return folder.is_dir()
+    return suffix(folder.name) in TABLES or zipfile.is_zipfile(folder) or tarfile.is_tarfile(folder)
+
+
+def check_images(path: str) -> None:
+    """Raise `UserError` unless a path looks like shards (a folder or URL) or a collection."""
+    if not (is_url(path) or Path(path).is_dir() or is_collection(path)):
+        problem = "is of an unknown type" if Path(path).exists() else "does not exist"
+        kinds = "a folder of shards or of images, a zip, a tar, a table of files, or the URL of shards"
+        raise UserError(f"{path} {problem}: give {kinds}")
+
+
+def open_splits(
+    data: Data, names: Sequence[str], reading: Reading = DEFAULT, strict: bool = False, catalog: Catalog | None = None
+) -> list[Split | Folder]:
+    """Open splits of `data.path`: shards (a folder or a URL), or a collection, which is listed once.
+
+    Args:
+        reading: how files of a collection are read
+        strict: a collection without split folders has no other split than train, as if several were opened
+        catalog: of the collection, if it was listed before
+    Raises:
+        UserError: the path is neither, has no such split, or is of shards that `reading` cannot apply to
+    """
+    if catalog is None and is_collection(data.path):
+        catalog = list_collection(data.path)
+    if catalog is not None:
+        return [Folder(catalog, name, reading, strict or len(names) > 1) for name in names]
+    check_images(data.path)
+    given = [key for key in OF_FILES if getattr(reading, key) != getattr(DEFAULT, key)]
+    if given:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise UserError(f"{flag} applies to files, but {data.path} contains shards: give it to data/prepare.py")
+    return [open_split(data, name) for name in names]
 
 
 def open_images(path: str, split: str, reading: Reading = DEFAULT) -> Split | Folder:
-    """Open a split of shards (a folder or a URL) or of a collection of images; `UserError` if the path is neither.
-
-    `reading` decides how files of a collection are read.
-    """
-    if is_collection(path):
-        return Folder(Path(path), split, reading)
-    if not (is_url(path) or Path(path).is_dir()):
-        problem = "is a file" if Path(path).exists() else "does not exist"
-        raise UserError(f"{path} {problem}: give a folder of shards or of images, a zip, a tar, or the URL of shards")
-    return open_split(Data(path), split)
-
-
-def open_for_training(data: Data, name: str | None = None) -> Split | Folder:
-    """Open split `name`, by default `data.split`, of `data.path`: shards, or a collection that was not prepared."""
-    if is_collection(data.path):
-        return Folder(Path(data.path), name or data.split, strict=True)
-    return open_split(data, name)
+    """Open one split, as `open_splits`."""
+    return open_splits(Data(path), [split], reading)[0]
 
 
 def sample_names(images: Split | Folder) -> list[str]:
@@ -150,14 +184,14 @@ def sample_names(images: Split | Folder) -> list[str]:
 def iterate_names(images: Split | Folder) -> Iterator[str]:
     """Original names of the samples, a shard at a time: a remote one is fetched when its first name is taken."""
     if isinstance(images, Folder):
-        return (item.name for item in images.items)
+        return (images.item(sample).name for sample in range(len(images)))
     return (name for number in range(len(images.shards)) for name in _shard_names(images, number))
 
 
 def names_of(images: Split | Folder, samples: Iterable[int]) -> list[str]:
     """Original names of some samples, as in `sample_names`; only their shards are read."""
     if isinstance(images, Folder):
-        return [images.items[sample].name for sample in samples]
+        return [images.item(sample).name for sample in samples]
     names, shards = [], {}
     for sample in samples:
         number = int(np.searchsorted(images.first, sample, "right")) - 1

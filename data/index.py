@@ -8,9 +8,12 @@ import numpy as np
 
 from configs.errors import UserError
 from data.pool import add_progress, run_tasks
-from data.shards import Index, Shard, find_damage, index_file, index_tar, read_index, repair_hint, write_index
+from data.shards import Index, Shard, Split, find_damage, index_file, index_tar, read_index, repair_hint, write_index
 from data.suggest import pretrain_command
 from data.tars import read_rows
+from data.vectors import stored_targets
+
+MAX_SHOWN = 10  # names of targets
 
 
 def describe(folder: Path) -> None:
@@ -19,9 +22,11 @@ def describe(folder: Path) -> None:
     for split, shards in index.splits.items():
         samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
         print(f"  {split:9} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
-    boxes = index.targets and index.targets["kind"] == "boxes"
-    unlabelled = f"  boxes of {len(index.targets['names'])} classes" if boxes else "  no labels: for pretraining"
-    print(f"  {len(index.classes)} classes" if index.classes else unlabelled)
+    if index.targets:
+        kind, names = index.targets["kind"], index.targets["names"]
+        print(f"  targets: {kind} ({', '.join(names[:MAX_SHOWN])}{', ...' if len(names) > MAX_SHOWN else ''})")
+    if index.classes or not index.targets:
+        print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
     print(f"ready: {pretrain_command(folder, index)}")
 
 
@@ -49,6 +54,8 @@ def index_folder(folder: Path, workers: int) -> None:
     if max_label >= len(classes):
         raise UserError(f"{names} has {len(classes)} lines, but a label is {max_label}: write one line per class")
     write_index(folder, Index(dict(splits), classes or None))
+    if targets := stored_targets([Split(folder, name) for name in splits]):
+        write_index(folder, Index(dict(splits), classes or None, targets=targets))
     describe(folder)
 
 

@@ -12,10 +12,10 @@ from configs.errors import UserError, counted, printable
 from data.layouts import UNLABELED, split_name
 from data.listing import SIDECARS, Listing, suffix
 from data.sources import READABLE, Item
-from data.tables import LABEL_NAMES, TARGETS, Columns, Row, plain
+from data.tables import LABEL_NAMES, TARGETS, Columns, Row, as_path, plain
 from data.tars import split_member_name
 
-SINGLE = "only one label per image can be trained on now; they are kept in the json of each sample"
+LABELS_TASK, NUMBERS_TASK = "for --task.name labels", "for --task.name numbers"
 
 
 def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: str) -> tuple[list[Item], list[str]]:
@@ -34,20 +34,27 @@ def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: s
         notes.append(f"{printable(name)}: {number} without an image, such as {first}")
     repeated = sum(len(found) - 1 for found in by_image.values())
     read = _reader(columns, [rows[i] for i, image in enumerate(matches) if image is not None], name, notes)
-    out, several = [], 0
+    out, several, found = [], [], []
     for i, item in enumerate(items):
         values = [read(row) for row in by_image[i]] if i in by_image else []
         labels = list(dict.fromkeys(label for label, _ in values if label is not None))
         targets: dict[str, Any] = {}
         for _, more in values:
+            if "labels" in targets and "labels" in more:  # of several rows
+                more = more | {"labels": [*targets["labels"], *more["labels"]]}
             targets |= more
         if len(labels) > 1:
-            several, targets = several + 1, {"labels": labels} | targets
+            several.append(printable(item.name))
         split = _split_of(by_image[i], columns.split, name) if i in by_image else None
-        label = labels[0] if len(labels) == 1 else None
-        out.append(_labelled(item, label, targets, split or item.split))
+        found.append((labels, targets, split or item.split))
+    for item, (labels, targets, split) in zip(items, found, strict=True):
+        if several and labels:  # also those of one label, so that all have targets of the same kind
+            labels, targets = [], {"labels": labels} | targets
+        out.append(_labelled(item, labels[0] if labels else None, targets, split))
     if several:
-        notes.append(f"{counted(several, 'image')} with rows of several labels: {SINGLE}")
+        notes.append(
+            f"{counted(len(several), 'image')} with rows of several labels, such as {several[0]}: {LABELS_TASK}"
+        )
     elif repeated:
         notes.append(f"{printable(name)}: {counted(repeated, 'row')} of images that have one already")
     return set_apart(out, set(by_image), name, notes), notes
@@ -63,8 +70,8 @@ def _labelled(item: Item, label: str | None, targets: dict[str, Any], split: str
     return replace(item, label=label, split=split, targets=targets or None, stamp=stamp)
 
 
-def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]) -> list[Item]:
-    """Images without a row in `name` go to split `unlabeled`, but a split without any row stays together.
+def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str], unit: str = "row") -> list[Item]:
+    """Images without a `unit` in `name` go to split `unlabeled`, but a split without any stays together.
 
     `labelled` has the positions of the others.
     """
@@ -78,14 +85,14 @@ def set_apart(items: list[Item], labelled: set[int], name: str, notes: list[str]
         without = [i for i in members if i not in labelled]
         if len(without) == len(members) and split is not None:
             notes.append(
-                f"{printable(name)} has no rows for split {split}: {counted(len(without), 'image')} without a label"
+                f"{printable(name)} has no {unit}s for split {split}: {counted(len(without), 'image')} without a label"
             )
         else:
             moved += without
     if moved:
         first = printable(items[min(moved)].name)
         notes.append(
-            f"{counted(len(moved), 'image')} without a row in {printable(name)}, such as {first}: split {UNLABELED}"
+            f"{counted(len(moved), 'image')} without a {unit} in {printable(name)}, such as {first}: split {UNLABELED}"
         )
     gone = set(moved)
     return [replace(item, split=UNLABELED) if i in gone else item for i, item in enumerate(items)]
@@ -114,14 +121,20 @@ class Paths:
     """Finds an image by its path, with or without folders or suffix."""
 
     def __init__(self, items: list[Item]):
-        self.names = [str(PurePosixPath(item.name)) for item in items]
+        self.names = [item.name for item in items]
+        self.by_name = {name: i for i, name in enumerate(self.names)}
+        if len(self.by_name) < len(items):  # members of one name in an archive
+            self.by_name = {}
         self.by_tail: dict[int, dict[str, list[int]]] = {}
 
     def find(self, value: Any, table: str) -> int | None:
         """Number of the image that a cell names, None if there is none; `UserError` if there are several."""
-        if value is None or isinstance(value, (bool, float, dict, list)) or not str(value).strip():
+        path = as_path(value)
+        if not path:
             return None
-        parts = PurePosixPath(str(value).strip().replace("\\", "/").lstrip("/")).parts
+        if path in self.by_name:
+            return self.by_name[path]
+        parts = PurePosixPath(path.lstrip("/")).parts
         for first in range(len(parts)):  # a table may name folders that the source does not have
             hits = self._index(len(parts) - first).get("/".join(parts[first:]), ())
             if len(hits) == 1:
@@ -136,7 +149,7 @@ class Paths:
         if length not in self.by_tail:
             index = self.by_tail[length] = defaultdict(list)
             for i, name in enumerate(self.names):
-                tail = "/".join(name.split("/")[-length:])
+                tail = "/".join(PurePosixPath(name).parts[-length:])
                 index[tail].append(i)
                 index[tail.rpartition(".")[0]].append(i)
         return self.by_tail[length]
@@ -146,29 +159,37 @@ def _reader(
     columns: Columns, rows: list[Row], name: str, notes: list[str]
 ) -> Callable[[Row], tuple[str | None, dict[str, Any]]]:
     """A function from a row to its label, None if it has none, and to its other targets."""
-    values = [[row.get(column) for column in columns.labels] for row in rows]
+    values = [[row.get(column) for column in columns.labels] or [None] for row in rows]
     kept = [column for column in TARGETS if column not in columns.labels and any(column in row for row in rows)]
+    if not columns.labels:
+        notes.append(f"{printable(name)}: {', '.join(kept)} of each image, no class")
     numeric = all(_number(v) is not None for row in values for v in row if not _empty(v))
     whole = numeric and all(_number(v).is_integer() for row in values for v in row if not _empty(v))
     several = len(columns.labels) > 1
-    if not several and any(isinstance(row[0], (list, tuple)) or "|" in str(row[0]) for row in values):
-        kind, what = _several_labels, "has several labels per image"
+    if not columns.labels:
+        kind, what = _no_label, ""
+    elif not several and any(isinstance(row[0], (list, tuple)) or "|" in str(row[0]) for row in values):
+        kind, what = _several_labels, f"has several labels per image, {LABELS_TASK}"
     elif several and whole and {_number(v) for row in values for v in row if not _empty(v)} <= {0, 1}:
-        kind, what = _flags, "columns are 0 or 1, so each column with 1 is a label"
+        kind, what = _flags, f"columns are 0 or 1, so each column with 1 is a label, {LABELS_TASK}"
     elif numeric and (several or not whole):
-        kind, what = _numbers, "has numbers as labels"
+        kind, what = _numbers, f"has numbers, {NUMBERS_TASK}"
     elif several:
-        kind, what = _several_columns, "has several labels per image"
+        kind, what = _several_columns, f"has several labels per image, {LABELS_TASK}"
     else:
         kind, what = _single, ""
     if what:
-        notes.append(f"{printable(name)}: {', '.join(map(printable, columns.labels))}: {what}: {SINGLE}")
+        notes.append(f"{printable(name)}: {', '.join(map(printable, columns.labels))}: {what}")
 
     def read(row: Row) -> tuple[str | None, dict[str, Any]]:
-        label, targets = kind([row.get(column) for column in columns.labels], columns)
+        label, targets = kind([row.get(column) for column in columns.labels] or [None], columns)
         return label, {column: row[column] for column in kept if not _empty(row.get(column))} | targets
 
     return read
+
+
+def _no_label(values: list, columns: Columns) -> tuple[str | None, dict]:
+    return None, {}
 
 
 def _single(values: list, columns: Columns) -> tuple[str | None, dict]:
@@ -184,16 +205,22 @@ def _several_labels(values: list, columns: Columns) -> tuple[str | None, dict]:
 
 
 def _several_columns(values: list, columns: Columns) -> tuple[str | None, dict]:
+    if all(map(_empty, values)):
+        return None, {}
     return None, {"labels": [as_label(value) for value in values if not _empty(value)]}
 
 
 def _flags(values: list, columns: Columns) -> tuple[str | None, dict]:
+    if all(map(_empty, values)):
+        return None, {}
     flagged = [column for column, v in zip(columns.labels, values, strict=True) if not _empty(v) and _number(v) == 1]
     return None, {"labels": [printable(column) for column in flagged]}
 
 
 def _numbers(values: list, columns: Columns) -> tuple[str | None, dict]:
-    return None, {"numbers": [None if _empty(value) else _number(value) for value in values]}
+    numbers = [None if _empty(value) else _number(value) for value in values]
+    known = any(number is not None for number in numbers)
+    return None, {"numbers": dict(zip(columns.labels, numbers, strict=True))} if known else {}
 
 
 def _empty(value: Any) -> bool:
@@ -264,7 +291,7 @@ def label_by_sidecars(listing: Listing) -> list[str]:
     count = sum(item.label is not None for item in out)
     notes = [f"labels from .cls or .json files beside the images: {count:,} of {counted(len(out), 'image')}"]
     if found := sorted({key for item in out for key in item.targets or ()}):
-        notes.append(f"the .json files have {', '.join(found)}: {SINGLE}")
+        notes.append(f"the .json files have {', '.join(found)}")
     return notes
 
 

@@ -2,7 +2,7 @@
 
     train/CAT/1.jpg  test/DOG/2.jpg     top folders are splits if all of them have names of splits
     CAT/train/1.jpg  DOG/test/2.jpg     the same below the classes
-    CAT/1.jpg        DOG/more/2.jpg     the next folder is the class, if every image of the split is in one
+    CAT/1.jpg        DOG/more/2.jpg     the next folder is the class; images beside the folders have none
     1.jpg            2.jpg              no classes
 
 What could mean several things is refused; `--splits` and `--no-splits` say what is meant.
@@ -12,13 +12,15 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from configs.errors import UserError, counted, printable
+from configs.errors import UserError, counted, few, printable
 from data.listing import Listing
 from data.sources import Item
 
-Folders = list[tuple[str, ...]]
+Folder = tuple[str, ...]  # of an image, from the top
+Places = dict[Folder, tuple[str | None, Folder]]  # split of a folder, and what is below it
 UNLABELED = "unlabeled"
 SPLIT_WORDS = {
     "train": "train", "training": "train", "tr": "train", "trn": "train", "trainval": "train",
@@ -63,29 +65,39 @@ def arrange(
     Raises:
         UserError: the folders could mean several things
     """
-    items, notes, labelled = listing.images, [], labelled and not listing.sidecars
+    items, notes, source = listing.images, [], listing.source
     if listing.shards:
         return _from_shards(listing), notes
-    full = [_folders(item.name) for item in items]
-    folders = _without_common(full, keep_splits=not no_splits)
+    counts = Counter(_folders(item.name) for item in items)  # the rest looks at folders, not at every image
+    inner = _without_common([*counts], keep_splits=not no_splits)
     if splits:
-        names, folders, kept = _chosen(splits, full, folders, listing.source)
-        if len(kept) < len(items):
-            notes.append(f"{counted(len(items) - len(kept), 'image')} outside of --splits left out")
-        items = [items[i] for i in kept]
+        places = _chosen(splits, inner, counts, source)
+        if left_out := counts.total() - sum(counts[folder] for folder in places):
+            notes.append(f"{counted(left_out, 'image')} outside of --splits left out")
     elif no_splits:
-        names = [None] * len(items)
+        places = {folder: (None, parts) for folder, parts in inner.items()}
     else:
-        names, folders = _found(folders, items, listing.source, notes)
-    labels = [None if split == UNLABELED else item.label for item, split in zip(items, names, strict=True)]
-    if labelled:
-        labels = _labels(names, folders, items, listing.source, notes)
-    return [replace(item, split=s, label=c) for item, s, c in zip(items, names, labels, strict=True)], notes
+        places = _found(inner, counts, source, notes)
+    own_labels = listing.sidecars or not labelled
+    labels = {} if own_labels else _labels(places, counts, items, source, notes)
+    arranged = []
+    for item in items:
+        folder = _folders(item.name)
+        if folder in places:
+            split = places[folder][0]
+            label = item.label if own_labels and split != UNLABELED else labels.get(folder)
+            arranged.append(item.placed(split, label))
+    return arranged, notes
 
 
-def _folders(name: str) -> tuple[str, ...]:
+def _folders(name: str) -> Folder:
     """Folders of a member; a root or `..` is none."""
-    return tuple(part for part in PurePosixPath(name).parts[:-1] if part not in ("/", "//", ".."))
+    return _parts(name.rpartition("/")[0])
+
+
+@lru_cache(1 << 20)
+def _parts(folder: str) -> Folder:
+    return tuple(part for part in PurePosixPath(folder).parts if part not in ("/", "//", ".."))
 
 
 def _from_shards(listing: Listing) -> list[Item]:
@@ -101,20 +113,27 @@ def _from_shards(listing: Listing) -> list[Item]:
     return found
 
 
-def _without_common(folders: Folders, keep_splits: bool) -> Folders:
-    """Without the folders that contain everything."""
-    while all(len(parts) > 1 for parts in folders) and len({parts[0] for parts in folders}) == 1:
-        if keep_splits and split_name(folders[0][0]):
+def _without_common(folders: list[Folder], keep_splits: bool) -> dict[Folder, Folder]:
+    """Each folder without those that contain everything."""
+    start = 0
+    while all(len(parts) > start + 1 for parts in folders) and len({parts[start] for parts in folders}) == 1:
+        if keep_splits and split_name(folders[0][start]):
             break
-        folders = [parts[1:] for parts in folders]
-    return folders
+        start += 1
+    return {parts: parts[start:] for parts in folders}
 
 
-def _counts(names: Iterable[str]) -> str:
-    """Names with numbers of images, for a message."""
-    counts = Counter(names)
-    shown = ", ".join(f"{printable(name) or 'no folder'} ({count:,})" for name, count in sorted(counts.items())[:8])
-    return f"{shown}{', ...' if len(counts) > 8 else ''}"
+def _tops(inner: dict[Folder, Folder], counts: Counter[Folder]) -> Counter[str]:
+    """Number of images in each top folder; those outside of folders are in ``."""
+    tops = Counter()
+    for folder, parts in inner.items():
+        tops[parts[0] if parts else ""] += counts[folder]
+    return tops
+
+
+def _shown(tops: Counter[str]) -> str:
+    """Folders with numbers of images, for a message."""
+    return few([f"{name or 'no folder'} ({count:,})" for name, count in sorted(tops.items())], 8)
 
 
 def _advice(tops: dict[str, str]) -> str:
@@ -123,51 +142,43 @@ def _advice(tops: dict[str, str]) -> str:
     return f"say `--splits {pairs}` to read those and leave out the rest, or `--no-splits` if all are classes {WAY_OUT}"
 
 
-def _found(folders: Folders, items: list[Item], source: str, notes: list[str]) -> tuple[list[str | None], Folders]:
+def _found(inner: dict[Folder, Folder], counts: Counter[Folder], source: str, notes: list[str]) -> Places:
     """Splits from the top folders, and the folders below them; raises `UserError` if only some are splits."""
-    tops = Counter(parts[0] if parts else "" for parts in folders)
+    tops = _tops(inner, counts)
     splits = {top: split for top in tops if (split := split_name(top))}
-    seen = f"{source} has {_counts(parts[0] if parts else '' for parts in folders)}"
+    seen = f"{source} has {_shown(tops)}"
     if splits and len(splits) < len(tops):
-        others = [top for top in tops if top not in splits]
-        inside = {top: {p[1] for p in folders if len(p) > 1 and p[0] == top} for top in others}
-        for top, names in inside.items():
-            if {split_name(name) for name in names} & set(splits.values()):
+        for top in tops.keys() - splits.keys():
+            below = {split_name(parts[1]) for parts in inner.values() if len(parts) > 1 and parts[0] == top}
+            if below & set(splits.values()):
                 problem = f"{printable(top)}/ repeats the splits beside it, so images would be read twice"
                 raise UserError(f"{seen}: {problem}: {_advice(splits)}")
         raise UserError(f"{seen}: only {_listed(splits)} {_is_or_are(splits)} named like splits: {_advice(splits)}")
     if splits:
-        for split, same in _inverted(splits).items():
-            if len(same) > 1 and split != UNLABELED:
+        for split in set(splits.values()) - {UNLABELED}:
+            same = sorted(top for top in splits if splits[top] == split)
+            if len(same) > 1:
                 one = _advice({top: name for top, name in splits.items() if top not in same[1:]})
                 raise UserError(f"{seen}: {_listed(same)} are names of one split, {split}: {one}")
-        return [splits[parts[0]] for parts in folders], [parts[1:] for parts in folders]
+        return {folder: (splits[parts[0]], parts[1:]) for folder, parts in inner.items()}
     hints = {top: hint for top in tops if (hint := _hint(top))}
     if len(set(hints.values())) > 1:
         raise UserError(f"{seen}: {_listed(hints)} may be splits: {_advice(hints)}")
-    below = {parts[1] if len(parts) > 1 else "" for parts in folders}
-    names = {name: split_name(name) for name in below}
+    names = {name: split_name(name) for name in {parts[1] if len(parts) > 1 else "" for parts in inner.values()}}
     if len(set(names.values())) > 1 and any(names.values()):
         if not all(names.values()):
             problem = f"below the classes, only {_listed(n for n in names if names[n])} are named like splits"
             raise UserError(f"{seen}: {problem}: say `--no-splits` if all are parts of their classes {WAY_OUT}")
         notes.append(f"splits are below the classes: {', '.join(sorted(set(names.values())))}")
-        return [names[parts[1]] for parts in folders], [(parts[0], *parts[2:]) for parts in folders]
-    _check_repeats(folders, source)
-    return [None] * len(items), folders
+        return {folder: (names[parts[1]], (parts[0], *parts[2:])) for folder, parts in inner.items()}
+    _check_repeats(inner.values(), source)
+    return {folder: (None, parts) for folder, parts in inner.items()}
 
 
 def _hint(top: str) -> str | None:
     """The split that one of the words of a name stands for."""
     words = [word for word in _words(top) if len(word) > 2 and word in SPLIT_WORDS]
     return SPLIT_WORDS[words[0]] if len(words) == 1 else None
-
-
-def _inverted(splits: dict[str, str]) -> dict[str, list[str]]:
-    found = defaultdict(list)
-    for top, split in sorted(splits.items()):
-        found[split].append(top)
-    return found
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -178,7 +189,7 @@ def _is_or_are(names: dict) -> str:
     return "is" if len(names) == 1 else "are"
 
 
-def _check_repeats(folders: Folders, source: str) -> None:
+def _check_repeats(folders: Iterable[Folder], source: str) -> None:
     """Raise `UserError` if a folder contains copies of the folders beside it."""
     below = defaultdict(set)
     for parts in folders:
@@ -191,68 +202,65 @@ def _check_repeats(folders: Folders, source: str) -> None:
             raise UserError(f"{source}: {problem}: move it away, or say `--no-splits` if it is a class {WAY_OUT}")
 
 
-def _chosen(
-    pairs: tuple[str, ...], full: Folders, stripped: Folders, source: str
-) -> tuple[list[str], Folders, list[int]]:
-    """Split, remaining folders and number of each image in a folder of `--splits`."""
+def _chosen(pairs: tuple[str, ...], inner: dict[Folder, Folder], counts: Counter[Folder], source: str) -> Places:
+    """Split and remaining folders of each folder that `--splits` names or contains."""
     wanted = {}
     for pair in pairs:
         name, equals, folder = pair.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z]\w*", name) or not _folders(f"{folder}/x"):
+        if not equals or not re.fullmatch(r"[A-Za-z]\w*", name) or not _parts(folder):
             raise UserError(f"--splits {printable(pair)}: write NAME=FOLDER, such as train=Training")
-        wanted[_folders(f"{folder}/x")] = name
-    names, rest, kept, used = [], [], [], set()
-    for i, candidates in enumerate(zip(full, stripped, strict=True)):
+        wanted[_parts(folder)] = name
+    places, used = {}, set()
+    for candidates in inner.items():  # with and without the folders that contain everything
         hits = [(path, parts) for parts in candidates for path in wanted if parts[: len(path)] == path]
         if hits:
             path, parts = max(hits, key=lambda hit: len(hit[0]))
             used.add(path)
-            names.append(wanted[path])
-            rest.append(parts[len(path) :])
-            kept.append(i)
+            places[candidates[0]] = wanted[path], parts[len(path) :]
     for path in wanted.keys() - used:
-        tops = _counts(parts[0] if parts else "" for parts in stripped)
-        raise UserError(f"--splits: {source} has no images in {printable('/'.join(path))}: it has {tops}")
-    return names, rest, kept
+        way_out = f"it has {_shown(_tops(inner, counts))}"
+        raise UserError(f"--splits: {source} has no images in {printable('/'.join(path))}: {way_out}")
+    return places
 
 
 def _labels(
-    names: list[str | None], folders: Folders, items: list[Item], source: str, notes: list[str]
-) -> list[str | None]:
-    """Class of each image: its folder, if all images of its split are in one."""
-    labels: list[str | None] = [None] * len(items)
-    by_split = defaultdict(list)
-    for i, name in enumerate(names):
-        by_split[name].append(i)
-    if all(len(parts) == 1 and parts[0].lower() in IMAGE_FOLDERS for parts in folders) and len(set(folders)) == 1:
-        notes.append(f"{folders[0][0]}/ is not taken as a class")
-        folders = [()] * len(folders)
+    places: Places, counts: Counter[Folder], items: list[Item], source: str, notes: list[str]
+) -> dict[Folder, str]:
+    """Class of each folder; folders without one are missing."""
+    labels: dict[Folder, str] = {}
+    by_split = defaultdict(dict)
+    for folder, (split, parts) in places.items():
+        by_split[split][folder] = parts
+    below = {parts for _, parts in places.values()}
+    if len(below) == 1 and len(only := next(iter(below))) == 1 and only[0].lower() in IMAGE_FOLDERS:
+        notes.append(f"{only[0]}/ is not taken as a class")
+        return labels
     for split, members in by_split.items():
-        group = _without_image_folder([folders[i] for i in members], split)
+        group = _without_image_folder(members, split)
+        where = source if split is None else f"{source}, split {split}"
         if split == UNLABELED:
-            if any(group):
+            if any(group.values()):
                 notes.append(f"split {UNLABELED}: its sub-folders are not classes")
-        elif all(group):
-            for i, parts in zip(members, group, strict=True):
-                labels[i] = printable(parts[0])
+        elif any(group.values()):
+            labels |= {folder: printable(parts[0]) for folder, parts in group.items() if parts}
             if split is not None:
-                _check_repeats(group, f"{source}, split {split}")
-        elif any(group):
-            stray = next(items[i].name for i, parts in zip(members, group, strict=True) if not parts)
-            problem = f"some images are in class folders, others, like {printable(stray)}, are not"
-            raise UserError(f"{source}: {problem}: move them, or use --no-labels (option of data/prepare.py)")
-    odd = {part for parts in folders for part in parts[:1] if printable(part) != part}
-    if odd and any(labels):
+                _check_repeats(group.values(), where)
+            if stray := {folder for folder, parts in group.items() if not parts}:
+                first = next(item.name for item in items if _folders(item.name) in stray)
+                number = counted(sum(counts[folder] for folder in stray), "image")
+                notes.append(f"warning: {number} outside of the class folders, such as {first}: without a label")
+    odd = {parts[0] for _, parts in places.values() if parts and printable(parts[0]) != parts[0]}
+    if odd and labels:
         names = counted(len(odd), "class name")
         notes.append(f"{names} with bytes that cannot be printed, written like {printable(min(odd))}")
     return labels
 
 
-def _without_image_folder(group: Folders, split: str | None) -> Folders:
+def _without_image_folder(group: dict[Folder, Folder], split: str | None) -> dict[Folder, Folder]:
     """Without a single folder in a split that only repeats its name or is named like `images`, above the classes."""
-    while split and all(len(parts) > 1 for parts in group) and len({parts[0] for parts in group}) == 1:
-        top = group[0][0]
+    while split and all(len(parts) > 1 for parts in group.values()) and len({p[0] for p in group.values()}) == 1:
+        top = next(iter(group.values()))[0]
         if top.lower() not in IMAGE_FOLDERS and split_name(top) != split:
             break
-        group = [parts[1:] for parts in group]
+        group = {folder: parts[1:] for folder, parts in group.items()}
     return group

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -20,7 +21,7 @@ from data.reading import MAX_PIXELS, ImageError
 from data.remote import Remote
 from data.sampler import SUBSTITUTES, EpochOrder, EvalBatches, TrainBatches
 from data.shards import Split
-from data.transforms import crop_shrink, sample_rng, to_float
+from data.transforms import RowTransform, crop_shrink, sample_rng, to_float
 
 MAX_WORKERS = 8
 MAX_REPLACEMENTS = 20  # images tried in place of a damaged one
@@ -37,14 +38,23 @@ ReadTarget = Callable[[bytes], Any]  # from `Split.read_target`; raises `UserErr
 def collate(samples: list[dict]) -> dict[str, Tensor]:
     """Stack samples to a batch. If only some images have more than 8 bits per channel, all become float32.
 
+    Images of different sizes are padded with zeros at the bottom and on the right.
+
     Entries named `OBJECT`... have one row per object: they are concatenated, and `objects` [B] has the numbers of rows.
     """
     if len({sample["image"].dtype for sample in samples}) > 1:
         samples = [{**sample, "image": to_float(sample["image"])} for sample in samples]
+    if len({sample["image"].shape for sample in samples}) > 1:
+        height, width = (max(sample["image"].shape[axis] for sample in samples) for axis in (1, 2))
+        samples = [{**sample, "image": _padded(sample["image"], height, width)} for sample in samples]
     ragged = [key for key in samples[0] if key.startswith(OBJECT)]
     batch = default_collate([{key: x for key, x in sample.items() if key not in ragged} for sample in samples])
     batch |= {key: torch.cat([sample[key] for sample in samples]) for key in ragged}
     return batch | ({"objects": torch.tensor([len(sample[ragged[0]]) for sample in samples])} if ragged else {})
+
+
+def _padded(image: Tensor, height: int, width: int) -> Tensor:
+    return F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
 
 
 class Samples(Dataset):
@@ -92,9 +102,9 @@ class Samples(Dataset):
         except RemoteUserError:  # the image is not damaged, but cannot be fetched
             raise
         except ImageError as error:
-            return None, f"{self._place(sample)}: {error.kind}: {error}"
+            return None, f"{self.split.place(sample)}: {error.kind}: {error}"
         except UserError as error:  # the shard is damaged, or a file of a folder
-            return None, f"{self._place(sample)}: {error}"
+            return None, f"{self.split.place(sample)}: {error}"
 
     def _replacement(self, epoch: int, sample: int) -> tuple[Tensor, Any]:
         rng = np.random.default_rng([self.seed, SUBSTITUTES, epoch, sample])
@@ -107,10 +117,7 @@ class Samples(Dataset):
     def describe_damage(self, sample: int) -> str:
         """What is wrong with a damaged sample; it is read again."""
         image, damage = self.load(sample)
-        return damage if image is None else f"{self._place(sample)}: damaged at first, now readable"
-
-    def _place(self, sample: int) -> str:
-        return f"{self.split.folder}, split {self.split.name}, sample {sample}"
+        return damage if image is None else f"{self.split.place(sample)}: damaged at first, now readable"
 
 
 class Loader:
@@ -189,7 +196,7 @@ def train_loader(
 ) -> Loader:
     """All micro batches of a rank, over all epochs. For `weights` of the samples see `EpochOrder`.
 
-    JPEGs are decoded for the crop of `random_crop`, unless targets are read: they belong to the whole image.
+    JPEGs are decoded for the crop of `random_crop`, unless targets are read that belong to places of the image.
 
     Raises `UserError` if the split is smaller than one global batch.
     """
@@ -199,7 +206,7 @@ def train_loader(
     if batches.steps_per_epoch == 0:
         problem = f"{split.folder} has {len(order)} samples in split {split.name}, fewer than one batch"
         raise UserError(f"{problem}: lower optim.batch_size (now {optim.batch_size})")
-    crops = data if data.shrink_jpeg and not read_target else None
+    crops = data if data.shrink_jpeg and (not read_target or isinstance(transform, RowTransform)) else None
     samples = Samples(split, channels, seed, transform, False, crops, data.max_pixels, read_target)
     return Loader(samples, batches, data.workers, pin)
 

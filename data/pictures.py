@@ -3,13 +3,14 @@
 import io
 import re
 import warnings
+from typing import BinaryIO
 
 import imagecodecs
 import numpy as np
 import pillow_heif
 from PIL import Image, UnidentifiedImageError
 
-from data.reading import NO_IMAGE, ImageError, Notes, Page, Reading, check_size, raise_limit
+from data.reading import NO_IMAGE, ImageError, Notes, Page, Reading, check_size, damage_as_error, raise_limit
 
 # no formats that start programs (EPS) or describe drawings (WMF)
 FORMATS = ("AVIF", "BMP", "DIB", "ICO", "JPEG2000", "PCX", "PPM", "QOI", "SGI", "SUN", "XBM")
@@ -34,8 +35,7 @@ def read_picture(data: bytes, kind: str, name: str, reading: Reading, notes: Not
                 return _read_heif(data, reading)
             if kind == "pnm" and (match := PNM_HEADER.match(data)) and int(match[4]) > 255:
                 return _read_deep_pnm(data, match, reading)
-            formats = (*FORMATS, "TGA") if name.lower().endswith(".tga") else FORMATS
-            picture = Image.open(io.BytesIO(data), formats=formats)
+            picture = _open(io.BytesIO(data), name)
             _check(picture.size, len(picture.getbands()), reading)
             if getattr(picture, "is_animated", False):
                 notes["{:,} pictures are animated: only their first frame was taken"] += 1
@@ -46,15 +46,34 @@ def read_picture(data: bytes, kind: str, name: str, reading: Reading, notes: Not
                 return _page(imagecodecs.jpeg2k_decode(data), _jpeg2000_bits(data))
             picture.load()
             return from_pil(picture)
+    except UnidentifiedImageError:
+        raise _unknown(kind, data[:2]) from None
     except ImageError:
         raise
-    except UnidentifiedImageError:
-        if kind:
-            raise ImageError("not a readable image (its header is damaged)") from None
-        archive = ": an archive; unpack it, and save arrays of .npz as .npy" if data[:2] == b"PK" else ""
-        raise ImageError(f"not an image of a known type{archive}", NO_IMAGE) from None
     except Exception:  # damaged files raise almost any exception in PIL
         raise ImageError("not a readable image (damaged or cut short)") from None
+
+
+def picture_size(file: BinaryIO, kind: str, name: str) -> tuple[int, int]:
+    """Height and width of a picture of `read_picture`, from its header. Raises `ImageError`."""
+    with damage_as_error(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return (pillow_heif.open_heif(file) if kind == "heif" else _open(file, name)).size[::-1]
+        except UnidentifiedImageError:
+            file.seek(0)
+            raise _unknown(kind, file.read(2)) from None
+
+
+def _open(file: BinaryIO, name: str) -> Image.Image:
+    return Image.open(file, formats=(*FORMATS, "TGA") if name.lower().endswith(".tga") else FORMATS)
+
+
+def _unknown(kind: str, start: bytes) -> ImageError:
+    if kind:
+        return ImageError("not a readable image (its header is damaged)")
+    archive = ": an archive; unpack it, and save arrays of .npz as .npy" if start == b"PK" else ""
+    return ImageError(f"not an image of a known type{archive}", NO_IMAGE)
 
 
 def from_pil(picture: Image.Image, orientation: int = 1) -> Page:

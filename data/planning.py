@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -24,10 +24,13 @@ from data.sources import Item
 
 Pixels = Annotated[int, Field(ge=1, le=1 << 16)]
 Quality = Annotated[int, Field(ge=1, le=100)]
+TileSize = Annotated[int, Field(ge=16, le=1 << 16)]
+Overlap = Annotated[int, Field(ge=0, le=1 << 16)]
 ShardSize = Annotated[int, Field(ge=1, le=1 << 30)]
 Workers = Annotated[int, Field(ge=1, le=1 << 12)]
 FILES = ("labels", "val", "val_labels", "test", "test_labels", "boxes", "val_boxes", "test_boxes")
-LABEL_OPTIONS = ("splits", "no_splits", "label_column", "path_column", *FILES)
+LABEL_OPTIONS = ("splits", "no_splits", "label_column", "path_column", *FILES, "masks", "mask_classes")
+TILE_OPTIONS = ("tile", "overlap", "keep_empty")
 ORDER_SEED = 0  # of the order of images in shards, and of the choice of held-out images
 
 
@@ -41,7 +44,19 @@ class PrepareOptions(Reading):
     )
     resize: Pixels | None = option(None, "shrink images whose shorter side is longer than this, pixels")
     quality: Quality | None = option(None, "re-encode as JPEG of this quality, 1 to 100")
-    shard_size: ShardSize = option(5000, "maximum images in a shard")
+    tile: TileSize | None = option(
+        None,
+        "cut images into tiles of this side, pixels; the last row and column are shifted inwards, and images smaller "
+        "than a tile stay whole (see docs/data.md)",
+    )
+    overlap: Overlap = option(0, "minimum overlap of neighbouring tiles, pixels")
+    keep_empty: bool = option(
+        False,
+        "keep background tiles; otherwise a tile is dropped if over 90 % of its pixels have no data, if each band has "
+        "one value, or if 8-bit bands are nearly uniform (standard deviation below 4) and all white (means above 200) "
+        "or all black (means below 8)",
+    )
+    shard_size: ShardSize = option(5000, "maximum images, or tiles before background is dropped, in a shard")
     workers: Workers = option(os.cpu_count(), "processes")
     val_fraction: BelowOne = option(0.0, "hold out this share of each class as split val")
     only: Path | None = option(None, "use only the images whose names this file lists (see docs/guide/embed.md)")
@@ -63,6 +78,13 @@ class PrepareOptions(Reading):
     boxes: Path | None = option(None, "boxes of SOURCE: a COCO json, or a folder of VOC xml or YOLO txt files")
     val_boxes: Path | None = option(None, "boxes of split val, as --boxes")
     test_boxes: Path | None = option(None, "boxes of split test, as --boxes")
+    masks: str | None = option(
+        None, "masks for semantic segmentation: a folder of SOURCE, or another folder, zip or tar; see docs/data.md"
+    )
+    mask_classes: Path | None = option(
+        None, "classes of the masks: a name a line, or csv with `name,value` or `name,r,g,b`"
+    )
+    ignore: tuple[Annotated[int, Field(ge=0, le=65535)], ...] = option((255,), "values of masks that are no class")
     dry_run: bool = option(False, "look at the images and write OUT.preview.png; no shards")
     index: bool = option(False, "index the .tar files of other tools in SOURCE")
     verify: bool = option(False, "check every byte of the shards in SOURCE")
@@ -73,13 +95,21 @@ class PrepareOptions(Reading):
     )
 
 
+class Part(NamedTuple):
+    """What a shard takes from a file: all of it or, with `--tile`, the tiles at some positions of its grid."""
+
+    item: Item
+    label: int | None
+    number: int  # of the file within the split
+    tiles: range
+
+
 @dataclass(frozen=True, eq=False)
 class ShardPlan:
     """One shard to write."""
 
     path: Path
-    items: list[tuple[Item, int | None]]  # with their label numbers
-    first: int  # number of the first image within the split
+    parts: list[Part]
 
     @property
     def record(self) -> Path:
@@ -95,14 +125,20 @@ class Written(NamedTuple):
     notes: dict[str, int]
 
 
-def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
+def divided(items: list[Item]) -> dict[str, list[Item]]:
+    """The images of each split; of a collection without splits, all are train."""
+    splits = defaultdict(list)
+    for item in items:
+        splits[item.split or "train"].append(item)
+    return dict(splits)
+
+
+def hold_out(items: list[Item], fraction: float, tiled: bool = False) -> dict[str, list[Item]]:
     """Items of each split; `fraction` of each class of `train` moves to `val`, chosen by a hash of the name.
 
     Raises `UserError` if the source has its own splits, or a split would be empty.
     """
-    splits = defaultdict(list)
-    for item in items:
-        splits[item.split or "train"].append(item)
+    splits = defaultdict(list, divided(items))
     if fraction == 0:
         return dict(splits)
     if "val" in splits or "train" not in splits:
@@ -118,7 +154,11 @@ def hold_out(items: list[Item], fraction: float) -> dict[str, list[Item]]:
         splits["val"] += members[:count]
         splits["train"] += members[count:]
     if not splits["val"] or not splits["train"]:
-        raise UserError(f"--val-fraction {fraction} leaves a split empty: no class has enough images")
+        several = ""
+        if tiled:
+            few = f"{len(items):,} image{'s' * (len(items) > 1)}"
+            several = f"; the source has {few}, whose tiles stay together: add images, or --val SOURCE"
+        raise UserError(f"--val-fraction {fraction} leaves a split empty: no class has enough images{several}")
     return dict(splits)
 
 
@@ -130,9 +170,15 @@ def claim_folder(options: PrepareOptions, items: list[Item], survey: dict | None
     for key in ("resize", "quality", "shard_size", "val_fraction", "no_labels", *defaults):
         value = getattr(options, key)
         new[key] = list(value) if isinstance(value, tuple) else value
-    for key in LABEL_OPTIONS:  # only those that are given: older folders do not list them
+    for key in (*LABEL_OPTIONS, *TILE_OPTIONS):  # only those that are given: older folders do not list them
         if value := getattr(options, key):
-            new[key] = list(value) if isinstance(value, tuple) else Path(value).name if key in FILES else value
+            new[key] = (
+                list(value)
+                if isinstance(value, tuple)
+                else Path(value).name
+                if key in FILES or isinstance(value, Path)
+                else value
+            )
     path = options.out / "source.json"
     if not path.exists():
         write_atomic(path, json.dumps(new | {"survey": survey}, indent=1).encode())
@@ -142,7 +188,7 @@ def claim_folder(options: PrepareOptions, items: list[Item], survey: dict | None
     except (ValueError, TypeError):
         way_out = f"delete {options.out} and run this again, or choose another folder"
         raise UserError(f"{path} is damaged: {way_out}") from None
-    keys = [*new, *(key for key in LABEL_OPTIONS if key in old and key not in new)]
+    keys = [*new, *(key for key in (*LABEL_OPTIONS, *TILE_OPTIONS) if key in old and key not in new)]
     changes = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys if old.get(key) != new.get(key))
     if changes:
         raise UserError(f"{options.out} has another data set ({changes}): choose another folder or delete it")
@@ -153,15 +199,32 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def plan_shards(
-    out: Path, splits: dict[str, list[Item]], classes: list[str] | None, shard_size: int
+    out: Path, splits: dict[str, list[Item]], classes: list[str] | None, shard_size: int, tiles: dict[Item, int]
 ) -> list[ShardPlan]:
-    """The shards to write: each split in random order, divided evenly into shards of at most `shard_size` images."""
+    """The shards to write: each split in random order, divided evenly into shards of at most `shard_size` images.
+
+    `tiles` has the number of tiles of each file, if they are cut; those of one file may go to several shards.
+    """
     label_numbers = {name: i for i, name in enumerate(classes or [])}
     plans = []
     for split, items in sorted(splits.items()):
-        order, first = np.random.default_rng(ORDER_SEED).permutation(len(items)), 0
-        for i, part in enumerate(np.array_split(order, -(-len(items) // shard_size))):
-            members = [(items[k], label_numbers.get(items[k].label)) for k in part]
-            plans.append(ShardPlan(out / f"{split}-{i:06}.tar", members, first))
-            first += len(part)
+        files = [items[k] for k in np.random.default_rng(ORDER_SEED).permutation(len(items))]
+        for i, parts in enumerate(_divided([tiles.get(item, 1) for item in files], shard_size)):
+            members = [Part(files[k], label_numbers.get(files[k].label), k, part) for k, part in parts]
+            plans.append(ShardPlan(out / f"{split}-{i:06}.tar", members))
     return plans
+
+
+def _divided(counts: list[int], shard_size: int) -> Iterator[list[tuple[int, range]]]:
+    """The files of each shard, with ranges of their tiles, of which file k has `counts[k]`."""
+    total, file, used = sum(counts), 0, 0
+    shards = -(-total // shard_size)
+    for i in range(shards):
+        left, parts = total // shards + (i < total % shards), []
+        while left:
+            taken = range(used, min(used + left, counts[file]))
+            parts.append((file, taken))
+            left, used = left - len(taken), taken.stop
+            if used == counts[file]:
+                file, used = file + 1, 0
+        yield parts

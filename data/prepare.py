@@ -7,6 +7,8 @@ python data/prepare.py ILSVRC2012_img_train.tar shards/imagenet --resize 512 \\
 python data/prepare.py photos/ shards/photos --labels labels.csv          labels in a table instead of folders
 python data/prepare.py cifar10.tar.xz shards/cifar10 --val-fraction 0.1   tar (gz, bz2, xz) or zip
 python data/prepare.py coco/ shards/coco --boxes coco/annotations         boxes: COCO json, VOC xml or YOLO text
+python data/prepare.py slides/ shards/slides --tile 512                   tiles of huge images
+python data/prepare.py camvid/ shards/camvid --masks labels --mask-classes camvid/classes.txt --ignore 11
 python data/prepare.py photos/ shards/photos --only list.csv              only the images that a file lists by name
 python data/prepare.py shards/made-elsewhere --index                      index WebDataset tars of other tools
 python data/prepare.py shards/photos --verify                             check every byte
@@ -41,10 +43,22 @@ def parse(argv: list[str] | None = None) -> PrepareOptions:
     if boxes and (given := next((k for k in ("no_labels", *LABEL_FILES) if getattr(options, k)), None)):
         flags = " and ".join(f"--{key.replace('_', '-')}" for key in (boxes, given))
         raise UserError(f"{flags} exclude each other: an image has boxes or labels")
+    if boxes and options.masks:
+        raise UserError("--boxes and --masks exclude each other: an image has boxes or a mask")
     if boxes and not options.boxes:
         raise UserError(f"--{boxes.replace('_', '-')} needs --boxes, the boxes of split train")
     if options.val and options.val_fraction:
         raise UserError("--val and --val-fraction exclude each other: give one")
+    if options.tile is None and (given := next((k for k in ("overlap", "keep_empty") if getattr(options, k)), None)):
+        raise UserError(f"--{given.replace('_', '-')} needs --tile")
+    if options.tile and options.overlap >= options.tile:
+        raise UserError(f"--overlap is {options.overlap}, must be less than --tile {options.tile}")
+    if options.tile and options.resize:
+        raise UserError("--tile and --resize exclude each other: choose one")
+    if not options.masks and (options.mask_classes or options.ignore != (255,)):
+        raise UserError("--mask-classes and --ignore are for masks: add --masks SOURCE")
+    if options.masks and options.source == "digits":
+        raise UserError("--masks does not apply to the built-in digits: leave it out")
     actions = options.index + options.verify + options.repair
     if actions > 1 or (options.out is None and not actions) or (options.out and (options.index or options.verify)):
         raise UserError("give SOURCE OUT, or one folder of shards with --index, --verify or --repair (see --help)")

@@ -5,29 +5,51 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from configs.errors import counted, printable
 from configs.files import write_atomic
 from data.survey import MOST_COMPARED, TILE, Survey, value_range
 
+MAX_CLASSES = 20  # of masks in a line
 SHOWN, COLUMNS, GAP = 5, 8, 4  # entries in a line; pictures in a row; pixels between them
 
 
-def describe(found: Survey) -> list[str]:
-    """Lines of a preview; warnings begin with `warning:`."""
-    lines = [_split_line(split, classes) for split, classes in sorted(found.splits.items())]
+def describe(found: Survey, images: int) -> list[str]:
+    """Lines of a preview of a collection of so many images; warnings begin with `warning:`."""
+    lines = [_tiles_line(found)] if found.tiles else []
     if not found.sampled:
         return lines
-    of = f"of {found.sampled:,} looked at" if found.sampled < sum(map(Counter.total, found.splits.values())) else "all"
+    every = found.tiles[0] if found.tiles else images
+    of = f"of {found.sampled:,} looked at" if found.sampled < every else "all"
     lines.append(f"types     {_counts(found.types)} ({of})")
     if found.sides:
         pixels = Counter({f"{_channels(channels)}, {bits}": n for (channels, bits), n in found.pixels.items()})
         heights, widths = zip(*found.sides, strict=True)
         lines += [f"pixels    {_counts(pixels)}", f"size      height {_sizes(heights)}, width {_sizes(widths)}"]
+    if found.mask_pixels is not None and found.mask_pixels.any():
+        share = found.mask_pixels / found.mask_pixels.sum()
+        order = [i for i in np.argsort(-share[:-1], kind="stable") if share[i]]
+        shown = [f"{printable(found.mask_classes[i])} {_percent(share[i])}" for i in order]
+        more = [f"without a class {_percent(share[-1])}"] if share[-1] else []
+        lines.append(f"masks     {', '.join([*_few(shown), *more])} of the pixels")
+        if absent := [printable(found.mask_classes[i]) for i in np.flatnonzero(share[:-1] == 0)]:
+            lines.append(f"warning: no pixel of {', '.join(_few(absent))} in the masks looked at")
     if found.rotated:
         lines.append(f"rotated   {counted(found.rotated, 'image')} turned upright by EXIF (--no-exif leaves them)")
     return lines + _warnings(found)
+
+
+def _tiles_line(found: Survey) -> str:
+    number, side = found.tiles
+    line = f"tiles     {number:,} of {side} x {side} pixels before background is dropped"
+    if looked := found.sampled + found.background:
+        line += f"; {found.background:,} of {looked:,} looked at are background"
+    if found.originals:
+        heights, widths = zip(*found.originals, strict=True)
+        line += f"; images: height {_sizes(heights)}, width {_sizes(widths)}"
+    return line
 
 
 def _warnings(found: Survey) -> list[str]:
@@ -54,15 +76,12 @@ def _warnings(found: Survey) -> list[str]:
     return lines
 
 
-def _split_line(split: str, classes: Counter) -> str:
-    line = f"{split:<9} {counted(classes.total(), 'image')}"
-    names = sorted((name for name in classes if name is not None), key=lambda name: (classes[name], name))
-    if not names:
-        return f"{line}, no labels"
-    small, large = names[0], names[-1]
-    line += f", {counted(len(names), 'class', 'classes')}: {printable(small)} ({classes[small]:,})"
-    line += f" to {printable(large)} ({classes[large]:,})" if len(names) > 1 else ""
-    return line + (f", {classes[None]:,} without a label" if classes[None] else "")
+def _few(texts: list[str]) -> list[str]:
+    return texts if len(texts) <= MAX_CLASSES else [*texts[: MAX_CLASSES - 1], "..."]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.1g} %"
 
 
 def _counts(found: Counter) -> str:

@@ -2,7 +2,9 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 import numpy as np
@@ -16,8 +18,15 @@ MAX_PIXELS = 178_956_970  # the size at which PIL refuses pictures as decompress
 BYTES_PER_PIXEL = 4  # allowed for each pixel of the limit: RGBA, or one float32
 DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE = "damaged", "too large", "unsupported", "not an image"  # kinds of refusals
 CHANNELS, PAGES, VALUES, NODATA = "wrong channels", "needs --pages", "needs --value-range", "needs --nodata"
-BOXES = "boxes of another size"
-KINDS = (DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NODATA, BOXES)
+NO_MASK, MASK_SIZE, MASK_CLASS = (
+    "with an unreadable mask",
+    "with a mask of another size",
+    "with a mask of unknown classes",
+)
+BOXES = "with boxes of another size"
+KINDS = (
+    DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NODATA, NO_MASK, MASK_SIZE, MASK_CLASS, BOXES,
+)  # fmt: skip
 NEED_OPTION = (PAGES, VALUES, NODATA)  # of the user, before a collection can be written
 
 FIRST_PAGE = "{:,} files have several pages or frames: only the first was taken (--pages first)"
@@ -65,6 +74,20 @@ class Reading:
         return not self.no_exif and self.value_range is None and self.nodata in (None, "nan")
 
 
+@dataclass(frozen=True)
+class FileOptions(Reading):
+    """How files of images are read by a command that has one result for a file."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.pages != "all", "--pages", self.pages, "first: a file has one result, shards may have all pages")
+
+
+def reading_of(options: Reading) -> Reading:
+    """The reading options of a command."""
+    return Reading(**{field.name: getattr(options, field.name) for field in fields(Reading)})
+
+
 @dataclass(frozen=True, eq=False)
 class Page:
     """One image of a file, as stored: `pixels` [H, W, C] of any numeric type.
@@ -82,6 +105,19 @@ class Page:
     orientation: int = 1
     deep_png: bool = False
     number: int = 0
+
+
+@contextmanager
+def damage_as_error(what: str = "damaged or cut short") -> Iterator[None]:
+    """Turn what decoders raise into `ImageError`."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except MemoryError:
+        raise ImageError("needs more memory than there is", TOO_LARGE) from None
+    except Exception:  # damaged files raise almost any exception
+        raise ImageError(f"not a readable image ({what})") from None
 
 
 def number(value: float) -> str:

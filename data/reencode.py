@@ -23,6 +23,7 @@ from data.reading import (
 )
 from data.values import PLAIN, encode_page, fill_missing
 
+JPEG_QUALITY = 95  # of JPEGs whose pixels change
 Encoded = tuple[str, bytes]  # member type and content
 
 
@@ -124,20 +125,25 @@ def _picture(
         if not deep and small and quality is None:
             decode(data, 3, max_pixels=reading.max_pixels)  # as the loader will
             return kind, data
-        if is_direct(picture):
-            picture.verify()  # checksums
-            pixels = read_png(data)
-            page = Page(pixels, alpha=pixels.shape[2] in (2, 4), orientation=orientation(data), deep_png=deep)
-            return encode_page(page, resize, quality, reading, notes)
-        from data.pictures import from_pil
-
-        picture.load()
-        page = from_pil(picture, orientation(data))
+        page = picture_page(picture, data)
     except UserError:
         raise
     except Exception:  # damaged files raise almost any exception in PIL
         raise ImageError("not a readable image (damaged or cut short)") from None
-    return encode_page(page, resize, quality or (95 if kind == "jpg" else None), reading, notes)
+    return encode_page(page, resize, quality or (JPEG_QUALITY if kind == "jpg" else None), reading, notes)
+
+
+def picture_page(picture: Image.Image, data: bytes) -> Page:
+    """The pixels of an opened JPEG, PNG, WebP or GIF, whose bytes are `data`."""
+    if is_direct(picture):
+        picture.verify()  # checksums
+        pixels = read_png(data)
+        alpha = pixels.shape[2] in (2, 4)
+        return Page(pixels, alpha=alpha, orientation=orientation(data), deep_png=is_deep(picture))
+    from data.pictures import from_pil
+
+    picture.load()
+    return from_pil(picture, orientation(data))
 
 
 def _check_picture(picture: Image.Image, shrunk_to: int | None, resize: int | None, max_pixels: int) -> None:

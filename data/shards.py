@@ -12,7 +12,8 @@ KEY.json has the original name and the targets of tasks other than classificatio
         {"class": "RBC", "box": [x, y, width, height], "crowd": false, "segmentation": COCO polygons or RLE}, ...]}
 
 index.json has `targets`, if there are any: {"kind": "mask", "boxes", "labels" or "numbers", "names": of classes or
-numbers}; for masks also "ignore", the value without a class.
+numbers}; for masks also "ignore", the value without a class, and "pixels" of each class, and without one, in the
+masks that the preview looked at.
 
 The tars are plain WebDataset: `webdataset` reads them, and tars of other tools can be read here once they are indexed.
 Nothing in a shard is executed or unpickled. This module does not import torch.
@@ -213,6 +214,10 @@ class Split:
                 hint += f"; `python data/prepare.py {self.folder} --verify` lists all damage"
             raise UserError(f"{self.folder / shard.file} is damaged at byte {offset} (checksum): {hint}")
         return data
+
+    def place(self, sample: int) -> str:
+        """Where a sample is, for messages."""
+        return f"{self.folder}, split {self.name}, sample {sample}"
 
     def labels(self) -> np.ndarray:
         """Label of every sample, -1 = none. Reads the indexes only, not the tars."""

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 from configs.errors import UserError, reason
 from data.tars import IMAGE_TYPES
@@ -36,12 +37,18 @@ class Item:
     zipped: bool = False
     split: str | None = None  # None: not divided
     label: str | None = None
+    mask: "Item | None" = field(default=None, compare=False)  # of semantic segmentation
     targets: dict | None = field(default=None, compare=False)  # `labels`, `numbers`, `boxes` of a table, for tasks
 
     @property
     def is_file(self) -> bool:
         """Whether the image is a file of its own."""
         return self.container != "digits" and self.offset is None and not self.zipped
+
+    def placed(self, split: str | None, label: str | None) -> "Item":
+        """The image with a split and a label; quicker than `dataclasses.replace`."""
+        place = self.name, self.container, self.stamp, self.offset, self.size, self.zipped
+        return Item(*place, split, label, self.mask, self.targets)
 
     def image_bytes(self) -> bytes:
         """The encoded image. Raises `UserError` if it is damaged in a zip, `OSError` if the source has disappeared."""
@@ -58,6 +65,13 @@ class Item:
     def byte_size(self) -> int | str | None:
         """Something that equal images have in common without being read: the size or, in a zip, the checksum."""
         return self.stamp.partition(" ")[0] if self.is_file or self.zipped else self.size
+
+    def open(self) -> BinaryIO:
+        """The encoded image as a file; a member of a zip is read into memory. Errors as `image_bytes`."""
+        if self.zipped or self.container == "digits":
+            return io.BytesIO(self.image_bytes())
+        file = Path(self.container).open("rb")  # noqa: SIM115  # the caller closes it
+        return file if self.offset is None else io.BufferedReader(_Section(file, self.offset, self.size))
 
     def head(self, count: int) -> bytes:
         """The first bytes; none if the file cannot be read."""
@@ -80,6 +94,34 @@ class Item:
             return archive.read(member)
         except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:  # RuntimeError: encrypted
             raise UserError(f"cannot be read from the zip ({reason(error)})") from None
+
+
+class _Section(io.RawIOBase):
+    """A part of an open file, which it closes."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int):
+        self.file, self.offset, self.size, self.at = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = max(0, min(len(buffer), self.size - self.at))
+        data = os.pread(self.file.fileno(), count, self.offset + self.at)
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 @lru_cache(4)

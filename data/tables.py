@@ -4,12 +4,15 @@ import csv
 import io
 import json
 import re
+import stat
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError, printable, reason
-from data.listing import suffix
-from data.sources import READABLE
+from configs.errors import UserError, few, printable, reason
+from data.listing import Listing, suffix
+from data.sources import READABLE, Item
 
 PATH_NAMES = {
     "path", "paths", "file", "filename", "filenames", "filepath", "image", "images", "imageid", "imagename",
@@ -24,6 +27,7 @@ LABEL_NAMES = {
 SPLIT_NAMES = {"split", "splits", "subset", "partition", "set"}
 TARGETS = ("labels", "numbers", "boxes", "mask")  # columns that are kept for tasks, whatever the label
 READS = "csv, tsv, json lines, parquet or `path label` lines (.txt)"
+OF_PREPARE = " (data/prepare.py)"
 MAX_SHOWN_COLUMNS = 20
 Row = dict[str, Any]
 
@@ -106,8 +110,10 @@ def _lines(text: str, name: str) -> list[Row]:
     return [{"path": path.strip(), "label": label} for path, label in rows]
 
 
-def find_columns(rows: list[Row], name: str, path: str | None, labels: tuple[str, ...]) -> Columns:
-    """The columns of a table by their names, or those that the user names.
+def find_columns(
+    rows: list[Row], name: str, path: str | None, labels: tuple[str, ...], optional: bool = False
+) -> Columns:
+    """The columns of a table by their names, or those that the user names. With `optional`, there may be no labels.
 
     Raises `UserError`, with the columns, if there is none, or several may be the label.
     """
@@ -117,16 +123,48 @@ def find_columns(rows: list[Row], name: str, path: str | None, labels: tuple[str
             raise UserError(f"{printable(name)} has no column {printable(wanted)}, but {shown(columns)}")
     paths = (path,) if path else tuple(c for c in columns if plain(c) in PATH_NAMES and c not in labels)
     if not paths:
-        raise UserError(f"{printable(name)}: name the column of file names with --path-column: {shown(columns)}")
+        raise UserError(
+            f"{printable(name)}: name the column of file names with --path-column{OF_PREPARE}: {shown(columns)}"
+        )
     found = labels or tuple(c for c in columns if plain(c) in LABEL_NAMES and c not in (path,))
     if len(found) > 1 and not labels:
         found = tuple(c for c in found if c not in TARGETS)
-    if len(found) != 1 and not labels:
-        names = ", ".join(map(printable, found))
-        problem = f"{names} may all be the label" if found else "no column is named like a label"
-        raise UserError(f"{printable(name)}: {problem}: name it with --label-column: {shown(columns)}")
+    if not found and any(c in TARGETS for c in columns):
+        labels = found = ()
+    elif len(found) != 1 and not labels and (found or not optional):
+        problem = f"{few(found)} may all be the label" if found else "no column is named like a label"
+        raise UserError(f"{printable(name)}: {problem}: name it with --label-column{OF_PREPARE}: {shown(columns)}")
     split = next((c for c in columns if plain(c) in SPLIT_NAMES and c not in (*paths, *found)), None)
     return Columns(paths, found, split)
+
+
+def list_table(path: Path, columns: Columns, rows: list[Row]) -> Listing:
+    """The files that a table names in one of its columns, relative to its folder; files that are missing are left out.
+
+    Raises `UserError` if there are none.
+    """
+    listing, first = Listing(str(path), rows=rows), None
+    for column in columns.path:
+        names = dict.fromkeys(name for row in rows if (name := as_path(row.get(column))))
+        first = first or next(iter(names), None)
+        for name in names:
+            with suppress(OSError, ValueError):  # ValueError: a null byte
+                file = path.parent / name
+                about = file.stat()
+                if stat.S_ISREG(about.st_mode):
+                    listing.images.append(Item(name, str(file), f"{about.st_size} {about.st_mtime_ns}"))
+        if listing.images:
+            listing.images.sort(key=lambda item: item.name)
+            return listing
+    problem = f"no file that it names exists, such as {printable(path.parent / (first or ''))}"
+    raise UserError(f"{printable(path)}: {problem}: write paths relative to the table, with suffix")
+
+
+def as_path(value: Any) -> str:
+    """The path in a cell; empty if there is none."""
+    if value is None or isinstance(value, (bool, float, dict, list)):
+        return ""
+    return str(value).strip().replace("\\", "/")
 
 
 def may_hold_labels(data: bytes, name: str) -> bool:
@@ -139,8 +177,7 @@ def may_hold_labels(data: bytes, name: str) -> bool:
 
 def shown(columns: list[str]) -> str:
     """Names of columns, for a message."""
-    names = ", ".join(map(printable, columns[:MAX_SHOWN_COLUMNS]))
-    return f"its columns are {names}{', ...' if len(columns) > MAX_SHOWN_COLUMNS else ''}"
+    return f"its columns are {few(columns, MAX_SHOWN_COLUMNS)}"
 
 
 def plain(column: str) -> str:

@@ -4,6 +4,8 @@ import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache, partial
+from typing import BinaryIO
 
 import numpy as np
 import tifffile
@@ -13,22 +15,23 @@ from data.reading import (
     BYTES_PER_PIXEL,
     FIRST_PAGE,
     PAGES,
-    TOO_LARGE,
     UNSUPPORTED,
     ImageError,
     Notes,
     Page,
     Reading,
     check_size,
+    damage_as_error,
     raise_limit,
 )
+from data.regions import BLOCK_ROWS, JPEG, View, check_band, tiff_regions, whole
 from data.values import reduced
 
 NODATA_TAG, ORIENTATION_TAG = 42113, 274
 ALPHA = (1, 2)  # values of the tag ExtraSamples; 0 = a band
 GREY = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.MINISWHITE)
 KNOWN = (*GREY, PHOTOMETRIC.RGB, PHOTOMETRIC.PALETTE, PHOTOMETRIC.YCBCR, PHOTOMETRIC.SEPARATED)
-JPEG = (6, 7, 34892, 33007)  # compressions whose decoder converts YCbCr to RGB
+REDUCED_ROWS = 256  # rows of a page that is reduced in parts
 logging.getLogger("tifffile").disabled = True  # complaints about tags go to stderr; damage is raised
 
 Fill = Callable[[np.ndarray, Page], np.ndarray]  # replaces missing values, or refuses them
@@ -42,29 +45,52 @@ def read_tiff(data: bytes, reading: Reading, resize: int | None, notes: Notes, f
 
     Raises `ImageError`: damaged, of an unsupported kind, too large, or of several pages without `reading.pages`.
     """
-    try:
-        with TiffFile(io.BytesIO(data)) as tif:
-            pages = [page.aspage() for page in tif.pages]
-            pages = [page for page in pages if not page.is_reduced and not page.subfiletype & 4] or pages[:1]
-            if not pages:
-                raise ImageError("not a readable image (a damaged TIFF)")
-            depth = _stacked(tif, pages[0]) if len(pages) == 1 else 1
-            if len(pages) * depth > 1 and reading.pages is None:
-                many = f"has {len(pages) * depth:,} pages: add --pages first or --pages all"
-                raise ImageError(many, PAGES)
-            several = len(pages) * depth > 1 and reading.pages == "all"
-            notes[FIRST_PAGE] += len(pages) * depth > 1 and not several
-            found = (_read_page(tif, page, data, reading, resize, fill) for page in pages)
-            for number, page in enumerate(found if depth == 1 else _slices(tif, pages[0], depth, reading), 1):
-                yield replace(page, number=number) if several else page
-                if not several:
-                    return
-    except ImageError:
-        raise
-    except MemoryError:
-        raise ImageError("needs more memory than there is", TOO_LARGE) from None
-    except Exception:  # damaged files raise almost any exception in tifffile
-        raise ImageError("not a readable image (a damaged TIFF)") from None
+    with damage_as_error("a damaged TIFF"), TiffFile(io.BytesIO(data)) as tif:
+        pages, depth, several = _chosen_pages(tif, reading, notes)
+        found = (_read_page(tif, page, reading, resize, fill) for page in pages)
+        for number, page in enumerate(found if depth == 1 else _slices(tif, pages[0], depth, reading), 1):
+            yield replace(page, number=number) if several else page
+            if not several:
+                return
+
+
+def tiff_views(file: BinaryIO, reading: Reading, tile: int, notes: Notes) -> Iterator[View]:
+    """Pages as `read_tiff`, whose regions are read from the file; slices of a volume are in memory together.
+
+    Rows of `tile` pixels' height have to fit the limit of decoded bytes. Raises `ImageError` as `read_tiff`.
+    """
+    with damage_as_error("a damaged TIFF"), TiffFile(file) as tif:
+        pages, depth, several = _chosen_pages(tif, reading, notes)
+        volume = lru_cache(1)(lambda: list(_slices(tif, pages[0], depth, reading)))
+        for number in range(len(pages) * depth if several else 1):
+            page = pages[0] if depth > 1 else pages[number]
+            _check_kind(page)
+            size = page.imagelength, page.imagewidth
+            if depth > 1:
+                yield View(size, lambda number=number: whole(volume()[number]), number + 1 if several else 0)
+                continue
+            check_band(size, tile + BLOCK_ROWS, _pixel_bytes(page), reading.max_pixels)
+            yield View(size, partial(_open_page, tif, page, reading), number + 1 if several else 0)
+
+
+def _open_page(tif: TiffFile, page: TiffPage, reading: Reading) -> tuple[int, Callable[[int, int, int, int], Page]]:
+    read = tiff_regions(tif, page, reading.max_pixels)
+    about = _as_page(page, np.empty((0, 0, page.samplesperpixel), page.dtype), reading)
+    return about.orientation, lambda *region: _as_page(page, read(*region), reading)
+
+
+def _chosen_pages(tif: TiffFile, reading: Reading, notes: Notes) -> tuple[list[TiffPage], int, bool]:
+    """Pages that are neither overviews, thumbnails nor masks; slices in a single one; whether all are taken."""
+    pages = [page.aspage() for page in tif.pages]
+    pages = [page for page in pages if not page.is_reduced and not page.subfiletype & 4] or pages[:1]
+    if not pages:
+        raise ImageError("not a readable image (a damaged TIFF)")
+    depth = _stacked(tif, pages[0]) if len(pages) == 1 else 1
+    if len(pages) * depth > 1 and reading.pages is None:
+        raise ImageError(f"has {len(pages) * depth:,} pages: add --pages first or --pages all", PAGES)
+    several = len(pages) * depth > 1 and reading.pages == "all"
+    notes[FIRST_PAGE] += len(pages) * depth > 1 and not several
+    return pages, depth, several
 
 
 def _stacked(tif: TiffFile, page: TiffPage) -> int:
@@ -89,7 +115,7 @@ def _slices(tif: TiffFile, page: TiffPage, depth: int, reading: Reading) -> Iter
         yield _as_page(page, pixels, reading)
 
 
-def _read_page(tif: TiffFile, page: TiffPage, data: bytes, reading: Reading, resize: int | None, fill: Fill) -> Page:
+def _read_page(tif: TiffFile, page: TiffPage, reading: Reading, resize: int | None, fill: Fill) -> Page:
     _check_kind(page)
     size, pixel_bytes, limit = (page.imagelength, page.imagewidth), _pixel_bytes(page), reading.max_pixels
     too_large = max(size[0] * size[1], size[0] * size[1] * pixel_bytes // BYTES_PER_PIXEL) > limit
@@ -104,7 +130,8 @@ def _read_page(tif: TiffFile, page: TiffPage, data: bytes, reading: Reading, res
         if page.planarconfig == 2 and page.samplesperpixel > 1:
             pixels = np.moveaxis(pixels, 0, -1)
         return _as_page(page, pixels.reshape(*size, -1), reading)
-    parts = _rows(tif, page, data) if page.is_contiguous else _segments(page)
+    read, rows = tiff_regions(tif, page, limit), range(0, size[0], REDUCED_ROWS)
+    parts = ((read(row, 0, min(REDUCED_ROWS, size[0] - row), size[1]), row, 0, 0) for row in rows)
     about = _as_page(page, np.empty((0, 0, page.samplesperpixel), page.dtype), reading)
     if page.dtype == bool:
         parts = ((pixels.astype(np.uint8) * 255, *place) for pixels, *place in parts)
@@ -121,7 +148,7 @@ def _check_kind(page: TiffPage) -> None:
     if page.compression not in tifffile.TIFF.DECOMPRESSORS:
         name = getattr(page.compression, "name", page.compression)
         raise ImageError(f"a TIFF with compression {name} is not supported: convert it", UNSUPPORTED)
-    subsampled = page.photometric == PHOTOMETRIC.YCBCR and page.compression not in JPEG
+    subsampled = page.photometric == PHOTOMETRIC.YCBCR and page.compression not in JPEG  # its decoder makes it RGB
     if page.photometric not in KNOWN or subsampled:
         name = getattr(page.photometric, "name", page.photometric)
         raise ImageError(f"a TIFF with {name} colours is not supported: convert it", UNSUPPORTED)
@@ -184,22 +211,3 @@ def _unassociated(pixels: np.ndarray) -> np.ndarray:
     alpha = np.maximum(pixels[..., -1:], 1).astype(np.float64)
     colours = np.rint(pixels[..., :-1] * float(full) / alpha).clip(0, full).astype(pixels.dtype)
     return np.concatenate([colours, pixels[..., -1:]], 2)
-
-
-def _rows(tif: TiffFile, page: TiffPage, data: bytes) -> Iterator[tuple[np.ndarray, int, int, int]]:
-    """Blocks of rows of an uncompressed page, without a copy: (pixels [h, w, C], row, column, first channel)."""
-    dtype = page.dtype.newbyteorder(tif.byteorder)
-    planes = page.samplesperpixel if page.planarconfig == 2 else 1
-    shape = planes, page.imagelength, page.imagewidth, page.samplesperpixel // planes
-    pixels = np.frombuffer(data, dtype, int(np.prod(shape)), page.dataoffsets[0]).reshape(shape)
-    for channel, plane in enumerate(pixels):
-        for row in range(0, page.imagelength, 256):
-            yield plane[row : row + 256], row, 0, channel
-
-
-def _segments(page: TiffPage) -> Iterator[tuple[np.ndarray, int, int, int]]:
-    """Decoded strips or tiles: (pixels [h, w, C], row, column, first channel)."""
-    for pixels, (channel, _, row, column, _), _ in page.segments(maxworkers=1):
-        if pixels is None:
-            raise ImageError("not a readable image (a TIFF with missing parts)")
-        yield pixels[0, : page.imagelength - row, : page.imagewidth - column], row, column, channel  # tiles overlap

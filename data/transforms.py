@@ -6,7 +6,7 @@ All randomness comes from the generator passed in, one for each (seed, epoch, sa
 import math
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ RESIZING = {  # torchvision's NEAREST is half a pixel off PIL's
     "bilinear": InterpolationMode.BILINEAR,
     "bicubic": InterpolationMode.BICUBIC,
 }
+ALMOST_WHOLE = 1 - 1e-6  # a crop that keeps the aspect ratio, other than 1
 SPARE = 1.5  # crops of smaller decoded photographs then differ by half a grey level on average, without it by 1.3
 NUMBER = r"\d+(\.\d+)?"
 POLICY = re.compile(  # names of timm's augmentation policies
@@ -150,6 +151,38 @@ class EvalTransform:
         self, image: Tensor, label: int = -1, rng: np.random.Generator | None = None
     ) -> dict[str, Tensor | int]:
         return {"image": center_crop(image, self.size, self.crop, self.interpolation), "label": label}
+
+    def enlarged(self, factor: float) -> "EvalTransform":
+        """Images larger by a factor, with what lies around the crop; if that is nothing, the crop is resized."""
+        size, crop = tuple(round(side * factor) for side in self.size), self.crop
+        return replace(self, size=size, crop=crop if crop == 1 else min(crop * factor, ALMOST_WHOLE))
+
+
+@dataclass(frozen=True)
+class RowTransform:
+    """A transform of an image whose target is a row of `length` numbers: the entry `label`, float32.
+
+    The row is NaN for a sample that does not count. With `by_class`, the target is a class, and its value the row.
+    """
+
+    transform: TrainTransform | EvalTransform
+    length: int
+    by_class: tuple[float, ...] | None = None
+
+    def __call__(self, image: Tensor, target: np.ndarray | int | None, rng: np.random.Generator) -> dict[str, Tensor]:
+        if self.by_class is not None:
+            target = np.array([math.nan if target is None or target < 0 else self.by_class[target]])
+        elif target is None:
+            target = np.full(self.length, math.nan)
+        return self.transform(image, torch.from_numpy(target).float(), rng)
+
+    def of_classes(self, values: tuple[float, ...]) -> "RowTransform":
+        """The same for targets that are classes."""
+        return replace(self, by_class=values)
+
+    def enlarged(self, factor: float) -> "RowTransform":
+        """As `EvalTransform.enlarged`."""
+        return replace(self, transform=self.transform.enlarged(factor))
 
 
 class AutoAugment:

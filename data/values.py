@@ -24,9 +24,16 @@ REPLACED = "{:,} values without data were replaced by the lowest value"
 def encode_page(
     page: Page, resize: int | None, quality: int | None, reading: Reading, notes: Notes
 ) -> tuple[str, bytes]:
-    """Member type and bytes of an image in a shard; what was changed is counted in `notes`.
+    """Member type and bytes of an image in a shard; counts and errors as `final_pixels`."""
+    pixels, alpha = final_pixels(page, resize, reading, notes)
+    return encode(pixels, alpha, page.deep_png, quality)
 
-    Raises `ImageError` if the range of the values or missing data need a decision, or the type has no range.
+
+def final_pixels(page: Page, resize: int | None, reading: Reading, notes: Notes) -> tuple[np.ndarray, bool]:
+    """Pixels [H, W, C] as a shard stores them, and whether the last channel is opacity.
+
+    What was changed is counted in `notes`. Raises `ImageError` if the range of the values or missing data need a
+    decision, or the type has no range.
     """
     pixels = page.pixels.astype(np.uint8) * 255 if page.pixels.dtype == bool else page.pixels
     if pixels.dtype.kind not in "uif" or 0 in pixels.shape:
@@ -45,7 +52,7 @@ def encode_page(
     pixels = upright(np.concatenate([colours, opacity], axis=2) if alpha else colours, page.orientation)
     if resize is not None and min(pixels.shape[:2]) > resize:
         pixels = shrink(pixels, resize)
-    return _encode(np.ascontiguousarray(pixels), alpha, page.deep_png, quality)
+    return np.ascontiguousarray(pixels), alpha
 
 
 def fill_missing(pixels: np.ndarray, page: Page, reading: Reading, notes: Notes) -> np.ndarray:
@@ -62,11 +69,40 @@ def fill_missing(pixels: np.ndarray, page: Page, reading: Reading, notes: Notes)
         missing = None  # they have the lowest value already
     undecided = missing is not None and reading.nodata is None
     if found or undecided:
-        raise _undecided(pixels, missing if undecided else None, found)
+        without = pixels[missing] if undecided else pixels[:0]
+        raise _undecided(pixels.dtype, found, without.size, _kinds(without))
     if missing is None:
         return pixels
     notes[REPLACED] += int(missing.sum())
     return np.where(missing, np.asarray(low).astype(pixels.dtype), pixels)
+
+
+def share_without_data(page: Page, reading: Reading) -> float:
+    """Share of the pixels that are transparent or missing in all bands, see `fill_missing`."""
+    colours, opacity = np.split(page.pixels, [-1], axis=2) if page.alpha else (page.pixels, None)
+    missing = _missing(colours, page.nodata, reading.nodata)
+    absent = np.zeros(colours.shape[:2], bool) if missing is None else missing.all(2)
+    return float((absent if opacity is None else absent | (opacity[..., 0] == 0)).mean())
+
+
+def undecided_range(pages: Iterable[Page], reading: Reading) -> ImageError | None:
+    """The error of `fill_missing` for an image that comes in parts, with the range of all of them; None without one."""
+    found, count, kinds, dtype = [], 0, set(), None
+    for page in pages:
+        colours = page.pixels[..., :-1] if page.alpha else page.pixels
+        try:
+            fill_missing(colours, page, reading, Notes())
+        except ImageError as error:
+            dtype = colours.dtype
+            missing = _missing(colours, page.nodata, reading.nodata)
+            if error.found and (missing is None or not missing.all()):
+                found.append(error.found)
+            if missing is not None and reading.nodata is None:
+                count += int(missing.sum())
+                kinds |= _kinds(colours[missing])
+    if dtype is None:
+        return None
+    return _undecided(dtype, (min(a for a, _ in found), max(b for _, b in found)) if found else None, count, kinds)
 
 
 def _limits(dtype: np.dtype, page: Page, reading: Reading) -> tuple[float, float] | None:
@@ -98,15 +134,18 @@ def _found(pixels: np.ndarray, missing: np.ndarray | None) -> tuple[float, float
     return low, high if high > low else low + 1
 
 
-def _undecided(pixels: np.ndarray, missing: np.ndarray | None, found: tuple[float, float] | None) -> ImageError:
+def _kinds(missing: np.ndarray) -> set[str]:
+    """A few of the values that mean missing data."""
+    return {"NaN" if np.isnan(v) else number(float(v)) for v in np.unique(missing)[:3]}
+
+
+def _undecided(dtype: np.dtype, found: tuple[float, float] | None, count: int, kinds: set[str]) -> ImageError:
     problems, options = [], []
     if found:
         low, high = map(number, found)
-        problems.append(f"{pixels.dtype} values from {low} to {high}")
+        problems.append(f"{dtype} values from {low} to {high}")
         options.append(f"--value-range {low} {high}")
-    if missing is not None:
-        kinds = {"NaN" if np.isnan(v) else number(float(v)) for v in np.unique(pixels[missing])[:3]}
-        count = int(missing.sum())
+    if count:
         problems.append(f"{count:,} {'value' if count == 1 else 'values'} without data ({', '.join(sorted(kinds))})")
         options.append("--nodata nan")
     return ImageError(f"has {' and '.join(problems)}: add {' '.join(options)}", VALUES if found else NODATA, found)
@@ -177,7 +216,8 @@ def reduced(
     return (np.rint(means) if dtype.kind in "ui" else means).astype(dtype)
 
 
-def _encode(pixels: np.ndarray, alpha: bool, deep_png: bool, quality: int | None) -> tuple[str, bytes]:
+def encode(pixels: np.ndarray, alpha: bool, deep_png: bool, quality: int | None) -> tuple[str, bytes]:
+    """Member type and bytes of final pixels."""
     channels, out = pixels.shape[2], io.BytesIO()
     if pixels.dtype == np.uint16 and (deep_png or alpha) and channels <= 4:
         return "png", imagecodecs.png_encode(pixels)

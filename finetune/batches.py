@@ -18,7 +18,8 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.log import say
 from data.decode import decode
-from data.folder import list_images, open_images, read_image
+from data.examples import example_images
+from data.folder import list_images, read_image
 from data.loader import OBJECT, Loader
 from data.reading import HEAD_BYTES, Reading, sniff
 from data.sources import READABLE
@@ -74,7 +75,7 @@ def find_pictures(arguments: Sequence[str]) -> Iterator[Path]:
         raise UserError(f"{arguments[0]}: {UNKNOWN_TYPE}")
     paths = []
     for path in map(Path, arguments):
-        paths += [path / item.name for item in list_images(path)] if path.is_dir() else [path]
+        paths += list_images(path) if path.is_dir() else [path]
     return iter(paths)
 
 
@@ -114,28 +115,16 @@ def picture_batches(
             yield [future.result() for future in chunk]
 
 
-def sample_images(path: str, split: str, count: int, transform: EvalTransform, channels: int) -> Tensor:
-    """Up to `count` images [N, C, H, W] from 0 to 1 of a picture file, or evenly spread over a folder or shards.
+def sample_images(
+    path: str, split: str, count: int, transform: EvalTransform, channels: int, reading: Reading
+) -> Tensor:
+    """Up to `count` transformed images [N, C, H, W] from 0 to 1, as `data.examples.example_images`.
 
-    Unreadable ones are reported and left out.
-
-    Raises:
-        UserError: there is no readable image
+    Unreadable ones are reported and left out. Raises `UserError` if there is no readable image.
     """
-    images = None if Path(path).is_file() else open_images(path, split)
-    available = 1 if images is None else len(images)
-    if not available:
-        raise UserError(f"{path}, split {split} has no images: choose another --split")
-    stack = []
-    for sample in np.linspace(0, available - 1, min(count, available)).round().astype(int).tolist():
-        try:
-            data = read_image(Path(path)) if images is None else images.read(sample)[0]
-            image = decode(data, channels)
-        except UserError as error:
-            problem = f"{path}{'' if images is None else f', sample {sample}'}: {error}"
-            say(f"left out: {problem}")
-            continue
-        stack.append(to_float(transform(image)["image"]))
-    if not stack:
-        raise UserError(problem)
-    return torch.stack(stack)
+    images, problems = example_images(path, split, count, channels, reading)
+    for problem in problems:
+        say(f"left out: {problem}")
+    if not images:
+        raise UserError(problems[-1])
+    return torch.stack([to_float(transform(image)["image"]) for image in images])

@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     if cells:
         from finetune.contact_sheet import write_sheet
 
-        write_sheet(options.sheet, cells)
+        write_sheet(options.sheet, {"": cells})
         print(f"wrote {options.sheet}: {len(cells)} images")
     elif options.sheet:
         print(f"{options.sheet} not written: the list is empty")
@@ -185,7 +185,8 @@ def embed_file(table: "FeatureTable", options: Options) -> "Tensor":
         raise UserError(f"{weights} differs from the weights of {options.features}: give those as --weights")
     trained = open_encoder(weights, table.origin.ema, table.origin.size)
     try:
-        image = decode(read_image(path), trained.preprocessing.channels)
+        image = read_image(path, table.origin.reading)
+        image = decode(image, trained.preprocessing.channels, max_pixels=table.origin.reading.max_pixels)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     image = EvalTransform.of(trained.preprocessing)(image)["image"][None]
@@ -216,10 +217,11 @@ def sheet_cells(table: "FeatureTable", listing: Listing, options: Options) -> li
     if options.nearest and (own := row_of(table, options.nearest)) is not None:
         rows.insert(0, (own, "the image itself"))
     elif options.nearest:
-        image = thumbnail(decode(read_image(Path(options.nearest))))
+        image = thumbnail(decode(read_image(Path(options.nearest), table.origin.reading)))
         cells.append((image, escape_name(options.nearest), "the image itself"))
     rows = rows[: MAX_CELLS - len(cells)]
-    images = thumbnails(source, [(table.splits[i], table.samples[i], table.names[i]) for i, _ in rows])
+    wanted = [(table.splits[i], table.samples[i], table.names[i]) for i, _ in rows]
+    images = thumbnails(source, wanted, table.origin.reading)
     return cells + [(image, table.names[i], text) for image, (i, text) in zip(images, rows, strict=True)]
 
 

@@ -23,12 +23,13 @@ from pydantic import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.progress import track
 
-from configs.checks import check_dataset, check_exists, check_new
+from configs.checks import check_exists, check_new
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import argument, option, require
 from configs.schema import Data, Optim, Run
-from finetune.options import DeviceOptions
+from data.folder import check_images
+from finetune.options import ImageOptions
 
 if TYPE_CHECKING:
     from data.folder import Folder
@@ -39,10 +40,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options(DeviceOptions):
+class Options(ImageOptions):
     """The command line."""
 
-    source: str = argument("folder of images, or folder of shards or its URL")
+    source: str = argument("images: a folder, a zip, a tar, a table of files, or shards or their URL")
     out: Path = argument("Parquet file to write")
     split: tuple[str, ...] = option(("train",), "splits to embed, in this order; a folder without splits is one")
     dtype: Literal["float32", "float16"] = option("float32", "type of the features in the file")
@@ -50,6 +51,7 @@ class Options(DeviceOptions):
     workers: NonNegativeInt | None = option(None, "loader processes per rank (default: its cores, at most 8)")
 
     def __post_init__(self):
+        super().__post_init__()
         require(len(set(self.split)) == len(self.split), "--split", " ".join(self.split), "different splits")
 
 
@@ -57,11 +59,12 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(Options, __doc__, argv)
     check_exists(options.weights)
-    check_dataset(options.source)
+    check_images(options.source)
     check_new(options.out)
 
     # slow imports, after parsing, so that --help and user errors are quick
-    from data.folder import Folder, open_images
+    from data.folder import open_splits
+    from data.reading import reading_of
     from finetune.feature_file import Origin, feature_file
     from launch.training.precision import precision
     from launch.training.world import destroy_world, init_world, process_errors
@@ -69,15 +72,14 @@ def main(argv: list[str] | None = None) -> None:
     from models.opening import open_encoder
 
     trained = open_encoder(options.weights, options.ema, options.size)
-    splits = [open_images(options.source, name) for name in options.split]
-    if len(splits) > 1 and isinstance(splits[0], Folder) and splits[0].items[0].split is None:
-        raise UserError(f"{options.source} has no split folders: give one --split")
+    splits = open_splits(Data(options.source), options.split, options)
     if empty := next((images.name for images in splits if not len(images)), None):
         raise UserError(f"{options.source}, split {empty} has no images: choose another --split")
     world, width = init_world(Run(device=options.device)), trained.weights.arch.dims[-1]
     kind = precision(Optim(precision=options.precision), world.device)
-    about = options.weights, digest(options.weights), options.ema, trained.preprocessing.size, kind, options.source
-    output = feature_file(options.out, width, options.dtype, Origin(*about)) if world.first else nullcontext()
+    about = options.weights, digest(options.weights), options.ema, trained.preprocessing.size, kind
+    origin = Origin(*about, options.source, reading_of(options))
+    output = feature_file(options.out, width, options.dtype, origin) if world.first else nullcontext()
     skipped = 0
     with process_errors(), output as writer:
         for images in splits:
@@ -107,7 +109,8 @@ def write_features(
         return track(steps, what, number, console=Console(stderr=True), disable=not world.first, show_speed=False)
 
     transform, channels = EvalTransform.of(trained.preprocessing), trained.preprocessing.channels
-    loader = embedding_loader(images, transform, channels, Data(workers=options.workers), options.batch, world)
+    data = Data(workers=options.workers, max_pixels=options.max_pixels)
+    loader = embedding_loader(images, transform, channels, data, options.batch, world)
     all_names, damaged, lost = iterate_names(images), {}, {}
     for part in embed(trained, loader, world, kind, damaged, progress):
         if writer:

@@ -61,7 +61,7 @@ def embedding_loader(
     images: Split | Folder, transform: EvalTransform, channels: int, data: Data, batch: int, world: World
 ) -> Loader:
     """This rank's batches of all images of a split."""
-    samples = ReadableSamples(images, channels, 0, transform, score=True)
+    samples = ReadableSamples(images, channels, 0, transform, score=True, max_pixels=data.max_pixels)
     batches = RunsOfSamples(len(images), min(batch, len(images)), world.rank, world.ranks)
     return Loader(samples, batches, data.workers, world.device.type == "cuda")
 

@@ -13,17 +13,20 @@ outputs the feature maps of the four stages, for detection and segmentation. See
 import os
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.checks import check_dataset, check_exists, check_new
+from configs.checks import check_exists, check_new
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.files import sync_folder
 from configs.keys import REQUIRED, argument, option
+from data.folder import check_images
+from data.reading import FileOptions
 from finetune.exporters import SUFFIXES
 from finetune.options import ModelOptions
 
@@ -31,12 +34,14 @@ COMPARED = 16  # images
 
 
 @dataclass(frozen=True)
-class Options(ModelOptions):
+class Options(FileOptions, ModelOptions):
     """The command line."""
 
     out: Path = argument(f"file to write, named *{', *'.join(SUFFIXES.values())}")
     to: Literal[tuple(SUFFIXES)] = option(REQUIRED, "format")
-    images: str = option(REQUIRED, f"images to compare outputs on: an image, a folder, or shards; {COMPARED} are used")
+    images: str = option(
+        REQUIRED, f"images to compare outputs on: an image, a folder, zip or tar, or shards; {COMPARED} are used"
+    )
     split: str = option("val", "split of --images")
     features: bool = option(False, "without the classifier: the feature maps of the four stages")
     fp16: bool = option(False, "weights and activations in fp16; norms and head stay fp32")
@@ -52,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in (out, out.with_name(f"{out.name}.data")):  # the second: ONNX weights of more than 2 GB
         check_new(path)
     if not Path(options.images).is_file():
-        check_dataset(options.images)
+        check_images(options.images)
 
     from data.transforms import EvalTransform  # slow imports, after parsing
     from finetune.batches import sample_images
@@ -72,17 +77,19 @@ def main(argv: list[str] | None = None) -> None:
     open_model = open_encoder if options.features else open_classifier
     trained = open_model(options.weights, options.ema, options.size)
     task = None if options.features else make_inference(trained)
+    trained = task.trained if task else trained
     weights = trained.weights
-    transform = task.transform if task else EvalTransform.of(trained.preprocessing)
-    images = sample_images(options.images, options.split, COMPARED, transform, trained.preprocessing.channels)
+    one_by_one = getattr(task, "batch", None) == 1
+    transform = task.transform if one_by_one else EvalTransform.of(trained.preprocessing)
+    images = sample_images(options.images, options.split, COMPARED, transform, trained.preprocessing.channels, options)
     print(f"{options.weights}: {weights.describe()}; comparing on {len(images)} images", flush=True)
     if to == "safetensors" and weights.head and not weights.outputs:
         raise UserError(f"timm's models have no head like that of {options.weights}: use another --to, or --features")
-    trained, outputs = (task.trained, task.outputs()) if task else (trained, stage_outputs(weights.arch))
+    outputs = task.outputs() if task else stage_outputs(weights.arch)
     source = deployed = Deployed(trained.model, trained.mean, trained.std)
-    one_by_one, difference = (task.batch == 1, task.difference) if task else (False, relative_difference)
+    difference = getattr(task, "difference", partial(relative_difference, one_class=weights.outputs > 0))
     free = (False, False) if one_by_one else free_sides(weights)
-    if options.features and not all(free):
+    if not (one_by_one or all(free) or weights.outputs):
         print(f"  sides below {min_free_side(weights.arch)} pixels are fixed in the graph: --size sets larger ones")
     batches = [*images.split(1)] if one_by_one else comparison_batches(images, free)
     expected = [predict_with(source)(batch) for batch in batches]

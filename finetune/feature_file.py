@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from configs.errors import UserError, reason
 from configs.files import atomic_file
+from data.reading import Reading
 
 FORMAT, KEY = "convnext-fcmae-features/1", b"convnext-fcmae"  # KEY: of the file's metadata
 COLUMNS = ["name", "split", "sample", "feature"]  # those that are read; `label` is for other programs
@@ -32,6 +33,7 @@ class Origin:
     size: tuple[int, int]  # pixels
     precision: str
     source: str  # path or URL of the images
+    reading: Reading = field(default_factory=Reading)  # how files were read; older files do not record it
 
 
 @dataclass(frozen=True)

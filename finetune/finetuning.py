@@ -24,13 +24,14 @@ from launch.training.world import World
 from models.opening import Opened
 from models.weights import Weights, cpu_state, save, split_by_prefix
 
+LOWER_IS_BETTER = ("loss", "mae", "rmse")  # names of scores
 LABELS = {"raw": "", "ema": "moving average "}  # of the two kinds of weights in the console
 
 
 class Task(Collector, Protocol):
     """A supervised task: one module in finetune/tasks."""
 
-    metric: str  # name of the score that selects the best weights; higher is better, of any sign
+    metric: str  # name of the score that selects the best weights; higher is better unless it is `LOWER_IS_BETTER`
     read_target: ReadTarget | None  # of the samples; None = the target is the label
     classes: list[str] | None  # names for the weight file, if the task has classes
     head_config: dict  # plain values for the weight file, from which `make_inference` builds the head
@@ -56,11 +57,11 @@ class Task(Collector, Protocol):
         A subclass may give its head the tokens of all stages (`forward_stages`).
         """
 
-    def inputs(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Arguments of the model's forward pass in training, for images [B, C, H, W]: to estimate its memory."""
-
     def load(self, model: nn.Module, init: Opened | None) -> None:
         """Load the weights of --init; None = from scratch. Raises `UserError` if they are of another model."""
+
+    def inputs(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Arguments of the model's forward pass in training, for images [B, C, H, W]: to estimate its memory."""
 
     def loss(self, model: Any, image: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Loss [] of normalised images [B, C, H, W] on the device; `model` wraps the one of `build`."""
@@ -70,6 +71,9 @@ class Task(Collector, Protocol):
 
     def format(self, scores: dict[str, float]) -> str:
         """Scores as one line for the console and report.html."""
+
+    def fitted(self, predictions: Any) -> dict:
+        """Values chosen on the evaluation split, such as thresholds, for the weight file. Optional."""
 
     def draw(self, folder: Path, predictions: Any) -> None:
         """Write pictures (*.png) of the best weights' predictions; report.html shows them."""
@@ -95,6 +99,7 @@ class Finetuning(Stage):
         self.evaluated = 0  # epoch of the last evaluation
         self.best: dict = {"epoch": 0}  # none yet
         self.best_predictions: Any = None
+        self.split = f"fold_{config.data.fold}" if config.data.folds else config.eval_split
 
     def describe(self) -> list[str]:
         return [self.intro]
@@ -124,24 +129,25 @@ class Finetuning(Stage):
         """
         if epoch % self.config.run.eval_every and not last:
             return Report()
-        metric, split, self.evaluated = self.task.metric, self.config.eval_split, epoch
+        metric, split, self.evaluated = self.task.metric, self.split, epoch
+        sign = -1 if metric in LOWER_IS_BETTER else 1
         models = {"raw": self.engine.model} | ({"ema": self.ema.module} if self.ema else {})
         batches = progress(self.val_loader, len(self.val_loader.batches), "evaluation")
         with self.engine.whole_weights():
             predictions = predict(self.task, models, batches, self.world, self.mean, self.std, self.engine.precision)
         scores = {kind: part.scores() for kind, part in predictions.items()}
-        winner = max(scores, key=lambda kind: scores[kind][metric])
+        winner = max(scores, key=lambda kind: sign * scores[kind][metric])
         best = self.best.get(metric, math.nan)  # of no epoch yet, or of weights that diverged
-        improved = math.isnan(best) or scores[winner][metric] > best
+        improved = math.isnan(best) or sign * scores[winner][metric] > sign * best
         if improved:
             self.best_predictions = predictions[winner]
             self.best = {"epoch": epoch, "weights": winner, **scores[winner]}
         with self.engine.whole_weights():
             if self.world.first:
                 ema = cpu_state(self.ema.module) if self.ema else None
-                save(self.folder / "last.pt", replace(self.weights("raw"), ema=ema))
+                save(self.folder / "last.pt", replace(self.weights("raw", predictions["raw"]), ema=ema))
                 if improved:
-                    save(self.folder / "best.pt", self.weights(winner))
+                    save(self.folder / "best.pt", self.weights(winner, predictions[winner]))
         shown = "; ".join(f"{LABELS[kind]}{self.task.format(values)}" for kind, values in scores.items())
         lines = [f"epoch {epoch}: {split} {shown}{'  (best)' if improved else ''}"]
         if self.should_stop() and not last:
@@ -149,19 +155,21 @@ class Finetuning(Stage):
         summary = {"stage": "fine-tuning", "epoch": epoch, "epochs": self.config.optim.epochs, "init": self.config.init}
         summary |= {"best": self.best, "last": scores, "shown": self.task.format(self.best)}
         logged = {f"{split}_{kind}": values for kind, values in scores.items()}
-        return Report(scores[winner][metric], logged, lines=lines, summary=summary)
+        return Report(sign * scores[winner][metric], logged, lines=lines, summary=summary)
 
     def should_stop(self) -> bool:
         """Whether the score has not improved for `run.patience` epochs."""
         return 0 < self.config.run.patience <= self.evaluated - self.best["epoch"]
 
-    def weights(self, kind: str) -> Weights:
-        """The `raw` or `ema` weights as a weight file's content."""
+    def weights(self, kind: str, predictions: Any) -> Weights:
+        """The `raw` or `ema` weights, which made the predictions, as a weight file's content."""
         model, config = self.ema.module if kind == "ema" else self.engine.model, self.config
         head, encoder = split_by_prefix(cpu_state(model), "head.")
         size, crop, interpolation = config.data.height_width, config.augment.eval_crop, config.data.eval_interpolation
         preprocessing = Preprocessing(size, self.arch.channels, *self.statistics, crop, interpolation)
-        about = {"classes": self.task.classes, "task": config.task.name, "task_config": self.task.head_config}
+        fitted = self.task.fitted(predictions) if hasattr(self.task, "fitted") else {}
+        about = {"classes": self.task.classes, "task": config.task.name}
+        about["task_config"] = self.task.head_config | fitted
         return Weights(self.arch, preprocessing, encoder, head=head, **about)
 
     def state(self) -> dict:

@@ -1,9 +1,11 @@
 """Inference with trained models: predictions for a split on any number of ranks, and the interface of a task."""
 
 from collections.abc import Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +26,21 @@ class Predictions(Protocol):
         """Means over the samples, by name."""
 
 
+def join(parts: list) -> Any:
+    """Concatenate predictions, dataclasses of arrays [N, ...] with `sample` [N], in the order of the samples.
+
+    Fields that are not arrays must be equal in all parts.
+    """
+    rows = {field.name for field in fields(parts[0]) if isinstance(getattr(parts[0], field.name), np.ndarray)}
+    order = np.argsort(np.concatenate([part.sample for part in parts]))
+    return replace(parts[0], **{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in rows})
+
+
 class Collector(Protocol):
     """Turns a model's outputs into predictions."""
+
+    def run(self, model: nn.Module, image: Tensor, batch: dict[str, Tensor]) -> Any:
+        """The model's output for normalised images [B, C, H, W], and the other entries of their batch."""
 
     def collect(self, output: Any, batch: dict[str, Tensor]) -> Predictions:
         """Predictions for a batch; samples whose `label` is -1 are padding and left out."""
@@ -44,7 +59,7 @@ class Inference(Collector, Protocol):
     transform: Transform  # of pictures in evaluation; entries besides `image` reach `collect` and `predict`
     files: str  # names of the files of `write_evaluation`
     read_target: ReadTarget | None  # of the samples; None = the target is the label
-    batch: int | None  # images that an exported graph takes; None = any number
+    batch: int  # images that an exported graph takes. Optional: any number
 
     def match(self, images: Split | Folder) -> None:
         """Map a data set's targets to the model's. Raises `UserError` if they do not fit."""
@@ -64,6 +79,9 @@ class Inference(Collector, Protocol):
     def predict(self, output: Any, batch: dict[str, Tensor], paths: list[Path], top: int) -> list[Any]:
         """Predictions, with `path` and `lines` (text), of pictures; `top` classes each if the task has classes."""
 
+    def average(self, outputs: list[Any]) -> Any:
+        """Mean output for views of the same images, for --tta. Optional."""
+
     def annotate(self, folder: Path, number: int, prediction: Any, reading: Reading) -> None:
         """Write a copy of a picture, read as before, with its prediction; `number` makes the file name unique."""
 
@@ -74,17 +92,23 @@ class Inference(Collector, Protocol):
         """Write predictions as a list of objects."""
 
     def difference(self, outputs: list[Tensor], references: list[Tensor]) -> float:
-        """How far an exported model's outputs are from the source's, as a share; `UserError` if they mean others."""
+        """How far an exported model's outputs are from the source's, as a share. Optional.
+
+        Raises `UserError` if they mean something else.
+        """
 
     def outputs(self) -> dict[str, str]:
         """Name and description of each output of the exported model."""
 
 
 @torch.no_grad()
-def output_of(model: nn.Module, image: Tensor, mean: Tensor, std: Tensor, precision: str) -> Tensor:
-    """Output of a model for images [B, C, H, W] as loaded; `mean` and `std` are [C], `precision` fp32, bf16 or fp16."""
+def output_of(
+    task: Collector, model: nn.Module, batch: dict[str, Tensor], mean: Tensor, std: Tensor, precision: str
+) -> Any:
+    """A task's output for a batch as loaded; `mean` and `std` are [C], `precision` fp32, bf16 or fp16."""
+    image = normalize(batch["image"].to(mean.device, non_blocking=True), mean, std)
     with autocast(image.device, precision):
-        return model(normalize(image, mean, std))
+        return task.run(model, image, batch)
 
 
 def predict(
@@ -99,9 +123,8 @@ def predict(
     for model in models.values():
         model.eval()
     for batch in batches:
-        image = batch["image"].to(world.device, non_blocking=True)
         for name, model in models.items():
-            parts[name].append(task.collect(output_of(model, image, mean, std, precision), batch))
+            parts[name].append(task.collect(output_of(task, model, batch, mean, std, precision), batch))
     for name, model in models.items():
         model.train(modes[name])
     return {name: task.join(gather(task.join(batches))) for name, batches in parts.items()}

@@ -31,7 +31,7 @@ def main() -> None:
     import numpy as np
     from timm.utils import ModelEmaV3, random_seed
 
-    from data.folder import open_for_training
+    from data.folds import fold_parts
     from data.loader import eval_loader, train_loader
     from finetune.finetuning import Finetuning
     from finetune.layer_decay import layer_decay
@@ -39,6 +39,7 @@ def main() -> None:
     from launch.training.dry_run import plan
     from launch.training.engine import Engine
     from launch.training.fit import fit_batch, fit_memory
+    from launch.training.images import Images
     from launch.training.parameter_groups import parameter_groups
     from launch.training.report import write_report
     from launch.training.trainer import Trainer
@@ -51,18 +52,22 @@ def main() -> None:
     data, optim = config.data, config.optim
     data.grid(arch.stem_stride)  # raises for a size that is not a multiple of the patch
     statistics = data.statistics(arch.channels)
-    train_split, eval_split = open_for_training(data), open_for_training(data, config.eval_split)
+    ranks = dry_run()
+    world = init_world(config.run) if ranks is None else None
+    recorded = recorded_optim(config.run, "fine-tuning") if world else {}
+    collection = Images(config.run, world, resumed=bool(recorded))
+    splits = collection.open(data, [data.split] if data.folds else [data.split, config.eval_split])
+    train_split, eval_split = fold_parts(*splits, data.fold, data.folds) if data.folds else splits
     task = TASKS[config.task.name].make_task(config, train_split, eval_split)
     transform, weights = task.train_transform(statistics[0]), task.sample_weights()
     images = len(train_split) if weights is None else np.count_nonzero(weights)
     decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
-    if (ranks := dry_run()) is not None:
+    if ranks is not None:
         model = task.build(arch)
         say(plan(config, model, parameter_groups(model, optim, decay), images, ranks, task.inputs, task.check_batch))
         return
 
-    world = init_world(config.run)
-    recorded, check = recorded_optim(config.run, "fine-tuning"), task.check_batch
+    check = task.check_batch
     optim = fit_batch(optim, images, world.ranks, data.repeats, check, recorded)
     check(optim.accumulation(world.ranks)[0])
     config = replace(config, optim=optim)
@@ -90,7 +95,7 @@ def main() -> None:
     trainer = Trainer(config, engine, loader, stage, world, identity, [eval_split])
     trainer.run()
     best, path = stage.best, trainer.folder / "best.pt"
-    say(f"best {config.eval_split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
+    say(f"best {stage.split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
     if world.first:
         task.draw(trainer.folder, stage.best_predictions)
         say(f"wrote {write_report(trainer.folder)}: open it in a browser")

@@ -6,8 +6,9 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from configs.keys import argument, option, require
-from data.reading import Reading
+from data.reading import FileOptions
 
+TTA = ("hflip", "vflip", "crops")  # views in test-time augmentation
 STDIN = "-"  # in place of paths: read them from standard input
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 
@@ -30,11 +31,12 @@ class DeviceOptions(ModelOptions):
 
 
 @dataclass(frozen=True)
-class ImageOptions(Reading, DeviceOptions):
+class ImageOptions(FileOptions, DeviceOptions):
     """Which model to use, where it runs, and how files of images are read."""
+
+    tta: tuple[str, ...] = option((), f"average the outputs for several views of each image: {', '.join(TTA)}")
 
     def __post_init__(self):
         super().__post_init__()
-        require(
-            self.pages != "all", "--pages", self.pages, "first: a file has one prediction, shards may have all pages"
-        )
+        for name in self.tta:
+            require(name in TTA, "--tta", name, f"one or several of {', '.join(TTA)}")

@@ -1,4 +1,4 @@
-"""Predictions of trained weights for pictures: class names and probabilities, or boxes of objects.
+"""Predict with trained weights: for each picture classes and their probabilities, labels, numbers, a mask, or boxes.
 
 python finetune/predict.py runs/photos-finetuned/best.pt cat.jpg dog.jpg
 python finetune/predict.py runs/photos-finetuned/best.pt inbox/ --csv inbox.csv --annotate inbox-annotated
@@ -8,8 +8,9 @@ python finetune/predict.py convnextv2_tiny_1k_224_ema.pt cat.jpg --classes image
 For detection, --json writes a COCO file with all boxes, --csv and --annotate take those from --min-score on.
 
 Folders are searched recursively; `-` reads paths from standard input, one a line. Size, crop, normalisation and class
-names come from the weights. Unreadable pictures are reported on standard error; the others are classified, and the exit
-code is 2.
+names come from the weights. --tta hflip averages over mirrored pictures as well. Of a segmentation model, --annotate
+writes masks (index PNG) and pictures in their colours; the table has each class's share of the pixels. Unreadable
+pictures are reported on standard error; the others are predicted, and the exit code is 2.
 """
 
 import sys
@@ -34,7 +35,7 @@ class Options(ImageOptions):
 
     images: tuple[str, ...] = argument("file, folder, or - for paths from standard input")
     top: PositiveInt = option(5, "classes per picture")
-    annotate: Path | None = option(None, "folder for copies with names and probabilities below the picture")
+    annotate: Path | None = option(None, "folder for copies with names and probabilities, or for masks")
     csv: Path | None = option(None, "write a table")
     json: Path | None = option(None, "write the same as a list of objects")
     min_score: Probability | None = option(None, "minimum score of a box that is shown (detection; default: 0.5)")
@@ -64,6 +65,7 @@ def classify(options: Options) -> tuple[int, int]:
     from finetune.batches import PREFETCHED, find_pictures, picture_batches
     from finetune.inference import output_of
     from finetune.tasks import make_inference
+    from finetune.tta import with_views
     from launch.training.precision import precision
     from launch.training.world import destroy_world, init_world
     from models.opening import open_classifier
@@ -74,6 +76,7 @@ def classify(options: Options) -> tuple[int, int]:
         if not hasattr(task, "min_score"):
             raise UserError(f"--min-score is for boxes, which {options.weights} does not predict: leave it out")
         task.min_score = options.min_score
+    averaged = with_views(task, options.tta)
     paths = find_pictures(options.images)
     if options.annotate:
         options.annotate.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ def classify(options: Options) -> tuple[int, int]:
         raise UserError("finetune/predict.py runs in one process: start it with python, not with a launcher")
     kind = precision(Optim(precision=options.precision), world.device)
     trained = task.trained
-    model, mean, std = (x.to(world.device) for x in (trained.model, trained.mean, trained.std))
+    model, mean, std = (x.to(world.device) for x in (averaged, trained.mean, trained.std))
     prefetched = 0 if options.images == (STDIN,) else PREFETCHED  # answer whoever writes the paths at once
     kept = []
     done = failed = 0
@@ -90,7 +93,7 @@ def classify(options: Options) -> tuple[int, int]:
         readable = [picture for picture in pictures if not picture.error]
         if readable:
             batch = collate([picture.entries for picture in readable])
-            output = output_of(model, batch["image"].to(world.device), mean, std, kind)
+            output = output_of(task, model, batch, mean, std, kind)
             predictions = task.predict(output, batch, [picture.path for picture in readable], options.top)
             for number, prediction in enumerate(predictions, done + 1):
                 print(f"{prediction.path}: {', '.join(prediction.lines)}")

@@ -3,6 +3,7 @@
 python finetune/probe.py runs/digits/fcmae.pt shards/digits                      all images of train and val
 python finetune/probe.py runs/digits/fcmae.pt shards/digits --crop 1 --random    uncropped images; random weights too
 python finetune/probe.py convnextv2_tiny.pth shards/photos --images 20000        weights of any format
+python finetune/probe.py runs/digits/fcmae.pt photos/                            a folder of class folders, in splits
 deepspeed finetune/probe.py runs/photos/fcmae.pt s3://bucket/shards/photos --out probe.json
 
 The feature of an image is the mean of the last stage's tokens; images are preprocessed as in evaluation. kNN: a vote of
@@ -24,14 +25,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from configs.checks import check_dataset, check_exists, check_parent
+from configs.checks import check_exists, check_parent
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.feature_eval import KS, LRS, TEMPERATURE
 from configs.files import write_atomic
 from configs.keys import Share, argument, option, require
 from configs.schema import Augment, Data, Optim, Run
-from finetune.options import DeviceOptions
+from data.folder import check_images
+from finetune.options import ImageOptions
 
 if TYPE_CHECKING:
     from data.loader import Loader
@@ -42,10 +44,10 @@ MIN_IMAGES = 10  # training images, so that a tenth can be held out
 
 
 @dataclass(frozen=True)
-class Options(DeviceOptions):
+class Options(ImageOptions):
     """The command line."""
 
-    data: str = argument("folder of labelled shards, or its URL")
+    data: str = argument("labelled images: shards or their URL, a folder, a zip, a tar, a table of files")
     train_split: str = option("train", "neighbours, and training set of the linear classifier")
     eval_split: str = option("val", "split that is classified")
     images: PositiveInt | None = option(None, "maximum images of either split, evenly spread (default: all)")
@@ -64,6 +66,7 @@ class Options(DeviceOptions):
     out: Path | None = option(None, "write scores and settings to this file, as JSON")
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.eval_split != self.train_split, "--eval-split", self.eval_split, "another than --train-split")
 
 
@@ -71,15 +74,15 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(Options, __doc__, argv)
     check_exists(options.weights)
-    check_dataset(options.data)
+    check_images(options.data)
     if options.out:
         check_parent(options.out)
-    data = Data(path=options.data, workers=options.workers)
+    data = Data(path=options.data, workers=options.workers, max_pixels=options.max_pixels)
 
     from timm.utils import random_seed  # slow imports, after parsing
 
     from configs.log import say
-    from data.folder import open_for_training
+    from data.folder import open_splits
     from data.transforms import EvalTransform
     from launch.training.feature_eval import check_labels, probe_loader
     from launch.training.precision import precision
@@ -90,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     trained = open_encoder(options.weights, options.ema, options.size)
     arch, preprocessing = trained.weights.arch, trained.preprocessing
     preprocessing = replace(preprocessing, crop=options.crop or preprocessing.crop)
-    splits = open_for_training(data, options.train_split), open_for_training(data, options.eval_split)
+    splits = open_splits(data, [options.train_split, options.eval_split], options)
     for split in splits:
         check_labels(split)
     images = min(options.images or len(splits[0]), len(splits[0]))

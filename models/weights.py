@@ -106,9 +106,11 @@ def from_content(content: dict, path: str | Path) -> Weights:
     expected = expected_tensors(arch, known.encoder | known.decoder | known.head)
     for part, prefixes in ((known.encoder, ENCODER), (known.decoder, DECODER), (known.head, "head.")):
         check_shapes(path, split_by_prefix(expected, prefixes)[0], part)
+    check_finite(path, parts)
     if weights.ema is not None:
         check_tensors(path, weights.ema)
         check_shapes(path, weights.encoder | weights.head, weights.ema)
+        check_finite(path, weights.ema)
     return weights
 
 
@@ -147,6 +149,14 @@ def check_tensors(path: str | Path, tensors: Tensors) -> None:
         if not plain or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise UserError(f"{path}: {name} must be a floating-point tensor, not {kind}")
+
+
+def check_finite(path: str | Path, tensors: Tensors) -> None:
+    """Raise `UserError` for tensors with NaN or infinity, which are named."""
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if bad[5:] else "")
+        raise UserError(f"{path} has numbers that are not finite in {shown}: use weights from before they diverged")
 
 
 def load_strict(module: nn.Module, tensors: Tensors, path: str | Path, ignore: str | tuple[str, ...] = ()) -> None:

@@ -36,13 +36,13 @@ def main() -> None:
     from timm.utils import random_seed
     from torch import Tensor
 
-    from data.folder import open_for_training
     from data.loader import train_loader
     from data.suggest import finetune_command
     from launch.training.checkpoints import recorded_optim
     from launch.training.dry_run import plan
     from launch.training.engine import Engine
     from launch.training.fit import fit_batch, fit_memory
+    from launch.training.images import Images
     from launch.training.parameter_groups import parameter_groups
     from launch.training.report import write_report
     from launch.training.summary import write_summary
@@ -57,17 +57,19 @@ def main() -> None:
     config = replace(config, data=with_statistics(config.data, init, config.model.channels))
     data, optim, objective = config.data, config.optim, make_objective(config)
     statistics = data.statistics(config.model.channels)
-    split, probe = open_for_training(data), probe_splits(config)
+    ranks = dry_run()
+    world = init_world(config.run) if ranks is None else None
+    recorded = recorded_optim(config.run, "pretraining") if world else {}
+    images = Images(config.run, world, resumed=bool(recorded))
+    [split], probe = images.open(data, [data.split]), probe_splits(config, images)
 
     def inputs(image: Tensor) -> tuple[Tensor, ...]:
         return objective.inputs(image, objective.example(len(image)))
 
-    if (ranks := dry_run()) is not None:
+    if ranks is not None:
         model = objective.build()
         say(plan(config, model, parameter_groups(model, optim), len(split), ranks, inputs))
         return
-    world = init_world(config.run)
-    recorded = recorded_optim(config.run, "pretraining")
     config = replace(config, optim=fit_batch(optim, len(split), world.ranks, data.repeats, recorded=recorded))
     random_seed(config.run.seed)
     model = objective.build()

@@ -7,18 +7,19 @@ import torch
 from configs.errors import UserError
 from configs.feature_eval import KS, LRS, TEMPERATURE
 from configs.schema import Pretrain
-from data.folder import Folder, open_for_training
+from data.folder import Folder
 from data.shards import Split
 from data.transforms import EvalTransform
 from launch.training.engine import Engine
 from launch.training.feature_eval import best_of, check_labels, count, features, knn, linear, probe_loader
+from launch.training.images import Images
 from launch.training.trainer import Report
 from launch.training.watchdog import Progress
 from launch.training.world import World
 
 
-def probe_splits(config: Pretrain) -> tuple[Split | Folder, Split | Folder] | None:
-    """(training split, evaluation split) of the probe; None if `probe.every` is 0.
+def probe_splits(config: Pretrain, images: Images) -> list[Split | Folder] | None:
+    """Training and evaluation split of the probe; None if `probe.every` is 0.
 
     Raises:
         UserError: a split is missing, unlabelled or too small; names the keys to set
@@ -28,12 +29,12 @@ def probe_splits(config: Pretrain) -> tuple[Split | Folder, Split | Folder] | No
         return None
     data = replace(config.data, path=probe.path or config.data.path)
     try:
-        splits = open_for_training(data, probe.train_split), open_for_training(data, probe.eval_split)
+        splits = images.open(data, [probe.train_split, probe.eval_split], "probe-collection.npz")
         for split in splits:
             check_labels(split)
-        images = min(probe.images, len(splits[0]))
-        if images < KS[0]:
-            counts = f"{images} images (probe.images {probe.images}), fewer than {KS[0]} neighbours"
+        bank = min(probe.images, len(splits[0]))
+        if bank < KS[0]:
+            counts = f"{bank} images (probe.images {probe.images}), fewer than {KS[0]} neighbours"
             raise UserError(f"{data.path}, split {probe.train_split} has {counts}")
     except UserError as error:
         keys = "probe.path, probe.train_split and probe.eval_split"
@@ -48,9 +49,7 @@ class OnlineEval:
         UserError: the first image of a split cannot be read
     """
 
-    def __init__(
-        self, config: Pretrain, splits: tuple[Split | Folder, Split | Folder], statistics: tuple, world: World
-    ):
+    def __init__(self, config: Pretrain, splits: list[Split | Folder], statistics: tuple, world: World):
         self.probe, self.world, self.splits, self.seed = config.probe, world, splits, config.run.seed
         self.mean, self.std = (torch.tensor(values, device=world.device) for values in statistics)
         data, channels, images = config.data, config.model.channels, self.probe.images

@@ -2,6 +2,7 @@
 
 python pretrain/reconstruct.py photo.jpg --weights runs/photos/fcmae.pt --out grid.png
 python pretrain/reconstruct.py photos/ --weights runs/photos/fcmae.pt --out grid.png --ratio 0.75 --seed 3
+python pretrain/reconstruct.py shards/photos --weights runs/photos/fcmae.pt --out grid.png --split train
 """
 
 import sys
@@ -17,14 +18,17 @@ from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import REQUIRED, Ratio, argument, option
 from configs.schema import Data, visible_patches
+from data.folder import check_images
+from data.reading import FileOptions
 from models.sizes import check_size
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(FileOptions):
     """The command line."""
 
-    images: tuple[str, ...] = argument("a picture or .npy array, or a folder of them")
+    images: tuple[str, ...] = argument("pictures or .npy arrays; folders, zips, tars or tables of them; shards")
+    split: str = option("val", "split of shards and collections")
     weights: str = option(REQUIRED, "fcmae.pt, or an official sparse checkpoint")
     out: Path = option(REQUIRED, "PNG picture to write")
     ratio: Ratio | None = option(None, "share of the patches to hide (default: as in pretraining)")
@@ -39,14 +43,15 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(Options, __doc__, argv)
     check_parent(options.out)
-    for path in (options.weights, *options.images):
-        check_exists(path, "a weight file, and pictures or folders of them")
+    check_exists(options.weights)
+    for path in options.images:
+        if not Path(path).is_file():
+            check_images(path)
 
     import numpy as np  # slow imports, after the checks
     import torch
 
-    from data.decode import decode
-    from data.folder import list_images, read_image
+    from data.examples import example_images
     from data.transforms import center_crop, draw_visible, normalize
     from models.opening import open_autoencoder
     from pretrain.pictures import reconstruction_grid, write_png
@@ -55,17 +60,11 @@ def main(argv: list[str] | None = None) -> None:
     model, channels, size = trained.model, trained.preprocessing.channels, trained.preprocessing.size
     grid = Data(size=size).grid(model.config.stem_stride)
     check_size(model.config.stem_stride, model.settings.mask_ratio, grid)
-    files = []
-    for path in map(Path, options.images):
-        files += [Path(item.container) for item in list_images(path)] if path.is_dir() else [path]
     images, problems = [], []
-    for file in files[: options.max_images]:
-        try:
-            image = center_crop(decode(read_image(file), channels), size, 1)
-        except UserError as error:
-            problems.append(f"{file}: {error}")
-            continue
-        images.append(normalize(image, trained.mean, trained.std))
+    for path in options.images:
+        found, unreadable = example_images(path, options.split, options.max_images - len(images), channels, options)
+        images += [normalize(center_crop(image, size, 1), trained.mean, trained.std) for image in found]
+        problems += unreadable
     if not images:
         raise UserError(problems[0])
     patches = grid[0] * grid[1]

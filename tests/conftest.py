@@ -144,8 +144,7 @@ def names(folder: Path) -> set[str]:
 def refused(monkeypatch, capsys):
     """Calls an entry point that must end with one line and exit code 2, and returns the line.
 
-    It runs in this process, which saves the seconds that a new one takes; so it must end before it joins a process
-    group.
+    It runs in this process, which saves the seconds that a new one takes.
     """
 
     def call(main: Callable[[], None], *words: object) -> str:
@@ -196,7 +195,9 @@ def pretrained(digits, shared) -> Path:
 
 @pytest.fixture(autouse=True)
 def _alone():
-    """Each test has the same random numbers, and leaves no variable (RANK, MASTER_PORT, ...) to the next."""
+    """Each test has the same random numbers, and leaves no variable (RANK, ...) and no process group to the next."""
     torch.manual_seed(0)
     with mock.patch.dict(os.environ):
         yield
+    if torch.distributed.is_initialized():  # an error after the commands' `init_world`
+        torch.distributed.destroy_process_group()

@@ -56,9 +56,13 @@ def metadata(weights: Weights, outputs: dict[str, str], precision: str) -> dict:
     """Metadata of an exported file: model, precision, input, outputs, class names, preprocessing."""
     arch = weights.arch
     sides = zip(SIDES, weights.preprocessing.size, free_sides(weights), strict=True)
-    height, width = (f"{name} >= {min_free_side(arch)}" if free else str(side) for name, side, free in sides)
+    least = min_free_side(arch)
+    rule = f" >= {least}" + (f", a multiple of {least // 2}" if weights.head else "")
+    height, width = (f"{name}{rule}" if free else str(side) for name, side, free in sides)
     image = f"float32 [batch, {arch.channels}, {height}, {width}], 0 to 1, resized and cropped, not normalised"
     about = {"model": arch.name, "precision": precision, "input": {IMAGE: image}, "output": outputs}
+    if weights.head and weights.task:
+        about |= {"task": weights.task, **weights.task_config}  # thresholds, names of numbers
     return about | {"classes": weights.classes} | weights.preprocessing.to_dict()
 
 

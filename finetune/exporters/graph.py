@@ -1,6 +1,6 @@
 """The exported graph: images [B, C, H, W], float32 from 0 to 1, to logits or feature maps, in fp32 or fp16.
 
-The graph normalises the images. B is dynamic; H and W are too for backbones.
+The graph normalises the images. B is dynamic; H and W are too for backbones and for tasks other than classification.
 """
 
 import copy
@@ -16,8 +16,10 @@ from models.weights import Weights
 
 
 class Deployed(nn.Module):
-    """The exported model: images to logits [B, classes] or, without a head, the feature maps [B, Ci, Hi, Wi] of the
-    four stages; outputs are float32. `model` is in evaluation mode; `mean` and `std` are [C].
+    """The exported model: images to the task's output, such as logits [B, classes], or, without a head, to the feature
+    maps [B, Ci, Hi, Wi] of the four stages; outputs are float32.
+
+    `model` is in evaluation mode; `mean` and `std` are [C].
     """
 
     def __init__(self, model: ConvNeXt, mean: Tensor, std: Tensor):
@@ -39,8 +41,6 @@ def to_fp16(deployed: Deployed) -> Deployed:
     Head, LayerNorm and GRN's norm stay fp32: in fp16, GRN's sum of squares overflows from activations of 256 on.
     """
     low = copy.deepcopy(deployed)
-    if low.model.head is not None:
-        low.model.head.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
     for module in [*low.model.stem.modules(), *low.model.stages.modules()]:
         if isinstance(module, nn.LayerNorm):
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
@@ -49,7 +49,14 @@ def to_fp16(deployed: Deployed) -> Deployed:
             module.half()
         elif isinstance(module, Block) and module.gamma is not None:
             module.gamma.data = module.gamma.data.half()
+    if low.model.head is not None:
+        low.model.head.register_forward_pre_hook(lambda _, inputs: tuple(map(_to_float, inputs)))
     return low
+
+
+def _to_float(tokens: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """Tokens of one stage, or of several."""
+    return tokens.float() if isinstance(tokens, Tensor) else [x.float() for x in tokens]
 
 
 def min_free_side(arch: Encoder) -> int:
@@ -59,12 +66,19 @@ def min_free_side(arch: Encoder) -> int:
 
 def free_sides(weights: Weights) -> tuple[bool, bool]:
     """Whether (height, width) of the exported model are dynamic."""
-    return tuple(not weights.head and side >= min_free_side(weights.arch) for side in weights.preprocessing.size)
+    return tuple(not weights.outputs and side >= min_free_side(weights.arch) for side in weights.preprocessing.size)
 
 
 def trace(deployed: Deployed, example: Tensor, free: dict[int, str], min_side: int) -> torch.export.ExportedProgram:
-    """Export the graph of a model, for any device, from images [2, C, H, W]; `free` names the dynamic axes."""
-    shape = {axis: torch.export.Dim(name, min=min_side if axis else None) for axis, name in free.items()}
+    """Export the graph of a model, for any device, from images [2, C, H, W]; `free` names the dynamic axes.
+
+    Dynamic sides of a model with a head are multiples of a patch, half of `min_side`.
+    """
+    dim, patch = torch.export.Dim, min_side // 2
+    if deployed.model.head is None:
+        shape = {axis: dim(name, min=min_side if axis else None) for axis, name in free.items()}
+    else:
+        shape = {axis: patch * dim(f"{name}_patches", min=2) if axis else dim(name) for axis, name in free.items()}
     program = torch.export.export(deployed, (example,), dynamic_shapes=(shape,))
     for node in list(program.graph.nodes):
         node.meta.pop("stack_trace", None)  # paths of this machine

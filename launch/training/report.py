@@ -25,6 +25,8 @@ PICTURES = {  # titles by file name; other pictures are shown under their names
     "reconstruction.png": "Images of the last batch and the model's output",
     "confusion.png": "Confusion matrix of the best weights",
     "calibration.png": "Calibration of the best weights",
+    "scatter.png": "Predictions of the best weights over true values",
+    "examples.png": "Examples of the evaluation split, with the predictions of the best weights",
 }
 CURVES = {  # by title of the plot: labels of curves by their names in log.jsonl; other scores are shown under theirs
     "loss": {"loss": "training"},
@@ -117,8 +119,9 @@ def next_commands(run: Path, config: dict) -> dict[str, str]:
     objective = config.get("objective", {}).get("name")
     best, pretrained = (shlex.quote(str(run / name)) for name in ("best.pt", f"{objective}.pt"))
     if (run / "best.pt").exists():
+        evaluate = f"python finetune/evaluate.py {best} {shards} --split {config['eval_split']}"
         return {
-            "evaluate it in detail": f"python finetune/evaluate.py {best} {shards} --split {config['eval_split']}",
+            **({} if config["data"].get("folds") else {"evaluate it in detail": evaluate}),  # a fold is no split
             "use it on images": f"python finetune/predict.py {best} photos/",
             "export it": f"python finetune/export.py {best} model.onnx --to onnx --images photos/",
             "use it in timm": f"python models/convert.py {best} model.safetensors --to timm",

@@ -1,3 +1,3 @@
 """Weight files of other projects."""
 
-FORMATS = ("ours", "official", "official-sparse", "timm", "transformers", "mmpretrain")
+FORMATS = ("ours", "official", "official-sparse", "timm", "timm-features", "transformers", "mmpretrain", "torchvision")

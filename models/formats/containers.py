@@ -14,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from configs.errors import UserError, reason
 from configs.files import sha256
 
-TENSOR_KEYS = ("model", "state_dict", "module")  # keys of a checkpoint's tensors
-EMA_KEYS = ("model_ema", "state_dict_ema")  # and of their moving average
+TENSOR_KEYS = (  # keys of a checkpoint's tensors
+    "model", "state_dict", "module", "model_state_dict", "model_state", "params", "net", "weights", "network",
+)  # fmt: skip
+EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "params_ema", "ema")  # and of their moving average
 CONFIG, PROCESSOR, INDEX = "config.json", "preprocessor_config.json", "model.safetensors.index.json"
 
 
@@ -25,6 +27,7 @@ class Container(NamedTuple):
     tensors: dict
     ema: dict | None
     metadata: dict
+    remarks: tuple[str, ...] = ()
 
 
 def read_container(path: Path) -> Container:
@@ -39,9 +42,17 @@ def read_container(path: Path) -> Container:
         with suppress(KeyError, UserError):  # ours is JSON; other tools use this key for other values
             return Container(content, None, _read_json(path, header["config"]))
         return Container(content, None, {})
-    nested = (content[key] for key in TENSOR_KEYS if isinstance(content.get(key), dict) and content[key])
-    ema = next((content[key] for key in EMA_KEYS if isinstance(content.get(key), dict)), None)
-    return Container(next(nested, content), ema, content)
+    tensors, ema = _inner(content, TENSOR_KEYS), _inner(content, EMA_KEYS)
+    if tensors is None and ema is not None:
+        return Container(ema, None, content, ("it has averaged weights only",))
+    return Container(content if tensors is None else tensors, ema, content)
+
+
+def _inner(content: dict, keys: tuple[str, ...]) -> dict | None:
+    """The dict under the first of some keys, or one inside of it in the same way; None if there is none."""
+    found = next((content[key] for key in keys if isinstance(content.get(key), dict) and content[key]), None)
+    inner = _inner(found, TENSOR_KEYS) if found else None
+    return found if inner is None else inner
 
 
 def digest(path: str | Path) -> str:
@@ -92,18 +103,21 @@ def _read_file(path: Path) -> tuple[dict, dict[str, str]]:
 def _unpickle(path: Path) -> dict:
     """Load a file of `torch.save` without executing code: tensors, plain values and `argparse.Namespace` only.
 
-    Official checkpoints store their command line as a Namespace, which has no behaviour.
+    Official checkpoints store their command line as a Namespace, which has no behaviour. Files of torch before 1.6 are
+    no zips; torch reads them with the same restrictions.
     """
     with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):  # bare pickles of older torch versions are refused
-            problem = "is truncated or not a weight file (a zip, as torch.save writes since 1.6)"
-            raise UserError(f"{path} {problem}: copy it again")
-        if _is_exported_program(file):
+        is_zip = zipfile.is_zipfile(file)
+        if not is_zip and path.read_bytes()[:2] in (b"PK", b""):
+            raise UserError(f"{path} is truncated: copy it again")
+        if is_zip and _is_exported_program(file):
             raise UserError(f"{path} is an exported program, not weights: give the file that it was exported from")
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
+        except pickle.UnpicklingError as error:
+            if not is_zip and "global" not in str(error).lower():
+                raise UserError(f"{path} is truncated or not a weight file: copy it again") from None
             forbidden = ""
             with suppress(Exception):  # the pickle may be damaged as well
                 forbidden = f" ({torch.serialization.get_unsafe_globals_in_checkpoint(path)[0]})"

@@ -6,9 +6,11 @@ This project uses timm's names. A dict per format maps them to another project's
 
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from torch import Tensor
 
+from configs.errors import UserError
 from models.sparse.taps import from_taps, to_taps
 
 FIELDS = {"i": r"[0-3]", "j": r"\d{1,3}", "k": r"[12]", "n": r"[01]", "p": r"weight|bias"}
@@ -46,7 +48,7 @@ TABLES = {
         "decoder.{j}.mlp.grn.bias": "decoder.{j}.grn.beta",
         "pred.{p}": "pred.{p}",
     },
-    "transformers": {  # prefix convnext. or convnextv2., except for the classifier
+    "transformers": {
         "stem.0.{p}": "embeddings.patch_embeddings.{p}",
         "stem.1.{p}": "embeddings.layernorm.{p}",
         "stages.{i}.downsample.{n}.{p}": "encoder.stages.{i}.downsampling_layer.{n}.{p}",
@@ -60,17 +62,45 @@ TABLES = {
     },
 }
 TABLES["timm"] = {ours: ours for ours in TABLES["official"]}
+TABLES["timm-features"] = {  # of features_only, and of the encoders in segmentation_models_pytorch
+    ours: ours.replace("stem.", "stem_").replace("stages.", "stages_")
+    for ours in TABLES["timm"]
+    if not ours.startswith("head.")
+}
 TABLES["mmpretrain"] = {  # the official names with other words
-    ours: f"backbone.{theirs.replace('dwconv', 'depthwise_conv').replace('pwconv', 'pointwise_conv')}"
+    ours: theirs.replace("dwconv", "depthwise_conv").replace("pwconv", "pointwise_conv")
     for ours, theirs in TABLES["official"].items()
-} | {"head.norm.{p}": "backbone.norm3.{p}", "head.fc.{p}": "head.fc.{p}"}
-PREFIXES = re.compile(r"^((module|_orig_mod|convnext|convnextv2)\.)+")  # of DDP, torch.compile and transformers
-MARKS = {  # unique to a format, in this order
+} | {"head.norm.{p}": "norm3.{p}", "head.fc.{p}": "head.fc.{p}"}
+TABLES["torchvision"] = {"stem.{n}.{p}": "features.0.{n}.{p}"}  # V1 only; odd features are stages
+for _i in range(4):
+    TABLES["torchvision"] |= {
+        f"stages.{_i}.downsample.{{n}}.{{p}}": f"features.{2 * _i}.{{n}}.{{p}}",
+        f"stages.{_i}.blocks.{{j}}.conv_dw.{{p}}": f"features.{2 * _i + 1}.{{j}}.block.0.{{p}}",
+        f"stages.{_i}.blocks.{{j}}.norm.{{p}}": f"features.{2 * _i + 1}.{{j}}.block.2.{{p}}",
+        f"stages.{_i}.blocks.{{j}}.mlp.fc1.{{p}}": f"features.{2 * _i + 1}.{{j}}.block.3.{{p}}",
+        f"stages.{_i}.blocks.{{j}}.mlp.fc2.{{p}}": f"features.{2 * _i + 1}.{{j}}.block.5.{{p}}",
+        f"stages.{_i}.blocks.{{j}}.gamma": f"features.{2 * _i + 1}.{{j}}.layer_scale",
+    }
+TABLES["torchvision"] |= {"head.norm.{p}": "classifier.0.{p}", "head.fc.{p}": "classifier.2.{p}"}
+
+# torch.compile and FSDP add these anywhere in a name
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+MARKS = {  # names that only one format has, after any prefix; `own` is the format's prefix of all but its classifier
     "official-sparse": r"encoder\.(stages|downsample_layers)\..*\.(kernel|ln\.\w+|linear\.\w+)",
-    "mmpretrain": r"backbone\..*|.*\.(depth|point)wise_conv\d?\..*",
+    "mmpretrain": r"(?P<own>backbone\.)?stages\.\d+\.\d+\.(depth|point)wise_conv\d?\.\w+",
     "timm": r"stages\.\d+\.blocks\..*",
-    "transformers": r"(\w+\.)?encoder\.stages\.\d+\.layers\..*",
-    "official": r"stages\.\d+\.\d+\.dwconv\..*",
+    "timm-features": r"stages_\d+\.blocks\..*",
+    "transformers": r"(?P<own>convnext(v2)?\.)?encoder\.stages\.\d+\.layers\..*",
+    "official": r"stages\.\d+\.\d+\.dwconv\.\w+",
+    "torchvision": r"features\.\d\.\d+\.block\.\d\.\w+",
+}
+CLASSIFIERS = {"transformers": "classifier.", "mmpretrain": "head.fc."}  # outside of the format's own prefix
+STAGE_NORMS = {"transformers": "hidden_states_norms.", "mmpretrain": "norm"}  # added by backbones
+OTHERS = {  # models that are taken for a ConvNeXt, by a name
+    "a vision transformer": r".*(blocks\.\d+\.attn\.(qkv|proj)|encoder\.layers?\.\d+\.(self_)?attention)\..*",
+    "a Swin transformer": r".*attn\.relative_position_bias_table",
+    "a ResNet": r".*layer1\.0\.(conv1|bn1)\..*",
+    "an EfficientNet or MobileNet": r".*blocks\.\d+\.\d+\.conv_(pw|pwl|dw)\..*|features\.\d+\.\d+\.block\.\d\.0\..*",
 }
 CONV_MLP = ("atto", "femto", "pico", "nano")  # sizes whose fc1 and fc2 are 1x1 convolutions in timm
 
@@ -93,15 +123,47 @@ def to_name(ours: str, form: str) -> str | None:
     return _rename(ours, _TO[form])
 
 
-def from_name(theirs: object, form: str) -> str | None:
-    """This project's name for a tensor of another format, without `PREFIXES`; None if the format has no such name."""
-    return _rename(PREFIXES.sub("", str(theirs)), _FROM[form])
+def from_name(theirs: str, form: str) -> str | None:
+    """This project's name for a tensor of another format, without prefixes; None if the format has no such name."""
+    return _rename(theirs, _FROM[form])
 
 
-def detect(names: Iterable[object]) -> str | None:
-    """Format of a state dict, by names unique to a format; None if there are none."""
-    names = [PREFIXES.sub("", str(name)) for name in names]
-    return next((form for form, mark in MARKS.items() if any(re.fullmatch(mark, name) for name in names)), None)
+class Detected(NamedTuple):
+    """The format of a state dict, and the prefixes of its names: the wrapper's, then the format's own."""
+
+    form: str
+    outer: str
+    own: str
+
+    def ours(self, name: str) -> str | None:
+        """This project's name for a tensor of the state dict; None if it is not the model's."""
+        classifier = self.outer + CLASSIFIERS.get(self.form, "\0")
+        prefix = self.outer if name.startswith(classifier) else self.outer + self.own
+        return from_name(name.removeprefix(prefix), self.form) if name.startswith(prefix) else None
+
+
+def detect(names: Iterable[str]) -> Detected | None:
+    """Format of a state dict, by names unique to a format, after any common prefix; None if there are none.
+
+    Raises `UserError` if there are several encoders.
+    """
+    names = list(names)
+    for form, mark in MARKS.items():
+        matches = (re.fullmatch(rf"(?P<outer>(?:.*?\.)??){mark}", name) for name in names)
+        found = {(m["outer"], m.groupdict().get("own") or "") for m in matches if m}
+        if len(found) > 1:
+            encoders = ", ".join(sorted(map("".join, found)))
+            raise UserError(f"contains several encoders ({encoders}): save one of them alone")
+        if found:
+            return Detected(form, *found.pop())
+    return None
+
+
+def seems(names: Iterable[str]) -> str:
+    """What a state dict of no known format seems to be, for a message; empty if that is not known either."""
+    names = list(names)
+    kinds = (kind for kind, mark in OTHERS.items() if any(re.fullmatch(mark, name) for name in names))
+    return next(kinds, "")
 
 
 def to_shape(ours: str, tensor: Tensor, form: str, conv_mlp: bool = False) -> Tensor:
@@ -113,7 +175,9 @@ def to_shape(ours: str, tensor: Tensor, form: str, conv_mlp: bool = False) -> Te
         return tensor[None]
     if form in ("official", "official-sparse", "transformers") and ".grn." in ours:
         return tensor[None, None, None]
-    convolution = form == "timm" and conv_mlp and re.search(r"\.mlp\.fc\d\.weight", ours)
+    if form == "torchvision" and ours.endswith(".gamma"):
+        return tensor[:, None, None]
+    convolution = form.startswith("timm") and conv_mlp and re.search(r"\.mlp\.fc\d\.weight", ours)
     if convolution or ours in ("proj.weight", "pred.weight"):
         return tensor[:, :, None, None]
     return tensor[None, :, None, None] if ours == "mask_token" else tensor

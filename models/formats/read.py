@@ -1,15 +1,16 @@
-"""Read weights of this project, the official code (dense and sparse), timm, transformers and mmpretrain.
+"""Read weights of this project and of others (`models.formats.FORMATS`).
 
 The format is detected by tensor names, the architecture by shapes. No code of a file is executed.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 from configs.errors import UserError
 from configs.schema import Encoder
 from models.formats.containers import read_container
 from models.formats.metadata import class_names, preprocessing, pretraining
-from models.formats.names import detect, from_name, from_shape, to_name, to_shape
+from models.formats.names import STAGE_NORMS, WRAPPERS, Detected, detect, from_shape, seems, to_name, to_shape
 from models.sizes import SIZES, resolve
 from models.weights import (
     DECODER,
@@ -17,6 +18,7 @@ from models.weights import (
     FORMAT,
     Tensors,
     Weights,
+    check_finite,
     check_shapes,
     check_tensors,
     count_modules,
@@ -28,33 +30,41 @@ from models.weights import (
 MAX_WIDTH = 1 << 16  # channels
 
 
+class Translated(NamedTuple):
+    """A state dict under this project's names and in its shapes."""
+
+    form: str
+    arch: Encoder
+    encoder: Tensors
+    decoder: Tensors
+    head: Tensors
+    remarks: list[str]  # on tensors that were left out
+
+
 def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
-    """(weights, format, remarks on defaults assumed for values that the file does not specify) of a file or folder.
+    """(weights, format, remarks on defaults assumed for what the file does not specify, and on parts left out).
 
     Raises:
         UserError: the file is missing, truncated, contains code, has an unknown format, or has missing, unexpected or
-            misshapen tensors, which are listed
+            misshapen tensors or numbers that are not finite, which are listed
     """
     path = Path(path)
     container = read_container(path)
     if container.metadata.get("format") == FORMAT:
         return from_content(container.metadata, path), "ours", []
-    form = detect(container.tensors)
-    if form is None:
-        first = ", ".join(map(str, [*container.tensors][:3]))
-        raise UserError(f"{path} is in no known format (its first tensors: {first})")
+    raw = translate(container.tensors, path, container.metadata.get("architecture"))
+    form, arch, encoder, decoder, head, remarks = raw
     if form == "transformers" and container.metadata.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{path} has hidden_act {container.metadata['hidden_act']}: only gelu is supported")
-    arch, encoder, decoder, head = translate(container.tensors, form, path, container.metadata.get("architecture"))
     ema = None
     if container.ema is not None:
-        other, *parts = translate(container.ema, form, path, arch.name)
-        ema, raw = parts[0] | parts[1] | parts[2], encoder | decoder | head
-        if other != arch or {n: t.shape for n, t in ema.items()} != {n: t.shape for n, t in raw.items()}:
+        other = translate(container.ema, path, arch.name)
+        ema, own = other.encoder | other.decoder | other.head, encoder | decoder | head
+        if other.arch != arch or {n: t.shape for n, t in ema.items()} != {n: t.shape for n, t in own.items()}:
             raise UserError(f"{path}: its averaged weights belong to another model than its raw ones")
     if form in ("timm", "transformers") and _identity_norm(head):
         head = {}  # these formats store an identity for encoders without a head
-    remarks: list[str] = []
+    remarks += container.remarks
     settings = pretraining(container.metadata, arch, decoder) if decoder else {}
     image = preprocessing(container.metadata, form, arch, remarks)
     weights = Weights(arch, image, encoder, decoder, settings, head, ema)
@@ -62,14 +72,25 @@ def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
     return weights, form, remarks
 
 
-def translate(tensors: dict, form: str, path: Path, model: object = None) -> tuple[Encoder, Tensors, Tensors, Tensors]:
-    """(architecture, encoder, decoder, head) of another format's tensors, under this project's names and in its shapes.
+def translate(tensors: dict, path: Path, model: object = None) -> Translated:
+    """Detect the format of a state dict, and translate its names and shapes.
 
-    `model` is the file's name of the model, used if the shapes match no named one. Raises a `UserError` that lists
-    missing, unexpected and misshapen tensors by the file's names.
+    Names may begin with any prefix, like `model.backbone.`; tensors outside of it are left out. `model` is the file's
+    name of the model, used if the shapes match no named one. Raises a `UserError` that lists missing, unexpected and
+    misshapen tensors by the file's names.
     """
-    source = f"{path} (read as {form})"
-    names = {ours: name for name in tensors if (ours := from_name(name, form))}  # ours to the file's
+    tensors = {WRAPPERS.sub("", str(name)): tensor for name, tensor in tensors.items()}
+    try:
+        found = detect(tensors)
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    if found is None:
+        first = ", ".join([*tensors][:3])
+        kind = f": it seems to be {other}, not a ConvNeXt" if (other := seems(tensors)) else ""
+        raise UserError(f"{path} is in no known format (its first tensors: {first}){kind}")
+    form, source = found.form, f"{path} (read as {found.form})"
+    names = {ours: name for name in tensors if (ours := found.ours(name))}  # ours to the file's
+    tensors, names, remarks = _without_others(tensors, names, found)
     check_tensors(source, {name: tensors[name] for name in names.values()})
     known = {ours: tensors[name] for ours, name in names.items()}
     arch = _architecture(known, form, source, model)
@@ -77,15 +98,35 @@ def translate(tensors: dict, form: str, path: Path, model: object = None) -> tup
         known |= {ours: t[None, None] for ours, t in known.items() if ".grn." in ours and t.ndim == 2}
     expected = expected_tensors(arch, known)
     conv_mlp = any(".mlp.fc" in ours and tensor.ndim == 4 for ours, tensor in known.items())
-    prefix = names["stem.0.weight"].removesuffix(to_name("stem.0.weight", form))  # of missing tensors' names
+    prefix = found.outer + found.own  # of missing tensors' names
     theirs = {
-        names.get(ours, prefix + to_name(ours, form)): to_shape(ours, tensor, form, conv_mlp)
+        names.get(ours, f"{prefix}{to_name(ours, form)}"): to_shape(ours, tensor, form, conv_mlp)
         for ours, tensor in expected.items()
     }
     check_shapes(source, theirs, tensors | {names[ours]: tensor for ours, tensor in known.items()})
+    check_finite(source, {names[ours]: tensor for ours, tensor in known.items()})
     own = {ours: from_shape(ours, tensor, form, tuple(expected[ours].shape)) for ours, tensor in known.items()}
     encoder, decoder, head = (split_by_prefix(own, prefixes)[0] for prefixes in (ENCODER, DECODER, "head."))
-    return arch, encoder, decoder, head
+    return Translated(form, arch, encoder, decoder, head, remarks)
+
+
+def _without_others(tensors: dict, names: dict[str, str], found: Detected) -> tuple[dict, dict[str, str], list[str]]:
+    """Tensors and names without the parts of other modules, and of the norms that a backbone adds; remarks on them."""
+    prefix, remarks = found.outer + found.own, []
+    norms = prefix + STAGE_NORMS.get(found.form, "\0")
+    added = {name for name in tensors if name.startswith(norms)}
+    if len({name.rpartition(".")[0] for name in added}) > 1 or found.form == "transformers":
+        names = {ours: name for ours, name in names.items() if name not in added}
+    else:
+        added = set()  # a classifier of mmpretrain has a single norm
+    if added:
+        remarks.append(f"left out: the norms that its library adds after the stages ({len(added)} tensors)")
+    others = {name for name in tensors if not name.startswith(prefix)} - set(names.values())
+    if others:
+        modules = sorted({name.removeprefix(found.outer).partition(".")[0] for name in others})
+        shown = ", ".join(modules[:5]) + (", ..." if modules[5:] else "")
+        remarks.append(f"left out: {len(others)} tensors outside of {prefix.removesuffix('.')} ({shown})")
+    return {name: tensor for name, tensor in tensors.items() if name not in added | others}, names, remarks
 
 
 def _architecture(tensors: Tensors, form: str, source: str, claimed: object) -> Encoder:

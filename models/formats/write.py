@@ -1,4 +1,4 @@
-"""Write weights for this project, the official code (dense and sparse), timm, transformers and mmpretrain."""
+"""Write weights for this project and for others (`models.formats.FORMATS`)."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from configs.preprocessing import Preprocessing
 from configs.schema import Encoder
 from models.convnext import EPS, LAYER_SCALE
 from models.formats.metadata import RESAMPLE, SQUASH_FROM, WHOLE_CENTRE
-from models.formats.names import CONV_MLP, to_name, to_shape
+from models.formats.names import CLASSIFIERS, CONV_MLP, to_name, to_shape
 from models.sizes import resolve
 from models.weights import Tensors, Weights, save, use_ema
 
@@ -21,7 +21,8 @@ from models.weights import Tensors, Weights, save, use_ema
 def write_weights(path: Path, weights: Weights, form: str) -> list[str]:
     """Write weights atomically, to a file or, for transformers, to a folder; returns remarks on omitted parts.
 
-    Raises `UserError` if the library cannot build the model: V1 in the official sparse code, stem stride 2 in timm.
+    Raises `UserError` if the library cannot build the model: V1 in the official sparse code, V2 and other stem strides
+    than 4 in torchvision, stem stride 2 in timm.
     """
     if path.suffix == ".safetensors" and form != "timm":
         raise UserError(f"{path}: only timm's format can be .safetensors: choose another file name for {form}")
@@ -30,8 +31,10 @@ def write_weights(path: Path, weights: Weights, form: str) -> list[str]:
         return []
     if form == "official-sparse" and weights.arch.name.startswith("convnext_"):
         raise UserError(f"{weights.arch.name} has no official-sparse format: the official sparse code is V2 only")
-    if form == "timm" and weights.arch.stem_stride == 2:
+    if form.startswith("timm") and weights.arch.stem_stride == 2:
         raise UserError("model.stem_stride 2 has no timm format: timm's ConvNeXt of patch_size 2 has an extra layer")
+    if form == "torchvision" and (weights.arch.name.startswith("convnextv2") or weights.arch.stem_stride != 4):
+        raise UserError(f"{weights.arch.name} has no torchvision format: torchvision has ConvNeXt V1 of stem stride 4")
     tensors, remarks = to_form(weights, form)
     if weights.ema is not None and form != "official":
         remarks.append("omitted: the averaged weights (--ema writes them instead of the raw ones)")
@@ -41,7 +44,10 @@ def write_weights(path: Path, weights: Weights, form: str) -> list[str]:
     if path.suffix == ".safetensors":
         write_atomic(path, _safetensors(tensors, {"config": json.dumps(content)}))
         return remarks
-    content["state_dict" if form in ("timm", "mmpretrain") else "model"] = tensors
+    if form in ("timm-features", "torchvision"):
+        content = tensors  # for load_state_dict
+    else:
+        content["state_dict" if form in ("timm", "mmpretrain") else "model"] = tensors
     if weights.ema is not None and form == "official":
         content["model_ema"], _ = to_form(use_ema(weights, str(path)), form)
     with atomic_file(path) as file:
@@ -63,10 +69,11 @@ def to_form(weights: Weights, form: str) -> tuple[Tensors, list[str]]:
         remarks.append("added: an identity as final norm (models of this format always have a norm)")
     conv_mlp = weights.arch.name.endswith(CONV_MLP)
     prefix = f"{_base_class(weights).lower()}." if form == "transformers" and "head.fc.weight" in kept else ""
+    prefix = "backbone." if form == "mmpretrain" else prefix
     renamed = {}
     for name, tensor in kept.items():
         theirs = to_name(name, form)
-        theirs = theirs if theirs.startswith("classifier.") else prefix + theirs
+        theirs = theirs if theirs.startswith(CLASSIFIERS.get(form, "\0")) else prefix + theirs
         renamed[theirs] = to_shape(name, tensor, form, conv_mlp).contiguous()
     return renamed, remarks
 
@@ -176,7 +183,10 @@ def how_to_load(path: Path, weights: Weights, form: str) -> str:
         return _timm_call(arch, {"num_classes": outputs} | timm_options(arch) | {"checkpoint_path": str(path)})
     pretrain = f"python pretrain/main.py --init {path} ...  or  " if weights.decoder and not outputs else ""
     auto = "AutoModelForImageClassification" if outputs else "AutoModel"
+    options = {"in_chans": arch.channels} | timm_options(arch) | {"features_only": True}
     return {
+        "timm-features": f'{_timm_call(arch, options)}.load_state_dict(torch.load("{path}"))',
+        "torchvision": f'torchvision.models.{arch.name}(num_classes={outputs}).load_state_dict(torch.load("{path}"))',
         "ours": f"{pretrain}python finetune/main.py --init {path} ...",
         "official": f'model.load_state_dict(torch.load("{path}")["model"])  # the official code\'s model',
         "official-sparse": f"python main_finetune.py --finetune {path} ...    # of the official code",

@@ -46,6 +46,14 @@ def test_without_config_the_built_in_recipe_is_named(capsys):
     assert config.data.path == "shards/digits" and config.model.dims == (24, 48, 96, 192)
 
 
+def test_the_built_in_recipe_has_no_keys_for_another_task(tmp_path):
+    config = finetuning("--task.name", "segmentation")
+    assert config.task == TASKS["segmentation"].Settings("segmentation") and config.data.size == 24
+    (tmp_path / "r.yaml").write_text("task: {smoothing: 0.1}\n")
+    with pytest.raises(UserError, match=r"task\.smoothing"):
+        finetuning("--config", str(tmp_path / "r.yaml"), "--task.name", "segmentation")
+
+
 def test_overrides_go_over_the_recipe_and_it_over_defaults(tmp_path):
     (tmp_path / "r.yaml").write_text("optim: {lr: 0.5, epochs: 3}\nmodel: {name: convnext_tiny}\n")
     config = parsed("--config", str(tmp_path / "r.yaml"), "--optim.epochs", "4", "--data.size=[32,64]")

@@ -8,7 +8,7 @@ import pytest
 from configs.command import parse
 from configs.errors import UserError
 from configs.keys import Choice, fixed, free, free_keys, keys, section
-from configs.schema import FCMAESettings, Finetune, Pretrain
+from configs.schema import FCMAEChoice, FCMAESettings, Finetune, Pretrain
 from finetune.tasks import TASKS
 from pretrain.objectives import OBJECTIVES
 
@@ -60,11 +60,12 @@ def test_what_may_change_on_resume():
     common |= {f"data.{key}" for key in ("path", "workers", "cache", "cache_gb", "max_damaged", "max_pixels")}
     run = {f"run.{key}" for key in Pretrain().run.__dict__} - {"run.seed"}
     probe = {f"probe.{key}" for key in Pretrain().probe.__dict__}
-    pretraining, finetuning = SCHEMAS
-    assert free_keys(pretraining) == common | run | probe and free_keys(finetuning) == common | run
+    pretraining, *finetuning = SCHEMAS
+    assert free_keys(pretraining) == common | run | probe
+    assert all(free_keys(task) == common | run for task in finetuning)
 
 
-def test_a_section_chosen_by_name_has_the_keys_of_its_module(tmp_path):
+def test_a_section_chosen_by_name_has_the_keys_of_its_module(tmp_path, capsys):
     def parsed(*argv):
         return parse(Pretrain, "pretrain/digits.yaml", "", {"objective": MODULES}, list(argv))
 
@@ -80,7 +81,10 @@ def test_a_section_chosen_by_name_has_the_keys_of_its_module(tmp_path):
     assert parsed(*recipe, "--objective.bins", "5").objective.bins == 5
     with pytest.raises(UserError, match=r"unknown key --objective\.mask_ratio"):
         parsed(*recipe, "--objective.mask_ratio", ".5")
-    with pytest.raises(UserError, match=r"r\.yaml: unknown key objective\.bins"):
+    assert parsed(*recipe, "--objective.name", "fcmae").objective == FCMAEChoice("fcmae")  # without the recipe's keys
+    assert "r.yaml: objective.bins left out" in capsys.readouterr().out
+    (tmp_path / "r.yaml").write_text("objective: {name: colours, bin: 4}")
+    with pytest.raises(UserError, match=r"r\.yaml: unknown key objective\.bin"):
         parsed(*recipe, "--objective.name", "fcmae")
     with pytest.raises(UserError, match=r"objective\.name is colors: .*nearest: colours"):
         parsed("--objective.name", "colors")

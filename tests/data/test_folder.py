@@ -12,11 +12,20 @@ from PIL import Image
 from configs.errors import UserError
 from configs.schema import Data
 from data.decode import decode
-from data.folder import Folder, open_for_training, open_images, read_image, sample_names
+from data.folder import Folder, list_collection, open_images, open_splits, read_image, sample_names
 from data.index import index_folder
 from data.shards import Split, index_file
 from tests.data.helpers import as_folder, as_tar, as_zip, collection, picture
 from tests.data.test_prepare import prepared
+
+
+def open_folder(folder: Path, split: str = "val") -> Folder:
+    return Folder(list_collection(str(folder)), split)
+
+
+def open_for_training(data: Data, split: str = "train") -> Folder:
+    return open_splits(data, [split], strict=True)[0]
+
 
 SPLITS = {"train/cat": 2, "train/dog": 1, "train/emu": 1, "val/emu": 2, "val/cat": 1}
 
@@ -40,30 +49,31 @@ def test_the_same_classes_and_labels_as_the_shards_made_of_it(tmp_path):
 
 
 def test_without_split_folders_all_images_are_the_split(tmp_path, capsys):
-    images = Folder(as_folder(collection({"a/more": 2, "b": 1}), tmp_path / "in"), "val")
+    images = open_folder(as_folder(collection({"a/more": 2, "b": 1}), tmp_path / "in"))
     assert len(images) == 3 and images.classes == ["a", "b"] and images.labels().tolist() == [0, 0, 1]
     assert "split val" in capsys.readouterr().out
 
 
-def test_images_beside_class_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"some images are in class folders, others, like 0\.jpg"):
-        Folder(as_folder(collection({"a": 1, "": 1}), tmp_path / "in"), "val")
+def test_images_beside_class_folders_have_no_label(tmp_path, capsys):
+    images = open_folder(as_folder(collection({"a": 1, "": 1}), tmp_path / "in"))
+    assert images.classes == ["a"] and images.labels().tolist() == [-1, 0]
+    assert "warning: 1 image outside of the class folders, such as 0.jpg" in capsys.readouterr().out
 
 
 def test_images_without_class_folders_have_no_labels(tmp_path):
-    images = Folder(as_folder(collection({"": 2}), tmp_path / "in"), "val")
+    images = open_folder(as_folder(collection({"": 2}), tmp_path / "in"))
     assert images.classes is None and images.labels().tolist() == [-1, -1]
 
 
 def test_what_is_left_out_is_said(tmp_path, capsys):
-    images = Folder(as_folder(collection({"a": 1}) | {"a/x.psd": b"x"}, tmp_path / "in"), "val")
+    images = open_folder(as_folder(collection({"a": 1}) | {"a/x.psd": b"x"}, tmp_path / "in"))
     assert len(images) == 1 and "1 file ignored: 1 .psd" in capsys.readouterr().out
 
 
 def test_an_unknown_split(tmp_path):
     folder = as_folder(collection({"train/a": 1}), tmp_path / "in")
     with pytest.raises(UserError, match=r"in has no split val .*train"):
-        Folder(folder, "val")
+        open_folder(folder)
 
 
 def test_a_folder_named_digits_is_not_the_built_in_source(tmp_path, monkeypatch):
@@ -85,9 +95,9 @@ def test_training_reads_a_folder_a_zip_or_a_tar(make, tmp_path):
 
 def test_the_digest_changes_with_any_image(tmp_path):
     folder = as_folder(collection({"a": 2}), tmp_path / "in")
-    before = Folder(folder, "train").digest
+    before = open_folder(folder, "train").digest
     (folder / "a/1.jpg").write_bytes(picture(5))
-    assert Folder(folder, "train").digest != before
+    assert open_folder(folder, "train").digest != before
 
 
 def test_training_does_not_take_all_images_as_validation_split(tmp_path):
@@ -112,8 +122,8 @@ def test_types_that_the_loader_cannot_decode_are_converted(mode, kind, tmp_path)
 
 
 def test_a_deleted_file_is_a_damaged_image(tmp_path):
-    images = Folder(as_folder(collection({"a": 1}), tmp_path / "in"), "val")
-    Path(images.items[0].container).unlink()
+    images = open_folder(as_folder(collection({"a": 1}), tmp_path / "in"))
+    Path(images.item(0).container).unlink()
     with pytest.raises(UserError, match="cannot be read"):
         images.read(0)
 
@@ -122,7 +132,7 @@ def test_a_deleted_file_is_a_damaged_image(tmp_path):
     ("make", "pattern"),
     [
         (lambda path: None, "does not exist.*folder of shards or of images"),
-        (lambda path: path.write_bytes(b"x"), "is a file.*folder"),
+        (lambda path: path.write_bytes(b"x"), "is of an unknown type.*folder"),
         (lambda path: path.mkdir(), "has no image"),
         (lambda path: (path.mkdir(), (path / "a.tar").touch()), "no index.json.*--index"),
     ],

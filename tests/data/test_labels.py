@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from scipy.io import savemat
 
 from configs.errors import UserError
 from data import prepare
-from data.shards import read_index
+from data.shards import Split, read_index, write_index
+from data.suggest import finetune_command
+from data.vectors import all_targets, reader
 from tests.conftest import has
 from tests.data.helpers import as_folder, as_ilsvrc, as_tar, collection, picture
 from tests.data.test_layouts import refusal, sizes
@@ -168,7 +172,70 @@ def test_several_labels_and_numbers_are_kept_for_other_tasks(columns, rows, targ
     assert [about for _, about in sorted(samples(tmp_path / "out").items())] == [
         {"name": f"{i}.jpg"} | found for i, found in enumerate(targets)
     ]
-    assert "only one label per image can be trained on now" in capsys.readouterr().out
+    kind = next(iter(targets[0]))
+    names = sorted({label for found in targets for label in found["labels"]}) if kind == "labels" else columns
+    assert read_index(tmp_path / "out").targets == {"kind": kind, "names": names}
+    assert f"for --task.name {kind}" in capsys.readouterr().out
+
+
+def test_no_label_is_a_target_and_a_missing_cell_is_none(tmp_path, capsys):
+    rows = [{"file": "0.jpg", "tags": ["b", "a"]}, {"file": "1.jpg", "tags": []}, {"file": "2.jpg", "tags": None}]
+    rows += [{"file": "3.jpg", "tags": ["b", "b"]}]
+    source = as_folder(IMAGES, tmp_path / "in")
+    prepared(source, tmp_path / "out", "--labels", write(tmp_path / "x.jsonl", rows), "--label-column", "tags")
+    found = samples(tmp_path / "out")
+    assert [found[f"images/{i}.jpg"].get("labels") for i in range(4)] == [["b", "a"], [], None, ["b"]]
+    split = Split(tmp_path / "out", "train")
+    targets = all_targets(split, reader("labels", ["a", "b"], ["a", "b"]), 2)
+    assert sorted(map(str, targets.tolist())) == ["[0.0, 0.0]", "[0.0, 1.0]", "[1.0, 1.0]", "[nan, nan]"]
+    assert has(capsys.readouterr().out, "2 labels: b 2, a 1; 1 image with none of them; 1 image without")
+
+
+def test_numbers_of_json_files_and_their_preview(tmp_path, capsys):
+    about = [{"numbers": {"age": 3, "mass": 0.5}}, {"numbers": {"mass": 1.5}}, {"numbers": {"age": None}}, {}]
+    files = {f"{i}.json": json.dumps(content).encode() for i, content in enumerate(about)}
+    source = as_folder({f"{i}.jpg": picture(i) for i in range(4)} | files, tmp_path / "in")
+    prepared(source, tmp_path / "out")
+    assert read_index(tmp_path / "out").targets == {"kind": "numbers", "names": ["age", "mass"]}
+    found = samples(tmp_path / "out") | samples(tmp_path / "out", "unlabeled")
+    assert [found[f"{i}.jpg"].get("numbers") for i in range(4)] == [[3.0, None], [None, 1.5], None, None] or [
+        found[f"{i}.jpg"].get("numbers") for i in range(4)
+    ] == [[3.0, 0.5], [None, 1.5], None, None]
+    out = capsys.readouterr().out
+    assert has(out, "train age: 3 to 3, mean 3, 2 missing") and has(out, "mass: 0.5 to 1.5, mean 1, 1 missing")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [({"labels": 3.5}, "0.jpg labels 3.5"), ({"labels": [["a"]]}, "labels"), ({"numbers": ["x"]}, "numbers x finite")],
+)
+def test_targets_of_another_type_are_refused(content, words, tmp_path):
+    files = {"0.jpg": picture(0), "0.json": json.dumps(content).encode()}
+    assert has(refusal(as_folder(files, tmp_path / "in"), tmp_path / "out"), words)
+
+
+def test_a_second_run_lists_targets_that_an_older_version_did_not(tmp_path, capsys):
+    table = write(tmp_path / "x.csv", [{"file": f"{i}.jpg", "tags": "a|b"} for i in range(4)])
+    args = as_folder(IMAGES, tmp_path / "in"), tmp_path / "out", "--labels", table, "--label-column", "tags"
+    prepared(*args)
+    index = read_index(tmp_path / "out")
+    write_index(tmp_path / "out", replace(index, targets=None))
+    prepared(*args)
+    assert read_index(tmp_path / "out") == index and index.targets["names"] == ["a", "b"]
+    prepared(*args)
+    assert "complete already" in capsys.readouterr().out
+    command = finetune_command(Path("fcmae.pt"), {"data": {"path": str(tmp_path / "out")}, "run": {"name": "x"}})
+    assert "--task.name labels" in command
+
+
+def test_targets_of_other_tools_are_indexed(tmp_path):
+    content = [{"labels": ["x"]}, {"labels": []}]
+    files = {f"{i}.jpg": picture(i) for i in range(2)}
+    files |= {f"{i}.json": json.dumps(about).encode() for i, about in enumerate(content)}
+    (tmp_path / "tars").mkdir()
+    as_tar(dict(sorted(files.items())), tmp_path / "tars/train-0.tar")
+    prepare.main([str(tmp_path / "tars"), "--index", "--workers", "1"])
+    assert read_index(tmp_path / "tars").targets == {"kind": "labels", "names": ["x"]}
 
 
 def test_rows_with_other_labels_of_one_image(tmp_path, capsys):
@@ -176,8 +243,8 @@ def test_rows_with_other_labels_of_one_image(tmp_path, capsys):
     table = write(tmp_path / "x.csv", [{"file": name, "label": label} for name, label in rows])
     images = {f"{i}.jpg": picture(i) for i in range(2)}
     prepared(as_folder(images, tmp_path / "in"), tmp_path / "out", "--labels", table)
-    assert content(tmp_path / "out") == {picture(0): -1, picture(1): 0}
-    assert samples(tmp_path / "out")["0.jpg"]["labels"] == ["a", "b"]
+    assert content(tmp_path / "out") == {picture(0): -1, picture(1): -1}
+    assert [samples(tmp_path / "out")[f"{i}.jpg"]["labels"] for i in range(2)] == [["a", "b"], ["a"]]
     assert "1 image with rows of several labels" in capsys.readouterr().out
 
 

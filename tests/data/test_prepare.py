@@ -470,11 +470,10 @@ def test_our_own_shards_are_not_indexed_as_foreign(tmp_path):
     assert read_index(tmp_path / "out").classes == ["cat", "dog"]
 
 
-def test_an_image_outside_the_class_folders(tmp_path):
-    source = as_folder(CATS | {"stray.jpg": picture(0)}, tmp_path / "in")
-    with pytest.raises(UserError, match=r"stray\.jpg.*--no-labels"):
-        prepared(source, tmp_path / "out")
-    prepared(source, tmp_path / "out", "--no-labels")
+def test_an_image_outside_the_class_folders_has_no_label(tmp_path, capsys):
+    prepared(as_folder(CATS | {"stray.jpg": picture(0)}, tmp_path / "in"), tmp_path / "out")
+    assert "warning: 1 image outside of the class folders, such as stray.jpg" in capsys.readouterr().out
+    assert sorted(Split(tmp_path / "out", "train").labels().tolist()) == [-1, 0, 0, 0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("label", [b"x", b"-5", b"1.5", b"9" * 40])

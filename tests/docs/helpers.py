@@ -18,6 +18,7 @@ from models.formats.write import write_weights
 from tests.conftest import ROOT, run
 from tests.docs.stand_in import PROGRAMS
 from tests.finetune.tasks.detection.helpers import write_scenes
+from tests.finetune.tasks.segmentation.helpers import VOID, source
 from tests.models.formats.helpers import autoencoder, classifier
 
 CODE = ("configs", "data", "pretrain", "finetune", "models", "launch")
@@ -114,6 +115,15 @@ def photos(folder: Path, count: int) -> None:
         save(picture.resize((40, 32)), folder / CLASSES[label], f"{i:04}.jpg")
 
 
+def table(path: Path) -> None:
+    """Labels, numbers and a grade of each photograph; some are missing."""
+    lines = ["file,tags,age,weight,grade"]
+    for i, (pixels, label) in enumerate(digits(1200)):
+        tags = "|".join(name for name, applies in (("outdoor", label > 4), ("night", label % 2)) if applies) or "|"
+        lines.append(f"{i:04}.jpg,{tags},{label + 0.5 if i % 7 else ''},{pixels.mean():.3f},{label // 2}")
+    path.write_text("\n".join(lines))
+
+
 def scans(folder: Path) -> None:
     """Grey pictures of 12 bits in files of 16."""
     for i, (pixels, label) in enumerate(digits(60)):
@@ -127,6 +137,16 @@ def fields(folder: Path) -> None:
         place = folder / ("wheat", "maize")[label % 2]
         place.mkdir(parents=True, exist_ok=True)
         np.save(place / f"{i:04}.npy", np.stack([pixels * 800 * k for k in range(1, 6)], -1).astype(np.uint16))
+
+
+def streets(folder: Path) -> None:
+    """Pictures of a square and a stripe with their masks, and the names of the classes."""
+    source(folder, train=12, val=4)
+    (folder / "labels").rename(folder / "masks")
+    for file in (folder / "masks").rglob("*.png"):
+        mask = np.asarray(Image.open(file)).copy()
+        mask[mask == VOID] = 255
+        Image.fromarray(mask).save(file)
 
 
 def cifar10(folder: Path) -> None:
@@ -154,9 +174,11 @@ CLASSES = ("cat", "dog", "horse", "cow", "sheep", "bird", "bear", "deer", "frog"
 IMAGES = {
     "photos": lambda path: photos(path, 1200),  # more than the largest batch
     "labelled": lambda path: photos(path, 120),
+    "labels.csv": table,
     "new-photos": lambda path: photos(path, 6),
     "scans": scans,
     "fields": fields,
+    "streets": streets,
     "cifar10": cifar10,
     "bccd": lambda path: write_scenes(path, {"train": 40, "val": 7}),
 }

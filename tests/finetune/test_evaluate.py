@@ -37,7 +37,7 @@ from tests.data.helpers import as_folder
 from tests.data.test_loader import damage
 from tests.models.helpers import tiny
 
-FILES = {"evaluation.json", "predictions.csv", "confusion.png", "calibration.png"}
+FILES = {"evaluation.json", "predictions.csv", "confusion.png", "calibration.png", "examples.png"}
 
 
 def call(main, *words) -> None:
@@ -120,7 +120,7 @@ def test_against_scikit_learn(one_rank, digits):
     five = [row["label"] in [row[f"top{i}"] for i in range(1, 6)] for row in rows]
     assert scores["top5"] == pytest.approx(np.mean(five))
     assert scores["loss"] == pytest.approx(np.mean([float(row["loss"]) for row in rows]))
-    assert scores["mean_class_accuracy"] == pytest.approx(balanced_accuracy_score(label, first))
+    assert scores["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(label, first))
     assert scores["macro_f1"] == pytest.approx(np.mean([f1(label, first, name) for name in set(label)]))
     matrix = np.zeros((10, 10), int)
     for row in found["confusions"]:

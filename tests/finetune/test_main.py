@@ -43,7 +43,7 @@ def test_from_pretrained_weights(digits, pretrained, tmp_path):
     assert has(done.stdout, "val top-1 average best.pt")
     assert names(tmp_path / "x") == {
         "config.yaml", "log.jsonl", "tensorboard", "checkpoints", "best.pt", "last.pt", "summary.json", "report.html",
-        "confusion.png", "calibration.png",
+        "confusion.png", "calibration.png", "examples.png",
     }  # fmt: skip
     found = summary(tmp_path / "x")
     assert found["last"]["raw"]["images"] == found["last"]["ema"]["images"] == 355

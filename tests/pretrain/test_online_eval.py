@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs.command import parse
 from configs.errors import UserError
-from configs.schema import Data, FCMAESettings, Optim, Pretrain, PretrainModel, Probe
+from configs.schema import Data, FCMAESettings, Optim, Pretrain, PretrainModel, Probe, Run
+from launch.training.images import Images
 from launch.training.world import World
 from models.fcmae import FCMAE
 from models.opening import open_weights
@@ -112,7 +113,7 @@ def test_steps_are_watched_and_the_model_stays_in_training(digits):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         before = torch.get_rng_state()
-        online = OnlineEval(config, probe_splits(config), ((0.0,), (1.0,)), world)
+        online = OnlineEval(config, probe_splits(config, Images(config.run, None, False)), ((0.0,), (1.0,)), world)
         report = online.evaluate(engine, 1, progress)
     finally:
         torch.distributed.destroy_process_group()
@@ -134,9 +135,9 @@ def test_steps_are_watched_and_the_model_stays_in_training(digits):
 def test_bad_input(keys, message, digits):
     config = Pretrain(data=Data(path=str(digits)), probe=Probe(every=5, **keys))
     with pytest.raises(UserError) as error:
-        probe_splits(config)
+        probe_splits(config, Images(config.run, None, False))
     assert has(error.value, f"{message} probe.path probe.every")
-    assert probe_splits(Pretrain(data=Data(path="nowhere"))) is None
+    assert probe_splits(Pretrain(data=Data(path="nowhere")), Images(Run(), None, False)) is None
 
 
 def test_images_without_labels(digits, tmp_path):
@@ -144,7 +145,8 @@ def test_images_without_labels(digits, tmp_path):
     index = json.loads((tmp_path / "bare/index.json").read_bytes())
     (tmp_path / "bare/index.json").write_text(json.dumps(index | {"classes": None}))
     with pytest.raises(UserError, match=r"probe\.every.*bare.*train.*labels"):
-        probe_splits(Pretrain(data=Data(path=str(digits)), probe=Probe(every=1, path=str(tmp_path / "bare"))))
+        config = Pretrain(data=Data(path=str(digits)), probe=Probe(every=1, path=str(tmp_path / "bare")))
+        probe_splits(config, Images(config.run, None, False))
 
 
 def test_an_error_comes_before_anything_is_written(digits, tmp_path):

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 class Settings(Choice):
     """Keys of the `task` section: labels, head and loss."""
 
+    metric: str = fixed(
+        "top1", "score of the best weights and of run.patience: top1, top5, balanced_accuracy, macro_f1, loss"
+    )
+    loss: Literal["softmax", "bce", "focal"] = fixed(
+        "softmax",
+        "softmax = cross entropy; bce = binary cross entropy per class; focal = focal loss of the softmax",
+    )
+    class_weights: Probability = fixed(
+        0.0, "weight of a class in the loss, n ** -class_weights for n images: 0 = none, 1 = all classes alike"
+    )
     smoothing: BelowOne = fixed(0.1, "label smoothing")
     mixup: NonNegativeFloat = fixed(0.0, "alpha of mixup; 0 = off")
     cutmix: NonNegativeFloat = fixed(0.0, "alpha of cutmix; 0 = off")

@@ -1,7 +1,5 @@
 """Inference with a trained classifier: class names, scores, predictions, and output files."""
 
-import csv
-import io
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -13,19 +11,18 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.files import atomic_file, write_atomic
+from configs.files import write_atomic
 from configs.log import say
-from data.decode import decode
-from data.folder import Folder, read_image
-from data.reading import Reading
+from data.folder import Folder
 from data.shards import Split
-from data.transforms import EvalTransform
-from finetune.exporters.comparison import relative_difference
+from finetune.inference import join
 from finetune.tasks.classification import scores
 from finetune.tasks.classification.scores import Predictions, calibration_error
 from finetune.tasks.classification.tables import show_evaluation
+from finetune.tasks.image_inference import ImageInference, check_finite, write_rows
 from models.opening import Trained
 
+TINY = torch.finfo(torch.float32).tiny
 MAX_NAMES = 5  # in an error message
 
 
@@ -41,22 +38,26 @@ class Prediction:
         """Text for console and annotated copies."""
         return [f"{name} {100 * share:.1f} %" for name, share in self.classes]
 
+    def as_plain(self) -> dict:
+        """For json."""
+        return {"classes": [{"name": name, "probability": share} for name, share in self.classes]}
 
-class ClassifierInference:
+
+class ClassifierInference(ImageInference):
     """A trained classifier; implements `finetune.inference.Inference`."""
 
-    read_target = batch = None
-    files = "evaluation.json, predictions.csv, confusion.png, calibration.png"
-    join = staticmethod(scores.join)
+    files = "evaluation.json, predictions.csv, confusion.png, calibration.png, examples.png"
+    join = staticmethod(join)
     show_evaluation = staticmethod(show_evaluation)
 
     def __init__(self, trained: Trained):
-        self.trained, self.transform = trained, EvalTransform.of(trained.preprocessing)
-        self.names = trained.weights.classes
+        super().__init__(trained)
+        self.names, self.images = trained.weights.classes, None
         self.class_of: Tensor | None = None  # the model's class for each label of the data
 
     def match(self, images: Split | Folder) -> None:
         """Match the data's classes with the model's: by name, or by number if either has no names."""
+        self.images = images
         path, outputs, names = self.trained.path, self.trained.weights.outputs, self.trained.weights.classes
         where, labels, given = f"{images.folder}, split {images.name}", images.labels(), images.classes
         if not len(labels):
@@ -89,31 +90,26 @@ class ClassifierInference:
 
     def evaluation(self, predictions: Predictions) -> dict:
         """Scores, accuracy of each class with images, confusions (most frequent first), and calibration."""
-        from sklearn.metrics import f1_score, recall_score  # slow to import
-
         names, path = self.names, self.trained.path
         if not np.isfinite(predictions.loss).all():
             raise UserError(f"{path} gives outputs that are not finite: try other weights or --precision fp32")
         label, first, bins = predictions.label, predictions.best[:, 0], predictions.calibration()
-        present, counts = np.unique(label, return_counts=True)
-        recall = recall_score(label, first, labels=present, average=None)
-        macro_f1 = float(f1_score(label, first, labels=present, average="macro"))
-        scores = predictions.scores() | {"mean_class_accuracy": float(recall.mean()), "macro_f1": macro_f1}
-        images = dict(zip(present.tolist(), counts.tolist(), strict=True))
+        images = dict(zip(*(x.tolist() for x in np.unique(label, return_counts=True)), strict=True))
+        right = np.bincount(label, first == label)
         classes = [
-            {"class": i, "name": names[i], "images": images[i], "accuracy": accuracy}
-            for i, accuracy in zip(images, recall.tolist(), strict=True)
+            {"class": i, "name": names[i], "images": count, "accuracy": float(right[i] / count)}
+            for i, count in images.items()
         ]
         confusions = [
             {"label": names[i], "predicted": names[j], "images": count, "share": count / images[i]}
             for (i, j), count in zip(*(x.tolist() for x in predictions.confusions()), strict=True)
         ]
-        result = {"scores": scores | {"calibration_error": calibration_error(bins)}, "classes": classes}
+        result = {"scores": predictions.scores() | {"calibration_error": calibration_error(bins)}, "classes": classes}
         return result | {"confusions": confusions, "calibration": [asdict(bin) for bin in bins]}
 
     def write_evaluation(self, out: Path, result: dict, predictions: Predictions, names: list[str]) -> None:
-        """Write predictions.csv, two pictures and, last, evaluation.json."""
-        from finetune.tasks.classification.pictures import calibration_picture, confusion_picture  # matplotlib, sklearn
+        """Write predictions.csv, pictures and, last, evaluation.json."""
+        from finetune.tasks.classification.pictures import write_pictures  # matplotlib, sklearn
 
         top = (f"top{i + 1}" for i in range(predictions.best.shape[1]))
         rows = [["sample", "name", "label", *top, "confidence", "loss"]]
@@ -122,8 +118,7 @@ class ClassifierInference:
             classes = [self.names[i] for i in (label, *best)]
             rows.append([int(sample), names[sample], *classes, confidence, loss])
         write_rows(out / "predictions.csv", rows)
-        confusion_picture(out / "confusion.png", predictions, self.names)
-        calibration_picture(out / "calibration.png", predictions.calibration())
+        write_pictures(out, predictions, self.names, self.images)
         write_atomic(out / "evaluation.json", json.dumps(result, indent=1).encode())
 
     def name_outputs(self, file: str | None) -> None:
@@ -139,46 +134,21 @@ class ClassifierInference:
 
     def predict(self, output: Tensor, batch: dict[str, Tensor], paths: list[Path], top: int) -> list[Prediction]:
         """The `top` likeliest classes of pictures, from logits [B, classes]. Raises `UserError` for NaN or infinity."""
-        if not bool(torch.isfinite(output).all()):
-            raise UserError("the weights give outputs that are not finite: try --precision fp32")
-        output = output.float()
+        output = check_finite(output)
         classes = output.topk(min(top, output.shape[1])).indices  # by logits: small shares may be equal
         shares = output.softmax(1).gather(1, classes)
         names = ([self.names[i] for i in row] for row in classes.tolist())
         columns = zip(paths, names, shares.tolist(), strict=True)
         return [Prediction(path, list(zip(row, share, strict=True))) for path, row, share in columns]
 
-    def annotate(self, folder: Path, number: int, prediction: Prediction, reading: Reading) -> None:
-        from finetune.tasks.classification.pictures import annotate  # matplotlib, sklearn
-
-        path = prediction.path
-        kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else "png"
-        image = decode(read_image(path, reading), self.trained.preprocessing.channels, max_pixels=reading.max_pixels)
-        copy = annotate(image, prediction.lines)
-        with atomic_file(folder / f"{number:05}-{path.stem}.{kind}") as file:
-            copy.save(file, kind, quality=95)
+    def average(self, outputs: list[Tensor]) -> Tensor:
+        """Logits of the mean probabilities."""
+        return torch.stack([output.float().softmax(1) for output in outputs]).mean(0).clamp_min(TINY).log()
 
     def write_csv(self, file: Path, predictions: list[Prediction], top: int) -> None:
         columns = range(min(top, len(self.names)))  # also if no picture could be read
         head = ["path", *(f"{column}{i + 1}" for i in columns for column in ("class", "probability"))]
         write_rows(file, [head, *([p.path, *chain.from_iterable(p.classes)] for p in predictions)])
 
-    def write_json(self, file: Path, predictions: list[Prediction]) -> None:
-        objects = []
-        for prediction in predictions:
-            classes = [{"name": name, "probability": share} for name, share in prediction.classes]
-            objects.append(json.dumps({"path": str(prediction.path), "classes": classes}))
-        write_atomic(file, "[\n{}\n]\n".format(",\n".join(objects)).encode())
-
-    def difference(self, outputs: list[Tensor], references: list[Tensor]) -> float:
-        return relative_difference(outputs, references)
-
     def outputs(self) -> dict[str, str]:
         return {"logits": f"float32 [batch, {self.trained.weights.outputs}]"}
-
-
-def write_rows(path: Path, rows: list[list]) -> None:
-    """Write a CSV file."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))

@@ -1,27 +1,42 @@
-"""Confusion matrix, reliability diagram, and annotated pictures."""
+"""Confusion matrix and reliability diagram."""
 
-import math
-import warnings
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
 from sklearn.metrics import confusion_matrix
-from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
-from configs.files import atomic_file
-from data.transforms import to_rgb
 from finetune.tasks.classification.scores import Bin, Predictions, calibration_error
+from finetune.tasks.examples import ROW, Example, write_examples
+from finetune.tasks.pictures import write_figure
 
 MAX_CLASSES, CONFUSED_CLASSES = 100, 30  # in a confusion matrix; with more classes the most confused are shown
 MAX_CLASSES_WITH_NUMBERS = 30  # in the cells
 MAX_NAME = 30  # characters of a class name
-MIN_SIDE = 256  # pixels: smaller pictures are enlarged before annotation
-MIN_LETTERS, LETTERS = 14, 1 / 24  # height of letters: minimum in pixels, and relative to the width
-FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # PIL's default has Latin letters only
+
+
+FILES = "confusion.png, calibration.png, examples.png"
+
+
+def write_pictures(folder: Path, predictions: Predictions, names: list[str], images: Any) -> None:
+    """Write the pictures `FILES`; `images` is the split of the predictions."""
+    confusion_picture(folder / "confusion.png", predictions, names)
+    calibration_picture(folder / "calibration.png", predictions.calibration())
+    order, wrong = np.argsort(predictions.loss, kind="stable"), predictions.best[:, 0] != predictions.label
+    sure = np.argsort(-predictions.confidence, kind="stable")
+    groups = {
+        "Worst: the highest loss": order[::-1],
+        "Best: the lowest loss": order,
+        "Mistakes with the highest confidence": sure[wrong[sure]],
+    }
+    lines = {title: [_example(predictions, i, names) for i in chosen[:ROW]] for title, chosen in groups.items()}
+    write_examples(folder / "examples.png", images, lines)
+
+
+def _example(predictions: Predictions, i: int, names: list[str]) -> Example:
+    found = f"{names[predictions.best[i, 0]]} {100 * predictions.confidence[i]:.0f} %"
+    return int(predictions.sample[i]), f"is {names[predictions.label[i]]}", f"predicted {found}"
 
 
 def confusion_picture(path: Path, predictions: Predictions, names: list[str]) -> None:
@@ -35,19 +50,23 @@ def confusion_picture(path: Path, predictions: Predictions, names: list[str]) ->
         shown = np.sort(by_confusion[:CONFUSED_CLASSES])
     images = np.bincount(label, minlength=len(names))[shown]
     share = confusion_matrix(label, first, labels=shown) / np.maximum(images, 1)[:, None]
+    matrix_picture(path, share, [names[i] for i in shown], f"% of each class's images; {title}")
 
-    side = 3 + max(3, 0.25 * len(shown))  # inches
+
+def matrix_picture(path: Path, share: np.ndarray, names: list[str], title: str) -> None:
+    """Write a confusion matrix [K, K]: the share of each class, a row, that is predicted as each class."""
+    side = 3 + max(3, 0.25 * len(names))  # inches
     figure = Figure((side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    ticks = [name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…" for name in (names[i] for i in shown)]
-    axes.set_xticks(range(len(shown)), ticks, rotation=90, parse_math=False)
-    axes.set_yticks(range(len(shown)), ticks, parse_math=False)
-    axes.set(xlabel="predicted class", ylabel="class", title=f"% of each class's images; {title}")
-    for row, column in np.argwhere(share >= 0.005) if len(shown) <= MAX_CLASSES_WITH_NUMBERS else ():
+    ticks = [name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…" for name in names]
+    axes.set_xticks(range(len(names)), ticks, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(names)), ticks, parse_math=False)
+    axes.set(xlabel="predicted class", ylabel="class", title=title)
+    for row, column in np.argwhere(share >= 0.005) if len(names) <= MAX_CLASSES_WITH_NUMBERS else ():
         text, colour = f"{100 * share[row, column]:.0f}", "white" if share[row, column] > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
-    _write(path, figure)
+    write_figure(path, figure)
 
 
 def calibration_picture(path: Path, bins: list[Bin]) -> None:
@@ -66,36 +85,4 @@ def calibration_picture(path: Path, bins: list[Bin]) -> None:
     images = sum(bin.images for bin in full)
     below.bar(left, [bin.images / images for bin in full], width, **bars)
     below.set(ylim=(0, 1), xlabel="confidence", ylabel="share of images")
-    _write(path, figure)
-
-
-def _write(path: Path, figure: Figure) -> None:
-    with atomic_file(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
-        figure.savefig(file, format="png", dpi=120)
-
-
-def annotate(image: Tensor, lines: list[str]) -> Image.Image:
-    """A decoded image [C, H, W], enlarged if small, with lines of text below it, shortened in the middle if long."""
-    picture = F.to_pil_image(to_rgb(image))
-    zoom = max(1, math.ceil(MIN_SIDE / max(picture.size)))
-    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-    width = max(picture.width, MIN_SIDE)
-    height = max(MIN_LETTERS, round(width * LETTERS))
-    font, space = ImageFont.truetype(FONT, height), height // 2
-    sheet = Image.new("RGB", (width, picture.height + space + len(lines) * (height + space)), "white")
-    sheet.paste(picture, ((width - picture.width) // 2, 0))
-    draw = ImageDraw.Draw(sheet)
-    for i, line in enumerate(lines):
-        top = picture.height + space + i * (height + space)
-        draw.text((space, top), _shorten(" ".join(line.split()), font, width - 2 * space), "black", font)
-    return sheet
-
-
-def _shorten(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Remove letters from the middle of a line until it is at most `width` pixels wide."""
-    cut = line
-    while font.getlength(cut) > width and len(cut) > 2:
-        keep = len(cut) // 2 - 1
-        cut = f"{cut[:keep]}…{cut[len(cut) - keep :]}"
-    return cut
+    write_figure(path, figure)

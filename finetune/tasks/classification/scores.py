@@ -1,11 +1,14 @@
 """Predictions of a classifier for a split, and their scores."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+METRICS = {  # scores that may select the best weights, and how they are shown
+    "top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "loss": "loss",
+}  # fmt: skip
 TOP = 5
 BINS = 15  # of confidence, as in arXiv 1706.04599
 
@@ -32,10 +35,16 @@ class Predictions:
     loss: np.ndarray  # [N] cross entropy
 
     def scores(self) -> dict[str, float]:
-        """Top-1 and top-5 accuracy from 0 to 1, mean cross entropy, and number of images."""
+        """Shares from 0 to 1 (accuracies and the F1 score of classes with images), mean cross entropy, images."""
         hits = self.best == self.label[:, None]
         top1, top5 = float(hits[:, 0].mean()), float(hits.any(1).mean())
-        return {"top1": top1, "top5": top5, "loss": float(self.loss.mean(dtype=np.float64)), "images": len(self.label)}
+        images = np.bincount(self.label)
+        found = np.bincount(self.best[:, 0], minlength=len(images))[: len(images)]
+        right, present = np.bincount(self.label, hits[:, 0]), images > 0
+        recall, f1 = right[present] / images[present], 2 * right[present] / (images + found)[present]
+        means = {"balanced_accuracy": float(recall.mean()), "macro_f1": float(f1.mean())}
+        loss = float(self.loss.mean(dtype=np.float64))
+        return {"top1": top1, "top5": top5, **means, "loss": loss, "images": len(self.label)}
 
     def confusions(self) -> tuple[np.ndarray, np.ndarray]:
         """(pairs [P, 2] of class and wrong prediction, counts [P]), the most frequent first."""
@@ -72,10 +81,3 @@ def collect(logits: Tensor, batch: dict[str, Tensor]) -> Predictions:
     confidence = logits.softmax(1).gather(1, best[:, :1])[:, 0]
     loss = F.cross_entropy(logits, label.to(logits.device), reduction="none")
     return Predictions(*(x.cpu().numpy() for x in (batch["sample"][real], label, best.int(), confidence, loss)))
-
-
-def join(parts: list[Predictions]) -> Predictions:
-    """Concatenate predictions of batches or ranks, in the order of the samples."""
-    columns = [np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Predictions)]
-    order = np.argsort(columns[0])  # `sample`
-    return Predictions(*(column[order] for column in columns))

@@ -1,45 +1,29 @@
 """Console tables of a classifier's evaluation."""
 
-from rich.console import Console
-from rich.table import Column, Table
+from finetune.tasks.tables import percent, show, table, title_of
 
 MAX_CLASSES_SHOWN = 20  # maximum number of classes for a complete list
-WORST = 10  # number of worst classes otherwise, and of confusions and damaged images
+WORST = 10  # number of worst classes otherwise, and of confusions
 
 
 def show_evaluation(result: dict) -> None:
     """Print damaged images, scores, all or the worst classes, and the most frequent confusions."""
-    console = Console(markup=False, emoji=False, highlight=False)
-    scores, classes, confusions, damaged = (result[key] for key in ("scores", "classes", "confusions", "damaged"))
-    for line in damaged[:WORST]:
-        console.print(f"damaged, left out: {line['name']} ({line['error']})", soft_wrap=True)
-    if damaged[WORST:]:
-        console.print(f"and {len(damaged) - WORST} more, listed in evaluation.json")
-    title = f"{result['weights']} on {result['data']}, split {result['split']}"
-    numbers = ["images", "loss", "top-1", "top-5", "mean over classes", "macro F1", "calibration error"]
-    table = _table(title, [], numbers)
-    shares = (scores[key] for key in ("top1", "top5", "mean_class_accuracy", "macro_f1", "calibration_error"))
-    table.add_row(f"{scores['images']:,}", f"{scores['loss']:.4f}", *map(_percent, shares))
-    console.print(table)
+    scores, classes, confusions = (result[key] for key in ("scores", "classes", "confusions"))
+    numbers = ["images", "loss", "top-1", "top-5", "balanced", "macro F1", "calibration error"]
+    shares = (scores[key] for key in ("top1", "top5", "balanced_accuracy", "macro_f1", "calibration_error"))
+    row = [f"{scores['images']:,}", f"{scores['loss']:.4f}", *map(percent, shares)]
+    tables = [table(title_of(result), [], numbers, [row])]
 
     shown = MAX_CLASSES_SHOWN if len(classes) <= MAX_CLASSES_SHOWN else WORST
     worst = sorted(classes, key=lambda row: row["accuracy"])[:shown]
     title = "classes" if len(worst) == len(classes) else f"worst of {len(classes)} classes"
-    table = _table(title, ["class"], ["images", "accuracy"])
-    for row in worst:
-        table.add_row(row["name"], f"{row['images']:,}", _percent(row["accuracy"]))
-    console.print(table)
+    rows = [[row["name"], f"{row['images']:,}", percent(row["accuracy"])] for row in worst]
+    tables.append(table(title, ["class"], ["images", "accuracy"], rows))
 
     if confusions:
-        table = _table("most frequent confusions", ["class", "predicted as"], ["images", "of the class"])
-        for row in confusions[:WORST]:
-            table.add_row(row["label"], row["predicted"], f"{row['images']:,}", _percent(row["share"]))
-        console.print(table)
-
-
-def _table(title: str, texts: list[str], numbers: list[str]) -> Table:
-    return Table(*texts, *(Column(name, justify="right") for name in numbers), title=title)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+        rows = [
+            [row["label"], row["predicted"], f"{row['images']:,}", percent(row["share"])] for row in confusions[:WORST]
+        ]
+        columns = ["class", "predicted as"], ["images", "of the class"]
+        tables.append(table("most frequent confusions", *columns, rows))
+    show(result, *tables)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.files import atomic_file, write_atomic
@@ -16,13 +16,13 @@ from data.decode import decode
 from data.folder import Folder, read_image
 from data.reading import Reading
 from data.shards import Split
-from finetune.tasks.classification.inference import write_rows
 from finetune.tasks.detection import scores
 from finetune.tasks.detection.model import MASK_SIDE, Detector
 from finetune.tasks.detection.scores import Predictions, detections
 from finetune.tasks.detection.tables import show_evaluation
 from finetune.tasks.detection.task import box_classes, truth_of
 from finetune.tasks.detection.transforms import EvalTransform, ReadTarget
+from finetune.tasks.image_inference import write_rows
 from models.opening import Trained
 from models.weights import load_strict
 
@@ -78,6 +78,9 @@ class DetectionInference:
             problem = f"{images.folder} has boxes of {unknown[0]}, which {self.trained.path} does not know"
             raise UserError(f"{problem} ({', '.join(self.names[:10])})")
         self.images = images
+
+    def run(self, model: nn.Module, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return model(image)
 
     def collect(self, output: tuple[Tensor, ...], batch: dict[str, Tensor]) -> Predictions:
         number = {name: i for i, name in enumerate(self.names)}

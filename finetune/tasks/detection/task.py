@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.log import say
@@ -110,6 +110,9 @@ class DetectionTask:
         keys = ("object_box", "object_label", "object_mask")
         targets = [batch[key].to(image.device, non_blocking=True) for key in keys if key in batch]
         return model(image, batch["objects"], *targets)
+
+    def run(self, model: nn.Module, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return model(image)
 
     def collect(self, output: tuple[Tensor, ...], batch: dict[str, Tensor]) -> Predictions:
         number = {name: i for i, name in enumerate(self.classes)}

@@ -33,7 +33,9 @@ class Predictions(scores.Predictions):
 
 
 class Task(ClassifierTask):
-    metric, classes = "negative_loss", None
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.metric = "negative_loss"
 
     def build(self, arch):
         model = ConvNeXt(arch)

@@ -15,7 +15,7 @@ from models.weights import Weights, split_by_prefix
 SMALL = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32)}
 FILES = {
     "ours": "x.pt", "official": "x.pth", "official-sparse": "x.pth", "timm": "x.pth", "transformers": "x",
-    "mmpretrain": "x.pth",
+    "mmpretrain": "x.pth", "timm-features": "x.pth", "torchvision": "x.pth",
 }  # fmt: skip
 
 
@@ -53,6 +53,15 @@ def classifier(name: str = "convnextv2_atto", classes: int = 5, fill=natural, ch
     return Weights(arch, preprocessing(channels), encoder, head=head, classes=names)
 
 
+def weights_for(form: str) -> Weights:
+    """Small weights with all that a format can store."""
+    if form in ("ours", "official-sparse"):
+        return autoencoder(**SMALL)
+    if form == "torchvision":
+        return classifier("convnext_tiny", **SMALL)
+    return classifier(classes=0 if form == "timm-features" else 5, **SMALL)
+
+
 def autoencoder(name: str = "convnextv2_atto", fill=natural, channels: int = 3, **settings) -> Weights:
     """A masked autoencoder's weights."""
     given = from_flat({"name": name, "channels": channels, **settings})
@@ -61,6 +70,9 @@ def autoencoder(name: str = "convnextv2_atto", fill=natural, channels: int = 3, 
     encoder, decoder = split_by_prefix(fill(model), "encoder.")
     encoder = {key.removeprefix("encoder."): tensor for key, tensor in encoder.items()}
     return Weights(model.encoder.arch, preprocessing(channels), encoder, decoder, flat_config(*given))
+
+
+PLAIN = ("timm-features", "torchvision")  # formats that store tensors only
 
 
 def assert_same(found: dict, expected: dict) -> None:

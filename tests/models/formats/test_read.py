@@ -6,9 +6,11 @@ import itertools
 import json
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from configs.errors import UserError
@@ -20,13 +22,9 @@ from models.formats.read import read_weights
 from models.formats.write import to_form, write_weights
 from models.weights import save
 from tests.conftest import has
-from tests.models.formats.helpers import FILES, SMALL, assert_same, autoencoder, classifier
+from tests.models.formats.helpers import FILES, SMALL, assert_same, autoencoder, classifier, weights_for
 
 FOREIGN = [form for form in FORMATS if form != "ours"]
-
-
-def weights_for(form: str):
-    return autoencoder(**SMALL) if form in ("ours", "official-sparse") else classifier(**SMALL)
 
 
 class Payload:
@@ -73,8 +71,8 @@ def test_an_official_fine_tuned_checkpoint(tmp_path):
     assert_same(found.ema, {name: tensor * 2 for name, tensor in (weights.encoder | weights.head).items()})
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.module."])
-@pytest.mark.parametrize("container", [None, "model", "state_dict", "module"])
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.module.", "net.encoder.", "visual.trunk."])
+@pytest.mark.parametrize("container", [None, "model", "state_dict", "params_ema"])
 @pytest.mark.parametrize("form", FOREIGN)
 def test_containers_and_wrappers(form, container, wrapper, tmp_path):
     weights = weights_for(form)
@@ -233,15 +231,16 @@ def test_truncated(form, keep, tmp_path):
 @pytest.mark.parametrize("form", FOREIGN)
 def test_wrong_tensors_are_listed_by_the_files_names(form, tmp_path):
     tensors, _ = to_form(weights_for(form), form)
-    names = sorted(name for name in tensors if "norm" in name and "stages" in name)
+    names = sorted(name for name in tensors if re.search(r"norm|block\.2", name) and re.search("stages|features", name))
     gone, bent = names[0], names[-1]
-    tensors["extra.weight"] = torch.zeros(3)
+    extra = next((p for p in ("convnextv2.", "backbone.") if gone.startswith(p)), "") + "extra.weight"
+    tensors[extra] = torch.zeros(3)
     tensors[bent] = torch.zeros(7, 7)
     del tensors[gone]
     torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(UserError) as error:
         read_weights(tmp_path / "x.pth")
-    assert f"missing {gone}" in str(error.value) and "unexpected extra.weight" in str(error.value)
+    assert f"missing {gone}" in str(error.value) and f"unexpected {extra}" in str(error.value)
     assert has(error.value, f"{bent} [7, 7]") and "\n" not in str(error.value)
 
 
@@ -249,7 +248,7 @@ def test_wrong_tensors_are_listed_by_the_files_names(form, tmp_path):
 def test_a_transposed_tensor_is_misshapen(form, tmp_path):
     """Tensors of another shape are not reshaped to fit."""
     tensors, _ = to_form(weights_for(form), form)
-    name = next(name for name in tensors if "fc1.weight" in name or "wconv1" in name or "pointwise_conv1" in name)
+    name = next(name for name in tensors if re.search(r"fc1\.weight|wconv1|pointwise_conv1|block\.3\.weight", name))
     tensors[name] = tensors[name].transpose(0, 1).contiguous()
     torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"x\.pth"):
@@ -261,7 +260,7 @@ def test_mixed_up_formats(first, second, tmp_path):
     one, two = (to_form(weights_for(form), form)[0] for form in (first, second))
     half = {name: tensor for name, tensor in one.items() if ".2." not in name}
     torch.save(half | {name: tensor for name, tensor in two.items() if ".2." in name}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=" missing "):
+    with pytest.raises(UserError, match=r" (missing|unexpected) "):
         read_weights(tmp_path / "x.pth")
 
 
@@ -302,7 +301,7 @@ def test_a_bare_pickle_is_not_opened(name, tmp_path):
     trap = tmp_path / "ran"
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "convnextv2"}))
     (tmp_path / name).write_bytes(pickle.dumps(Payload(trap)))
-    with pytest.raises(UserError, match="truncated"):
+    with pytest.raises(UserError, match=r"truncated|code"):
         read_weights(tmp_path if name.endswith("bin") else tmp_path / name)
     assert not trap.exists()
 
@@ -341,3 +340,101 @@ def test_folders_that_are_not_models(files, message, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         read_weights(tmp_path)
+
+
+def renamed(tensors: dict, change) -> dict:
+    return {change(name): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "remark"),
+    [
+        (lambda t: {"state_dict": renamed(t, "model.".__add__) | {"loss.weight": torch.ones(3)}}, "1 tensors .* loss"),
+        (lambda t: renamed(t, "visual.trunk.".__add__) | {"text.x": torch.ones(1), "logit_scale": torch.ones(1)}, "2 "),
+        (lambda t: {"state_dict_ema": t, "epoch": 3}, "averaged weights only"),
+        (lambda t: {"checkpoint": 1, "model": {"state_dict": renamed(t, "net.module.".__add__)}}, None),
+        (lambda t: renamed(t, lambda name: f"_orig_mod.{name.replace('.blocks.', '.blocks._orig_mod.')}"), None),
+    ],
+    ids=["lightning", "clip", "ema alone", "nested", "compiled parts"],
+)
+def test_wrapped_files(content, remark, tmp_path):
+    weights = classifier(**SMALL)
+    torch.save(content(to_form(weights, "timm")[0]), tmp_path / "x.pth")
+    found, form, remarks = read_weights(tmp_path / "x.pth")
+    assert form == "timm" and ([r for r in remarks if re.search(remark, r)] if remark else len(remarks) == 1)
+    assert_same(found.encoder | found.head, weights.encoder | weights.head)
+
+
+def test_backbones_with_norms_after_the_stages(tmp_path):
+    """mmseg's and mmdet's, with their heads; transformers'."""
+    weights = classifier(classes=0, **SMALL)
+    tensors, _ = to_form(weights, "mmpretrain")
+    norms = {f"backbone.norm{i}.{p}": torch.rand(w) for i, w in enumerate(SMALL["dims"]) for p in ("weight", "bias")}
+    torch.save({"state_dict": tensors | norms | {"decode_head.x": torch.ones(2)}}, tmp_path / "x.pth")
+    found, form, remarks = read_weights(tmp_path / "x.pth")
+    assert form == "mmpretrain" and found.head == {} and has(remarks, "8 tensors decode_head")
+    assert_same(found.encoder, weights.encoder)
+
+
+def test_sparks_pretraining_file(tmp_path):
+    weights = classifier("convnext_tiny", classes=0, **SMALL)
+    tensors = renamed(to_form(weights, "official")[0], "sparse_encoder.sp_cnn.".__add__)
+    others = {"dense_decoder.dec.0.weight": torch.ones(2), "mask_tokens.0": torch.ones(2), "norm_black": torch.ones(2)}
+    torch.save({"epoch": 1, "module": tensors | others, "optimizer": {}}, tmp_path / "x.pth")
+    found, form, remarks = read_weights(tmp_path / "x.pth")
+    assert form == "official" and has(remarks, "3 tensors dense_decoder")
+    assert_same(found.encoder, weights.encoder)
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_the_format_of_older_torch(form, tmp_path):
+    weights = weights_for(form)
+    tensors = to_form(weights, form)[0]
+    torch.save(tensors, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    found, detected, _ = read_weights(tmp_path / "x.pth")
+    assert detected == form
+    assert_same(found.encoder | found.decoder | found.head, weights.encoder | weights.decoder | weights.head)
+
+
+def test_code_in_the_format_of_older_torch(tmp_path):
+    trap = tmp_path / "ran"
+    torch.save({"a": Payload(trap)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="code"):
+        read_weights(tmp_path / "x.pth")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("form", FORMATS)
+def test_numbers_that_are_not_finite(form, value, tmp_path):
+    weights = weights_for(form)
+    weights.encoder["stages.1.blocks.0.norm.bias"][3] = value
+    write_weights(tmp_path / FILES[form], weights, form)
+    with pytest.raises(UserError, match=r"not finite in \S*1\.\S*bias:"):
+        read_weights(tmp_path / FILES[form])
+
+
+def test_averaged_weights_that_are_not_finite(tmp_path):
+    weights = classifier(**SMALL)
+    weights.ema = {name: tensor * float("nan") for name, tensor in (weights.encoder | weights.head).items()}
+    for form in ("ours", "official"):
+        write_weights(tmp_path / FILES[form], weights, form)
+        with pytest.raises(UserError, match=r"not finite .* more"):
+            read_weights(tmp_path / FILES[form])
+
+
+def test_several_encoders(tmp_path):
+    tensors, _ = to_form(classifier(**SMALL), "timm")
+    torch.save(renamed(tensors, "student.".__add__) | renamed(tensors, "teacher.".__add__), tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"several encoders \(student\., teacher\.\)"):
+        read_weights(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "seems"),
+    [("resnet18", "ResNet"), ("vit_tiny_patch16_224", "vision transformer"), ("efficientnet_b0", "EfficientNet")],
+)
+def test_other_models_by_name(name, seems, tmp_path):
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UserError, match=f"seems to be an? {seems}"):
+        read_weights(tmp_path / "x.pth")

@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+import torchvision
 import transformers
 
 from configs.errors import UserError
@@ -15,6 +16,7 @@ from models.formats.write import how_to_load_backbone, to_form, write_weights
 from models.sizes import SIZES
 from tests.models.formats.helpers import (
     FILES,
+    PLAIN,
     SMALL,
     assert_same,
     autoencoder,
@@ -23,6 +25,7 @@ from tests.models.formats.helpers import (
     logits,
     maps,
     numbered,
+    weights_for,
 )  # fmt: skip
 from tests.models.helpers import assert_close
 
@@ -34,22 +37,22 @@ SIZES_AND_FORMATS = [
     pytest.param(name, form, marks=pytest.mark.slow if name in BIG else ())
     for name in SIZES
     for form in TABLES
-    if form != "official-sparse" or name.startswith("convnextv2")
+    if form not in ("official-sparse", "torchvision") or name.startswith("convnextv2") == (form == "official-sparse")
 ]
 
 
 @pytest.mark.xdist_group("large")  # gigabytes each: never two at once
 @pytest.mark.parametrize(("name", "form"), SIZES_AND_FORMATS)
 def test_every_size_round_trips(name, form, tmp_path):
-    sparse = form == "official-sparse"
-    weights = autoencoder(name, fill=numbered, decoder_depth=2) if sparse else classifier(name, fill=numbered)
+    sparse, classes = form == "official-sparse", 0 if form == "timm-features" else 5
+    weights = autoencoder(name, fill=numbered, decoder_depth=2) if sparse else classifier(name, classes, numbered)
     tensors, remarks = to_form(weights, form)
-    arch, encoder, decoder, head = translate(tensors, form, tmp_path)
-    assert arch == weights.arch and remarks == []
-    assert_same(encoder | decoder | head, weights.encoder | weights.decoder | weights.head)
+    found = translate(tensors, tmp_path)
+    assert (found.form, found.arch) == (form, weights.arch) and remarks == found.remarks == []
+    assert_same(found.encoder | found.decoder | found.head, weights.encoder | weights.decoder | weights.head)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [form for form in FORMATS if form not in PLAIN])
 @pytest.mark.parametrize("shape", [{}, {"channels": 1, "stem_stride": 1, **SMALL}], ids=["atto", "small"])
 def test_files_round_trip(form, shape, tmp_path):
     """Tensors, architecture, class names, preprocessing, settings of the decoder, and averaged weights."""
@@ -92,7 +95,7 @@ def test_an_encoder_round_trips(form, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMATS)
 def test_half_precision_is_kept(form, dtype, tmp_path):
-    weights = autoencoder(**SMALL) if form == "official-sparse" else classifier(**SMALL)
+    weights = weights_for(form)
     for part in (weights.encoder, weights.decoder, weights.head):
         part.update({name: tensor.to(dtype) for name, tensor in part.items()})
     write_weights(tmp_path / FILES[form], weights, form)
@@ -195,6 +198,8 @@ def test_transformers_backbone(name, classes, channels, stride, tmp_path):
     [
         ("timm", {"stem_stride": 2}, r"model\.stem_stride 2 .*timm"),
         ("official-sparse", {"name": "convnext_tiny"}, "sparse.* V2"),
+        ("torchvision", {"name": "convnextv2_tiny"}, "torchvision .*V1"),
+        ("torchvision", {"name": "convnext_tiny", "stem_stride": 2}, "torchvision .*stride 4"),
     ],
 )
 def test_unsupported_models_are_refused(form, weights, message, tmp_path):
@@ -216,7 +221,7 @@ def test_transformers_bare_model_and_older_files(tmp_path):
     assert_same(read_weights(tmp_path / "x")[0].encoder, weights.encoder)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [form for form in FORMATS if form not in PLAIN])
 @pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
 def test_interpolation_round_trips(interpolation, form, tmp_path):
     weights = (autoencoder if form in ("ours", "official-sparse") else classifier)(**SMALL)
@@ -336,3 +341,48 @@ def test_logits_do_not_hide_a_missing_tensor():
             part[name] = kept + 0.5 * torch.rand_like(kept)
             assert not torch.allclose(logits(weights, image), before, rtol=1e-4, atol=1e-5), name
             part[name] = kept
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", pytest.param("convnext_large", marks=pytest.mark.slow)])
+def test_real_torchvision(name, tmp_path):
+    """torchvision loads our file and computes the same; its own state dict comes back bit for bit."""
+    weights, image = classifier(name), torch.randn(2, 3, 64, 96)
+    write_weights(tmp_path / "x.pth", weights, "torchvision")
+    model = getattr(torchvision.models, name)(num_classes=5).eval()
+    model.load_state_dict(torch.load(tmp_path / "x.pth"))
+    with torch.no_grad():
+        assert_close(logits(weights, image), model(image))
+    torch.save(model.state_dict(), tmp_path / "theirs.pth")
+    found, form, _ = read_weights(tmp_path / "theirs.pth")
+    assert form == "torchvision"
+    assert_same(to_form(found, "torchvision")[0], model.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.model."])  # the second: of segmentation_models_pytorch
+@pytest.mark.parametrize(("name", "classes", "channels", "stride"), BACKBONES)
+def test_state_of_timms_features(name, classes, channels, stride, prefix, tmp_path):
+    weights = classifier(name, 0, channels=channels, stem_stride=stride, **SMALL)
+    write_weights(tmp_path / "x.pth", weights, "timm-features")
+    more = {"in_chans": channels, "patch_size": stride, **SMALL}
+    model = timm.create_model(name, features_only=True, **more).eval()
+    model.load_state_dict(torch.load(tmp_path / "x.pth"))
+    image = torch.randn(2, channels, 16 * stride, 24 * stride)
+    with torch.no_grad():
+        for ours, theirs in zip(maps(weights, image), model(image), strict=True):
+            assert_close(ours, theirs)
+    theirs = {prefix + key: tensor for key, tensor in model.state_dict().items()}
+    torch.save(theirs | ({"decoder.x": torch.ones(1)} if prefix else {}), tmp_path / "theirs.pth")
+    found, form, _ = read_weights(tmp_path / "theirs.pth")
+    assert form == "timm-features"
+    assert_same(found.encoder, weights.encoder)
+
+
+def test_state_of_transformers_backbone(tmp_path):
+    weights = classifier(classes=0, **SMALL)
+    write_weights(tmp_path / "x", weights, "transformers")
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    model = transformers.ConvNextV2Backbone.from_pretrained(tmp_path / "x", out_features=stages)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    found, form, remarks = read_weights(tmp_path / "x.pth")
+    assert form == "transformers" and any("left out: the norms" in remark for remark in remarks)
+    assert_same(found.encoder, weights.encoder)

@@ -6,6 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from finetune.tasks import pictures as shared
 from finetune.tasks.classification import pictures
 from finetune.tasks.classification.scores import Predictions
 from tests.conftest import has
@@ -69,7 +70,7 @@ def test_reliability_diagram(figures, tmp_path):
 @pytest.mark.parametrize(("shape", "zoom"), [((1, 8, 8), 32), ((3, 300, 400), 1), ((4, 100, 60), 3), ((5, 9, 300), 1)])
 def test_the_picture_is_whole_and_the_text_below_it(shape, zoom):
     image = torch.randint(1, 255, shape, dtype=torch.uint8)
-    pixels = np.asarray(pictures.annotate(image, ["cat 99.0 %", "a name that is far too long for this " * 3 + "0.1 %"]))
+    pixels = np.asarray(shared.annotate(image, ["cat 99.0 %", "a name that is far too long for this " * 3 + "0.1 %"]))
     height, width = shape[1] * zoom, shape[2] * zoom
     left = (pixels.shape[1] - width) // 2
     expected = (image[:3] if shape[0] >= 3 else image.expand(3, -1, -1)).permute(1, 2, 0).numpy()
@@ -77,11 +78,11 @@ def test_the_picture_is_whole_and_the_text_below_it(shape, zoom):
     band = pixels[height:]
     letters = np.argwhere(band.min(2) < 128)
     assert len(letters) and (band[[0, -1]] == 255).all() and (band[:, [0, -1]] == 255).all()  # none touches an edge
-    assert np.ptp(letters[:, 0]) > 2 * pictures.MIN_LETTERS
+    assert np.ptp(letters[:, 0]) > 2 * shared.MIN_LETTERS
 
 
 def test_letters_grow_with_the_picture():
     heights = [
-        pictures.annotate(torch.zeros(3, 10, side, dtype=torch.uint8), ["H"]).height - 10 for side in (400, 1600, 6400)
+        shared.annotate(torch.zeros(3, 10, side, dtype=torch.uint8), ["H"]).height - 10 for side in (400, 1600, 6400)
     ]
     assert heights[1] > 2 * heights[0] and heights[2] == pytest.approx(4 * heights[1], rel=0.05)

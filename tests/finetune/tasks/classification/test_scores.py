@@ -1,16 +1,20 @@
 """Predictions and scores, computed by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score, recall_score
 
-from finetune.inference import predict
+from finetune.inference import join, predict
 from finetune.tasks.classification import scores
 from finetune.tasks.classification.scores import Predictions, calibration_error
 from launch.training.world import World
 
 LOGITS = torch.tensor([[9.0, 5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]])
 LABELS = torch.tensor([0, 6, 1, -1])  # right, right, sixth best, padding
+TASK = SimpleNamespace(run=lambda model, image, batch: model(image), collect=scores.collect, join=join)
 STATISTICS = torch.zeros(1), torch.ones(1)
 
 
@@ -41,7 +45,7 @@ def predictions(label, first, confidence):
 
 def test_scores_by_hand(alone):
     model = Table().train()
-    found = predict(scores, {"raw": model}, [batch([3, 2]), batch([1, 0])], alone, *STATISTICS, "fp32")["raw"]
+    found = predict(TASK, {"raw": model}, [batch([3, 2]), batch([1, 0])], alone, *STATISTICS, "fp32")["raw"]
     assert model.training
     assert found.sample.tolist() == [0, 1, 2] and found.label.tolist() == [0, 6, 1]  # in order, without the filling
     assert found.best[0].tolist() == [0, 1, 2, 3, 4] and found.best[1].tolist() == [6, 5, 4, 3, 2]
@@ -49,7 +53,17 @@ def test_scores_by_hand(alone):
     assert found.confidence == pytest.approx(expected.amax(1).numpy(), rel=1e-6)
     assert found.loss == pytest.approx(-expected.log()[torch.arange(3), LABELS[:3]].numpy(), rel=1e-6)
     loss = pytest.approx(found.loss.mean(), rel=1e-6)
-    assert found.scores() == {"top1": pytest.approx(2 / 3), "top5": pytest.approx(2 / 3), "loss": loss, "images": 3}
+    means = {"balanced_accuracy": pytest.approx(2 / 3), "macro_f1": pytest.approx(5 / 9)}
+    shares = {"top1": pytest.approx(2 / 3), "top5": pytest.approx(2 / 3)}
+    assert found.scores() == {**shares, **means, "loss": loss, "images": 3}
+
+
+def test_means_over_classes_are_those_of_sklearn():
+    label, first = np.random.default_rng(0).integers(1, 9, size=(2, 100))
+    label[label == 3] = 4  # a class that is only predicted
+    found = predictions(label, first, np.ones(100)).scores()
+    for key, function in (("balanced_accuracy", recall_score), ("macro_f1", f1_score)):
+        assert found[key] == pytest.approx(function(label, first, labels=np.unique(label), average="macro"), abs=1e-6)
 
 
 def test_ranks_are_joined_in_the_order_of_the_samples(alone, monkeypatch):
@@ -57,7 +71,7 @@ def test_ranks_are_joined_in_the_order_of_the_samples(alone, monkeypatch):
     parts = []
     monkeypatch.setattr("finetune.inference.gather", lambda value: parts.append(value) or parts)
     for rank in (1, 0):
-        part = predict(scores, {"": Table()}, [batch([rank, rank + 2])], alone, *STATISTICS, "fp32")[""]
+        part = predict(TASK, {"": Table()}, [batch([rank, rank + 2])], alone, *STATISTICS, "fp32")[""]
     assert part.sample.tolist() == [0, 1, 2] and part.label.tolist() == [0, 6, 1]
 
 

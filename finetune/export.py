@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     expected = [predict_with(source)(batch) for batch in batches]
     if options.fp16:
         deployed = to_fp16(source)
-        check_fp16(source, deployed, expected, batches, difference)
+        check_fp16(source, deployed, expected, batches, difference, one_by_one)
         encoder, head = ({name: x.half() for name, x in part.items()} for part in (weights.encoder, weights.head))
         weights = replace(weights, encoder=encoder, head=head)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -104,12 +104,13 @@ def main(argv: list[str] | None = None) -> None:
         with explain_errors(to):
             exported = load_exported(part, to, weights)
             subject = f"{out} is not written: it"
-            largest = compare(expected, exported, batches, options.fp16, subject, difference)
+            found = compare(expected, exported, batches, options.fp16, subject, difference, one_by_one)
         files = move_files(Path(folder), out)
     written = f"{' and '.join(map(str, files))}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
     shapes = ", ".join(dict.fromkeys("x".join(map(str, batch.shape)) for batch in batches))
-    difference = f"its outputs for images of {shapes} differ by at most {largest:.1e} of the largest output"
-    print(f"wrote {written}; read back, {difference}; load it with\n  {how_to_use(out, to, weights)}")
+    print(f"wrote {written}; read back, its outputs for images of {shapes} {found}; "
+        f"load it with
+  {how_to_use(out, to, weights)}")
 
 
 def move_files(folder: Path, out: Path) -> list[Path]:

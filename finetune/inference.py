@@ -91,7 +91,7 @@ class Inference(Collector, Protocol):
     def write_json(self, file: Path, predictions: list[Any]) -> None:
         """Write predictions as a list of objects."""
 
-    def difference(self, outputs: list[Tensor], references: list[Tensor]) -> float:
+    def difference(self, outputs: list[Tensor], references: list[Tensor]) -> list[float]:
         """How far an exported model's outputs are from the source's, as a share. Optional.
 
         Raises `UserError` if they mean something else.

@@ -138,7 +138,7 @@ def test_an_image_of_another_shape_is_left_out(tmp_path):
     images(tmp_path / "in", ["a.png", "b.png"])
     images(tmp_path / "in", ["c.png"], (30, 30))
     out = prepare(tmp_path / "in", tmp_path / "out", "--boxes", coco(tmp_path / "boxes.json"))
-    assert "1 boxes of another size, such as c.png" in out
+    assert "1 with boxes of another size, such as c.png" in out
     assert set(targets(tmp_path / "out")) == {"a.png", "b.png"}
     assert has((tmp_path / "out/skipped.txt").read_text(), "c.png 40x30 30x30")
 

@@ -27,7 +27,6 @@ from models.opening import Trained
 from models.weights import load_strict
 
 COMPARED = 0.1  # score from which an exported model must give every object: the last ones may be cut off
-FLIPPED = 0.1  # share of them that NMS may choose otherwise
 
 
 @dataclass(frozen=True)
@@ -161,24 +160,26 @@ class DetectionInference:
         categories = [{"id": i, "name": name} for name, i in number.items()]
         return json.dumps({"images": images, "annotations": annotations, "categories": categories}).encode()
 
-    def difference(self, outputs: list[Tensor], references: list[Tensor]) -> float:
-        """The largest difference of scores, of boxes relative to the image's side, and of masks.
+    def difference(self, outputs: list[Tensor], references: list[Tensor]) -> list[float]:
+        """For each object of either model, how far the nearest one of its class is in the other model's: the largest
+        difference of box (relative to the image's side) and score together, and of the mask.
 
-        The objects of an image are compared with the nearest of their class, because almost equal scores may change
-        places. Runtimes round differently, so NMS may decide otherwise where an overlap is at its threshold: a share of
-        `FLIPPED` of the objects may differ, but no more.
+        Almost equal scores may change places, so positions do not count.
         """
-        side = max(self.trained.preprocessing.size)
-        box, score, label, *mask = (part[0].float() for part in outputs)
-        found = []
-        for i in range(int((references[1][0] >= COMPARED).sum())):
-            share = (box - references[0][0, i]).abs().amax(1) / side
-            near = torch.where(label == references[2][0, i], share + (score - references[1][0, i]).abs(), torch.inf)
-            match = int(near.argmin())
-            found.append(float(near[match]))
-            if mask:
-                found[-1] = max(found[-1], float((mask[0][match] - references[3][0, i]).abs().max()))
-        return sorted(found)[-1 - int(FLIPPED * len(found))] if found else 0.0
+        one, other = ([part[0].float() for part in parts] for parts in (references, outputs))
+        pairs = [(i, *self._nearest(i, one, other)) for i in range(int((one[1] >= COMPARED).sum()))]
+        found, matched = [share for *_, share in pairs], {match for _, match, _ in pairs}
+        alone = [i for i in range(int((other[1] >= COMPARED).sum())) if i not in matched]
+        return found + [self._nearest(i, other, one)[1] for i in alone]
+
+    def _nearest(self, i: int, one: list[Tensor], other: list[Tensor]) -> tuple[int, float]:
+        """Position of the object of `other` (boxes, scores, labels, masks) nearest to object i of `one`, and how far."""
+        box, score, label, *mask = other
+        share = (box - one[0][i]).abs().amax(1) / max(self.trained.preprocessing.size)
+        near = torch.where(label == one[2][i], share + (score - one[1][i]).abs(), torch.inf)
+        match = int(near.argmin())
+        far = float(near[match])
+        return match, max(far, float((mask[0][match] - one[3][i]).abs().max())) if mask else far
 
     def outputs(self) -> dict[str, str]:
         count = self.trained.weights.task_config["head"]["detections"]

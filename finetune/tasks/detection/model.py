@@ -153,11 +153,10 @@ class DetectionHead(nn.Module):
                 start += count
             level = torch.cat([torch.full_like(part, i) for i, part in enumerate(best)])
             chosen = torch.cat(best)
-            box, score = clip_boxes_to_image(box[chosen], size), logit[chosen].sigmoid()
-            valid = _kept(box, score, level, self.rpn.nms_thresh, MIN_SIDES[0], 0.0)
-            score = torch.where(valid, score, -1.0)
-            score, order = score.topk(min(TOP_PROPOSALS["testing"], len(score)))
-            found.append(box[order] * (score >= 0)[:, None])
+            box, score = clip_boxes_to_image(box[chosen], size), logit[chosen]  # onnxruntime's sigmoid(-16) is 0
+            valid = _kept(box, score, level, self.rpn.nms_thresh, MIN_SIDES[0], -torch.inf)
+            score, order = torch.where(valid, score, -torch.inf).topk(min(TOP_PROPOSALS["testing"], len(score)))
+            found.append(box[order] * (score > -torch.inf)[:, None])
         return found
 
     def _best(self, boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -108,9 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         files = move_files(Path(folder), out)
     written = f"{' and '.join(map(str, files))}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
     shapes = ", ".join(dict.fromkeys("x".join(map(str, batch.shape)) for batch in batches))
-    print(f"wrote {written}; read back, its outputs for images of {shapes} {found}; "
-        f"load it with
-  {how_to_use(out, to, weights)}")
+    same = f"read back, its outputs for images of {shapes} {found}"
+    print(f"wrote {written}; {same}; load it with\n  {how_to_use(out, to, weights)}")
 
 
 def move_files(folder: Path, out: Path) -> list[Path]:

@@ -89,10 +89,9 @@ def compare(
     if len(others) > OTHER_OBJECTS * len(found):
         raise UserError(f"{subject} finds {len(others):,} of {len(found):,} objects elsewhere than the source")
     largest = max((share for share in found if share <= tolerance), default=0.0)
-    text = (
-        f"have {len(found) - len(others):,} of {len(found):,} objects in common, which differ by at most {largest:.1e}"
-    )
-    return f"{text}; {len(others):,} differ by up to {max(others):.1e}, as NMS chose others" if others else text
+    text = f"have {len(found) - len(others):,} of {len(found):,} objects in common"
+    rest = f", the others by up to {max(others):.1e}, as NMS may choose others" if others else ""
+    return f"{text}, which differ by at most {largest:.1e}{rest}"
 
 
 def check_fp16(

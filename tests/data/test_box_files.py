@@ -221,3 +221,48 @@ def test_a_class_that_train_does_not_have(tmp_path, refused):
     one = coco(tmp_path / "one.json", {"a.png": [("bar", 1, 1, 2, 2)]}, ["bar"])
     line = refused(main, tmp_path / "in", tmp_path / "out", "--boxes", one, "--val-boxes", coco(tmp_path / "two.json"))
     assert has(line, "two.json ring one.json bar")
+
+
+def test_tiles_have_the_parts_of_boxes_that_are_in_them(tmp_path):
+    """20 % of a box must be in a tile; a tile without a box is a negative. Also of pictures that are turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    boxes = {"a.png": [("ring", 2, 3, 10, 8), ("bar", 10, 18, 12, 4), ("ring", 15, 2, 10, 4)], "b.png": []}
+    images(tmp_path / "in", boxes)
+    given = coco(tmp_path / "boxes.json", boxes)
+    words = "--boxes", given, "--tile", "16"
+    out = prepare(tmp_path / "in", tmp_path / "out", *words)
+    assert has(out, "train 2 images") and "no labels" not in out and has(out, "train 2 classes of boxes: ring 2, bar 1")
+    found = targets(tmp_path / "out")
+    assert len(found) == 12 and all((x["height"], x["width"]) == (16, 16) for x in found.values())
+    expected = {
+        "a.png@0,0": [("ring", 2, 3, 10, 8)],
+        "a.png@0,16": [("ring", 0, 2, 9, 4)],
+        "a.png@0,24": [],
+        "a.png@14,0": [("bar", 10, 4, 6, 4)],
+        "a.png@14,16": [("bar", 0, 4, 6, 4)],
+        "a.png@14,24": [],
+    }
+    assert {name: rows(x) for name, x in found.items() if name[0] == "a"} == expected
+    assert all(not x["boxes"] for name, x in found.items() if name[0] == "b")
+    images(tmp_path / "turned", boxes, exif=exif)  # stored 40 x 30, shown 30 x 40
+    out = prepare(tmp_path / "turned", tmp_path / "upright", *words)
+    assert has(out, "stored picture turned")
+    found = targets(tmp_path / "upright")
+    assert rows(found["a.png@0,14"]) == [("ring", 5, 2, 8, 10)] and rows(found["a.png@16,14"]) == [
+        ("ring", 10, 0, 4, 9)
+    ]
+
+
+def test_boxes_and_masks_exclude_each_other(tmp_path, refused):
+    images(tmp_path / "in")
+    words = tmp_path / "in", tmp_path / "out", "--boxes", coco(tmp_path / "boxes.json"), "--masks", "labels"
+    assert has(refused(main, *words, "--mask-classes", tmp_path / "names.txt"), "--boxes --masks exclude")
+
+
+def test_masks_beside_images_with_boxes_are_no_question(tmp_path):
+    images(tmp_path / "in/images", BOXES)
+    images(tmp_path / "in/annotations", BOXES)
+    given = coco(tmp_path / "boxes.json", {f"images/{name}": rows for name, rows in BOXES.items()})
+    out = prepare(tmp_path / "in", tmp_path / "out", "--boxes", given)
+    assert has(out, "unlabeled 3 images, no boxes") and len(targets(tmp_path / "out")) == 3

@@ -173,7 +173,7 @@ class DetectionInference:
         return found + [self._nearest(i, other, one)[1] for i in alone]
 
     def _nearest(self, i: int, one: list[Tensor], other: list[Tensor]) -> tuple[int, float]:
-        """Position of the object of `other` (boxes, scores, labels, masks) nearest to object i of `one`, and how far."""
+        """Position in `other` (boxes, scores, labels, masks) of the object nearest to i of `one`, and how far."""
         box, score, label, *mask = other
         share = (box - one[0][i]).abs().amax(1) / max(self.trained.preprocessing.size)
         near = torch.where(label == one[2][i], share + (score - one[1][i]).abs(), torch.inf)

@@ -75,13 +75,13 @@ def build(options: PrepareOptions) -> None:
 def _build(options: PrepareOptions, out: Path, upload: Upload | None) -> None:
     """Write what is missing in a folder or, with `upload`, at the URL whose small files it mirrors."""
     lists = read_lists(options.only, options.without)
-    with open_collection(options, out) as (items, classes):
+    with open_collection(options, out) as (items, classes, boxes):
         if upload and options.ray and any(_unpacked(item, out) for item in items):
             raise UserError(
                 f"{options.source} is unpacked on this machine, where Ray's other nodes cannot read it: "
                 "unpack it first, or give a folder as OUT"
             )
-        _write_missing(options, out, upload, select(items, lists, options.source), classes)
+        _write_missing(options, out, upload, select(items, lists, options.source), classes, boxes)
 
 
 def _unpacked(item: Item, out: Path) -> bool:
@@ -90,12 +90,19 @@ def _unpacked(item: Item, out: Path) -> bool:
 
 
 def _write_missing(
-    options: PrepareOptions, out: Path, upload: Upload | None, items: list[Item], classes: list[str] | None
+    options: PrepareOptions,
+    out: Path,
+    upload: Upload | None,
+    items: list[Item],
+    classes: list[str] | None,
+    boxes: dict | None,
 ) -> None:
     items, targets = settle_targets(items)
+    targets = boxes or targets
     splits = hold_out(items, options.val_fraction, tiled=options.tile is not None)
     counts = count_classes(splits)
-    lines = [*split_lines(counts), *preview_lines(splits, targets)]
+    kind = "masks" if options.masks else targets["kind"] if targets else None
+    lines = [*split_lines(counts, kind), *preview_lines(splits, targets)]
     for line in lines:
         print(f"  {line}", flush=True)
     check_val(counts)

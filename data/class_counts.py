@@ -27,13 +27,13 @@ def count_classes(splits: dict[str, list[Item]]) -> dict[str, Counter[str | None
     return {split: Counter(item.label for item in items) for split, items in splits.items()}
 
 
-def split_lines(splits: dict[str, Counter[str | None]]) -> Iterator[str]:
-    """A line on the images and classes of each split."""
+def split_lines(splits: dict[str, Counter[str | None]], kind: str | None = None) -> Iterator[str]:
+    """A line on the images and classes of each split; `kind` are the targets if they are not classes."""
     for split, classes in sorted(splits.items()):
         line = f"{split:<9} {counted(classes.total(), 'image')}"
         names = sorted(classes.keys() - {None}, key=lambda name: (classes[name], name))
         if not names:
-            yield f"{line}, no labels"
+            yield line if kind and split != UNLABELED else f"{line}, no {kind or 'labels'}"
             continue
         line += f", {counted(len(names), 'class', 'classes')}: {printable(names[0])} ({classes[names[0]]:,})"
         line += f" to {printable(names[-1])} ({classes[names[-1]]:,})" if len(names) > 1 else ""

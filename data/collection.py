@@ -2,6 +2,7 @@
 
 SOURCE    its folders are splits and classes; --labels FILE, --masks SOURCE
 --val SOURCE, --test SOURCE    further splits; --val-labels FILE, --test-labels FILE
+--boxes FILE                   boxes of objects in place of labels; --val-boxes FILE, --test-boxes FILE
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from configs.errors import UserError, counted, printable
 from configs.log import say
+from data.box_files import BoxFile
+from data.box_targets import box_hint, box_items, box_targets, in_split
 from data.class_counts import check_classes, class_names, count_classes, split_lines
 from data.classes import UNLABELED, WAY_OUT
 from data.known import find_val_labels, known_rows, without_image_class
@@ -25,8 +28,11 @@ from data.walk import list_source
 
 
 @contextmanager
-def open_collection(options: PrepareOptions, scratch: Path) -> Iterator[tuple[list[Item], list[str] | None]]:
-    """All images with their splits and labels, and the class names of all splits. Prints what was decided.
+def open_collection(
+    options: PrepareOptions, scratch: Path
+) -> Iterator[tuple[list[Item], list[str] | None, dict | None]]:
+    """All images with their splits and labels, the class names of all splits, and `targets` of index.json. Prints what
+    was decided.
 
     What has to be unpacked stays in `scratch` until the block ends. Raises `UserError` for sources or labels that
     cannot be read, or that could mean several things.
@@ -37,7 +43,7 @@ def open_collection(options: PrepareOptions, scratch: Path) -> Iterator[tuple[li
             raise UserError(f"--{reject[0].replace('_', '-')} does not apply to the built-in digits: leave it out")
         items = [Item(name, "digits", split=split, label=label) for name, (_, split, label) in digits().items()]
         say(f"digits: {len(items):,} images")
-        yield sorted(items, key=lambda item: item.name), None if options.no_labels else class_names(items, False)
+        yield sorted(items, key=lambda item: item.name), None if options.no_labels else class_names(items, False), None
         return
     with ExitStack() as stack:
         yield _collect(stack, options, scratch)
@@ -46,20 +52,22 @@ def open_collection(options: PrepareOptions, scratch: Path) -> Iterator[tuple[li
 def read_collection(source: str) -> tuple[list[Item], list[str] | None]:
     """Images and class names of a folder, zip, uncompressed tar or table, as `open_collection` without options."""
     with ExitStack() as stack:
-        items, classes = _collect(stack, PrepareOptions(source=source), None)
+        items, classes, _ = _collect(stack, PrepareOptions(source=source), None)
         for line in split_lines(count_classes(divided(items))):
             say(f"  {line}")
         return items, classes
 
 
-def _collect(stack: ExitStack, options: PrepareOptions, scratch: Path | None) -> tuple[list[Item], list[str] | None]:
-    listing = _list(stack, options.source, scratch, options)
+def _collect(
+    stack: ExitStack, options: PrepareOptions, scratch: Path | None
+) -> tuple[list[Item], list[str] | None, dict | None]:
+    listing, files = _list(stack, options.source, scratch, options), []
     masks = open_masks(listing, options, scratch, stack)
-    items = _main_images(listing, options)
+    items = _main_images(listing, options, files)
     from_files = bool(listing.sidecars or options.labels or listing.rows)
-    for split, source, labels in (
-        ("val", options.val, options.val_labels),
-        ("test", options.test, options.test_labels),
+    for split, source, labels, boxes in (
+        ("val", options.val, options.val_labels, options.val_boxes),
+        ("test", options.test, options.test_labels, options.test_boxes),
     ):
         if source is not None:
             if any(item.split == split for item in items):
@@ -67,14 +75,15 @@ def _collect(stack: ExitStack, options: PrepareOptions, scratch: Path | None) ->
             inner = scratch / f".{split}"
             inner.mkdir(exist_ok=True)
             stack.callback(inner.rmdir)
-            items = items + _further_images(_list(stack, source, inner, options), split, labels, options)
+            further = _list(stack, source, inner, options)
+            items = items + _further_images(further, split, labels, boxes, options, files)
     if options.masks:
         items, notes = pair_masks(items, masks, options)
         _print_notes(notes)
     if options.no_labels:
         items = [item.placed(item.split, None) for item in items]
     check_classes(items, options.source)
-    return items, class_names(items, from_files)
+    return items, class_names(items, from_files), box_targets(files) if files else None
 
 
 def _list(stack: ExitStack, source: str, scratch: Path | None, options: PrepareOptions) -> Listing:
@@ -93,11 +102,13 @@ def _columns(rows: list[Row], path: Path, options: PrepareOptions, is_source: bo
     return find_columns(rows, path.name, options.path_column, options.label_column, is_source)
 
 
-def _main_images(listing: Listing, options: PrepareOptions) -> list[Item]:
+def _main_images(listing: Listing, options: PrepareOptions, files: list[BoxFile]) -> list[Item]:
     """Images of SOURCE, also with labels of its splits val and test from files."""
     items, notes = _arranged(listing, options.labels, options, options.splits, options.no_splits)
-    files = len(listing.label_files)
-    if not (options.no_labels or options.labels or options.val or options.val_labels):
+    if options.boxes:
+        items = _boxed(listing, items, options, notes, files)
+    listed = len(listing.label_files)
+    if not (options.boxes or options.no_labels or options.labels or options.val or options.val_labels):
         items = _known_val(listing, items, options, notes)
     for split, labels, source in (
         ("val", options.val_labels, options.val),
@@ -112,16 +123,32 @@ def _main_images(listing: Listing, options: PrepareOptions) -> list[Item]:
             labelled = _with_labels(members, labels, options, notes)
             items = [item for item in items if item.split != split] + labelled
             items.sort(key=lambda item: item.name)
-    known = len(listing.label_files) < files
-    _report(listing, items, notes, hint=not (options.labels or options.no_labels or known))
+    known = len(listing.label_files) < listed
+    _report(listing, items, notes, hint=not (options.labels or options.no_labels or options.boxes or known))
     return items
+
+
+def _boxed(
+    listing: Listing, items: list[Item], options: PrepareOptions, notes: list[str], files: list[BoxFile]
+) -> list[Item]:
+    """Images of SOURCE with boxes: those of splits val and test from files of their own, if these are given."""
+    own = {"val": options.val_boxes, "test": options.test_boxes}
+    own = {split: path for split, path in own.items() if path and not getattr(options, split)}
+    rest = [item for item in items if item.split not in own]
+    parts = [(rest, options.boxes), *((in_split(items, split, path), path) for split, path in own.items())]
+    out = []
+    for members, path in parts:
+        boxed, file = box_items(members, path, listing, notes)
+        out += boxed
+        files.append(file)
+    return sorted(out, key=lambda item: item.name)
 
 
 def _arranged(
     listing: Listing, labels: Path | None, options: PrepareOptions, splits: tuple[str, ...], no_splits: bool
 ) -> tuple[list[Item], list[str]]:
     """Images with splits, and with labels from a table, from files beside them, or from their folders."""
-    from_folders = not (labels or listing.rows or options.no_labels or options.masks)
+    from_folders = not (labels or listing.rows or options.no_labels or options.masks or options.boxes)
     first = label_by_sidecars(listing) if from_folders else []
     items, notes = arrange(listing, splits, no_splits, labelled=from_folders)
     listing.images = items  # not twice in memory
@@ -154,11 +181,16 @@ def _known_val(listing: Listing, items: list[Item], options: PrepareOptions, not
     return sorted(others + test + labelled, key=lambda item: item.name)
 
 
-def _further_images(listing: Listing, split: str, labels: Path | None, options: PrepareOptions) -> list[Item]:
+def _further_images(
+    listing: Listing, split: str, labels: Path | None, boxes: Path | None, options: PrepareOptions, files: list[BoxFile]
+) -> list[Item]:
     """Images of --val or --test, all in one split."""
     items, notes = _arranged(listing, labels, options, (), True)
+    if boxes:
+        items, file = box_items(items, boxes, listing, notes)
+        files.append(file)
     items = [item if item.split == UNLABELED else replace(item, split=split) for item in items]
-    _report(listing, items, notes, hint=not (labels or options.no_labels), flag=f"--{split}-labels")
+    _report(listing, items, notes, not (labels or options.no_labels or options.boxes), split)
     return items
 
 
@@ -201,11 +233,14 @@ def _with_labels(
     return labelled + [item for item in items if item.split == UNLABELED]
 
 
-def _report(listing: Listing, items: list[Item], notes: list[str], hint: bool, flag: str = "--labels") -> None:
+def _report(listing: Listing, items: list[Item], notes: list[str], hint: bool, split: str = "") -> None:
     """Print what a source has, and what was left out or decided."""
+    flag = f"--{split}-labels" if split else "--labels"
     say(f"{printable(listing.source)}: {counted(len(items), 'image')}")
     _print_notes([*listing.notes(), *notes])
     tables = [item for name, item in listing.label_files.items() if suffix(name) in TABLES] if hint else []
+    if hint and (line := box_hint(listing, flag.replace("labels", "boxes"))):
+        say(f"  {line}")
     for item in [item for item in tables if may_hold_labels(item.image_bytes(), item.name)][:3]:
         first = "fetch it and " if item.remote else "unpack it and " if item.offset is not None else ""
         where = f"{first}add {flag} {'PATH' if first else printable(item.container)}"

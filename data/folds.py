@@ -42,6 +42,10 @@ class Part:
     def labels(self) -> np.ndarray:
         return self.split.labels()[self.samples]
 
+    def without_target(self) -> int:
+        """Number of samples without a target."""
+        return sum(not self.read_target(sample) for sample in range(len(self)))
+
     def fetch_shard(self, number: int) -> None:
         self.split.fetch_shard(number)
 

@@ -12,7 +12,7 @@ from data.sources import READABLE, Item
 
 TABLES = ("csv", "tsv", "jsonl", "ndjson", "parquet")  # files that may hold labels of many images
 SIDECARS = ("cls", "json")  # of one image: WebDataset's
-LABEL_FILES = (*TABLES, *SIDECARS, "txt", "mat")
+LABEL_FILES = (*TABLES, *SIDECARS, "txt", "mat", "xml", "yaml", "yml")
 ARCHIVES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 HIDDEN = {
     "__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "#recycle", "lost+found",

@@ -35,7 +35,7 @@ def open_masks(listing: Listing, options: PrepareOptions, scratch: Path, stack: 
     Raises `UserError` if there are none, or if images have masks beside them and `--masks` is missing.
     """
     if options.masks is None:
-        if not (options.splits or options.no_splits or options.labels):
+        if not (options.splits or options.no_splits or options.labels or options.boxes):
             _suggest_masks(listing)
         return []
     inner, path = options.masks.strip("/"), Path(options.masks)

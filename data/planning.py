@@ -29,7 +29,7 @@ TileSize = Annotated[int, Field(ge=16, le=1 << 16)]
 Overlap = Annotated[int, Field(ge=0, le=1 << 16)]
 ShardSize = Annotated[int, Field(ge=1, le=1 << 30)]
 Workers = Annotated[int, Field(ge=1, le=1 << 12)]
-FILES = ("labels", "val", "val_labels", "test", "test_labels")
+FILES = ("labels", "val", "val_labels", "test", "test_labels", "boxes", "val_boxes", "test_boxes")
 LABEL_OPTIONS = ("splits", "no_splits", "label_column", "path_column", *FILES, "masks", "mask_classes")
 TILE_OPTIONS = ("tile", "overlap", "keep_empty")
 ORDER_SEED = 0  # of the order of images in shards, and of the choice of held-out images
@@ -78,6 +78,9 @@ class PrepareOptions(Reading):
     val_labels: Path | None = option(None, "labels of split val, as --labels; or the devkit of ILSVRC2012")
     test: str | None = option(None, "another source: its images are split test")
     test_labels: Path | None = option(None, "labels of split test, as --labels")
+    boxes: Path | None = option(None, "boxes of SOURCE: a COCO json, or a folder of VOC xml or YOLO txt files")
+    val_boxes: Path | None = option(None, "boxes of split val, as --boxes")
+    test_boxes: Path | None = option(None, "boxes of split test, as --boxes")
     masks: str | None = option(
         None, "masks for semantic segmentation: a folder of SOURCE, or another source; see docs/data.md"
     )

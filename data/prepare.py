@@ -6,6 +6,7 @@ python data/prepare.py ILSVRC2012_img_train.tar shards/imagenet --resize 512 \\
     --val ILSVRC2012_img_val.tar --val-labels ILSVRC2012_devkit_t12.tar.gz
 python data/prepare.py photos/ shards/photos --labels labels.csv          labels in a table instead of folders
 python data/prepare.py cifar10.tar.xz shards/cifar10 --val-fraction 0.1   tar (gz, bz2, xz) or zip
+python data/prepare.py coco/ shards/coco --boxes coco/annotations         boxes: COCO json, VOC xml or YOLO text
 python data/prepare.py slides/ shards/slides --tile 512                   tiles of huge images
 python data/prepare.py camvid/ shards/camvid --masks labels --mask-classes camvid/classes.txt --ignore 11
 python data/prepare.py photos/ shards/photos --only list.csv              only the images that a file lists by name
@@ -36,6 +37,7 @@ from data.remote import is_url
 from data.repair import repair
 
 LABEL_FILES = ("labels", "val_labels", "test_labels")
+BOX_FILES = ("boxes", "val_boxes", "test_boxes")
 
 
 def parse(argv: list[str] | None = None) -> PrepareOptions:
@@ -45,6 +47,14 @@ def parse(argv: list[str] | None = None) -> PrepareOptions:
         raise UserError("--splits and --no-splits exclude each other: give one")
     if options.no_labels and (given := next((k for k in LABEL_FILES if getattr(options, k)), None)):
         raise UserError(f"--no-labels and --{given.replace('_', '-')} exclude each other: give one")
+    boxes = next((k for k in BOX_FILES if getattr(options, k)), None)
+    if boxes and (given := next((k for k in ("no_labels", *LABEL_FILES) if getattr(options, k)), None)):
+        flags = " and ".join(f"--{key.replace('_', '-')}" for key in (boxes, given))
+        raise UserError(f"{flags} exclude each other: an image has boxes or labels")
+    if boxes and options.masks:
+        raise UserError("--boxes and --masks exclude each other: an image has boxes or a mask")
+    if boxes and not options.boxes:
+        raise UserError(f"--{boxes.replace('_', '-')} needs --boxes, the boxes of split train")
     if options.val and options.val_fraction:
         raise UserError("--val and --val-fraction exclude each other: give one")
     if options.tile is None and (given := next((k for k in ("overlap", "keep_empty") if getattr(options, k)), None)):

@@ -25,8 +25,9 @@ NO_MASK, MASK_SIZE, MASK_CLASS = (
     "with a mask of another size",
     "with a mask of unknown classes",
 )
+BOXES = "with boxes of another size"
 KINDS = (
-    DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NODATA, NO_MASK, MASK_SIZE, MASK_CLASS,
+    DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE, CHANNELS, PAGES, VALUES, NODATA, NO_MASK, MASK_SIZE, MASK_CLASS, BOXES,
 )  # fmt: skip
 NEED_OPTION = (PAGES, VALUES, NODATA)  # of the user, before a collection can be written
 

@@ -228,6 +228,14 @@ class Split:
             indexes = pool.map(self._load_rows, range(len(self.shards)))
             return np.concatenate([rows["label"].copy() for rows in indexes])  # views would keep the indexes in memory
 
+    def without_target(self) -> int:
+        """Number of samples without a target. Reads the indexes only."""
+        found = 0
+        for number, count in enumerate(self.counts.tolist()):
+            rows = self._load_rows(number)
+            found += int((rows["target_size"] == 0).sum()) if rows.dtype == TARGET_ROW else count
+        return found
+
     def open_tar(self, number: int) -> int:
         """File descriptor of a shard's tar, to be closed by the caller; a remote one is fetched first."""
         shard = self.shards[number]

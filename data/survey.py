@@ -12,10 +12,11 @@ from functools import partial
 from itertools import islice
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from configs.errors import UserError
+from data.boxes import box_target, colour_of
 from data.cache import RemoteUserError
 from data.decode import decode
 from data.exif import orientation
@@ -119,7 +120,7 @@ def _look(item: Item, options: PrepareOptions, show: bool) -> tuple[list[tuple],
         turn = orientation(data)
     images = reencode_all(data, item.name, options.resize, options.quality, options, Notes())
     for name, image, mask in islice(with_masks(images, data, item, options), PAGES):
-        looks.append((name, kind, turn, *_decoded(image, mask, options, show and not looks)))
+        looks.append((name, kind, turn, *_decoded(item, image, {}, mask, options, show and not looks)))
     return looks, 0
 
 
@@ -137,19 +138,26 @@ def _look_at_tiles(item: Item, options: PrepareOptions, show: bool, sizes: Sizes
     except (UserError, OSError) as error:
         tiles, kind = [Tile(item.name, error if isinstance(error, ImageError) else ImageError(str(error)), {})], ""
     masked = with_tile_masks(tiles, item, options)
-    return [(name, kind, 1, *_decoded(image, mask, options, show)) for name, image, _, mask in masked], notes[DROPPED]
+    looks = [(name, kind, 1, *_decoded(item, image, place, mask, options, show)) for name, image, place, mask in masked]
+    return looks, notes[DROPPED]
 
 
-def _decoded(image: Encoded | ImageError, mask: bytes | None, options: PrepareOptions, show: bool) -> tuple:
+def _decoded(
+    item: Item, image: Encoded | ImageError, place: dict, mask: bytes | None, options: PrepareOptions, show: bool
+) -> tuple:
     """(C, H, W, kind of values, highest value) or why not, picture or None, pixels of each class of a mask or None."""
-    if isinstance(image, ImageError):
-        return image, None, None
+    try:
+        if isinstance(image, ImageError):
+            raise image
+        boxes = box_target(item, image, place, options, Notes()).get("boxes", [])
+    except ImageError as error:
+        return error, None, None
     pixels, classes, counts = decode(image[1], max_pixels=options.max_pixels), None, None
     if mask is not None:
         classes, count = decode_mask(mask), len(read_classes(options.mask_classes, options.ignore).names)
         counts = np.bincount(np.minimum(classes, count).ravel(), minlength=count + 1)
     values = ("8 bits", 0) if pixels.dtype.itemsize == 1 else ("more than 8 bits", float(pixels.max()))
-    return (*pixels.shape, *values), _tile(pixels, classes, counts) if show else None, counts
+    return (*pixels.shape, *values), _tile(pixels, classes, counts, boxes) if show else None, counts
 
 
 def _add(found: Survey, looks: list[tuple]) -> None:
@@ -170,9 +178,9 @@ def _add(found: Survey, looks: list[tuple]) -> None:
             found.pictures.append(tile)
 
 
-def _tile(image: Tensor, mask: np.ndarray | None, counts: np.ndarray | None) -> Image.Image:
-    """The centre of an image, TILE pixels wide and high, in the colours of its mask; more than 8 bits are shown from
-    the lowest to the highest.
+def _tile(image: Tensor, mask: np.ndarray | None, counts: np.ndarray | None, boxes: list[dict]) -> Image.Image:
+    """The centre of an image, TILE pixels wide and high, in the colours of its mask and with its boxes; more than 8
+    bits are shown from the lowest to the highest.
 
     Without torch: processes that are forked later could not use its threads.
     """
@@ -184,6 +192,9 @@ def _tile(image: Tensor, mask: np.ndarray | None, counts: np.ndarray | None) -> 
     picture = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
     if mask is not None:
         picture = Image.fromarray(overlay(np.asarray(picture), mask, len(counts) - 1))
+    draw, line = ImageDraw.Draw(picture), max(1, round(min(picture.size) / TILE))
+    for x, y, w, h, name in ((*entry["box"], entry["class"]) for entry in boxes):
+        draw.rectangle((x, y, x + w, y + h), outline=colour_of(name), width=line)
     return ImageOps.fit(picture, (TILE, TILE))
 
 

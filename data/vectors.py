@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UserError, counted, nearest, printable
+from data.layouts import UNLABELED
 from data.shards import Split
 from data.sources import Item
 
@@ -83,19 +84,24 @@ def _named(item: Item) -> dict[str, float | None]:
 
 
 def preview_lines(splits: dict[str, list[Item]], targets: dict | None) -> list[str]:
-    """Lines on the targets of each split: counts of labels, or range, mean and missing values of numbers."""
+    """Lines on the targets of each split: counts of labels or boxes, or range, mean and missing values of numbers."""
     lines = []
     for split, items in sorted(splits.items()) if targets else ():
+        if split == UNLABELED and targets["kind"] == "boxes":
+            continue
         found = [item.targets[targets["kind"]] for item in items if targets["kind"] in (item.targets or ())]
         without = f"; {counted(len(items) - len(found), 'image')} without" if len(found) < len(items) else ""
-        if targets["kind"] == "labels":
+        if targets["kind"] != "numbers":
+            names = "label", "labels"
+            if targets["kind"] == "boxes":
+                names, found = ("class of boxes", "classes of boxes"), [[box["class"] for box in x] for x in found]
             counts = Counter(dict.fromkeys(targets["names"], 0))
             counts.update(label for labels in found for label in labels)
             shown = ", ".join(f"{printable(name)} {count:,}" for name, count in counts.most_common(SHOWN))
             more = f", ... to {min(counts.values()):,}" if len(counts) > SHOWN else ""
             none = sum(not labels for labels in found)
             empty = f"; {counted(none, 'image')} with none of them" if none else ""
-            lines.append(f"{split:<9} {counted(len(counts), 'label')}: {shown}{more}{empty}{without}")
+            lines.append(f"{split:<9} {counted(len(counts), *names)}: {shown}{more}{empty}{without}")
             continue
         for i, name in enumerate(targets["names"][:SHOWN]):
             values = [numbers[i] for numbers in found if numbers[i] is not None]

@@ -11,6 +11,7 @@ import webdataset
 
 from configs.errors import printable
 from configs.files import atomic_file, write_atomic
+from data.boxes import box_target
 from data.decode import read_npy
 from data.masks import with_masks, with_tile_masks
 from data.planning import Part, PrepareOptions, ShardPlan, Written
@@ -47,12 +48,17 @@ def write_shard(plan: ShardPlan, options: PrepareOptions, upload: Upload | None)
                     skipped.append(printable(f"{name}: {image.kind}: {image}"))
                     continue
                 kind, data = image
+                try:
+                    targets = (item.targets or {}) | box_target(item, image, place, options, notes)
+                except ImageError as error:
+                    skipped.append(printable(f"{name}: {error.kind}: {error}"))
+                    continue
                 if kind == "npy":
                     channels = read_npy(data).shape[2]
                     notes[ARRAYS + str(channels)] += 1
                 place_in_file = name[len(item.name) :].replace("@", "-y").replace(",", "-x").replace("#", "-")
                 key = f"{part.number:09}{place_in_file}"  # -1, -2, ... for pages, -y0-x512 for tiles
-                about = {"name": name} | place | ({} if label is None else {"class": item.label}) | (item.targets or {})
+                about = {"name": name} | place | ({} if label is None else {"class": item.label}) | targets
                 members = {"__key__": key, kind: data, "json": json.dumps(about, default=str).encode()}
                 members |= {} if mask is None else {MASK: mask}
                 yield members | ({} if label is None else {"cls": str(label).encode()})

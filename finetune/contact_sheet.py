@@ -67,14 +67,14 @@ def write_sheet(path: Path, groups: dict[str, Sequence[tuple[Image.Image, str, s
             left, top = GAP + i % columns * (CELL + GAP), start + i // columns * cell_height
             sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
             for number, text in enumerate(lines):
-                draw.text((left, top + CELL + 2 + number * line), _fit(text, font), fill="black", font=font)
+                draw.text((left, top + CELL + 2 + number * line), fit_text(text, font), fill="black", font=font)
         start += rows[title] * cell_height
     with atomic_file(path) as file:
         sheet.save(file, "png")
 
 
-def _fit(line: str, font: ImageFont.FreeTypeFont) -> str:
-    """The end of a line that is wider than a cell: names differ there."""
-    if font.getlength(line) <= CELL:
+def fit_text(line: str, font: ImageFont.FreeTypeFont, width: int = CELL) -> str:
+    """The end of a line that is wider than `width` pixels: names differ there."""
+    if font.getlength(line) <= width:
         return line
-    return next(part for start in range(1, len(line) + 1) if font.getlength(part := f"…{line[start:]}") <= CELL)
+    return next(part for start in range(1, len(line) + 1) if font.getlength(part := f"…{line[start:]}") <= width)

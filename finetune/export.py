@@ -13,6 +13,7 @@ outputs the feature maps of the four stages, for detection and segmentation. See
 import os
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -60,7 +61,14 @@ def main(argv: list[str] | None = None) -> None:
 
     from data.transforms import EvalTransform  # slow imports, after parsing
     from finetune.batches import sample_images
-    from finetune.exporters.comparison import check_fp16, compare, comparison_batches, explain_errors, predict_with
+    from finetune.exporters.comparison import (
+        check_fp16,
+        compare,
+        comparison_batches,
+        explain_errors,
+        predict_with,
+        relative_difference,
+    )  # fmt: skip
     from finetune.exporters.files import export, how_to_use, load_exported, stage_outputs
     from finetune.exporters.graph import Deployed, free_sides, min_free_side, to_fp16
     from finetune.tasks import make_inference
@@ -70,36 +78,38 @@ def main(argv: list[str] | None = None) -> None:
     trained = open_model(options.weights, options.ema, options.size)
     task = None if options.features else make_inference(trained)
     trained = task.trained if task else trained
-    weights, transform = trained.weights, EvalTransform.of(trained.preprocessing)
+    weights = trained.weights
+    one_by_one = getattr(task, "batch", None) == 1
+    transform = task.transform if one_by_one else EvalTransform.of(trained.preprocessing)
     images = sample_images(options.images, options.split, COMPARED, transform, trained.preprocessing.channels, options)
     print(f"{options.weights}: {weights.describe()}; comparing on {len(images)} images", flush=True)
     if to == "safetensors" and weights.head and not weights.outputs:
         raise UserError(f"timm's models have no head like that of {options.weights}: use another --to, or --features")
     outputs = task.outputs() if task else stage_outputs(weights.arch)
     source = deployed = Deployed(trained.model, trained.mean, trained.std)
-    free = free_sides(weights)
-    if not (all(free) or weights.outputs):
+    difference = getattr(task, "difference", partial(relative_difference, one_class=weights.outputs > 0))
+    free = (False, False) if one_by_one else free_sides(weights)
+    if not (one_by_one or all(free) or weights.outputs):
         print(f"  sides below {min_free_side(weights.arch)} pixels are fixed in the graph: --size sets larger ones")
-    batches, one_class = comparison_batches(images, free), weights.outputs > 0
+    batches = [*images.split(1)] if one_by_one else comparison_batches(images, free)
     expected = [predict_with(source)(batch) for batch in batches]
     if options.fp16:
         deployed = to_fp16(source)
-        check_fp16(source, deployed, expected, batches, one_class)
+        check_fp16(source, deployed, expected, batches, difference, one_by_one)
         encoder, head = ({name: x.half() for name, x in part.items()} for part in (weights.encoder, weights.head))
         weights = replace(weights, encoder=encoder, head=head)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         part = Path(folder, out.name)
-        export(part, to, deployed, weights, outputs)
+        export(part, to, deployed, weights, outputs, one_by_one)
         with explain_errors(to):
             exported = load_exported(part, to, weights)
-            largest = compare(
-                expected, exported, batches, options.fp16, f"{out} is not written: it", weights.outputs > 0
-            )
+            subject = f"{out} is not written: it"
+            found = compare(expected, exported, batches, options.fp16, subject, difference, one_by_one)
         files = move_files(Path(folder), out)
     written = f"{' and '.join(map(str, files))}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
-    shapes = ", ".join("x".join(map(str, batch.shape)) for batch in batches)
-    difference = f"its outputs for images of {shapes} differ by at most {largest:.1e} of the largest output"
-    print(f"wrote {written}; read back, {difference}; load it with\n  {how_to_use(out, to, weights)}")
+    shapes = ", ".join(dict.fromkeys("x".join(map(str, batch.shape)) for batch in batches))
+    same = f"read back, its outputs for images of {shapes} {found}"
+    print(f"wrote {written}; {same}; load it with\n  {how_to_use(out, to, weights)}")
 
 
 def move_files(folder: Path, out: Path) -> list[Path]:

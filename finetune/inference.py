@@ -59,6 +59,7 @@ class Inference(Collector, Protocol):
     transform: Transform  # of pictures in evaluation; entries besides `image` reach `collect` and `predict`
     files: str  # names of the files of `write_evaluation`
     read_target: ReadTarget | None  # of the samples; None = the target is the label
+    batch: int  # images that an exported graph takes. Optional: any number
 
     def match(self, images: Split | Folder) -> None:
         """Map a data set's targets to the model's. Raises `UserError` if they do not fit."""
@@ -89,6 +90,12 @@ class Inference(Collector, Protocol):
 
     def write_json(self, file: Path, predictions: list[Any]) -> None:
         """Write predictions as a list of objects."""
+
+    def difference(self, outputs: list[Tensor], references: list[Tensor]) -> list[float]:
+        """How far an exported model's outputs are from the source's, as a share. Optional.
+
+        Raises `UserError` if they mean something else.
+        """
 
     def outputs(self) -> dict[str, str]:
         """Name and description of each output of the exported model."""

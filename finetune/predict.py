@@ -1,9 +1,11 @@
-"""Predict with trained weights: for each picture classes and their probabilities, labels, numbers, or a mask.
+"""Predict with trained weights: for each picture classes and their probabilities, labels, numbers, a mask, or boxes.
 
 python finetune/predict.py runs/photos-finetuned/best.pt cat.jpg dog.jpg
 python finetune/predict.py runs/photos-finetuned/best.pt inbox/ --csv inbox.csv --annotate inbox-annotated
 find photos -name '*.jpg' | python finetune/predict.py runs/photos-finetuned/best.pt -
 python finetune/predict.py convnextv2_tiny_1k_224_ema.pt cat.jpg --classes imagenet.txt
+
+For detection, --json writes a COCO file with all boxes, --csv and --annotate take those from --min-score on.
 
 Folders are searched recursively; `-` reads paths from standard input, one a line. Size, crop, normalisation and class
 names come from the weights. --tta hflip averages over mirrored pictures as well. Of a segmentation model, --annotate
@@ -22,7 +24,7 @@ from pydantic import PositiveInt
 from configs.checks import check_exists, check_parent
 from configs.command import parse_options
 from configs.errors import UserError, run_main
-from configs.keys import argument, option
+from configs.keys import Probability, argument, option
 from configs.schema import Optim, Run
 from finetune.options import STDIN, ImageOptions
 
@@ -36,6 +38,7 @@ class Options(ImageOptions):
     annotate: Path | None = option(None, "folder for copies with names and probabilities, or for masks")
     csv: Path | None = option(None, "write a table")
     json: Path | None = option(None, "write the same as a list of objects")
+    min_score: Probability | None = option(None, "minimum score of a box that is shown (detection; default: 0.5)")
     batch: PositiveInt = option(32, "pictures per batch")
     classes: str | None = option(None, "file of class names, one a line, for weights without class names")
 
@@ -69,6 +72,10 @@ def classify(options: Options) -> tuple[int, int]:
 
     task = make_inference(open_classifier(options.weights, options.ema, options.size))
     task.name_outputs(options.classes)
+    if options.min_score is not None:
+        if not hasattr(task, "min_score"):
+            raise UserError(f"--min-score is for boxes, which {options.weights} does not predict: leave it out")
+        task.min_score = options.min_score
     averaged = with_views(task, options.tta)
     paths = find_pictures(options.images)
     if options.annotate:

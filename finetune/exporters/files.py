@@ -22,18 +22,21 @@ IMAGE = "image"  # name of the input
 SIDES = ("height", "width")
 
 
-def export(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict[str, str]) -> None:
+def export(
+    path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict[str, str], one_by_one: bool = False
+) -> None:
     """Write a model in a format of `SUFFIXES`; ONNX stores weights of more than 2 GB in a second file.
 
-    The metadata comes from `weights` and `outputs` (description by name), for safetensors the tensors too. Raises
-    `UserError` if timm cannot build this model.
+    With `one_by_one` the graph takes one image at a time. The metadata comes from `weights` and `outputs` (description
+    by name), for safetensors the tensors too. Raises `UserError` if timm cannot build this model.
     """
     if to == "safetensors":
         write_weights(path, weights, "timm")
         return
-    example = torch.zeros(2, weights.arch.channels, *weights.preprocessing.size)
+    example = torch.zeros(1 if one_by_one else 2, weights.arch.channels, *weights.preprocessing.size)
     text = json.dumps(metadata(weights, outputs, str(deployed.model.stem[0].weight.dtype).removeprefix("torch.")))
-    free = {0: "batch"} | {axis + 2: SIDES[axis] for axis in (0, 1) if free_sides(weights)[axis]}
+    free = {} if one_by_one else {0: "batch"}
+    free |= {axis + 2: SIDES[axis] for axis in (0, 1) if not one_by_one and free_sides(weights)[axis]}
     with torch.no_grad(), quiet_libraries():
         if to == "torchscript":
             traced = torch.jit.trace(deployed, (example,), check_trace=False)  # `compare` checks it

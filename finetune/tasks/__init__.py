@@ -6,13 +6,19 @@ A task is a module with `Settings`, `make_task` and `make_inference`; see docs/a
 from typing import TYPE_CHECKING
 
 from configs.errors import UserError, nearest
-from finetune.tasks import classification, labels, numbers, segmentation
+from finetune.tasks import classification, detection, labels, numbers, segmentation
 
 if TYPE_CHECKING:
     from finetune.inference import Inference
     from models.opening import Trained
 
-TASKS = {"classification": classification, "labels": labels, "numbers": numbers, "segmentation": segmentation}
+TASKS = {
+    "classification": classification,
+    "labels": labels,
+    "numbers": numbers,
+    "segmentation": segmentation,
+    "detection": detection,
+}
 
 
 def make_inference(trained: "Trained") -> "Inference":

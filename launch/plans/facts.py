@@ -27,6 +27,7 @@ TASKS = {  # by the kind of targets: task, and recipe in configs/finetune
     "mask": ("segmentation", "streets"),
     "labels": ("labels", "photos"),
     "numbers": ("numbers", "photos"),
+    "boxes": ("detection", "bccd"),
 }
 
 

@@ -17,6 +17,7 @@ from launch.training.world import free_port
 from models.formats.write import write_weights
 from tests.conftest import ROOT, run
 from tests.docs.stand_in import PROGRAMS
+from tests.finetune.tasks.detection.helpers import write_scenes
 from tests.finetune.tasks.segmentation.helpers import VOID, source
 from tests.models.formats.helpers import autoencoder, classifier
 
@@ -188,6 +189,7 @@ IMAGES = {
     "fields": fields,
     "streets": streets,
     "cifar10": cifar10,
+    "bccd": lambda path: write_scenes(path, {"train": 40, "val": 7}),
 }
 WEIGHTS = {
     "rgb.pt": (autoencoder, "ours"),

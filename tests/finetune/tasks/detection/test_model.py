@@ -1,0 +1,71 @@
+"""The detector: levels and anchors for every stem stride, detections equal to torchvision's; moved boxes."""
+
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models.detection.image_list import ImageList
+
+from configs.schema import Augment, Data, Encoder
+from finetune.tasks.detection import Settings
+from finetune.tasks.detection.model import Detector
+from finetune.tasks.detection.transforms import EvalTransform, TrainTransform
+from models.sizes import resolve
+from models.sparse.layouts import Dense
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_levels_anchors_and_detections(stride):
+    torch.manual_seed(0)
+    arch = resolve(Encoder("convnextv2_atto", 3, stride, (1, 1, 1, 1), (8, 16, 16, 16)))
+    head = {"classes": 3, "width": 16, "hidden": 32, "masks": True, "samples": 32, "detections": 20}
+    model = Detector(arch, head).eval()
+    image = torch.randn(2, 3, 16 * stride, 24 * stride)
+    with torch.no_grad():
+        found = model(image)
+        stages = zip(model.head.norms, model.forward_stages(image, Dense()), strict=True)
+        maps = [norm(x).permute(0, 3, 1, 2) for norm, x in stages]
+        features = model.head.fpn(OrderedDict(zip("0123", maps, strict=True)))
+        images = ImageList(image, [tuple(image.shape[-2:])] * 2)
+        proposals, _ = model.head.rpn(images, features)
+        expected, _ = model.head.roi(features, proposals, images.image_sizes)
+    sides = [image.shape[2] // x.shape[2] for x in list(features.values())[:2]]
+    assert sides == [stride, 2 * stride] and model.head.roi.box_roi_pool.scales == [1 / stride / 2**i for i in range(4)]
+    first = model.head.rpn.anchor_generator(images, list(features.values()))[0][:3]
+    assert np.allclose((first[:, 2:] - first[:, :2]).prod(1) ** 0.5, 8 * stride, rtol=0.1 + 0.2 / stride)
+    for i, one in enumerate(expected):
+        count = len(one["scores"])
+        assert count and int((found[1][i] > 0).sum()) == count
+        for mine, name in zip(found, ("boxes", "scores", "labels", "masks"), strict=True):
+            wanted = {"labels": one["labels"] - 1, "masks": one["masks"][:, 0]}.get(name, one.get(name))
+            assert torch.allclose(mine[i, :count].float(), wanted.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_boxes_follow_their_pixels(seed):
+    """A bright rectangle is where its box and its mask say, after every crop, scale and flip."""
+    image = torch.zeros(3, 90, 120, dtype=torch.uint8)
+    image[:, 30:60, 40:80] = 255
+    outline = [[40, 30, 80, 30, 80, 60, 40, 60]]
+    boxes = [{"class": "cell", "box": [40, 30, 40, 30], "segmentation": outline}]
+    settings = Settings("detection", masks=True, jitter=(0.7, 1.6))
+    data = Data(size=(96, 96), hflip=0.5, vflip=0.5, interpolation="bilinear")
+    transform = TrainTransform(data, Augment(), settings, (0, 0, 0), ("cell",))
+    target = {"height": 90, "width": 120, "boxes": boxes}
+    found = transform(image, target, np.random.default_rng(seed))
+    ys, xs = np.nonzero(found["image"][0].numpy() > 127)
+    corners = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    assert np.allclose(found["object_box"][0], corners, atol=1)
+    assert ((found["image"][0] > 127) != found["object_mask"][0].bool()).sum() < 150
+    whole = EvalTransform((96, 96), (0, 0, 0))(image)
+    assert whole["content"].tolist() == [72, 96] and whole["source"].tolist() == [90, 120]
+
+
+def test_an_empty_image_has_a_loss():
+    arch = resolve(Encoder("convnextv2_atto", 5, 2, (1, 1, 1, 1), (8, 16, 16, 16)))
+    head = {"classes": 3, "width": 16, "hidden": 32, "masks": True, "samples": 32, "detections": 20}
+    none = torch.tensor([0]), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 32, 32).byte()
+    loss = Detector(arch, head).train()(torch.randn(1, 5, 32, 32), *none)
+    loss.backward()
+    assert torch.isfinite(loss)

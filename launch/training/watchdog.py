@@ -89,7 +89,9 @@ class Watchdog:
 
     def _read_signals(self) -> None:
         """Update `requested`; waits up to `INTERVAL` for a signal."""
-        if not select.select([self.inbox], [], [], INTERVAL)[0]:
+        poll = select.poll()  # `select.select` fails for descriptors from 1,024 on
+        poll.register(self.inbox, select.POLLIN)
+        if not poll.poll(1000 * INTERVAL):
             return
         for number in os.read(self.inbox, 64):
             if number == signal.SIGINT:

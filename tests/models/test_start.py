@@ -14,7 +14,7 @@ from models.formats.write import write_weights
 from models.opening import Opened
 from models.start import open_init, other_channels, start_autoencoder, start_classifier, with_statistics
 from tests.conftest import has
-from tests.models.formats.helpers import FILES, SMALL, assert_same, autoencoder, change, classifier, logits
+from tests.models.formats.helpers import FILES, SMALL, assert_same, autoencoder, change, classifier, logits, weights_for
 from tests.models.helpers import assert_close, masks
 
 CLASSES = [f"class {i}" for i in range(5)]
@@ -37,14 +37,14 @@ def test_none_is_from_scratch():
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_classifier_starts_from_any_format(form, start, capsys):
-    weights = autoencoder(**SMALL) if form == "official-sparse" else classifier(**SMALL)
+    weights = weights_for(form) if form != "ours" else classifier(**SMALL)
     model = ConvNeXt(weights.arch, 5)
     fresh = model.head.fc.weight.clone()
     kept = start_classifier(model, start(weights, form), CLASSES)
     said = capsys.readouterr().out
     assert f"({form})" in said or f"({form};" in said
     assert_same({name: t for name, t in model.state_dict().items() if name in weights.encoder}, weights.encoder)
-    assert kept == (form != "official-sparse")
+    assert kept == (form not in ("official-sparse", "timm-features"))
     if kept:
         image = torch.randn(1, 3, 64, 64)
         assert has(said, "classifier 5 kept")

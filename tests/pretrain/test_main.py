@@ -151,7 +151,8 @@ def test_a_folder_of_images_resumes_exactly(tmp_path):
         (folder / f"train/cat/{number}.jpg").unlink()
     found = run("python", *command("damaged", "--resume", "must", "--data.max_damaged", "1"))
     assert re.search(r"replaced by another image: .*train/cat/\d\.jpg\): cannot be read", found.stdout)
-    assert losses(tmp_path / "damaged")[:3] == pytest.approx(losses(tmp_path / "whole")[:3], rel=1e-4)
+    for (step, loss), (same, whole) in zip(losses(tmp_path / "damaged")[:3], losses(tmp_path / "whole"), strict=False):
+        assert step == same and loss == pytest.approx(whole, rel=1e-4)
 
 
 def test_continues_from_official_weights(digits, pretrained, tmp_path):

@@ -349,7 +349,7 @@ def renamed(tensors: dict, change) -> dict:
 @pytest.mark.parametrize(
     ("content", "remark"),
     [
-        (lambda t: {"state_dict": renamed(t, "model.".__add__) | {"loss.weight": torch.ones(3)}}, "1 tensors .* loss"),
+        (lambda t: {"state_dict": renamed(t, "model.".__add__) | {"loss.weight": torch.ones(3)}}, "1 tensors .*loss"),
         (lambda t: renamed(t, "visual.trunk.".__add__) | {"text.x": torch.ones(1), "logit_scale": torch.ones(1)}, "2 "),
         (lambda t: {"state_dict_ema": t, "epoch": 3}, "averaged weights only"),
         (lambda t: {"checkpoint": 1, "model": {"state_dict": renamed(t, "net.module.".__add__)}}, None),
@@ -410,7 +410,7 @@ def test_numbers_that_are_not_finite(form, value, tmp_path):
     weights = weights_for(form)
     weights.encoder["stages.1.blocks.0.norm.bias"][3] = value
     write_weights(tmp_path / FILES[form], weights, form)
-    with pytest.raises(UserError, match=r"not finite in \S*1\.\S*bias:"):
+    with pytest.raises(UserError, match=r"not finite in \S*bias:"):
         read_weights(tmp_path / FILES[form])
 
 

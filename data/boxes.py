@@ -107,7 +107,7 @@ def box_target(
     A tile has the boxes of which `TILE_SHARE` is in it. Raises `ImageError` if boxes are of an image of another shape.
     """
     target = item.targets or {}
-    if "boxes" not in target:
+    if not {"boxes", "height", "width"} <= target.keys():  # a table's own boxes are kept as they are
         return {}
     size = image_size(*image)
     height, width = (place["height"], place["width"]) if place else size

@@ -55,7 +55,7 @@ PARSERS = {
     "finetune/predict.py": partial(parse_options, predict.Options, ""),
     "finetune/export.py": partial(parse_options, export.Options, ""),
     "finetune/probe.py": partial(parse_options, probe.Options, ""),
-    "finetune/embed.py": partial(parse_options, embed.Options, ""),
+    "finetune/embed.py": partial(parse_options, embed.EmbedOptions, ""),
     "finetune/curate.py": partial(parse_options, curate.Options, ""),
     "pretrain/reconstruct.py": partial(parse_options, reconstruct.Options, ""),
 }

@@ -300,17 +300,17 @@ def test_fp16_is_refused_where_it_is_too_coarse(digits, tmp_path):
 # ---- the comparison can fail
 
 
-def tampered(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict) -> None:
+def tampered(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict, *more: bool) -> None:
     """Write another model: one bias differs by a thousandth of the largest logit."""
     deployed, weights = deepcopy(deployed), deepcopy(weights)
     deployed.model.head.fc.bias.data[0] += 3e-3
     weights.head["head.fc.bias"][0] += 3e-3
-    export(path, to, deployed, weights, outputs)
+    export(path, to, deployed, weights, outputs, *more)
 
 
-def cut(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict) -> None:
+def cut(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict, *more: bool) -> None:
     """Writes half a file."""
-    export(path, to, deployed, weights, outputs)
+    export(path, to, deployed, weights, outputs, *more)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -336,9 +336,9 @@ def test_another_class_is_noticed(digits, tmp_path, monkeypatch):
     weights.head["head.fc.weight"][1], weights.head["head.fc.bias"][:2] = weights.head["head.fc.weight"][0], 10
     weights.head["head.fc.bias"][1] += 2e-4  # class 1 always, by a hair
 
-    def other(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict) -> None:
+    def other(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict, *more: bool) -> None:
         deployed.model.head.fc.bias.data[0] += 3e-4
-        export(path, to, deployed, weights, outputs)
+        export(path, to, deployed, weights, outputs, *more)
 
     monkeypatch.setattr(files, "export", other)
     with pytest.raises(UserError, match=r"not written.* 1 of 1 images .*class"):

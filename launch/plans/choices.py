@@ -76,7 +76,8 @@ def choose(facts: Facts, device: str, ranks: int, name: str, plan: Path) -> Choi
     problem = why_no_finetuning(facts.splits, evaluated_split(facts.splits))
     if facts.kind:
         task, recipe = TASKS[facts.kind]
-        problem = f"for the {facts.kind}, fine-tune with --config configs/finetune/{recipe}.yaml --task.name {task}"
+        subject = "masks" if facts.kind == "mask" else facts.kind
+        problem = f"for the {subject}, fine-tune with --config configs/finetune/{recipe}.yaml --task.name {task}"
     pretrain = _pretrain(facts, device, ranks, base, stride)
     if problem is None:
         _probe(facts, base, pretrain)

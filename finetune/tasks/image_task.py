@@ -14,6 +14,7 @@ from data.sampler import labelled_share
 from data.shards import Split
 from data.transforms import EvalTransform, RowTransform, TrainTransform
 from data.vectors import all_targets, reader, target_names
+from finetune.tasks.building import build_model
 from models.convnext import ConvNeXt
 from models.opening import Opened
 from models.start import start_encoder
@@ -52,14 +53,7 @@ class ImageTask:
         return EvalTransform(data.height_width, self.config.augment.eval_crop, data.eval_interpolation)
 
     def build(self, arch: Encoder) -> ConvNeXt:
-        """The model. A frozen encoder has neither drop path nor activation checkpointing."""
-        settings = self.config.model
-        if not settings.freeze_encoder:
-            return ConvNeXt(arch, self.outputs, settings.drop_path, settings.recompute)
-        model = ConvNeXt(arch, self.outputs)
-        model.requires_grad_(False)
-        model.head.requires_grad_(True)
-        return model
+        return build_model(self.config.model, lambda *options: ConvNeXt(arch, self.outputs, *options))
 
     def scale_head(self, model: ConvNeXt, init: Opened | None) -> None:
         """Scale a new head by `task.head_init`."""

@@ -15,6 +15,7 @@ from configs.schema import Encoder, Finetune
 from data.loader import Transform
 from data.sampler import labelled_share
 from data.shards import Split
+from finetune.tasks.building import build_model
 from finetune.tasks.detection import scores
 from finetune.tasks.detection.model import Detector
 from finetune.tasks.detection.scores import Predictions
@@ -72,14 +73,7 @@ class DetectionTask:
         return labelled_share(np.zeros(len(self.train), int), share, seed).astype(float)
 
     def build(self, arch: Encoder) -> Detector:
-        """The detector. A frozen encoder has neither drop path nor activation checkpointing."""
-        settings = self.config.model
-        if not settings.freeze_encoder:
-            return Detector(arch, self.head, settings.drop_path, settings.recompute)
-        model = Detector(arch, self.head)
-        model.requires_grad_(False)
-        model.head.requires_grad_(True)
-        return model
+        return build_model(self.config.model, lambda *options: Detector(arch, self.head, *options))
 
     def load(self, model: Detector, init: Opened | None) -> None:
         """Load --init: the encoder, and the head of a detector with the same settings and classes."""

@@ -16,6 +16,7 @@ from data.folder import Folder
 from data.loader import Transform
 from data.sampler import labelled_share
 from data.shards import Split
+from finetune.tasks.building import build_model
 from finetune.tasks.segmentation import scores
 from finetune.tasks.segmentation.inference import segment
 from finetune.tasks.segmentation.model import VOID, HeadConfig, Loss, Segmenter
@@ -81,14 +82,9 @@ class SegmenterTask:
         return labelled_share(np.zeros(len(self.train), int), share, self.config.run.seed).astype(float)
 
     def build(self, arch: Encoder) -> Segmenter:
-        """The model with its loss. A frozen encoder has neither drop path nor activation checkpointing."""
-        model, settings = self.config.model, self.config.task
-        extra = (0.0, "none") if model.freeze_encoder else (model.drop_path, model.recompute)
-        built = Segmenter(arch, self.head, *extra, Loss(settings.loss, self.weights), settings.auxiliary)
-        if model.freeze_encoder:
-            built.requires_grad_(False)
-            built.head.requires_grad_(True)
-        return built
+        """The model with its loss."""
+        loss, auxiliary = Loss(self.config.task.loss, self.weights), self.config.task.auxiliary
+        return build_model(self.config.model, lambda *options: Segmenter(arch, self.head, *options, loss, auxiliary))
 
     def load(self, model: Segmenter, init: Opened | None) -> None:
         """Load the encoder of --init, and its head if it is of the same classes and shape."""

@@ -1,8 +1,6 @@
 """Fine-tuning as a command: from pretrained weights and from scratch, resuming, bad input."""
 
 import json
-import signal
-import time
 
 import pytest
 import torch
@@ -13,7 +11,8 @@ from models.convnext import ConvNeXt
 from models.formats.write import write_weights
 from models.opening import open_weights
 from models.weights import load_strict
-from tests.conftest import QUICK, has, losses, names, run, run_ranks, started
+from tests.conftest import QUICK, has, names, run, run_ranks
+from tests.finetune.resuming import killed_and_resumed
 
 SHAPE = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]"]
 RECIPE = [
@@ -95,20 +94,7 @@ def test_from_scratch_takes_the_recipes_model(digits, tmp_path):
 
 def test_killed_and_resumed_equals_uninterrupted(digits, pretrained, tmp_path):
     more = ["--init", pretrained / "fcmae.pt", *RECIPE, "--model.drop_path", "0.2", "--optim.micro_batch", "120"]
-    run("python", "finetune/main.py", *words(digits, tmp_path, "whole", *more, epochs=4))
-    command = ["finetune/main.py", *words(digits, tmp_path, "killed", *more, epochs=4)]
-    first = started(tmp_path / "output", *command)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    first.kill()
-    assert first.wait() == -signal.SIGKILL
-    assert summary(tmp_path / "killed")["epoch"] < 4
-    run("python", *command, "--resume")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    whole, killed = (open_weights(tmp_path / name / "last.pt").weights for name in ("whole", "killed"))
-    assert all(torch.equal(tensor, killed.ema[name]) for name, tensor in whole.ema.items())
-    killed, whole = summary(tmp_path / "killed"), summary(tmp_path / "whole")
+    *_, whole, killed = killed_and_resumed(lambda name: words(digits, tmp_path, name, *more, epochs=4), tmp_path)
     assert all(killed[key] == whole[key] for key in ("epoch", "init", "best", "last"))
 
 

@@ -3,9 +3,8 @@
 import csv
 import io
 import json
-import signal
-import time
 from contextlib import redirect_stdout
+from functools import partial
 
 import numpy as np
 import onnxruntime
@@ -20,7 +19,8 @@ from finetune import evaluate, export, predict
 from finetune.main import main
 from finetune.tasks import make_inference
 from models.opening import open_classifier, open_weights
-from tests.conftest import has, losses, names, run, run_ranks, started
+from tests.conftest import has, losses, names, run, run_ranks
+from tests.finetune.resuming import killed_and_resumed
 from tests.finetune.tasks.detection.helpers import NAMES, QUICK, make_shards
 
 MASKS = ["--task.masks", "true"]
@@ -58,19 +58,8 @@ def test_files_and_scores_of_a_run(folder):
 def test_killed_and_resumed_equals_uninterrupted(folder, tmp_path):
     """torchvision samples proposals at random: the generator is seeded in each step."""
     more = ["--model.drop_path", "0.2", "--augment.ema", "0.9", "--optim.micro_batch", "2", *MASKS]
-    run("python", "finetune/main.py", *words(folder / "shards", tmp_path, "whole", *more, epochs=4))
-    command = ["finetune/main.py", *words(folder / "shards", tmp_path, "killed", *more, epochs=4)]
-    first = started(tmp_path / "output", *command)
-    deadline = time.monotonic() + 300
-    while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    first.kill()
-    assert first.wait() == -signal.SIGKILL
-    run("python", *command, "--resume")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    whole, killed = (open_weights(tmp_path / name / "last.pt").weights for name in ("whole", "killed"))
-    assert all(torch.equal(tensor, killed.ema[name]) for name, tensor in whole.ema.items())
-    killed, whole = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("killed", "whole"))
+    command = partial(words, folder / "shards", tmp_path)
+    *_, whole, killed = killed_and_resumed(lambda name: command(name, *more, epochs=4), tmp_path)
     assert all(killed[key] == whole[key] for key in ("epoch", "best", "last"))
 
 

@@ -2,18 +2,16 @@
 
 import csv
 import json
-import signal
-import time
 
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 from sklearn.metrics import average_precision_score
 
 from finetune.main import main
 from models.opening import open_weights
-from tests.conftest import has, losses, run, run_ranks, started
+from tests.conftest import has, run, run_ranks
+from tests.finetune.resuming import killed_and_resumed
 from tests.finetune.tasks.helpers import shards, summary, words
 
 MORE = ["--augment.ema", "0.9", "--task.threshold", "best", "--task.class_weights", "0.5", "--layer_decay", "0.8",
@@ -69,19 +67,10 @@ def test_ranks_train_alike_and_score_alike(tagged, tmp_path):
 
 
 def test_killed_and_resumed_equals_uninterrupted(tagged, tmp_path):
-    run("python", "finetune/main.py", *words(tagged, tmp_path, "whole", "labels", *MORE, epochs=4))
-    command = ["finetune/main.py", *words(tagged, tmp_path, "killed", "labels", *MORE, epochs=4)]
-    first, deadline = started(tmp_path / "output", *command), time.monotonic() + 120
-    while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    first.kill()
-    assert first.wait() == -signal.SIGKILL
-    run("python", *command, "--resume")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    whole, killed = (open_weights(tmp_path / name / "last.pt").weights for name in ("whole", "killed"))
-    assert all(torch.equal(tensor, killed.ema[name]) for name, tensor in whole.ema.items())
+    found = killed_and_resumed(lambda name: words(tagged, tmp_path, name, "labels", *MORE, epochs=4), tmp_path)
+    whole, killed, whole_summary, killed_summary = found
     assert whole.task_config == killed.task_config
-    assert summary(tmp_path / "whole")["best"] == summary(tmp_path / "killed")["best"]
+    assert whole_summary["best"] == killed_summary["best"]
 
 
 def test_predictions_and_export(trained, tagged, source, tmp_path):

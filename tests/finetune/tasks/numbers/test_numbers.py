@@ -2,18 +2,16 @@
 
 import csv
 import json
-import signal
-import time
 
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 from sklearn.metrics import r2_score
 
 from finetune.main import main
 from models.opening import open_weights
-from tests.conftest import has, losses, run, run_ranks, started
+from tests.conftest import has, run, run_ranks
+from tests.finetune.resuming import killed_and_resumed
 from tests.finetune.tasks.helpers import summary, words
 
 MORE = ["--augment.ema", "0.9", "--layer_decay", "0.8"]
@@ -65,18 +63,9 @@ def test_evaluation_equals_sklearn_on_any_number_of_ranks(trained, measured, tmp
 
 
 def test_killed_and_resumed_equals_uninterrupted(measured, tmp_path):
-    run("python", "finetune/main.py", *words(measured, tmp_path, "whole", "numbers", *MORE, epochs=4))
-    command = ["finetune/main.py", *words(measured, tmp_path, "killed", "numbers", *MORE, epochs=4)]
-    first, deadline = started(tmp_path / "output", *command), time.monotonic() + 120
-    while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    first.kill()
-    assert first.wait() == -signal.SIGKILL
-    run("python", *command, "--resume")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    whole, killed = (open_weights(tmp_path / name / "last.pt").weights for name in ("whole", "killed"))
-    assert all(torch.equal(tensor, killed.ema[name]) for name, tensor in whole.ema.items())
-    assert summary(tmp_path / "whole")["best"] == summary(tmp_path / "killed")["best"]
+    found = killed_and_resumed(lambda name: words(measured, tmp_path, name, "numbers", *MORE, epochs=4), tmp_path)
+    *_, whole, killed = found
+    assert whole["best"] == killed["best"]
 
 
 def test_grades_from_classes(grades, graded, tmp_path):

@@ -2,19 +2,17 @@
 
 import csv
 import json
-import signal
-import time
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from finetune.evaluate import main as evaluate
 from finetune.main import main
 from finetune.predict import main as predict
 from models.opening import open_weights
-from tests.conftest import has, losses, make_once, names, run, run_ranks, started
+from tests.conftest import has, make_once, names, run, run_ranks
+from tests.finetune.resuming import killed_and_resumed
 from tests.finetune.tasks.segmentation.helpers import NAMES, config, scene, shards, weights_file
 from tests.finetune.test_evaluate import call
 
@@ -88,19 +86,7 @@ def test_trained_evaluated_and_used(scenes, tmp_path, capsys):
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(scenes, tmp_path):
     more = ["--augment.ema", 0.9, "--model.drop_path", 0.2, "--optim.micro_batch", 3, "--task.auxiliary", 0.4]
-    run("python", "finetune/main.py", *words(scenes, tmp_path, "whole", *more, epochs=5))
-    command = ["finetune/main.py", *words(scenes, tmp_path, "killed", *more, epochs=5)]
-    first = started(tmp_path / "output", *command)
-    deadline = time.monotonic() + 300
-    while not list((tmp_path / "killed/checkpoints").glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    first.kill()
-    assert first.wait() == -signal.SIGKILL
-    run("python", *command, "--resume")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    whole, killed = (open_weights(tmp_path / name / "last.pt").weights for name in ("whole", "killed"))
-    assert all(torch.equal(tensor, killed.ema[name]) for name, tensor in whole.ema.items())
-    whole, killed = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed"))
+    *_, whole, killed = killed_and_resumed(lambda name: words(scenes, tmp_path, name, *more, epochs=5), tmp_path)
     assert all(killed[key] == whole[key] for key in ("epoch", "best", "last"))
 
 

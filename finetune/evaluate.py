@@ -25,11 +25,11 @@ from configs.errors import run_main
 from configs.keys import argument, option
 from configs.schema import Data, Optim, Run
 from data.folder import check_images
-from finetune.options import ImageOptions
+from finetune.options import PredictionOptions
 
 
 @dataclass(frozen=True)
-class Options(ImageOptions):
+class Options(PredictionOptions):
     """The command line."""
 
     data: str = argument("labelled images: shards or their URL, a folder, a zip, a tar, a table of files")

@@ -35,6 +35,11 @@ class DeviceOptions(ModelOptions):
 class ImageOptions(FileOptions, DeviceOptions):
     """Which model to use, where it runs, and how files of images are read."""
 
+
+@dataclass(frozen=True)
+class PredictionOptions(ImageOptions):
+    """Those of commands that use the outputs of the model's task."""
+
     tta: tuple[str, ...] = option((), f"average the outputs for several views of each image: {', '.join(TTA)}")
 
     def __post_init__(self):

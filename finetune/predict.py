@@ -26,11 +26,11 @@ from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import Probability, argument, option
 from configs.schema import Optim, Run
-from finetune.options import STDIN, ImageOptions
+from finetune.options import STDIN, PredictionOptions
 
 
 @dataclass(frozen=True)
-class Options(ImageOptions):
+class Options(PredictionOptions):
     """The command line."""
 
     images: tuple[str, ...] = argument("file, folder, or - for paths from standard input")

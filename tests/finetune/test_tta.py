@@ -8,7 +8,7 @@ from torch import nn
 
 from configs.errors import UserError
 from data.transforms import EvalTransform
-from finetune.options import ImageOptions
+from finetune.options import PredictionOptions
 from finetune.tta import Averaged, with_views
 
 
@@ -58,4 +58,4 @@ def test_a_task_without_an_average_is_refused():
     with pytest.raises(UserError, match=r"--tta hflip: task boxes"):
         with_views(task, ["hflip"])
     with pytest.raises(UserError, match=r"--tta is flips.*hflip"):
-        ImageOptions(weights="x.pt", tta=("flips",))
+        PredictionOptions(weights="x.pt", tta=("flips",))

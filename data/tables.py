@@ -15,6 +15,7 @@ from configs.errors import UserError, few, printable, reason
 from data.classes import WAY_OUT, split_name
 from data.listing import Listing, suffix
 from data.sources import READABLE, Item
+from data.tars import TARGETS as JSON_TARGETS
 
 PATH_NAMES = {
     "path", "paths", "file", "filename", "filenames", "filepath", "image", "images", "imageid", "imagename",
@@ -28,7 +29,7 @@ LABEL_NAMES = {
 }  # fmt: skip
 SPLIT_NAMES = {"split", "splits", "subset", "partition", "set"}
 FLAGS = {"0", "1", "0.0", "1.0", "True", "False"}  # of one column for each class
-TARGETS = ("labels", "numbers", "boxes", "mask")  # columns that are kept for tasks, whatever the label
+TARGETS = (*JSON_TARGETS, "mask")  # columns that are kept for tasks, whatever the label
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # first bytes of texts that Excel and PowerShell write
 READS = "csv, tsv, json lines, parquet or `path label` lines (.txt)"
 MAX_SHOWN_COLUMNS = 20

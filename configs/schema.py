@@ -31,7 +31,9 @@ class Optim:
         "images per rank and forward pass; gradients are accumulated; null = batch_size / ranks; auto = the largest "
         "that fits into memory",
     )
-    epochs: PositiveInt = fixed(800, "passes over the data")
+    epochs: PositiveInt = free(
+        800, "passes over the data; raise it to extend a run, whose learning rate then follows the longer schedule"
+    )
     warmup_epochs: NonNegativeFloat = fixed(40, "epochs of linear warm-up")
     warmup_lr: NonNegativeFloat = fixed(0.0, "base learning rate at the start of the warm-up")
     min_lr: NonNegativeFloat = fixed(0.0, "base learning rate at the end")

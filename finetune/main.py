@@ -100,6 +100,8 @@ def main() -> None:
     trainer.run()
     best, path = stage.best, trainer.folder / "best.pt"
     say(f"best {stage.split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
+    if stage.unseen:
+        say(f"warning: {stage.unseen_classes()}")
     if world.first:
         task.draw(trainer.folder, stage.best_predictions)
         say(f"wrote {write_report(trainer.folder)}: open it in a browser")

@@ -105,6 +105,7 @@ class ClassifierInference(ImageInference):
             for (i, j), count in zip(*(x.tolist() for x in predictions.confusions()), strict=True)
         ]
         result = {"scores": predictions.scores() | {"calibration_error": calibration_error(bins)}, "classes": classes}
+        result["without_images"] = [name for i, name in enumerate(names) if i not in images]
         return result | {"confusions": confusions, "calibration": [asdict(bin) for bin in bins]}
 
     def write_evaluation(self, out: Path, result: dict, predictions: Predictions, names: list[str]) -> None:

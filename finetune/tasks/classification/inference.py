@@ -46,6 +46,7 @@ class Prediction:
 class ClassifierInference(ImageInference):
     """A trained classifier; implements `finetune.inference.Inference`."""
 
+    score = "top1"
     files = "evaluation.json, predictions.csv, confusion.png, calibration.png, examples.png"
     join = staticmethod(join)
     show_evaluation = staticmethod(show_evaluation)

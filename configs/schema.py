@@ -39,7 +39,7 @@ class Optim:
     min_lr: NonNegativeFloat = fixed(0.0, "base learning rate at the end")
     weight_decay: NonNegativeFloat = fixed(0.05, "weight decay; not for biases, norms, GRN, layer scale and mask token")
     decay_rules: dict[str, NonNegativeFloat] | None = fixed(
-        None, 'other decays by parameter name, like {"stem.*": 0, "*.grn.*": 0.01}; last match counts; see --dry-run'
+        None, 'other decays by parameter name, like {"stem.*": 0, "*.grn.*": 0.01}; last match counts; see --parameters'
     )
     betas: tuple[BelowOne, BelowOne] = fixed((0.9, 0.95), "betas of AdamW")
     clip_grad: NonNegativeFloat = fixed(0.0, "maximum norm of the gradient; 0 = off")

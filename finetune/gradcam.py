@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import matplotlib
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -41,10 +42,7 @@ def draw(image: Tensor, evidence: Tensor, region: tuple[float, float, float, flo
     left, top, right, bottom = (round(x) for x in region)
     values = Image.fromarray((255 * evidence.cpu()).round().byte().numpy())
     values = values.resize((max(1, right - left), max(1, bottom - top)), Image.Resampling.BILINEAR)
-    colours = torch.tensor(matplotlib.colormaps[COLOURS].colors).mul(255).round().byte()
-    tint = Image.fromarray(colours[torch.frombuffer(bytearray(values.tobytes()), dtype=torch.uint8).long()]
-                           .view(values.height, values.width, 3).numpy())  # fmt: skip
-    picture.paste(tint, (left, top), values.point(lambda x: round(x * STRONGEST)))
-    return (
-        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, -1, 3).permute(2, 0, 1)
-    )
+    colours = (255 * np.array(matplotlib.colormaps[COLOURS].colors)).round().astype(np.uint8)
+    opacity = values.point(lambda x: round(x * STRONGEST))
+    picture.paste(Image.fromarray(colours[np.asarray(values)]), (left, top), opacity)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

@@ -195,6 +195,8 @@ def show(scores: dict, options: Options) -> None:
         cells = (f"{row[key]:.2%}" for key in ("held_out", "top1", "top5"))
         table.add_row(f"{row['lr']:g}", *cells, style="bold" if row["lr"] == best else None)
     console.print(table)
+    if largest := next((row["used"] for row in grid if row["used"] < row["lr"]), None):
+        print(f"learning rates above {largest:.2g} oscillate on these features: {largest:.2g} was used instead")
     if len(grid) > 1 and best in (grid[0]["lr"], grid[-1]["lr"]):
         print(f"the best learning rate, {best:g}, is at an end of the grid: widen --lrs")
 

@@ -151,18 +151,21 @@ def quantized(file: Path, task: "Inference", exported: "Predict", options: Optio
     Raises `UserError` if the score falls by more than --max-drop, or the images have no labels.
     """
     from data.folder import open_images
+    from data.transforms import EvalTransform
     from finetune.batches import sample_images
     from finetune.exporters.files import IMAGE, load_exported
     from finetune.exporters.quantize import check_drop, quantize, scores
 
     labelled, weights = open_images(options.images, options.split, options), task.trained.weights
-    place, transform = options.calibrate or options.images, task.transform
-    split, channels = options.calibrate_split, task.trained.preprocessing.channels
+    place, split = options.calibrate or options.images, options.calibrate_split
+    preprocessing = task.trained.preprocessing
     task.match(labelled)  # raises before the work
-    images = sample_images(place, split, CALIBRATED, transform, channels, options)
+    transform = EvalTransform.of(preprocessing)
+    images = sample_images(place, split, CALIBRATED, transform, preprocessing.channels, options)
     low = file.with_name(f".{file.name}")
     quantize(file, low, IMAGE, images)
     low.replace(file)
+    file.with_name(f"{file.name}.data").unlink(missing_ok=True)  # a quarter of it fits into one file
     models, data = {"fp32": exported, "int8": load_exported(file, "onnx", weights)}, Data(max_pixels=options.max_pixels)
     found, count = scores(task, labelled, options.score_images, models, data)
     return check_drop(found["fp32"], found["int8"], count, options.max_drop, task.score)

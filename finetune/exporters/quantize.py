@@ -60,12 +60,11 @@ def scores(task: Any, images: Any, count: int, models: dict[str, Predict], data:
     """A task's score of exported models, by name, and the number of images that count.
 
     Args:
-        task: an `Inference` with `score`; matched with the images
+        task: an `Inference` with `score`, matched with the images
         images: the split to score on; at most `count` images, evenly spread
     Raises:
         UserError: no image has a target
     """
-    task.match(images)
     used = min(count, len(images))
     samples, channels = np.arange(used) * len(images) // used, task.trained.preprocessing.channels
     batch, world = min(BATCH, used), init_world(Run(device="cpu"))

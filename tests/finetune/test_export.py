@@ -382,17 +382,18 @@ def test_int8_has_the_accuracy_that_is_reported(quantised, digits):
     read = [split.read(i) for i in range(len(split))]
     images = torch.stack([transform(decode(data, 1))["image"] for data, _ in read]) / 255
     right = session.run(None, {"image": images.numpy()})[0].argmax(1) == [label for _, label in read]
-    assert after == pytest.approx(100 * right.mean(), abs=0.3) and before > 80 and before - after < 1
+    assert after == pytest.approx(100 * right.mean(), abs=1) and before > 80 and before - after < 1
 
 
-def test_int8_that_loses_too_much_is_not_written(quantised, digits, tmp_path, refused):
+def test_int8_that_loses_too_much_is_not_written(quantised, digits, tmp_path):
     """Calibrated on black images, activations are cut off."""
     black = io.BytesIO()
     Image.new("L", (8, 8)).save(black, "png")
     as_folder({f"train/a/{i}.png": black.getvalue() for i in range(2)}, tmp_path / "black")
     words = [quantised[0], tmp_path / "x.onnx", "--to", "onnx", "--images", digits, "--quantize", "int8"]
-    line = refused(command.main, *words, "--calibrate", tmp_path / "black")
-    assert has(line, "--quantize int8 top1 fp32 int8 355 images --max-drop") and names(tmp_path) == {"black"}
+    with pytest.raises(UserError) as error:
+        call(*words, "--calibrate", tmp_path / "black")
+    assert has(error.value, "--quantize int8 top1 fp32 int8 355 images --max-drop") and names(tmp_path) == {"black"}
 
 
 @pytest.mark.parametrize("after", [0.88, float("nan")])

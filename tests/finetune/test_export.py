@@ -309,29 +309,32 @@ def test_fp16_is_refused_where_it_is_too_coarse(digits, tmp_path):
 # ---- opset, free sides, OpenVINO, int8
 
 
-def test_opset(digits, tmp_path):
-    """The exporter keeps its own version if it cannot write the one that is asked for, which is refused."""
-    out = exported(trained("v1"), tmp_path, digits, "onnx", "--opset", "18")
-    assert [entry.version for entry in onnx.load(out).opset_import if entry.domain == ""] == [18]
-    out.unlink()
+def test_an_opset_that_cannot_be_written(digits, tmp_path):
+    """The exporter would keep its own version."""
     with pytest.raises(UserError, match=r"--opset 9: .* opset \d+"):
         exported(trained("v1"), tmp_path, digits, "onnx", "--opset", "9")
     assert names(tmp_path) == {"best.pt"}
 
 
-@pytest.mark.parametrize("to", ["onnx", "torchscript"])
-def test_a_classifier_with_free_sides(to, digits, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("to", "more"), [("onnx", ["--opset", "18"]), pytest.param("torchscript", [], marks=pytest.mark.slow)]
+)
+def test_a_classifier_with_free_sides_and_an_opset(to, more, digits, tmp_path, capsys):
     weights = trained("v1")
-    out = exported(weights, tmp_path, digits, to, "--dynamic")
+    out = exported(weights, tmp_path, digits, to, "--dynamic", *more)
     printed = capsys.readouterr().out
     assert has(printed, "1x1x32x24") and has(about(out, to)["input"]["image"], "height >= 16, a multiple of 8 width")
     for height, width in ((16, 16), (48, 24)):
         images = torch.rand(2, 1, height, width)
         assert_close(outputs(printed.splitlines()[-1], images)[0], reference(weights, tmp_path, images, False)[0])
+    if more:
+        assert [entry.version for entry in onnx.load(out).opset_import if entry.domain == ""] == [18]
 
 
 @pytest.mark.parametrize("_", INSTALLED)
-@pytest.mark.parametrize("options", [[], ["--dynamic"], ["--features"], ["--fp16"]])
+@pytest.mark.parametrize(
+    "options", [[], *(pytest.param([more], marks=pytest.mark.slow) for more in ("--dynamic", "--features", "--fp16"))]
+)
 def test_openvino(options, _, digits, tmp_path, capsys):
     import openvino
 

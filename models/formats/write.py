@@ -70,7 +70,7 @@ def to_form(weights: Weights, form: str) -> tuple[Tensors, list[str]]:
         remarks.append("added: an identity as final norm (models of this format always have a norm)")
     conv_mlp = weights.arch.name.endswith(CONV_MLP)
     prefix = f"{_base_class(weights).lower()}." if form == "transformers" and "head.fc.weight" in kept else ""
-    prefix = "backbone." if form == "mmpretrain" else prefix
+    prefix = {"mmpretrain": "backbone.", "torchvision": "features."}.get(form, prefix)
     renamed = {}
     for name, tensor in kept.items():
         theirs = to_name(name, form)

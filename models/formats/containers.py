@@ -97,7 +97,7 @@ def _read_folder(path: Path) -> Container:
 
 
 def _tensor_files(path: Path) -> list[Path]:
-    """Tensor files of a model folder or of an index: the parts, the first of `TENSOR_FILES`, or the only weight file."""
+    """Tensor files of an index, or of a model folder: the first of `TENSOR_FILES` in it, or its only weight file."""
     if not path.is_dir():
         return [path.parent / name for name in part_names(path)]
     for name in TENSOR_FILES:

@@ -72,9 +72,8 @@ def _unpickle(path: Path, head: bytes) -> dict:
             if not is_zip and "global" not in str(error).lower():
                 raise UserError(f"{path} is truncated or not a weight file: copy it again") from None
             forbidden = ""
-            with suppress(Exception):  # the pickle may be damaged as well
-                with path.open("rb") as file:
-                    forbidden = f" ({torch.serialization.get_unsafe_globals_in_checkpoint(file)[0]})"
+            with suppress(Exception), path.open("rb") as file:  # the pickle may be damaged as well
+                forbidden = f" ({torch.serialization.get_unsafe_globals_in_checkpoint(file)[0]})"
             problem = f"contains code or objects besides tensors and plain values{forbidden}"
             raise UserError(f"{path} {problem}: refused, nothing was executed; save its state_dict alone") from None
         except Exception as error:  # damaged bytes can raise anything in the reader

@@ -74,9 +74,9 @@ def _leaves(content: dict, prefix: str, depth: int) -> Iterator[tuple[str, Tenso
             yield f"{prefix}{key}", value
 
 
-def digest(path: str | Path) -> str:
+def digest_of(path: Path) -> str:
     """Short hash of a weight file, or of the files of a model folder that `read_container` reads."""
-    path, files = Path(path), [Path(path)]
+    files = [path]
     if path.is_dir() or path.name.endswith(INDEX):
         folder = path if path.is_dir() else path.parent
         files = [file for file in (folder / CONFIG, folder / PROCESSOR) if file.is_file()] + _tensor_files(path)

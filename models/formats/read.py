@@ -10,6 +10,7 @@ from typing import NamedTuple
 from configs.errors import UserError, few
 from configs.schema import Encoder
 from models.formats.containers import read_container
+from models.formats.hub import localize
 from models.formats.metadata import class_names, preprocessing, pretraining
 from models.formats.names import STAGE_NORMS, WRAPPERS, Detected, detect, from_shape, seems, to_name, to_shape
 from models.sizes import SIZES, resolve
@@ -49,10 +50,11 @@ def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
         UserError: the file is missing, truncated, contains code, has an unknown format, or has missing, unexpected or
             misshapen tensors or numbers that are not finite, which are listed
     """
-    path = Path(path)
-    container = read_container(path)
+    local = localize(path)
+    origin = [local.remark] if local.remark else []
+    container = read_container(local.path)
     if container.metadata.get("format") == FORMAT:
-        return from_content(container.metadata, path), "ours", []
+        return from_content(container.metadata, path), "ours", origin
     raw = translate(container.tensors, path, container.metadata.get("architecture"))
     form, arch, encoder, decoder, head, remarks = raw
     if form == "transformers" and container.metadata.get("hidden_act", "gelu") != "gelu":
@@ -65,7 +67,7 @@ def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
             raise UserError(f"{path}: its averaged weights belong to another model than its raw ones")
     if form in ("timm", "transformers") and _identity_norm(head):
         head = {}  # these formats store an identity for encoders without a head
-    remarks += container.remarks
+    remarks = [*origin, *remarks, *container.remarks]
     settings = pretraining(container.metadata, arch, decoder) if decoder else {}
     image = preprocessing(container.metadata, form, arch, remarks)
     weights = Weights(arch, image, encoder, decoder, settings, head, ema)
@@ -73,7 +75,7 @@ def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
     return weights, form, remarks
 
 
-def translate(tensors: dict, path: Path, model: object = None) -> Translated:
+def translate(tensors: dict, path: str | Path, model: object = None) -> Translated:
     """Detect the format of a state dict, and translate its names and shapes.
 
     Names may begin with any prefix, like `model.backbone.`; tensors outside of it are left out. `model` is the file's

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from configs.errors import UserError
-from models.formats.containers import digest
+from models.formats.hub import digest
 from models.formats.read import read_weights
 from models.formats.write import to_form
 from models.weights import Weights

@@ -6,6 +6,7 @@ code blocks, where it has no effect.
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -34,14 +35,15 @@ def model_card(weights: Weights, source: str, library: str, name: str, call: str
     about = {"license": license_id or NO_LICENSE, "library_name": library}
     about["pipeline_tag"] = "image-classification" if weights.outputs else "image-feature-extraction"
     about["tags"] = [weights.arch.name.partition("_")[0], "convnext-fcmae"]
-    parts = [f"---\n{yaml.safe_dump(about, sort_keys=False)}---", f"# {name}", weights.describe() + "."]
+    parts = [f"---\n{yaml.safe_dump(about, sort_keys=False)}---", f"# {name}"]
+    parts.append(replace(weights, decoder={}, ema=None).describe() + ".")
     image = weights.preprocessing
     if image.mean is not None:
         text = f"{image.channels} channels of {image.size[0]} x {image.size[1]} pixels, scaled to 0..1, then normalised"
         parts.append(f"Images: {text} with mean {_numbers(image.mean)} and std {_numbers(image.std)}.")
     parts.append(f"```python\nimport {library}\n\nmodel = {call}\n```")
     parts += ["## Data", *_data(weights, summary), "## Recipe", *_recipe(summary)]
-    parts += ["## Result", *_result(summary), "## Licence", _license(license_id, summary)]
+    parts += ["## Result", *_result(summary, Path(source).stem), "## Licence", _license(license_id, summary)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -83,18 +85,25 @@ def _recipe(summary: dict) -> list[str]:
     return [*lines, _block("yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=False).rstrip())]
 
 
-def _result(summary: dict) -> list[str]:
-    """Scores of the best epoch, or the last values of a pretraining."""
-    best = summary.get("best")
+def _result(summary: dict, stem: str) -> list[str]:
+    """Scores of the epoch that the file is of, or the last values of a pretraining."""
+    best = summary.get("best" if stem == "best" else "last")
+    text = "which also selected this epoch" if stem == "best" else "of the last epoch"
     if isinstance(best, dict):
-        values = {key: value for key, value in best.items() if isinstance(value, int | float | str)}
+        values = _scores(best)
     else:
         last = {key: summary.get(key) for key in ("loss", "knn", "linear")}
         values = {key: [*found.values()][-1] for key, found in last.items() if isinstance(found, dict) and found}
     if not values:
         return ["Not recorded in the weights: give the scores here, and what they were measured on."]
-    return ["On the validation images of the run:" if isinstance(best, dict) else "After the last epoch:",
-            _block("json", json.dumps(values, indent=1))]  # fmt: skip
+    where = f"On the validation images of the run, {text}:" if isinstance(best, dict) else "After the last epoch:"
+    return [where, _block("json", json.dumps(values, indent=1))]
+
+
+def _scores(values: dict) -> dict:
+    """The single values, also of raw and averaged weights."""
+    parts = {key: _scores(value) for key, value in values.items() if key in ("raw", "ema") and isinstance(value, dict)}
+    return parts | {key: value for key, value in values.items() if isinstance(value, int | float | str)}
 
 
 def _license(license_id: str | None, summary: dict) -> str:

@@ -18,6 +18,7 @@ SECRETS = ("sekret", "AKIA", "/home", "s3:", "signature")
 SUMMARY = {
     "stage": "fine-tuning", "epoch": 5, "epochs": 5, "init": "/home/sekret/fcmae.pt",
     "best": {"epoch": 4, "weights": "ema", "top1": 91.25, "top5": 99.5, "per_class": [1, 2]},
+    "last": {"raw": {"top1": 88.5, "per_class": [1]}, "ema": {"top1": 90.5}},
     "seconds": 1234, "hardware": "NVIDIA H100 x 8",
     "config": {
         "init": "/home/sekret/fcmae.pt", "resume": "auto",
@@ -44,6 +45,13 @@ def test_a_fine_tuned_classifier(tmp_path):
         assert part in card, part
     assert not any(secret in card for secret in SECRETS) and "per_class" not in card
     assert "fcmae.pt" in card.split("## Licence")[1]  # whose licence may apply too
+
+
+def test_the_last_epoch(tmp_path):
+    save(tmp_path / "last.pt", classifier(**SMALL))
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    card = model_card(classifier(**SMALL), str(tmp_path / "last.pt"), "timm", "x", "load()", None)
+    assert "88.5" in card and "90.5" in card and "91.25" not in card
 
 
 def test_a_pretraining(tmp_path):

@@ -15,7 +15,7 @@ from models.formats import hub
 from models.formats.read import read_weights
 from models.formats.write import to_form, write_weights
 from models.opening import open_weights
-from tests.conftest import has
+from tests.conftest import QUICK, has, run
 from tests.models.formats.helpers import SMALL, assert_same, classifier
 from tests.models.formats.hub_server import TOKEN, Hub, Repo
 
@@ -287,3 +287,20 @@ def test_a_push_that_fails(repo, change, message, server, tmp_path, monkeypatch)
         hub.push(tmp_path / "out", repo)
     assert has(error.value, f"{repo} {message} hf upload") and "\n" not in str(error.value)
     assert not any(secret in str(error.value) for secret in (TOKEN, "wrongWRONG", "pw"))
+
+
+@pytest.mark.slow
+def test_the_commands_take_names(server, pretrained, digits, tmp_path, monkeypatch):
+    """In processes of their own: convert pushes, fine-tuning starts from it, evaluate wants a folder."""
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    words = [pretrained / "fcmae.pt", tmp_path / "out", "--to", "transformers", "--push", "me/digits"]
+    done = run("python3", "models/convert.py", *words)
+    assert has(done.stdout, "pushed me/digits") and TOKEN not in done.stdout + done.stderr
+    words = ["--init", "hf://me/digits", "--data.path", digits, "--run.folder", tmp_path, "--run.name", "x", *QUICK]
+    done = run("python3", "finetune/main.py", *words, "--run.max_steps", "2")
+    assert has(done.stdout, "starting hf://me/digits transformers commit")
+    assert not any(TOKEN.encode() in file.read_bytes() for file in (tmp_path / "x").rglob("*") if file.is_file())
+    done = run("python3", "finetune/evaluate.py", "hf://me/digits", digits, code=2)
+    assert has(done.stderr, "--out") and done.stderr.count("\n") == 1

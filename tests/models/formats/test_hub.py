@@ -9,7 +9,6 @@ import torch
 from huggingface_hub import constants
 
 from configs.errors import UserError
-from configs.hub import HubName, is_hub, parse_hub
 from models.convert import main
 from models.formats import hub
 from models.formats.read import read_weights
@@ -49,31 +48,6 @@ def folder_files(tmp_path, form: str) -> dict[str, bytes]:
     """The files of a model folder."""
     write_weights(tmp_path / form, WEIGHTS, form)
     return {file.name: file.read_bytes() for file in (tmp_path / form).iterdir()}
-
-
-@pytest.mark.parametrize(
-    ("source", "parsed"),
-    [
-        ("hf://a/b", HubName("a/b", None, None)),
-        ("hf://a/b.c-d/x/y.pt@v1.0", HubName("a/b.c-d", "x/y.pt", "v1.0")),
-        ("hf://a/b@refs/pr/3", HubName("a/b", None, "refs/pr/3")),
-        ("hf_hub:timm/x.fcmae", HubName("timm/x.fcmae", None, None)),
-        ("hf-hub:timm/x@main", HubName("timm/x", None, "main")),
-    ],
-)
-def test_names(source, parsed):
-    assert is_hub(source) and parse_hub(source) == parsed
-
-
-@pytest.mark.parametrize(
-    "source",
-    ["hf://", "hf://a", "hf://a/b/../c", "hf://a/b//c", "hf://a/b@", "hf://a/b@main/x.pt", "hf://a/b?x=1", "hf://../b",
-     f"hf://me:{TOKEN}@a/b", f"hf://{TOKEN}/b", f"hf://a/b?token={TOKEN}", "hf://a/b/x\x1b.pt", "hf_hub:a"],
-)  # fmt: skip
-def test_what_is_no_name(source):
-    with pytest.raises(UserError, match="hf://USER/REPO") as error:
-        parse_hub(source)
-    assert "SECRET" not in str(error.value)
 
 
 @pytest.mark.parametrize("form", ["transformers", "timm"])

@@ -15,7 +15,7 @@ TENSOR_KEYS = (  # keys of a checkpoint's tensors
     "model", "state_dict", "module", "model_state_dict", "model_state", "params", "net", "weights", "network",
 )  # fmt: skip
 EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "params_ema", "ema")  # and of their moving average
-MAX_NESTING = 8  # dicts inside of each other
+MAX_NESTING = 20  # dicts and lists inside of each other
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 INDEX = ".index.json"  # end of the name of a file that lists parts
 TENSOR_FILES = (  # of model folders, in order of preference: each alone, or in parts with an index beside them
@@ -60,18 +60,20 @@ def _inner(content: dict, keys: tuple[str, ...], depth: int = 0) -> dict | None:
 
 
 def _flat(content: dict) -> dict:
-    """Tensors of dicts inside of dicts, such as `{"encoder": {...}, "head": {...}}`, under names like `encoder.x`."""
-    if not any(isinstance(value, dict) for value in content.values()):
+    """Tensors of dicts and lists inside of each other, such as `{"encoder": {...}}`, under names like `encoder.x`."""
+    if not any(isinstance(value, dict | list | tuple) for value in content.values()):
         return content
-    return dict(_leaves(content, "", 0))
+    return dict(_leaves(content, "", set()))
 
 
-def _leaves(content: dict, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    for key, value in content.items():
-        if isinstance(value, dict) and depth < MAX_NESTING:
-            yield from _leaves(value, f"{prefix}{key}.", depth + 1)
-        elif isinstance(value, Tensor):
+def _leaves(content: dict | list | tuple, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor); a dict or list that occurs several times, also inside of itself, is read once."""
+    seen.add(id(content))
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        if isinstance(value, Tensor):
             yield f"{prefix}{key}", value
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen and prefix.count(".") < MAX_NESTING:
+            yield from _leaves(value, f"{prefix}{key}.", seen)
 
 
 def digest_of(path: Path) -> str:

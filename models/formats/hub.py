@@ -80,7 +80,7 @@ def _files(name: HubName) -> tuple[str, set[str]] | None:
         raise  # the hub has answered
     except (HTTPError, OfflineModeIsEnabled, OSError):
         return None
-    return info.sha, {file.rfilename for file in info.siblings or ()}
+    return info.sha or "", {file.rfilename for file in info.siblings or ()}
 
 
 def _fetch(repo: str, file: str, revision: str | None) -> Path:

@@ -39,13 +39,28 @@ def prefixed(prefix: str, tensors: dict) -> dict:
         (lambda t: {"state": {"models": {"net": prefixed("module.", t)}}}, None),
         (lambda t: {"teacher": prefixed("backbone.", t)}, None),
         (lambda t: (t, {"lr": 1}), None),
+        (lambda t: {"models": [t], "betas": (0.9, 0.95)}, None),
+        (lambda t: {"a": {"net": t}, "b": {"net": t}}, None),
         (lambda t: [t], None),
         (lambda t: {"model": {"model": {"model": t}}}, None),
         (lambda t: prefixed("module.", t) | {"n_averaged": torch.tensor(7)}, "1 tensors .*n_averaged"),
         (lambda t: {k: torch.nn.Parameter(v) for k, v in t.items()}, None),
         (lambda t: {k: v.movedim(0, -1).contiguous().movedim(-1, 0) for k, v in t.items()}, None),
     ],
-    ids=["parts", "parts in a key", "deep", "teacher", "tuple", "list", "thrice", "swa", "parameters", "strides"],
+    ids=[
+        "parts",
+        "parts in a key",
+        "deep",
+        "teacher",
+        "tuple",
+        "in a list",
+        "the same twice",
+        "list",
+        "thrice",
+        "swa",
+        "parameters",
+        "strides",
+    ],
 )
 def test_tensors_inside_of_other_values(content, remark, weights, tensors, tmp_path):
     torch.save(content(tensors), tmp_path / "x.pth")
@@ -60,6 +75,16 @@ def test_mixed_precision_is_kept(weights, tensors, tmp_path):
     torch.save(mixed, tmp_path / "x.pth")
     found = read_weights(tmp_path / "x.pth")[0]
     assert_same(to_form(found, "timm")[0], mixed)
+
+
+def test_dicts_that_multiply(tmp_path):
+    """Each contains the one before 50 times: 50 ** 12 in all."""
+    content: dict = {"x": torch.ones(1)}
+    for _ in range(12):
+        content = {str(i): content for i in range(50)}
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="no known format"):
+        read_weights(tmp_path / "x.pth")
 
 
 def test_a_dict_that_contains_itself(tmp_path):

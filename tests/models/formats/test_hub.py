@@ -209,6 +209,29 @@ def test_timm_reads_what_was_pushed(server, tmp_path, monkeypatch):
     assert [x.shape[1] for x in maps] == list(SMALL["dims"])
 
 
+@pytest.mark.parametrize(("classes", "channels", "stride"), [(0, 3, 4), (5, 1, 1), (0, 4, 4)])
+def test_unusual_shapes_in_a_folder_of_timm(classes, channels, stride, tmp_path):
+    """The printed lines build the model, its preprocessing included."""
+    import timm
+
+    from models.formats.write import how_to_load, how_to_load_backbone
+    from tests.models.formats.helpers import maps
+
+    weights = classifier(classes=classes, channels=channels, stem_stride=stride, **SMALL)
+    assert all("omitted" not in remark for remark in write_weights(tmp_path / "x", weights, "timm"))
+    model = eval(how_to_load(tmp_path / "x", weights, "timm"), {"timm": timm}).eval()
+    backbone = eval(how_to_load_backbone(tmp_path / "x", weights, "timm"), {"timm": timm}).eval()
+    image = torch.randn(1, channels, 64, 64)
+    with torch.no_grad():
+        assert model(image).shape == (1, classes or SMALL["dims"][-1])
+        assert all((a - b).abs().max() < 1e-5 for a, b in zip(backbone(image), maps(weights, image), strict=True))
+    data = timm.data.resolve_model_data_config(model)
+    assert tuple(data["mean"]) == weights.preprocessing.mean and tuple(data["input_size"]) == (channels, 64, 64)
+    assert data["crop_pct"] == 0.8 and data["interpolation"] == "bicubic"
+    found = read_weights(tmp_path / "x")[0]
+    assert found.arch == weights.arch and found.preprocessing == weights.preprocessing
+
+
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("shape", [{}, {"in_chans": 1, "patch_size": 1}])
 def test_what_timm_writes_is_read(safe, shape, tmp_path):

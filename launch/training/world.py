@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from configs.compare import differences
-from configs.errors import LostPeer, UserError, reason
+from configs.errors import LostPeer, LostProcess, UserError, reason
 from configs.schema import Run
 from launch.training.malloc import keep_memory
 from launch.training.precision import exact_products
@@ -69,7 +69,7 @@ def init_world(run: Run) -> World:
         torch.distributed.init_process_group(backend, timeout=timeout, device_id=bound)
     except torch.distributed.DistError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
+        raise LostProcess(
             f"rank {rank} of {ranks} could not connect to the others at {address} ({reason(error)[:120]}): start the "
             "same number of ranks on every node, with the same MASTER_ADDR and MASTER_PORT"
         ) from None
@@ -137,14 +137,15 @@ def check_ranks_match(world: World, folder: Path, identity: dict) -> None:
 
 @contextmanager
 def process_errors() -> Iterator[None]:
-    """Context manager: a lost connection to a rank becomes `LostPeer`, a dead loader process `UserError`."""
+    """Context manager: a lost connection to a rank becomes `LostPeer`, a dead loader process `LostProcess`."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.distributed.DistBackendError) or any(text in str(error) for text in GLOO_LOST):
             raise LostPeer("another rank ended: see its output for the reason") from error
         if str(error).startswith(LOADER_DIED):  # raised by a signal handler, anywhere in the training
-            raise UserError(f"a loader process died ({reason(error)}): lower data.workers if memory ran out") from error
+            advice = "lower data.workers if memory ran out"
+            raise LostProcess(f"a loader process died ({reason(error)}): {advice}") from error
         raise
 
 

@@ -5,6 +5,7 @@ one is lost or joins. What a restart cannot mend ends the run: a mistake, a requ
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # or machines keep the address of a first rank that is gone
-os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of the agent's own messages, with tracebacks
+logging.disable()  # torch's messages: what matters is printed here, in one line
 
 from configs.errors import HUNG, INTERRUPTED, LOST, MISTAKE, SAVED, UserError, run_main
 from launch.restarts import Place, own_address
@@ -98,7 +99,8 @@ def _agent_class() -> type:
 
         def _announce(self, rank: int, code: int) -> None:
             total, left = self._worker_group.spec.max_restarts, self._remaining_restarts
-            why = f"rank {rank} {f'was killed by {signal.Signals(-code).name}' if code < 0 else NAMES.get(code, f'failed with exit code {code}')}"
+            killed = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+            why = f"rank {rank} {NAMES.get(code, killed)}"
             line = f"restart {total - left + 1} of {total}: {why}" if left else f"error: {why}, after {total} restarts"
             print(line, file=sys.stderr, flush=True)
 

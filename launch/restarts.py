@@ -79,7 +79,9 @@ def find_place(env: dict[str, str], number: int) -> Place:
 def own_address(place: Place) -> str:
     """The address of this machine from which it reaches the first one, so at which the others reach it."""
     try:
-        family, kind, protocol, _, target = socket.getaddrinfo(place.address, place.port or 1, type=socket.SOCK_DGRAM)[0]
+        family, kind, protocol, _, target = socket.getaddrinfo(place.address, place.port or 1, type=socket.SOCK_DGRAM)[
+            0
+        ]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(target)  # sends nothing
             return probe.getsockname()[0]

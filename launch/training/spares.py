@@ -2,6 +2,8 @@
 
 import os
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,17 +33,23 @@ def leave_spares(config: Pretrain | Finetune) -> None:
     if int(os.environ["RANK"]) >= used:
         sys.exit(_wait())
     os.environ |= {"WORLD_SIZE": str(used), SPARES: str(ranks - used)}
-    say(f"using {used} of {ranks} ranks: optim.batch_size {config.optim.batch_size} cannot be divided among more of them")
+    say(
+        f"using {used} of {ranks} ranks: optim.batch_size {config.optim.batch_size} cannot be divided among more of them"
+    )
 
 
-def usable_ranks(optim: Optim, ranks: int, batch: int | None = None) -> int:
-    """The largest number of `ranks` among which the global batch can be divided; `ranks` if none is."""
+def usable_ranks(optim: Optim, ranks: int, recorded: int | None = None) -> int:
+    """The largest number of `ranks` among which the global batch can be divided; `ranks` if there is none.
+
+    A batch that is `recorded` for the run is smaller than the recipe's if there are few images.
+    """
+    few = recorded is not None and recorded < optim.batch_size
     for used in range(ranks, 0, -1):
-        try:
-            micro, _ = optim.accumulation(used)
-        except UserError:
-            continue
-        if not batch or batch >= optim.batch_size or batch % (min(micro, batch // used or 1) * used) == 0:
+        fitted = replace(optim, batch_size=recorded) if few else optim
+        if few and isinstance(optim.micro_batch, int) and optim.micro_batch * used > recorded:
+            fitted = replace(fitted, micro_batch=None)  # as `launch.training.fit.fit_batch` does
+        with suppress(UserError):
+            fitted.accumulation(used)
             return used
     return ranks
 

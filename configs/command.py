@@ -54,7 +54,7 @@ def parse(
         recipe: built-in recipe that is used without `--config`, like `pretrain/digits.yaml`
         about: description for `--help`
         choices: modules by name, for each section that is the `Settings` of one, like `{"objective": OBJECTIVES}`
-        argv: default the process's; `--dry-run`, `--parameters`, `--restarts` and DeepSpeed's `--local_rank` are ignored
+        argv: default the process's; `--dry-run`, `--parameters`, `--restarts` and `--local_rank` are ignored
     Raises:
         UserError: an unknown key (with the nearest valid one), a wrong value, a recipe that cannot be read
     """

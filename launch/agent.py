@@ -118,8 +118,8 @@ def _cause(place: Place, where: str, error: Exception) -> str:
     if place.first:
         return f"the machines did not meet at {where} ({error}): start NODES of them, with the same MASTER_ADDR"
     return (
-        f"no connection to the first machine at {where}, which lists the others: if it is lost, run the same command on "
-        "the machines that are left, with another MASTER_ADDR, to resume"
+        f"no connection to the first machine at {where}, which lists the others: if it is lost, run the same command "
+        "on the machines that are left, with another MASTER_ADDR, to resume"
     )
 
 

@@ -1,4 +1,4 @@
-"""`--restarts N`: the command becomes torchrun's agent of its machine (launch/agent.py), which starts the ranks again."""
+"""`--restarts N`: the command becomes torchrun's agent of its machine (launch/agent.py), which restarts lost ranks."""
 
 import json
 import os

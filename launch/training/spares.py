@@ -33,9 +33,7 @@ def leave_spares(config: Pretrain | Finetune) -> None:
     if int(os.environ["RANK"]) >= used:
         sys.exit(_wait())
     os.environ |= {"WORLD_SIZE": str(used), SPARES: str(ranks - used)}
-    say(
-        f"using {used} of {ranks} ranks: optim.batch_size {config.optim.batch_size} cannot be divided among more of them"
-    )
+    say(f"using {used} of {ranks} ranks: optim.batch_size {config.optim.batch_size} cannot be divided among more")
 
 
 def usable_ranks(optim: Optim, ranks: int, recorded: int | None = None) -> int:

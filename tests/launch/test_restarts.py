@@ -16,7 +16,7 @@ from launch import restarts
 from launch.restarts import Place, find_place, own_address, start_agent
 from launch.training import spares
 from tests.conftest import ROOT, environment, has
-from tests.launch.machines import ADDRESSES, two_machines
+from tests.launch.machines import two_machines
 from tests.launch.soak import ranks_of, soak, start, until, words
 from tests.launch.training.helpers import SMALL, Job, logged, saved, train
 from tests.processes import Process

@@ -35,7 +35,8 @@ from data.reading import (
 from data.remote import is_url
 from data.remote_files import Upload, check_out_url
 from data.repair import LOST, salvaged_shards
-from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
+from data.shard_index import Index, Shard, index_file, read_index, write_index
+from data.shards import find_damage
 from data.sources import Item
 from data.vectors import preview_lines, settle_targets
 

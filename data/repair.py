@@ -14,6 +14,7 @@ import tarfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,8 @@ from configs.shell import quote
 from data.index import describe
 from data.pool import Pool, add_progress, run_tasks
 from data.reading import TOO_LARGE, ImageError
-from data.shards import Index, Shard, index_file, index_tar, read_index, write_index
+from data.shard_index import Index, Shard, index_file, read_index, read_index_rows, write_index
+from data.shards import index_tar
 from data.tars import IMAGE_TYPES, ROW, TARGET_ROW, member_end, parse_label, split_member_name
 
 LOST = "lost.txt"
@@ -115,7 +117,11 @@ def _repair_shard(shard: Shard, folder: Path) -> Repaired | None:
             for (new, old), digest in zip(_renames(tar), (entry["sha256"], entry["index_sha256"]), strict=True)
         ):
             return Repaired(Shard(**entry), record["lost"])
-    repaired = _salvage(tar, shard, np.load(index_file(tar), allow_pickle=False) if indexed else None)
+    rows = None
+    if indexed:
+        with suppress(ValueError):  # written like that, so not by this project
+            rows = read_index_rows(index_file(tar).read_bytes(), shard)
+    repaired = _salvage(tar, shard, rows)
     write_atomic(done, json.dumps(asdict(repaired)).encode())
     return repaired
 

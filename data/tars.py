@@ -18,6 +18,7 @@ ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<
 TARGET_ROW = np.dtype([*ROW.descr, ("target_offset", "<u8"), ("target_size", "<u4"), ("target_crc", "<u4")])
 MASK = "mask.png"  # type of the member with a sample's mask
 TARGETS = ("labels", "numbers", "boxes")  # keys of the `json` member that are targets of tasks
+BLOCK_BYTES = tarfile.BLOCKSIZE  # of a header, and what members are padded to
 CHUNK_BYTES = 1 << 20  # read at a time from files that may be large
 
 

@@ -31,7 +31,7 @@ from data.pool import Pool, add_progress, run_tasks
 from data.reading import TOO_LARGE, ImageError
 from data.shard_index import Index, Shard, index_file, read_index, read_index_rows, write_index
 from data.shards import index_tar
-from data.tars import IMAGE_TYPES, ROW, TARGET_ROW, member_end, parse_label, split_member_name
+from data.tars import IMAGE_TYPES, ROW, TARGET_ROW, Header, member_end, parse_label, split_member_name
 
 LOST = "lost.txt"
 TYPES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"\x93N": "npy"}  # by an image's first bytes
@@ -56,7 +56,7 @@ class Repaired:
     lost: list[str]
 
 
-class Header(tarfile.TarInfo):
+class Lenient(Header):
     """Long names have a pair of headers; if one of them is damaged, the other is treated as invalid."""
 
     @classmethod
@@ -166,7 +166,7 @@ def _members(file: BinaryIO) -> Iterator[Member]:
     """Files of a tar with a readable header and complete content, including those after damage."""
     length = os.fstat(file.fileno()).st_size
     try:
-        archive = tarfile.TarFile(fileobj=file, tarinfo=Header, ignore_zeros=True)  # continues at the next valid header
+        archive = tarfile.TarFile(fileobj=file, tarinfo=Lenient, ignore_zeros=True)  # continues after damage
         for member in archive:
             start, offset, size = member.offset, member.offset_data, member.size
             if size < 0:  # would send tarfile back, into an endless loop

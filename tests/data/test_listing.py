@@ -178,8 +178,9 @@ def test_a_folder_of_numbered_tars(tmp_path, capsys):
 
 
 def test_a_member_that_unpacks_to_too_much(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.sources.MAX_MEMBER_BYTES", 1000)
-    prepared(as_zip({"a/0.jpg": picture(0), "a/1.png": bytes(2000)}, tmp_path / "x.zip"), tmp_path / "out")
+    monkeypatch.setattr("data.reading.MAX_FILE_BYTES", 1000)
+    images = {"a/0.jpg": picture(0), "a/1.png": bytes(2000)}
+    prepared(as_zip(images, tmp_path / "x.zip"), tmp_path / "out", "--max-pixels", "400")
     assert "2,000 bytes" in (tmp_path / "out/skipped.txt").read_text()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError
+from configs.log import say
 from configs.shell import quote
 from data.pool import Pool, add_progress, run_tasks
 from data.shard_index import Index, Shard, index_file, read_index, read_index_rows, repair_hint, write_index
@@ -22,12 +23,12 @@ def describe(folder: Path) -> None:
     index = read_index(folder)
     for split, shards in index.splits.items():
         samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
-        print(f"  {split:9} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
+        say(f"  {split:9} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
     if index.targets:
         kind, names = index.targets["kind"], index.targets["names"]
-        print(f"  targets: {kind} ({', '.join(names[:MAX_SHOWN])}{', ...' if len(names) > MAX_SHOWN else ''})")
+        say(f"  targets: {kind} ({', '.join(names[:MAX_SHOWN])}{', ...' if len(names) > MAX_SHOWN else ''})")
     if index.classes or not index.targets:
-        print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
+        say(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
 
 
 def index_folder(folder: Path, pool: Pool) -> None:
@@ -71,11 +72,11 @@ def verify(folder: Path, pool: Pool) -> None:
     shards = index.shards
     damage = list(filter(None, check_every_byte(folder, shards, pool, index.classes)))
     if damage:
-        print("\n".join(damage))
+        say("\n".join(damage))
         way_out = f"or keep the undamaged images with `python data/prepare.py {quote(str(folder))} --repair`"
         problem = f"{len(damage)} of {len(shards)} shards are damaged, listed above"
         raise UserError(f"{folder}: {problem}: fetch or prepare them again, {way_out}")
-    print(f"{folder}: {len(shards):,} shards, {sum(shard.samples for shard in shards):,} images, no damage")
+    say(f"{folder}: {len(shards):,} shards, {sum(shard.samples for shard in shards):,} images, no damage")
 
 
 def check_every_byte(

@@ -25,6 +25,7 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.files import sha256, sync_folder, write_atomic
+from configs.log import say
 from configs.shell import quote
 from data.index import describe
 from data.pool import Pool, add_progress, run_tasks
@@ -84,7 +85,7 @@ def repair(folder: Path, pool: Pool) -> None:
     for file in folder.glob(".*.tar.salvaged*"):  # no longer needed, or left behind by a killed run
         file.unlink()
     if not repaired:
-        print(f"{folder}: nothing is damaged in {len(shards):,} shards")
+        say(f"{folder}: nothing is damaged in {len(shards):,} shards")
     elif not new.splits:
         raise UserError(f"{folder}: no undamaged image, nothing was changed: fetch or prepare the shards again")
     else:
@@ -276,16 +277,16 @@ def _report(folder: Path, index: Index, new: Index, repaired: dict[Shard, Repair
         lost += shard.samples - left
         same = entry and entry.sha256 == shard.sha256
         outcome = "repaired, byte for byte as it was" if same else f"{left:,} of {shard.samples:,} images kept"
-        print(f"{folder / shard.file}: {outcome}{'' if entry else ', no longer listed in index.json'}")
+        say(f"{folder / shard.file}: {outcome}{'' if entry else ', no longer listed in index.json'}")
     if lost:
-        print(f"{lost:,} images are lost, listed in {folder / LOST}")
+        say(f"{lost:,} images are lost, listed in {folder / LOST}")
         if (folder / "source.json").exists():
-            print(
+            say(
                 "to restore them from the original images: "
                 f"`python data/prepare.py SOURCE {quote(str(folder))} --repair`"
             )
     for split, shards in index.splits.items():
         if [s.sha256 for s in shards] != [s.sha256 for s in new.splits.get(split, ())]:
             way_out = "runs trained on it cannot be resumed, use a new --run.name"
-            print(f"the content of split {split} has changed: {way_out}")
+            say(f"the content of split {split} has changed: {way_out}")
     describe(folder)

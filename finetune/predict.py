@@ -23,8 +23,9 @@ from pydantic import PositiveInt
 
 from configs.checks import check_exists, check_parent
 from configs.command import parse_options
-from configs.errors import UserError, run_main
+from configs.errors import UserError, printable, run_main
 from configs.keys import Probability, argument, option
+from configs.log import say
 from configs.schema import Optim, Run
 from finetune.options import STDIN, PredictionOptions
 
@@ -51,7 +52,6 @@ def main(argv: list[str] | None = None) -> None:
             check_exists(path, "a weight file, and pictures or folders of them")
     for file in filter(None, (options.csv, options.json)):
         check_parent(file)
-    sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
     failed, images = classify(options)
     if failed and images > 1:
         raise UserError(f"{failed} of {images} images could not be read")
@@ -96,14 +96,14 @@ def classify(options: Options) -> tuple[int, int]:
             output = output_of(task, model, batch, mean, std, kind)
             predictions = task.predict(output, batch, [picture.path for picture in readable], options.top)
             for number, prediction in enumerate(predictions, done + 1):
-                print(f"{prediction.path}: {', '.join(prediction.lines)}")
+                say(f"{printable(prediction.path)}: {printable(', '.join(prediction.lines))}")
                 if options.annotate:
                     task.annotate(options.annotate, number, prediction, options)
             kept += predictions if options.csv or options.json else []
         sys.stdout.flush()
         for picture in pictures:
             if picture.error:
-                print(f"error: {picture.path}: {picture.error}", file=sys.stderr)
+                print(f"error: {printable(picture.path)}: {printable(picture.error)}", file=sys.stderr)
         done, failed = done + len(readable), failed + len(pictures) - len(readable)
     if options.csv:
         task.write_csv(options.csv, kept, options.top)

@@ -23,7 +23,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 from configs.files import sha256, sync_folder, write_atomic
 from configs.log import say
 from configs.shell import quote
@@ -264,7 +264,7 @@ def _install(folder: Path, new: Index, repaired: dict[Shard, Repaired]) -> None:
     lines = [line for result in repaired.values() for line in result.lost]
     if lines:
         lines = dict.fromkeys([*_lost_lines(folder), *lines])  # a killed run may have written them
-        write_atomic(folder / LOST, "".join(f"{line}\n" for line in lines).encode())
+        write_atomic(folder / LOST, "".join(f"{printable(line)}\n" for line in lines).encode())
     write_index(folder, new)
 
 

@@ -49,7 +49,7 @@ class Faults:
         if steps and self.skipped >= steps:
             raise UserError(
                 f"no step was applied: the loss or gradient of all {steps} was not finite, so the weights are those "
-                "at the start (log.jsonl lists the samples): check data.mean, data.std and the images, or lower optim.lr"
+                "at the start (log.jsonl lists the samples): check data.mean, data.std and images, or lower optim.lr"
             )
 
     def skip(self, step: int, parts: list[tuple[Tensor, Tensor]], loss_scale: float | None = None) -> None:

@@ -111,8 +111,9 @@ def _list_members(file: BinaryIO, path: str, limit: int, listing: Listing) -> No
         with open_tar(file) as tar:  # offsets count from byte 0
             for member in tar:
                 tar.members.clear()  # a million headers take gigabytes
-                if member.size < 0:  # would send tarfile back, into an endless loop
-                    raise UserError(f"{listing.source} is damaged at byte {member.offset}: fetch it again")
+                beyond = not member.issparse() and member.offset_data + member.size > limit
+                if member.size < 0 or beyond:  # would send tarfile back, into an endless loop, or where no file is
+                    raise UserError(f"{listing.source} is damaged or cut short at byte {member.offset}: fetch it again")
                 end = member.offset_data
                 if member.issparse():
                     listing.ignored["sparse"] += 1

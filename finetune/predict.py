@@ -10,7 +10,8 @@ For detection, --json writes a COCO file with all boxes, --csv and --annotate ta
 Folders are searched recursively; `-` reads paths from standard input, one a line. Size, crop, normalisation and class
 names come from the weights. --tta hflip averages over mirrored pictures as well. Of a segmentation model, --annotate
 writes masks (index PNG) and pictures in their colours; the table has each class's share of the pixels. Unreadable
-pictures are reported on standard error; the others are predicted, and the exit code is 2.
+pictures are reported on standard error; the others are predicted, and the exit code is 2. Control characters and bytes
+that are not UTF-8 are printed and written to tables like \\xe9; --json has names as they are.
 """
 
 import sys

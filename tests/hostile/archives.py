@@ -138,14 +138,14 @@ def with_header(path: Path, **fields: object) -> Path:
 
 
 def huge_name(path: Path, kind: bytes) -> Path:
-    """A compressed tar with a header of 1 GB that holds a name or attributes."""
+    """A compressed tar with a header of 250 MB that holds a name or attributes."""
     import gzip
 
     member = tarfile.TarInfo("././@LongLink")
-    member.type, member.size = kind, 1 << 30
+    member.type, member.size = kind, 250 << 20
     with gzip.open(path, "wb", 1) as file:
         file.write(member.tobuf(tarfile.GNU_FORMAT))
-        for _ in range(1 << 10):
+        for _ in range(250):
             file.write(bytes(1 << 20))
         file.write(bytes(1024))
     return path

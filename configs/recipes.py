@@ -12,7 +12,7 @@ import yaml
 from configs.errors import UserError, nearest
 from configs.keys import keys
 from configs.secrets import WAY_OUT, has_secret
-from configs.values import Config, Loader, build
+from configs.values import Config, build, read_yaml
 
 RECIPES = Path(__file__).parent
 BLOCKS = ("pretrain", "finetune")
@@ -45,7 +45,7 @@ def has_block(path: Path, stage: str) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(), Loader)
+        content = read_yaml(path.read_text())
     except OSError as error:
         known = sorted(str(p.relative_to(RECIPES.parent)) for p in RECIPES.rglob("*.yaml"))
         hint = f" {close}" if (close := nearest(str(path), known)).startswith("(nearest") else ""

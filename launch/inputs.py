@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from configs.checks import check_exists
+from configs.checks import check_weights
 from configs.schema import Finetune, Pretrain
 from data.folder import is_collection
 from data.remote import is_url
@@ -15,6 +15,6 @@ def check_inputs(config: Pretrain | Finetune) -> None:
     if config.model.name is not None:
         resolve(config.model)
     if config.init != "none":
-        check_exists(config.init)
+        check_weights(config.init)
     if not (is_url(config.data.path) or is_collection(config.data.path)):
         read_index(Path(config.data.path))

@@ -1,12 +1,14 @@
 """Errors that the user can correct, and the exit codes of commands."""
 
 import errno
+import logging
 import os
 import select
 import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from unicodedata import category
@@ -96,6 +98,16 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: obj
         print(printable(line), file=sys.stderr)
 
 
+def hide_library_warnings() -> None:
+    """Keep warnings of libraries from the user, who can do nothing about them; `python -W default` shows them.
+
+    Warnings of this project are ordinary lines. Loader processes are forks and inherit this.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        logging.lastResort.setLevel(logging.ERROR)  # of loggers without a handler
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point. Exit codes: 2 for a `UserError`, 130 for Ctrl-C, that of `Stopped` for a stopped run.
 
@@ -106,6 +118,7 @@ def run_main(main: Callable[[], None]) -> None:
     sys.excepthook = _print_traceback
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks; as stderr
+    hide_library_warnings()
     try:
         try:
             check_arguments(sys.argv[1:])

@@ -18,13 +18,7 @@ from data.cache import RemoteUserError
 from data.reading import MAX_FILE_BYTES, UNSUPPORTED, ImageError, check_file_size
 from data.remote import is_url
 from data.remote_files import REGION_BYTES, SMALL_BLOCK_BYTES, open_binary, read_url
-from data.tars import IMAGE_TYPES
 
-# with those that data/reencode.py converts
-READABLE = (
-    *IMAGE_TYPES, "jpe", "jfif", "bmp", "dib", "tif", "tiff", "btf", "ppm", "pgm", "pbm", "pnm", "tga", "pcx", "sgi",
-    "qoi", "jp2", "j2k", "j2c", "jpf", "jpx", "avif", "heic", "heif", "hif", "dcm", "dicom",
-)  # fmt: skip
 SMALL_READ = 1 << 12  # compressed bytes of a bz2 or lzma member, which unpack to at most some 100 MB
 DIGITS_VAL_SHARE = 5  # every fifth image of a class is held out
 

@@ -11,7 +11,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.errors import UserError, counted, few
 from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, Finetune
 from data.loader import Loader, ReadTarget, Transform
@@ -35,6 +35,7 @@ class Task(Collector, Protocol):
     metric: str  # name of the score that selects the best weights; higher is better unless it is `LOWER_IS_BETTER`
     read_target: ReadTarget | None  # of the samples; None = the target is the label
     classes: list[str] | None  # names for the weight file, if the task has classes
+    unseen: list[str]  # classes that no evaluated image has. Optional
     head_config: dict  # plain values for the weight file, from which `make_inference` builds the head
 
     def describe(self) -> str:
@@ -102,9 +103,15 @@ class Finetuning(Stage):
         self.best_predictions: Any = None
         self.moved = False  # whether a step has changed the weights
         self.split = f"fold_{config.data.fold}" if config.data.folds else config.eval_split
+        self.unseen = getattr(task, "unseen", [])
 
     def describe(self) -> list[str]:
-        return [self.intro]
+        return [self.intro, *([f"warning: {self.unseen_classes()}"] if self.unseen else [])]
+
+    def unseen_classes(self) -> str:
+        """A line on the classes that no score covers, because no evaluated image has them."""
+        count = counted(len(self.unseen), "class has", "classes have")
+        return f"{count} no image in {self.split}, so no score covers {few(self.unseen)}"
 
     def start(self, step: int, progress: Progress) -> Report:
         """No evaluation before the first step."""
@@ -160,7 +167,8 @@ class Finetuning(Stage):
         logged = {f"{split}_{kind}": values for kind, values in scores.items()}
         if not self.moved:
             return Report(None, logged, lines=[f"{lines[0]}: of the initial weights, no step has changed them"])
-        summary |= {"best": self.best, "last": scores, "shown": self.task.format(self.best)}
+        shown = f"{self.task.format(self.best)}{f'; {self.unseen_classes()}' if self.unseen else ''}"
+        summary |= {"best": self.best, "last": scores, "shown": shown, "unseen_classes": self.unseen}
         return Report(sign * scores[winner][metric], logged, lines=lines, summary=summary)
 
     def check_best(self) -> None:

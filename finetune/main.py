@@ -105,6 +105,7 @@ def main() -> None:
     stage = Finetuning(config, task, engine, world, ema, val_loader, arch, intro, statistics)
     trainer = Trainer(config, engine, loader, stage, world, identity, [eval_split])
     trainer.run()
+    stage.check_best()
     best, path = stage.best, trainer.folder / "best.pt"
     say(f"best {stage.split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
     if stage.unseen:

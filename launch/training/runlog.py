@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from configs.errors import printable
 from configs.files import write_atomic
 from launch.training.world import sum_over_ranks
 
@@ -97,6 +98,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
         if self.active:
+            message = "\n".join(map(printable, message.split("\n")))
             self.console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:

@@ -5,11 +5,12 @@ import re
 import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -60,9 +61,9 @@ def init_world(run: Run) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        if local_ranks > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun always sets 1 for several ranks
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         prepare_cpu(run.kernels == "fused")
+    if not _asked_threads(local_ranks):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     timeout = timedelta(minutes=run.hang_minutes + 10)  # later than the watchdog, which can name the late rank
     try:
         backend, bound = ("nccl", device) if use_cuda else ("gloo", None)
@@ -74,6 +75,17 @@ def init_world(run: Run) -> World:
             "same number of ranks on every node, with the same MASTER_ADDR and MASTER_PORT"
         ) from None
     return World(rank, ranks, device)
+
+
+def _asked_threads(local_ranks: int) -> str | None:
+    """OMP_NUM_THREADS as the user or DeepSpeed's --bind_cores_to_rank set it; None if they did not.
+
+    torchrun sets 1 for several ranks, unless it was set: then torchrun itself was started with it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and local_ranks > 1:
+        with suppress(psutil.Error):
+            return psutil.Process(os.getppid()).environ().get("OMP_NUM_THREADS")
+    return os.environ.get("OMP_NUM_THREADS")
 
 
 def prepare_cpu(fused: bool) -> None:

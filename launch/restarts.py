@@ -22,10 +22,11 @@ class Place:
     min_nodes: int
     max_nodes: int
     ranks: str  # of this machine; gpu = one per GPU
-    first: bool  # keeps the list of the machines; if it is lost, the run ends
+    first: bool  # keeps the list of the machines: without it, the others wait for its return
     address: str  # of the first machine
     port: int  # 0 = any, if it is the only machine
     restarts: int
+    lost: float = 0.0  # time at which the connection to the first machine was lost; 0 = never
 
 
 def start_agent(argv: list[str] | None = None) -> None:

@@ -3,9 +3,11 @@
 import json
 import os
 import subprocess
+import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +22,10 @@ from tests.launch.machines import two_machines
 from tests.launch.soak import ranks_of, soak, start, until, words
 from tests.launch.training.helpers import SMALL, Job, logged, saved, train
 from tests.processes import Process
+
+# launch/agent.py is a command, which changes variables and the path of modules when it is imported
+with mock.patch.dict(os.environ), mock.patch("sys.path", list(sys.path)), mock.patch("logging.disable"):
+    import launch.agent as agent_module
 
 ALONE = Place(1, 1, "1", True, "127.0.0.1", 0, 2)
 # a rank: its argument has a word for each attempt, which is an exit code, kill (of rank 0) or wait (for SIGTERM)
@@ -136,6 +142,23 @@ def test_the_command_becomes_the_agent(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.raises(UserError, match="under torchrun"):
         start_agent(["--restarts", "3"])
+
+
+def test_how_long_the_others_wait_for_the_first_machine(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(agent_module.os, "execv", lambda *call: calls.append(json.loads(call[1][3])))
+    monkeypatch.setattr(agent_module.time, "sleep", lambda _: None)
+    there = Place(1, 2, "1", False, "a", 9, 3)
+    agent_module._join_again(there, "a:9", None, ["x.py"])
+    first = Place(**calls[-1])
+    assert first.lost and first.restarts == 3 and has(capsys.readouterr().err, "no connection a:9 10 minutes")
+    agent_module._join_again(first, "a:9", None, ["x.py"])
+    assert Place(**calls[-1]) == first and not capsys.readouterr().err
+    ran = mock.Mock(_remaining_restarts=2)
+    agent_module._join_again(replace(first, lost=1.0), "a:9", ran, ["x.py"])  # it had joined again
+    assert calls[-1]["restarts"] == 2 and calls[-1]["lost"] > first.lost - 1
+    with pytest.raises(UserError, match=r"no connection.*MASTER_ADDR"):
+        agent_module._join_again(replace(first, lost=1.0), "a:9", None, ["x.py"])
 
 
 @pytest.mark.parametrize(("restartable", "error", "code"), [
@@ -310,12 +333,18 @@ def test_a_slow_link_is_no_fault(digits, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("clocks")
-def test_the_loss_of_the_first_machine_ends_the_run_with_the_way_out(digits, tmp_path):
+def test_the_first_machine_is_lost_and_returns(digits, tmp_path):
+    folder = tmp_path / "run"
     with two_machines(tmp_path) as machines:
-        _, second, _ = together(machines, digits, tmp_path / "run")
+        *_, command = together(machines, digits, folder)
         machines[0].die()
-        assert second.wait(300) == 2
-        assert has(machines[1].text(), "error: first machine at MASTER_ADDR") and "Traceback" not in machines[1].text()
+        until(lambda: has(machines[1].text(), "no connection to the first machine"), machines)
+        machines[0].started.clear()
+        start(machines[0], 0, command)
+        until(lambda: "resuming from" in machines[0].text() + machines[1].text(), machines)
+        until(lambda: all(map(ranks_of, machines)), machines)
+        trains_on(machines, folder)
+        stop(machines, folder)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from configs.errors import UserError
-from launch.training.report import CURVES, curves_of, write_report
+from launch.reports.page import CURVES, curves_of, write_report
 from tests.conftest import has, run
 
 HOSTILE = "<script>document.title='broken'</script>"

@@ -20,9 +20,10 @@ DARK = {  # the same on a dark page
 FILL, SHADES = "#9ecae9", "Blues"  # bars behind text; shares from 0 to 1
 RC = {
     "font.size": 9.5, "axes.titlesize": 10.5, "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9,
-    "legend.fontsize": 9, "legend.frameon": False, "legend.handlelength": 2.8, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
+    "legend.fontsize": 9, "legend.frameon": False, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
     "xtick.color": INK, "ytick.color": INK, "axes.titlecolor": INK, "axes.spines.top": False,
     "axes.spines.right": False, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True,
+    "legend.handlelength": 2.8,
 }  # fmt: skip
 WIDTH = 4.4  # inches of a figure: on a phone its letters are still 9 pixels high
 LETTERS, GAP = 13, 8  # pixels: height of letters in sheets of images, and space between images

@@ -25,7 +25,8 @@ PLOTS = {  # by title: labels of curves by their names in log.jsonl; other score
 }
 KINDS = {"raw": "raw weights", "ema": "moving average"}
 TITLES = {  # of other scores, by name
-    "map": "mAP", "miou": "mIoU", "macro_f1": "macro F1", "f1_micro": "micro F1", "f1_macro": "macro F1", "r2": "R2", "mae": "MAE", "rmse": "RMSE", "ap": "AP", "ap50": "AP50", "ap75": "AP75",
+    "map": "mAP", "f1_micro": "micro F1", "f1_macro": "macro F1", "macro_f1": "macro F1", "miou": "mIoU",
+    "ap": "AP", "ap50": "AP50", "ap75": "AP75", "r2": "R2", "mae": "MAE", "rmse": "RMSE",
 }  # fmt: skip
 NO_CURVES = ("top5", "images")  # scores without a plot
 NO_SHARES = ("loss", "mae", "rmse", "r2", "kappa")  # beginnings of scores

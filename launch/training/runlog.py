@@ -43,14 +43,14 @@ class RunLog:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        self.console = Console()
+        self.trackers = Trackers(trackers, folder, config, first_step, self.say)  # before files are written: may fail
         write_atomic(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
         self.path = folder / "log.jsonl"
         entries = [entry for entry in read_log(self.path) if entry["step"] <= first_step] if first_step else []
         self.began -= max((entry.get("seconds", 0) for entry in entries), default=0)
         write_atomic(self.path, "".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
         self.file = self.path.open("a", buffering=1)
-        self.console = Console()
-        self.trackers = Trackers(trackers, folder, config, first_step, self.say)
         columns = "{task.description}", BarColumn(), "{task.fields[text]}", TimeRemainingColumn()
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("", total=steps, completed=first_step, text="")

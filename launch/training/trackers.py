@@ -69,18 +69,15 @@ class Wandb:
     def __init__(self, folder: Path, config: dict, first_step: int, known: dict):
         import wandb
 
-        self.image, id = wandb.Image, known.get("id") or wandb.util.generate_id()
-        project = os.environ.get("WANDB_PROJECT", PROJECT)
-        settings = wandb.Settings(silent=True, console="off")
-        mode = os.environ.get("WANDB_MODE", "online")
-        resume = "allow" if known and mode == "online" else None  # offline runs of one id are joined by `wandb sync`
-        self.run = wandb.init(
-            project=project, name=folder.name, id=id, resume=resume, dir=folder, config=config, settings=settings
-        )
+        self.image = wandb.Image
+        project, settings = os.environ.get("WANDB_PROJECT", PROJECT), wandb.Settings(silent=True, console="off")
+        same = {"id": known["id"], "resume": "allow"} if known else {}  # `wandb sync` joins offline runs of one id
+        self.run = wandb.init(project=project, name=folder.name, dir=folder, config=config, settings=settings, **same)
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
-        self.known = {"id": id}
-        self.where = f"wandb: {self.run.url or f'offline, later: wandb sync {self.run.dir}/..'}"
+        self.known = {"id": self.run.id}
+        sync = f"offline; send it with: wandb sync {Path(self.run.dir).parent}"
+        self.where = f"wandb: {sync if self.run.offline else self.run.url}"
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.run.log({"step": step, **values})

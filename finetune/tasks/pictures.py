@@ -18,7 +18,7 @@ from data.transforms import to_rgb
 
 MIN_SIDE = 256  # pixels: smaller pictures are enlarged before annotation
 MIN_LETTERS, LETTERS = 14, 1 / 24  # height of letters: minimum in pixels, and relative to the width
-DPI, MAX_PIXELS = 192, 5000  # of a figure: twice the 96 of a screen; longest side
+DPI, MAX_PIXELS = 192, 3000  # of a figure: twice the 96 of a screen; longest side
 
 
 def annotate(image: Tensor, lines: list[str]) -> Image.Image:

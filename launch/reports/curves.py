@@ -1,6 +1,7 @@
 """Curves of log.jsonl for report.html: which there are, and their plots as SVG."""
 
 import io
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ TITLES = {  # of other scores, by name
     "ap": "AP", "ap50": "AP50", "ap75": "AP75", "r2": "R2", "mae": "MAE", "rmse": "RMSE",
 }  # fmt: skip
 NO_CURVES = ("top5", "images")  # scores without a plot
-NO_SHARES = ("loss", "mae", "rmse", "r2", "kappa")  # beginnings of scores
+SIGNED = ("r2", "kappa")  # beginnings of scores of at most 1, perhaps below 0
+NO_SHARES = ("loss", "mae", "rmse", *SIGNED)
 SCALES = (0.05, 0.1, 0.2, 0.5, 1.0)  # upper ends of axes of shares
 TOPS = {"feature distance (0: collapsed)": 0.5}  # of other axes with a natural end
 MAX_POINTS = 1000  # of a curve
@@ -106,11 +108,11 @@ def _svg(title: str, curves: dict[tuple[str, str], tuple[list[float], list[float
             )  # fmt: skip
         axes.set_title(printable(title), loc="left", parse_math=False)
         axes.set_xlabel(unit)
-        low, high = limits(title, [value for _, values in curves.values() for value in values])
-        axes.set_ylim(low, high)
+        every = [value for _, values in curves.values() for value in values if math.isfinite(value)]
+        axes.set_ylim(*limits(title, every))
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-        if is_share(title, high):
+        if is_share(title, every):
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
         axes.grid()
         if len(curves) > 1:
@@ -137,23 +139,23 @@ def thinned(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
 
 
 def limits(title: str, values: list[float]) -> tuple[float, float]:
-    """Ends of an axis: from 0, so that noise does not look like progress; shares end at a round one.
+    """Ends of an axis of finite values: from 0, so that noise does not look like progress; shares end at a round one.
 
     Scores below 0, like R2 of a poor fit, are shown down to -1.
     """
-    values = [value for value in values if abs(value) < float("inf")]
     low, high = min(values, default=0), max(values, default=1)
-    bottom = 0.0 if low >= 0 else max(-1.0, 1.1 * low) if high <= 1 else 1.1 * low
     if title in TOPS:
-        return bottom, TOPS[title]
-    if is_share(title, high) or (high <= 1 and title.lower().startswith(("r2", "kappa"))):
-        return bottom, next((scale for scale in SCALES if scale >= high), 1.0)
-    return bottom, 1.08 * high if high > 0 else 1.0 if bottom == 0 else 0.0
+        return 0, TOPS[title]
+    if is_share(title, values) or (high <= 1 and title.lower().startswith(SIGNED)):
+        return min(0.0, max(-1.0, 1.1 * low)), next((scale for scale in SCALES if scale >= high), 1.0)
+    bottom = min(0.0, 1.1 * low)
+    return bottom, 1.08 * high if high > 0 else 0.0 if bottom else 1.0
 
 
-def is_share(title: str, high: float) -> bool:
-    """Whether a score is a share from 0 to 1, which is shown in per cent; `high` is its highest value."""
-    return "top-1" in title or (title not in PLOTS and high <= 1 and not title.lower().startswith(NO_SHARES))
+def is_share(title: str, values: list[float]) -> bool:
+    """Whether values are shares from 0 to 1, which are shown in per cent."""
+    inside = all(0 <= value <= 1 for value in values)
+    return "top-1" in title or (title not in PLOTS and inside and not title.lower().startswith(NO_SHARES))
 
 
 def colour_rules() -> Markup:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import confusion_matrix
 
 from configs.errors import counted, printable
 from configs.style import FILL, INK, PAPER, SERIES, SHADES, WIDTH
@@ -15,7 +14,7 @@ from finetune.tasks.pictures import figure_file
 MAX_CLASSES, CONFUSED_CLASSES = 100, 20  # in a confusion matrix; with more classes the most confused are shown
 MAX_CLASSES_WITH_NUMBERS = 30  # in the cells
 MAX_NAME = 24  # characters of a class name
-MARGIN, CELL = 1.3, 0.36  # inches: for names, and side of a cell
+MARGIN, CELL, PLAIN_CELL = 1.3, 0.36, 0.2  # inches: for names; side of a cell with and without a number
 
 
 FILES = "confusion.png, calibration.png, examples.png"
@@ -53,8 +52,15 @@ def confusion_picture(path: Path, predictions: Predictions, names: list[str]) ->
         by_confusion = list(dict.fromkeys([*predictions.confusions()[0].flat, *shown]))
         shown = np.sort(by_confusion[:CONFUSED_CLASSES])
     images = np.bincount(label, minlength=len(names))[shown]
-    matrix = confusion_matrix(label, first, labels=shown)
-    matrix_picture(path, matrix, images, [names[i] for i in shown], title)
+    matrix_picture(path, _matrix(label, first, shown), images, [names[i] for i in shown], title)
+
+
+def _matrix(label: np.ndarray, first: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """Counts [K, K] of images by class and prediction, both of the K classes `shown`, in ascending order."""
+    row, column = np.searchsorted(shown, label), np.searchsorted(shown, first)
+    last, count = len(shown) - 1, len(shown)
+    inside = (shown[np.minimum(row, last)] == label) & (shown[np.minimum(column, last)] == first)
+    return np.bincount(row[inside] * count + column[inside], minlength=count**2).reshape(count, count)
 
 
 def matrix_picture(
@@ -67,7 +73,8 @@ def matrix_picture(
     """
     share, ticks = count / np.maximum(total, 1)[:, None], [_short(name) for name in names]
     longest = max(map(len, ticks))
-    side = max(WIDTH, MARGIN + 0.06 * longest + CELL * len(names))
+    numbers = len(names) <= MAX_CLASSES_WITH_NUMBERS
+    side = max(WIDTH, MARGIN + 0.06 * longest + (CELL if numbers else PLAIN_CELL) * len(names))
     with figure_file(path, side, side + 0.3) as figure:
         axes = figure.subplots()
         axes.imshow(share, cmap=SHADES, vmin=0, vmax=1)
@@ -78,11 +85,10 @@ def matrix_picture(
         axes.set_title(f"{title}\ncolour: share of the row" + (f", number: {unit}" if unit else ""), loc="left")
         axes.spines[:].set_visible(True)
         size = 9.5 if len(names) <= 12 else 8
-        for row, column in np.argwhere(share >= 0.005 if unit else count > 0):
-            if len(names) <= MAX_CLASSES_WITH_NUMBERS:
-                text = f"{100 * share[row, column]:.0f}" if unit else _number(count[row, column])
-                colour = PAPER if share[row, column] > 0.5 else INK
-                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
+        for row, column in np.argwhere(share >= 0.005 if unit else count > 0) if numbers else ():
+            text = f"{100 * share[row, column]:.0f}" if unit else _number(count[row, column])
+            colour = PAPER if share[row, column] > 0.5 else INK
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
 
 
 def _short(name: str) -> str:

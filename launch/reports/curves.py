@@ -29,7 +29,7 @@ TITLES = {  # of other scores, by name
     "map": "mAP", "f1_micro": "micro F1", "f1_macro": "macro F1", "macro_f1": "macro F1", "miou": "mIoU",
     "ap": "AP", "ap50": "AP50", "ap75": "AP75", "r2": "R2", "mae": "MAE", "rmse": "RMSE",
 }  # fmt: skip
-NO_CURVES = ("top5", "images")  # scores without a plot
+NO_CURVES = ("top5", "images", "boxes")  # scores without a plot
 SIGNED = ("r2", "kappa")  # beginnings of scores of at most 1, perhaps below 0
 NO_SHARES = ("loss", "mae", "rmse", *SIGNED)
 SCALES = (0.05, 0.1, 0.2, 0.5, 1.0)  # upper ends of axes of shares
@@ -68,8 +68,16 @@ def curves_of(lines: Iterable[dict]) -> dict[str, dict[str, Curve]]:
     for key, curve in points.items():  # scores that PLOTS does not know
         kind, _, score = key.partition("/")
         if kind in KINDS and score not in NO_CURVES:
-            plots.setdefault(TITLES.get(score, score.replace("_", " ")), {})[KINDS[kind]] = curve
+            plots.setdefault(title_of(score), {})[KINDS[kind]] = curve
     return plots
+
+
+def title_of(score: str) -> str:
+    """The title of a score, such as `mAP`, or `R2: weight` of one of several numbers."""
+    kind, _, name = score.partition("_")
+    if score in TITLES or kind not in TITLES:
+        return TITLES.get(score, score.replace("_", " "))
+    return f"{TITLES[kind]}: {name}"
 
 
 def draw_plots(runs: list[Run]) -> list[Markup]:
@@ -120,7 +128,8 @@ def _svg(title: str, curves: dict[tuple[str, str], tuple[list[float], list[float
             for text in legend.get_texts():
                 text.set_parse_math(False)
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     text = out.getvalue()
     text = text[text.index("<svg") :]  # without the XML declaration
     for i, colour in enumerate(SERIES):

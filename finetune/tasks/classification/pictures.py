@@ -38,7 +38,8 @@ def write_pictures(folder: Path, predictions: Predictions, names: list[str], ima
 
 
 def _example(predictions: Predictions, i: int, names: list[str]) -> Example:
-    found = f"{names[predictions.best[i, 0]]} {100 * predictions.confidence[i]:.0f} %"
+    share = 100 * float(predictions.confidence[i])
+    found = f"{names[predictions.best[i, 0]]} {f'{share:.0f}' if share >= 1 else f'{share:.1g}'} %"
     return int(predictions.sample[i]), f"is {names[predictions.label[i]]}", f"predicted {found}"
 
 

@@ -70,7 +70,8 @@ def to_picture(image: Tensor) -> Image.Image:
 
 def examples(path: Path, predictions: Predictions, split: Split, names: Sequence[str]) -> None:
     """Write a PNG: the worst and best images by F1 at score 0.5, and the most confident mistakes, next to the truth."""
-    rows = predictions.quality()
+    every = predictions.quality()
+    rows = [row for row in every if row["right"] or row["wrong"] or row["missed"]] or every  # something is to be seen
     for row in rows:
         row["f1"] = 2 * row["right"] / max(1, 2 * row["right"] + row["wrong"] + row["missed"])
     by_quality = sorted(rows, key=lambda row: (row["f1"], -row["wrong"] - row["missed"], row["sample"]))
@@ -85,7 +86,7 @@ def examples(path: Path, predictions: Predictions, split: Split, names: Sequence
             captions = "truth", f"detections from {SURE:.0%}"
             cells = zip(_pair(predictions, split, names, row["sample"]), captions, strict=True)
             pairs.append(Group(text, [Cell(picture, (caption,)) for picture, caption in cells], together=True))
-    write_sheet(path, Sheet(pairs, f"examples of {len(rows):,} images"))
+    write_sheet(path, Sheet(pairs, f"examples of {len(every):,} images"))
 
 
 def _pair(predictions: Predictions, split: Split, names: Sequence[str], sample: int) -> list[Image.Image]:

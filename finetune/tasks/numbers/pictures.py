@@ -77,5 +77,5 @@ def _scatter(axes: "Axes", predictions: Predictions, i: int) -> None:
         ends = [min(truth.min(), number.min()), max(truth.max(), number.max())]
         axes.plot(ends, ends, "--", linewidth=1, color=INK)
     axes.scatter(truth, number, s=12, alpha=0.5, linewidths=0, color=SERIES[0])
-    axes.set(xlabel="true value", ylabel="prediction", aspect="equal")
+    axes.set(xlabel="true value", ylabel="prediction", aspect="equal", adjustable="datalim")
     axes.grid()

@@ -26,6 +26,7 @@ def test_scores_of_any_task():
         {"step": 1, "val_ema": {"error": -1, "f1_macro": 0.5, "images": 9}},
     ]
     found = curves_of(lines)
+    assert curves_of([{"step": 1, "val_raw": {"r2_a_b": 0.5}}]) == {"R2: a_b": {"raw weights": ([1], [0.5])}}
     assert found == {"error": {"moving average": ([1], [-1])}, "macro F1": {"moving average": ([1], [0.5])}}
 
 

@@ -26,7 +26,8 @@ def finished(tmp_path):
     folder = tmp_path / "cats & dogs"
     folder.mkdir()
     (folder / "config.yaml").write_text(
-        f"run: {{name: 'cats & dogs'}}\naugment: {{}}\ntask: {{name: classification}}\neval_split: val\ndata: {{path: \"{HOSTILE}\"}}\n"
+        "run: {name: 'cats & dogs'}\naugment: {}\ntask: {name: classification}\neval_split: val\n"
+        f'data: {{path: "{HOSTILE}"}}\n'
     )
     start = {
         "steps_per_epoch": 16, "model": "convnextv2_atto", "parameters": 3_400_000, "classes": 3, "task": "3 classes",

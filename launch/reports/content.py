@@ -62,7 +62,7 @@ def results(run: Path, lines: list[dict]) -> dict[str, str]:
 def preview(shards: Path) -> list[str]:
     """What data/prepare.py found in the images, line by line; none if it did not make these shards."""
     try:
-        return (read_index(shards).survey or {}).get("preview", [])
+        return [*map(printable, (read_index(shards).survey or {}).get("preview") or [])]
     except UserError:  # a URL, images without shards, or shards that are gone
         return []
 

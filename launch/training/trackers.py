@@ -71,7 +71,7 @@ class Wandb:
 
         self.image = wandb.Image
         project, settings = os.environ.get("WANDB_PROJECT", PROJECT), wandb.Settings(silent=True, console="off")
-        same = {"id": known["id"], "resume": "allow"} if known else {}  # `wandb sync` joins offline runs of one id
+        same = {"id": known["id"], "resume": "allow"} if known else {}  # offline: a second folder of this id
         self.run = wandb.init(project=project, name=folder.name, dir=folder, config=config, settings=settings, **same)
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")

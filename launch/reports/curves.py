@@ -5,6 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import matplotlib
 from markupsafe import Markup, escape
@@ -12,6 +13,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from configs.errors import printable
 from configs.style import DARK, DASHES, INK, RC, SERIES, WIDTH, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PLOTS = {  # by title: labels of curves by their names in log.jsonl; other scores are shown under theirs
     "loss": {"loss": "training"},
@@ -99,35 +103,14 @@ def draw_plots(runs: list[Run]) -> list[Markup]:
     return drawn
 
 
-def _svg(title: str, curves: dict[tuple[str, str], tuple[list[float], list[float]]], unit: str) -> Markup:
-    """A plot as an SVG element whose colours follow the page; `curves` are by run and label."""
-    runs, labels = (list(dict.fromkeys(part)) for part in zip(*curves, strict=True))
+Curves = dict[tuple[str, str], tuple[list[float], list[float]]]  # x and y by run and label
+
+
+def _svg(title: str, curves: Curves, unit: str) -> Markup:
+    """A plot as an SVG element whose colours follow the page."""
     with matplotlib.rc_context(RC | {"svg.fonttype": "none", "svg.hashsalt": title}):  # real text, reproducible bytes
-        figure = new_figure(WIDTH, HEIGHT)
-        axes = figure.add_subplot()
-        for (run, label), (x, y) in curves.items():
-            number, dash = runs.index(run), labels.index(label)
-            colour = SERIES[(number if len(runs) > 1 else dash) % len(SERIES)]
-            parts = [run] * (len(runs) > 1) + [label] * (len(labels) > 1)
-            x, y = thinned(x, y)
-            axes.plot(
-                x, y, marker="o" if len(x) < 30 else "", ms=3.5, lw=1.6, color=colour, clip_on=False,
-                ls=DASHES[(dash if len(labels) > 1 else number) % len(DASHES)], label=printable(", ".join(parts)),
-            )  # fmt: skip
-        axes.set_title(printable(title), loc="left", parse_math=False)
-        axes.set_xlabel(unit)
-        every = [value for _, values in curves.values() for value in values if math.isfinite(value)]
-        axes.set_ylim(*limits(title, every))
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-        if is_share(title, every):
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        axes.grid()
-        if len(curves) > 1:
-            legend = axes.legend(loc="best")
-            for text in legend.get_texts():
-                text.set_parse_math(False)
-        out = io.StringIO()
+        figure, out = new_figure(WIDTH, HEIGHT), io.StringIO()
+        _draw(figure.add_subplot(), title, curves, unit)
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     text = out.getvalue()
@@ -136,6 +119,33 @@ def _svg(title: str, curves: dict[tuple[str, str], tuple[list[float], list[float
         text = text.replace(colour, f"var(--series-{i + 1})")
     text = text.replace(INK, "var(--ink)").replace(RC["grid.color"], "var(--grid)")
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape(printable(title))}" ', 1))
+
+
+def _draw(axes: "Axes", title: str, curves: Curves, unit: str) -> None:
+    """Draw curves: one run in a colour for each label, several in a colour for each run and dashes for each label."""
+    runs, labels = (list(dict.fromkeys(part)) for part in zip(*curves, strict=True))
+    every = [value for _, values in curves.values() for value in values if math.isfinite(value)]
+    low, high = limits(title, every)
+    cut = any(not low <= value <= high for value in every)  # else markers at the edge are whole
+    for (run, label), (x, y) in curves.items():
+        number, dash = runs.index(run), labels.index(label)
+        colour = SERIES[(number if len(runs) > 1 else dash) % len(SERIES)]
+        parts = [run] * (len(runs) > 1) + [label] * (len(labels) > 1)
+        x, y = thinned(x, y)
+        axes.plot(
+            x, y, marker="o" if len(x) < 30 else "", ms=3.5, lw=1.6, color=colour, clip_on=cut,
+            ls=DASHES[(dash if len(labels) > 1 else number) % len(DASHES)], label=printable(", ".join(parts)),
+        )  # fmt: skip
+    axes.set_title(printable(title), loc="left", parse_math=False)
+    axes.set(xlabel=unit, ylim=(low, high))
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    if is_share(title, every):
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.grid()
+    if len(curves) > 1:
+        for text in axes.legend(loc="best").get_texts():
+            text.set_parse_math(False)
 
 
 def thinned(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:

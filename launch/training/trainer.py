@@ -116,7 +116,8 @@ class Trainer:
         self.step, state = self.checkpoints.resume(config.resume)
         known, images = to_dict(config), config.optim.batch_size
         self.log = RunLog(self.folder, known, self.steps, self.step, images, world.first, config.run.trackers)
-        self.log.record(self.step, "start", {"steps_per_epoch": self.steps_per_epoch, **self.about})
+        if self.step < self.steps:
+            self.log.record(self.step, "start", {"steps_per_epoch": self.steps_per_epoch, **self.about})
         self.faults = Faults(config.optim.max_skipped, config.data.max_damaged, self.splits, self.log)
         self.losses = Mean(world.device)
         self.watchdog = Watchdog(world, self.folder, 60 * config.run.hang_minutes)

@@ -26,7 +26,7 @@ from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from bench.dense import DOMAINS, Dense
+from bench.dense_evidence import DOMAINS, Dense
 from bench.experiments import ABLATIONS, BACKENDS, COMPARED, FEW, SCALES, SEEDS
 from bench.runner import Runner, run_name
 from configs.checks import check_exists

@@ -88,16 +88,18 @@ def check(name: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], a
     return max(errors.values())
 
 
-def check_models(models: dict[str, tuple[nn.Module, Run]], plain: tuple[nn.Module, Run], precision: str) -> float:
+def check_models(
+    models: dict[str, tuple[nn.Module, Run]], plain: tuple[nn.Module, Run], precision: str, tolerance: float = TOLERANCE
+) -> float:
     """Compare losses and all gradients with plain code in fp32; the largest difference of a tensor.
 
-    Raises `UserError` if one is too large: in fp32 than `TOLERANCE`; in bf16 than `BF16_MARGIN` times the difference
+    Raises `UserError` if one is too large: in fp32 than `tolerance`; in bf16 than `BF16_MARGIN` times the difference
     that torch's autocast makes to plain code, or `BF16_ROUNDING`.
     """
     model, run = plain
     with kernels.plain():
         reference = outputs(model, run)
-        allowed = dict.fromkeys(reference, TOLERANCE)
+        allowed = dict.fromkeys(reference, tolerance)
         if precision == "bf16":
             device = next(model.parameters()).device.type
             rounded = differences(outputs(model, autocast(device, precision)(run)), reference)

@@ -3,12 +3,22 @@
 from pathlib import Path
 
 from configs.errors import UserError
+from configs.hub import check_hub_library, is_hub, parse_hub
 
 
 def check_exists(path: str | Path, wanted: str = "a weight file") -> None:
     """Check that a file or folder exists."""
     if not Path(path).exists():
         raise UserError(f"{path} does not exist: give {wanted}")
+
+
+def check_weights(path: str, wanted: str = "a weight file") -> None:
+    """Check that a weight file or model folder exists; of a name on a hub, the syntax and the library."""
+    if is_hub(path):
+        parse_hub(path)
+        check_hub_library(path)
+    else:
+        check_exists(path, wanted)
 
 
 def check_new(path: Path) -> None:

@@ -16,7 +16,7 @@ from configs.keys import BelowOne, Choice, Share, fixed, free, require, section
 from configs.sections import *  # noqa: F403  # importable from here
 from configs.sections import Augment, Data, FCMAEChoice, FinetuneModel, PretrainModel
 
-INIT = "weights to start from: fcmae.pt or another format (official, official-sparse, timm, transformers, mmpretrain)"
+INIT = "weights to start from: fcmae.pt, another format (official, timm, transformers, ...) or hf://USER/REPO[/FILE][@REVISION]"
 RESUME = "auto = from the newest checkpoint, if any; must = fail without one; never = fail if there is one"
 
 

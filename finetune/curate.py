@@ -22,7 +22,7 @@ from pydantic import PositiveInt
 from rich.console import Console
 from rich.progress import track
 
-from configs.checks import check_exists, check_parent
+from configs.checks import check_exists, check_parent, check_weights
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import Share, argument, option
@@ -174,13 +174,13 @@ def embed_file(table: "FeatureTable", options: Options) -> "Tensor":
     from data.folder import read_image
     from data.transforms import EvalTransform
     from launch.training.feature_eval import mean_tokens
-    from models.formats.containers import digest
+    from models.formats.hub import digest
     from models.opening import open_encoder
 
     path, weights = Path(options.nearest), options.weights or table.origin.weights
     if not path.is_file():
         raise UserError(f"{path} is neither a name in {options.features} nor a file: give one of them")
-    check_exists(weights, "the weights that were embedded with, as --weights")
+    check_weights(weights, "the weights that were embedded with, as --weights")
     if digest(weights) != table.origin.digest:
         raise UserError(f"{weights} differs from the weights of {options.features}: give those as --weights")
     trained = open_encoder(weights, table.origin.ema, table.origin.size)

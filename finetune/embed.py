@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 from rich.console import Console
 from rich.progress import track
 
-from configs.checks import check_exists, check_new
+from configs.checks import check_new, check_weights
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.schema import Data, Optim, Run
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(EmbedOptions, __doc__, argv)
-    check_exists(options.weights)
+    check_weights(options.weights)
     check_images(options.source)
     check_new(options.out)
     if options.ray:
@@ -76,7 +76,7 @@ def open_output(trained: "Trained", kind: str, options: EmbedOptions) -> Abstrac
     """The file to write; `kind` is the precision."""
     from data.reading import reading_of
     from finetune.feature_file import Origin, feature_file
-    from models.formats.containers import digest
+    from models.formats.hub import digest
 
     about = options.weights, digest(options.weights), options.ema, trained.preprocessing.size, kind
     origin = Origin(*about, options.source, reading_of(options))

@@ -19,9 +19,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from configs.checks import check_exists
+from configs.checks import check_weights
 from configs.command import parse_options
-from configs.errors import run_main
+from configs.errors import UserError, run_main
+from configs.hub import is_hub
 from configs.keys import argument, option
 from configs.schema import Data, Optim, Run
 from data.folder import check_images
@@ -42,7 +43,9 @@ class Options(PredictionOptions):
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(Options, __doc__, argv)
-    check_exists(options.weights)
+    check_weights(options.weights)
+    if is_hub(options.weights) and options.out is None:
+        raise UserError(f"{options.weights} has no folder to write to: give one with --out")
     check_images(options.data)
     data = Data(workers=options.workers, max_pixels=options.max_pixels)
 

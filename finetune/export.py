@@ -20,7 +20,7 @@ from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.checks import check_exists, check_new
+from configs.checks import check_new, check_weights
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.files import sync_folder
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(Options, __doc__, argv)
     out, to = options.out, options.to
-    check_exists(options.weights)
+    check_weights(options.weights)
     if out.suffix != SUFFIXES[to]:
         raise UserError(f"{out}: the name of a file of {to} ends in {SUFFIXES[to]}")
     for path in (out, out.with_name(f"{out.name}.data")):  # the second: ONNX weights of more than 2 GB

@@ -18,7 +18,7 @@ Size = PositiveInt | tuple[PositiveInt, PositiveInt]
 class ModelOptions:
     """Which model to use."""
 
-    weights: str = argument("best.pt, or a file or folder of any other format")
+    weights: str = argument("best.pt, a file or folder of any other format, or hf://USER/REPO[/FILE][@REVISION]")
     ema: bool = option(False, "use the averaged weights instead of the raw ones")
     size: Size | None = option(None, "image side in pixels, or [height,width] (default: from the file)")
 

@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 
 from pydantic import PositiveInt
 
-from configs.checks import check_exists, check_parent
+from configs.checks import check_exists, check_parent, check_weights
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import Probability, argument, option
@@ -46,9 +46,10 @@ class Options(PredictionOptions):
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(Options, __doc__, argv)
-    for path in (options.weights, *options.images):
+    check_weights(options.weights)
+    for path in options.images:
         if path != STDIN:
-            check_exists(path, "a weight file, and pictures or folders of them")
+            check_exists(path, "pictures, or folders of them")
     for file in filter(None, (options.csv, options.json)):
         check_parent(file)
     sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from configs.checks import check_exists, check_parent
+from configs.checks import check_parent, check_weights
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.feature_eval import KS, LRS, TEMPERATURE
@@ -73,7 +73,7 @@ class Options(ImageOptions):
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(Options, __doc__, argv)
-    check_exists(options.weights)
+    check_weights(options.weights)
     check_images(options.data)
     if options.out:
         check_parent(options.out)

@@ -15,7 +15,7 @@ from finetune.embedding import Rows, embed, embedding_loader, rows_of
 from finetune.options import EmbedOptions, Size
 from launch.training.precision import precision
 from launch.training.world import World, init_world
-from models.formats.containers import digest
+from models.formats.hub import digest
 from models.opening import Trained, open_encoder
 
 PART = 4096  # images of a task: 12 MB of 768 features

@@ -1,4 +1,4 @@
-"""Write FOLDER/summary.json and FOLDER/reconstruction.png from the demo's three runs.
+"""Write FOLDER/summary.json and FOLDER/reconstruction.png from the demo's runs.
 
 python launch/demo_summary.py FOLDER SECONDS
 """
@@ -21,11 +21,13 @@ def main(folder: Path, seconds: int) -> None:
     for run in ("finetune", "scratch"):
         results = json.loads((folder / run / "summary.json").read_text())
         summary[f"{run}_top1"] = results["last"]["raw"]["top1"]
+    segmented = json.loads((folder / "segmentation/summary.json").read_text())
+    summary["segmentation_miou"] = segmented["last"]["raw"]["miou"]
     summary["seconds"] = seconds
     shutil.copyfile(folder / "pretrain/reconstruction.png", folder / "reconstruction.png")
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1).encode())
     print(json.dumps(summary, indent=1))
-    print(f"open in a browser: {folder}/pretrain/report.html, {folder}/finetune/report.html")
+    print("open in a browser:", *(f"{folder}/{run}/report.html" for run in ("pretrain", "finetune", "segmentation")))
 
 
 if __name__ == "__main__":

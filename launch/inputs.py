@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from configs.checks import check_exists
+from configs.checks import check_weights
 from configs.errors import UserError
 from configs.schema import Finetune, Pretrain
 from data.folder import is_collection
@@ -21,6 +21,6 @@ def check_inputs(config: Pretrain | Finetune) -> None:
             way_out = f"pip install {name}, or leave it out of run.trackers"
             raise UserError(f"run.trackers has {name}, which is not installed: {way_out}")
     if config.init != "none":
-        check_exists(config.init)
+        check_weights(config.init)
     if not (is_url(config.data.path) or is_collection(config.data.path)):
         read_index(Path(config.data.path))

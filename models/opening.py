@@ -16,7 +16,7 @@ from configs.preprocessing import Preprocessing
 from configs.schema import Data
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE, from_flat
-from models.formats.containers import digest
+from models.formats.hub import digest
 from models.formats.read import read_weights
 from models.weights import Weights, load_strict, use_ema
 

@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from configs.checks import check_exists, check_parent
+from configs.checks import check_parent, check_weights
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import REQUIRED, Ratio, argument, option
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(Options, __doc__, argv)
     check_parent(options.out)
-    check_exists(options.weights)
+    check_weights(options.weights)
     for path in options.images:
         if not Path(path).is_file():
             check_images(path)

@@ -21,6 +21,7 @@ ONLY_IN = {
     "deepspeed": "launch/training/engine.py",
     "MinkowskiEngine": "models/sparse/minkowski.py",
     "ray": "data/ray_pool.py",
+    "huggingface_hub": "models/formats/hub.py",
 }
 
 

@@ -36,6 +36,7 @@ MISTAKES = [
     (["--model.name", "convnextv2_tny"], "convnextv2_tiny"),
     (["--data.path", "nowhere"], "nowhere"),
     (["--init", "nowhere.pt"], "nowhere.pt"),
+    (["--init", "hf://nowhere"], "hf://USER/REPO"),
 ]
 
 
@@ -99,6 +100,8 @@ def test_mistakes(command, words, names):
         ([CONVERT, "nowhere.pt", "x.pt", "--to", "ours"], "nowhere.pt"),
         ([CONVERT, FILE, "nowhere/x.pt", "--to", "ours"], "nowhere"),
         ([CONVERT, FILE, "x.pt", "--to", "nothing"], "nothing"),
+        ([CONVERT, FILE, "x.pt", "--to", "ours", "--push", "me/x"], "--push"),
+        ([PREDICT, "hf://nowhere", FILE], "hf://USER/REPO"),
     ],
 )
 def test_mistakes_of_commands(words, names):

@@ -48,8 +48,11 @@ def class_names(metadata: dict, form: str, outputs: int, remarks: list[str]) -> 
     elif form == "mmpretrain":
         meta = _dict(metadata.get("meta"))
         names = _dict(meta.get("dataset_meta")).get("classes", meta.get("CLASSES"))  # CLASSES: older files
+    elif form == "timm":
+        config = _timm_config(metadata)
+        names = metadata.get("label_names", config.get("label_names", config.get("labels")))
     else:
-        names = metadata.get("label_names" if form == "timm" else "classes")
+        names = metadata.get("classes")
     if isinstance(names, dict) and all(re.fullmatch(r"\d{1,6}", str(key)) for key in names):
         names = [names[key] for key in sorted(names, key=int)]
     if names is None:
@@ -73,7 +76,7 @@ def preprocessing(metadata: dict, form: str, arch: Encoder, remarks: list[str]) 
     if form == "transformers":
         stored = _of_processor(_dict(metadata.get("preprocessor")), metadata.get("image_size"))
     elif form == "timm":
-        stored = _of_timm(_dict(metadata.get("pretrained_cfg")))
+        stored = _of_timm(_timm_config(metadata))
     else:
         stored = _dict((_dict(metadata.get("meta")) if form == "mmpretrain" else metadata).get("image"))
         stored = {"size": _arguments(metadata).get("input_size")} | stored
@@ -94,6 +97,12 @@ def preprocessing(metadata: dict, form: str, arch: Encoder, remarks: list[str]) 
     if type(depth) is int and 0 < depth <= 64:
         image["bit_depth"] = depth
     return Preprocessing.from_dict(image | {"mean": mean, "std": std}, arch.channels)
+
+
+def _timm_config(metadata: dict) -> dict:
+    """timm's pretrained_cfg; older config.json files have its keys at the top."""
+    nested = "pretrained_cfg" in metadata or "architecture" not in metadata
+    return _dict(metadata.get("pretrained_cfg")) if nested else metadata
 
 
 def _of_timm(config: dict) -> dict:

@@ -71,15 +71,15 @@ TABLES["mmpretrain"] = {  # the official names with other words
     ours: theirs.replace("dwconv", "depthwise_conv").replace("pwconv", "pointwise_conv")
     for ours, theirs in TABLES["official"].items()
 } | {"head.norm.{p}": "norm3.{p}", "head.fc.{p}": "head.fc.{p}"}
-TABLES["torchvision"] = {"stem.{n}.{p}": "features.0.{n}.{p}"}  # V1 only; odd features are stages
+TABLES["torchvision"] = {"stem.{n}.{p}": "0.{n}.{p}"}  # V1 only; odd numbers are stages
 for _i in range(4):
     TABLES["torchvision"] |= {
-        f"stages.{_i}.downsample.{{n}}.{{p}}": f"features.{2 * _i}.{{n}}.{{p}}",
-        f"stages.{_i}.blocks.{{j}}.conv_dw.{{p}}": f"features.{2 * _i + 1}.{{j}}.block.0.{{p}}",
-        f"stages.{_i}.blocks.{{j}}.norm.{{p}}": f"features.{2 * _i + 1}.{{j}}.block.2.{{p}}",
-        f"stages.{_i}.blocks.{{j}}.mlp.fc1.{{p}}": f"features.{2 * _i + 1}.{{j}}.block.3.{{p}}",
-        f"stages.{_i}.blocks.{{j}}.mlp.fc2.{{p}}": f"features.{2 * _i + 1}.{{j}}.block.5.{{p}}",
-        f"stages.{_i}.blocks.{{j}}.gamma": f"features.{2 * _i + 1}.{{j}}.layer_scale",
+        f"stages.{_i}.downsample.{{n}}.{{p}}": f"{2 * _i}.{{n}}.{{p}}",
+        f"stages.{_i}.blocks.{{j}}.conv_dw.{{p}}": f"{2 * _i + 1}.{{j}}.block.0.{{p}}",
+        f"stages.{_i}.blocks.{{j}}.norm.{{p}}": f"{2 * _i + 1}.{{j}}.block.2.{{p}}",
+        f"stages.{_i}.blocks.{{j}}.mlp.fc1.{{p}}": f"{2 * _i + 1}.{{j}}.block.3.{{p}}",
+        f"stages.{_i}.blocks.{{j}}.mlp.fc2.{{p}}": f"{2 * _i + 1}.{{j}}.block.5.{{p}}",
+        f"stages.{_i}.blocks.{{j}}.gamma": f"{2 * _i + 1}.{{j}}.layer_scale",
     }
 TABLES["torchvision"] |= {"head.norm.{p}": "classifier.0.{p}", "head.fc.{p}": "classifier.2.{p}"}
 
@@ -92,10 +92,13 @@ MARKS = {  # names that only one format has, after any prefix; `own` is the form
     "timm-features": r"stages_\d+\.blocks\..*",
     "transformers": r"(?P<own>convnext(v2)?\.)?encoder\.stages\.\d+\.layers\..*",
     "official": r"stages\.\d+\.\d+\.dwconv\.\w+",
-    "torchvision": r"features\.\d\.\d+\.block\.\d\.\w+",
+    "torchvision": r"(?P<own>features\.)?\d\.\d+\.block\.\d\.\w+",
 }
-CLASSIFIERS = {"transformers": "classifier.", "mmpretrain": "head.fc."}  # outside of the format's own prefix
-STAGE_NORMS = {"transformers": "hidden_states_norms.", "mmpretrain": "norm"}  # added by backbones
+# outside of the format's own prefix
+CLASSIFIERS = {"transformers": "classifier.", "mmpretrain": "head.fc.", "torchvision": "classifier."}
+STAGE_NORMS = {  # added by backbones for detection and segmentation
+    "transformers": r"hidden_states_norms\.", "mmpretrain": r"norm\d\.", "official": r"norm\d\.",
+}  # fmt: skip
 OTHERS = {  # models that are taken for a ConvNeXt, by a name
     "a vision transformer": r".*(blocks\.\d+\.attn\.(qkv|proj)|encoder\.layers?\.\d+\.(self_)?attention)\..*",
     "a Swin transformer": r".*attn\.relative_position_bias_table",
@@ -119,7 +122,7 @@ def _rename(name: str, rows: list[tuple[re.Pattern, str]]) -> str | None:
 
 
 def to_name(ours: str, form: str) -> str | None:
-    """A tensor's name in another format, without transformers' prefix; None if the format has no such tensor."""
+    """A tensor's name in another format, without the format's prefix; None if the format has no such tensor."""
     return _rename(ours, _TO[form])
 
 
@@ -137,9 +140,14 @@ class Detected(NamedTuple):
 
     def ours(self, name: str) -> str | None:
         """This project's name for a tensor of the state dict; None if it is not the model's."""
-        classifier = self.outer + CLASSIFIERS.get(self.form, "\0")
-        prefix = self.outer if name.startswith(classifier) else self.outer + self.own
+        outside = name.startswith(self.outer + CLASSIFIERS.get(self.form, "\0"))
+        prefix = self.outer if outside else self.outer + self.own
         return from_name(name.removeprefix(prefix), self.form) if name.startswith(prefix) else None
+
+    def theirs(self, ours: str) -> str:
+        """The name in the state dict of a tensor that the format has."""
+        name = to_name(ours, self.form)
+        return self.outer + ("" if name.startswith(CLASSIFIERS.get(self.form, "\0")) else self.own) + name
 
 
 def detect(names: Iterable[str]) -> Detected | None:

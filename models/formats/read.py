@@ -3,12 +3,14 @@
 The format is detected by tensor names, the architecture by shapes. No code of a file is executed.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
-from configs.errors import UserError
+from configs.errors import UserError, few
 from configs.schema import Encoder
 from models.formats.containers import read_container
+from models.formats.hub import localize
 from models.formats.metadata import class_names, preprocessing, pretraining
 from models.formats.names import STAGE_NORMS, WRAPPERS, Detected, detect, from_shape, seems, to_name, to_shape
 from models.sizes import SIZES, resolve
@@ -48,10 +50,11 @@ def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
         UserError: the file is missing, truncated, contains code, has an unknown format, or has missing, unexpected or
             misshapen tensors or numbers that are not finite, which are listed
     """
-    path = Path(path)
-    container = read_container(path)
+    local = localize(path)
+    origin = [local.remark] if local.remark else []
+    container = read_container(local.path)
     if container.metadata.get("format") == FORMAT:
-        return from_content(container.metadata, path), "ours", []
+        return from_content(container.metadata, path), "ours", origin
     raw = translate(container.tensors, path, container.metadata.get("architecture"))
     form, arch, encoder, decoder, head, remarks = raw
     if form == "transformers" and container.metadata.get("hidden_act", "gelu") != "gelu":
@@ -64,7 +67,7 @@ def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
             raise UserError(f"{path}: its averaged weights belong to another model than its raw ones")
     if form in ("timm", "transformers") and _identity_norm(head):
         head = {}  # these formats store an identity for encoders without a head
-    remarks += container.remarks
+    remarks = [*origin, *remarks, *container.remarks]
     settings = pretraining(container.metadata, arch, decoder) if decoder else {}
     image = preprocessing(container.metadata, form, arch, remarks)
     weights = Weights(arch, image, encoder, decoder, settings, head, ema)
@@ -72,7 +75,7 @@ def read_weights(path: str | Path) -> tuple[Weights, str, list[str]]:
     return weights, form, remarks
 
 
-def translate(tensors: dict, path: Path, model: object = None) -> Translated:
+def translate(tensors: dict, path: str | Path, model: object = None) -> Translated:
     """Detect the format of a state dict, and translate its names and shapes.
 
     Names may begin with any prefix, like `model.backbone.`; tensors outside of it are left out. `model` is the file's
@@ -98,9 +101,8 @@ def translate(tensors: dict, path: Path, model: object = None) -> Translated:
         known |= {ours: t[None, None] for ours, t in known.items() if ".grn." in ours and t.ndim == 2}
     expected = expected_tensors(arch, known)
     conv_mlp = any(".mlp.fc" in ours and tensor.ndim == 4 for ours, tensor in known.items())
-    prefix = found.outer + found.own  # of missing tensors' names
     theirs = {
-        names.get(ours, f"{prefix}{to_name(ours, form)}"): to_shape(ours, tensor, form, conv_mlp)
+        names.get(ours) or found.theirs(ours): to_shape(ours, tensor, form, conv_mlp)
         for ours, tensor in expected.items()
     }
     check_shapes(source, theirs, tensors | {names[ours]: tensor for ours, tensor in known.items()})
@@ -111,22 +113,30 @@ def translate(tensors: dict, path: Path, model: object = None) -> Translated:
 
 
 def _without_others(tensors: dict, names: dict[str, str], found: Detected) -> tuple[dict, dict[str, str], list[str]]:
-    """Tensors and names without the parts of other modules, and of the norms that a backbone adds; remarks on them."""
-    prefix, remarks = found.outer + found.own, []
-    norms = prefix + STAGE_NORMS.get(found.form, "\0")
-    added = {name for name in tensors if name.startswith(norms)}
-    if len({name.rpartition(".")[0] for name in added}) > 1 or found.form == "transformers":
-        names = {ours: name for ours, name in names.items() if name not in added}
+    """Tensors and names without those of other modules, of norms that a backbone adds, and of a classifier that is more
+    than a linear layer; remarks on them.
+    """
+    prefix, remarks, known = found.outer + found.own, [], set(names.values())
+    norms = {name for name in tensors if re.match(re.escape(prefix) + STAGE_NORMS.get(found.form, r"\Z"), name)}
+    if found.form == "mmpretrain" and len({name.rpartition(".")[0] for name in norms}) == 1:
+        norms = set()  # the norm of its classifier
+    if norms:
+        remarks.append(f"left out: the norms that its library adds after the stages ({len(norms)} tensors)")
+    classifier = set()
+    if to_name("head.fc.weight", found.form):
+        start = found.theirs("head.fc.weight").removesuffix("weight")
+        classifier = {name for name in tensors if name.startswith(start)}
+    if classifier <= known:
+        classifier = set()
     else:
-        added = set()  # a classifier of mmpretrain has a single norm
-    if added:
-        remarks.append(f"left out: the norms that its library adds after the stages ({len(added)} tensors)")
-    others = {name for name in tensors if not name.startswith(prefix)} - set(names.values())
+        remarks.append(f"left out: its classifier, which is more than a linear layer ({len(classifier)} tensors)")
+    others = {name for name in tensors if not name.startswith(prefix)} - known - classifier
     if others:
         modules = sorted({name.removeprefix(found.outer).partition(".")[0] for name in others})
-        shown = ", ".join(modules[:5]) + (", ..." if modules[5:] else "")
-        remarks.append(f"left out: {len(others)} tensors outside of {prefix.removesuffix('.')} ({shown})")
-    return {name: tensor for name, tensor in tensors.items() if name not in added | others}, names, remarks
+        remarks.append(f"left out: {len(others)} tensors outside of {prefix.removesuffix('.')} ({few(modules, 5)})")
+    gone = norms | classifier | others
+    names = {ours: name for ours, name in names.items() if name not in gone}
+    return {name: tensor for name, tensor in tensors.items() if name not in gone}, names, remarks
 
 
 def _architecture(tensors: Tensors, form: str, source: str, claimed: object) -> Encoder:

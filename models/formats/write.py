@@ -13,14 +13,17 @@ from configs.preprocessing import Preprocessing
 from configs.schema import Encoder
 from configs.shell import quote
 from models.convnext import EPS, LAYER_SCALE
+from models.formats import is_folder
 from models.formats.metadata import RESAMPLE, SQUASH_FROM, WHOLE_CENTRE
 from models.formats.names import CLASSIFIERS, CONV_MLP, to_name, to_shape
 from models.sizes import resolve
 from models.weights import Tensors, Weights, save, use_ema
 
 
-def write_weights(path: Path, weights: Weights, form: str) -> list[str]:
-    """Write weights atomically, to a file or, for transformers, to a folder; returns remarks on omitted parts.
+def write_weights(path: Path, weights: Weights, form: str, card: str = "") -> list[str]:
+    """Write weights atomically, to a file or a model folder; returns remarks on omitted parts.
+
+    `card` is the README.md of a folder.
 
     Raises `UserError` if the library cannot build the model: V1 in the official sparse code, V2 and other stem strides
     than 4 in torchvision, stem stride 2 in timm.
@@ -39,8 +42,10 @@ def write_weights(path: Path, weights: Weights, form: str) -> list[str]:
     tensors, remarks = to_form(weights, form)
     if weights.ema is not None and form != "official":
         remarks.append("omitted: the averaged weights (--ema writes them instead of the raw ones)")
-    if form == "transformers":
-        return remarks + _write_folder(path, weights, tensors)
+    if is_folder(path, form):
+        metadata, more = _transformers_files(weights) if form == "transformers" else _timm_files(weights)
+        _write_folder(path, metadata | ({"README.md": card.encode()} if card else {}), tensors)
+        return remarks + more
     content = _metadata(weights, form)
     if path.suffix == ".safetensors":
         write_atomic(path, _safetensors(tensors, {"config": json.dumps(content)}))
@@ -70,7 +75,7 @@ def to_form(weights: Weights, form: str) -> tuple[Tensors, list[str]]:
         remarks.append("added: an identity as final norm (models of this format always have a norm)")
     conv_mlp = weights.arch.name.endswith(CONV_MLP)
     prefix = f"{_base_class(weights).lower()}." if form == "transformers" and "head.fc.weight" in kept else ""
-    prefix = "backbone." if form == "mmpretrain" else prefix
+    prefix = {"mmpretrain": "backbone.", "torchvision": "features."}.get(form, prefix)
     renamed = {}
     for name, tensor in kept.items():
         theirs = to_name(name, form)
@@ -111,28 +116,42 @@ def _metadata(weights: Weights, form: str) -> dict:
     return metadata | ({"pretraining": weights.decoder_config} if form == "official-sparse" else {})
 
 
-def _write_folder(path: Path, weights: Weights, tensors: Tensors) -> list[str]:
-    """Write a folder for transformers' `from_pretrained`; returns remarks."""
+def _write_folder(path: Path, metadata: dict[str, bytes], tensors: Tensors) -> None:
+    """Write a model folder: the files of its metadata, by name, and model.safetensors."""
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        write_atomic(part / "config.json", json.dumps(_config(weights), indent=2).encode())
-        processor = _image_processor(weights.preprocessing)
-        if processor:
-            write_atomic(part / "preprocessor_config.json", json.dumps(processor, indent=2).encode())
+        for name, content in metadata.items():
+            write_atomic(part / name, content)
         write_atomic(part / "model.safetensors", _safetensors(tensors, {}))
         part.rename(path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
     sync_folder(path.parent)
-    remarks = []
-    if not processor:
+
+
+def _timm_files(weights: Weights) -> tuple[dict[str, bytes], list[str]]:
+    """config.json for timm's `hf-hub:` and `local-dir:`, and remarks."""
+    config = _metadata(weights, "timm")
+    options, dims = timm_options(weights.arch), weights.arch.dims
+    config["pretrained_cfg"] |= {"num_classes": weights.outputs, "first_conv": "stem.0", "classifier": "head.fc"}
+    config |= {"num_features": dims[-1]} | ({"model_args": options} if options else {})
+    return {"config.json": json.dumps(config, indent=2).encode()}, []
+
+
+def _transformers_files(weights: Weights) -> tuple[dict[str, bytes], list[str]]:
+    """config.json and preprocessor_config.json for transformers' `from_pretrained`, and remarks on omitted parts."""
+    processor, remarks = _image_processor(weights.preprocessing), []
+    files = {"config.json": json.dumps(_config(weights), indent=2).encode()}
+    if processor:
+        files["preprocessor_config.json"] = json.dumps(processor, indent=2).encode()
+    else:
         remarks.append("omitted: preprocessor_config.json (no transformers processor does this preprocessing)")
     if weights.classes and not weights.outputs:
         remarks.append("omitted: the class names (transformers stores them with a classifier only)")
-    return remarks
+    return files, remarks
 
 
 def _config(weights: Weights) -> dict:
@@ -177,9 +196,11 @@ def _image_processor(image: Preprocessing) -> dict | None:
     return common | kind | {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
 
 
-def how_to_load(path: Path, weights: Weights, form: str) -> str:
-    """The command or Python expression that loads a converted file."""
-    arch, outputs = weights.arch, weights.outputs
+def how_to_load(path: Path | str, weights: Weights, form: str, repo: str | None = None) -> str:
+    """The command or Python expression that loads a converted file or folder, or the repository it was pushed to."""
+    arch, outputs, path = weights.arch, weights.outputs, Path(repo or path)
+    if form == "timm" and is_folder(path, form):
+        return f"timm.create_model({_timm_folder(path, repo)!r}, pretrained=True)"
     if form == "timm":
         return _timm_call(arch, {"num_classes": outputs} | timm_options(arch) | {"checkpoint_path": str(path)})
     pretrain = f"python pretrain/main.py --init {quote(str(path))} ...  or  " if weights.decoder and not outputs else ""
@@ -202,6 +223,8 @@ def how_to_load_backbone(path: Path, weights: Weights, form: str) -> str | None:
 
     None if the format's library has no backbones. transformers adds an untrained LayerNorm after each map.
     """
+    if form == "timm" and is_folder(path, form):
+        return f"timm.create_model({_timm_folder(path, None)!r}, pretrained=True, features_only=True)"
     if form == "timm":
         return _timm_call(weights.arch, timm_backbone(path, weights))
     if form == "transformers":
@@ -209,6 +232,11 @@ def how_to_load_backbone(path: Path, weights: Weights, form: str) -> str | None:
         text = json.dumps(str(path))
         return f"transformers.{_base_class(weights)}Backbone.from_pretrained({text}, out_features={stages})"
     return None
+
+
+def _timm_folder(path: Path, repo: str | None) -> str:
+    """timm's name of a model folder or of a hub's repository."""
+    return f"hf-hub:{repo}" if repo else f"local-dir:{path}"
 
 
 def timm_options(arch: Encoder) -> dict:

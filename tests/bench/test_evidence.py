@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import evidence, evidence_page
+from bench import evidence_page, runner
+from bench.dense_evidence import DOMAINS, Dense
 from bench.evidence import ABLATIONS, PARTS, SCALES, SEEDS, Evidence, main, run_name
 from configs.command import parse, parse_options
 from configs.schema import Finetune, Pretrain
@@ -32,6 +33,9 @@ def stand_in(runs: list[str]):
 
     def run(words: list[str], check: bool) -> subprocess.CompletedProcess:
         _, command, *rest = words
+        if command == "data/prepare.py":
+            runs.append(Path(rest[1]).name)
+            return subprocess.CompletedProcess(words, 0)
         if command == "finetune/evaluate.py":
             args = parse_options(Options, "", rest)
             folder, name = Path(args.out), f"{Path(args.weights).parent.name}-test"
@@ -60,7 +64,7 @@ def summary(config: Pretrain | Finetune) -> dict:
         share = config.task.label_share
         top1 = accuracy(start, share, config.optim.lr, config.run.seed)
         read = {"task": {"label_share": share}, "optim": {"lr": config.optim.lr}, "run": {"seed": config.run.seed}}
-        return {"stage": "fine-tuning", "best": {"top1": top1}, "config": read}
+        return {"stage": "fine-tuning", "best": dict.fromkeys(("top1", "miou", "ap50"), top1), "config": read}
     epochs = range(0, config.optim.epochs + 1, max(1, config.probe.every))
     probed = epochs if config.probe.every else ()
     return {
@@ -78,10 +82,10 @@ def started(tmp_path, monkeypatch):
     """A folder with the fake commands; the names of the runs started in it."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(evidence_page, "RESULTS", tmp_path / "results")
     runs: list[str] = []
-    monkeypatch.setattr(evidence.subprocess, "run", stand_in(runs))
+    monkeypatch.setattr(runner.subprocess, "run", stand_in(runs))
     return runs
 
 
@@ -108,18 +112,34 @@ def test_labels(started):
 def test_it_resumes(started):
     Evidence("cpu", dry=False, save=False).labels()
     done = list(started)
-    Path("runs/evidence-cpu/done/fcmae-labels-0.1-lr-0.004-seed-0.json").unlink()
-    evidence.shutil.rmtree("runs/evidence-cpu/fcmae-labels-0.1-lr-0.004-seed-0")
+    Path("runs/evidence-cifar10-cpu/done/fcmae-labels-0.1-lr-0.004-seed-0.json").unlink()
+    runner.shutil.rmtree("runs/evidence-cifar10-cpu/fcmae-labels-0.1-lr-0.004-seed-0")
     Evidence("cpu", dry=False, save=False).labels()
     assert started[len(done) :] == ["fcmae-labels-0.1-lr-0.004-seed-0"]
 
 
 def test_it_stops_at_a_failed_command(started, monkeypatch):
     failed = subprocess.CompletedProcess([], 2)
-    monkeypatch.setattr(evidence.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(runner.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SystemExit) as end:
         Evidence("cpu", dry=False, save=False).labels()
-    assert end.value.code == 2 and not Path("runs/evidence-cpu/done").exists()
+    assert end.value.code == 2 and not Path("runs/evidence-cifar10-cpu/done").exists()
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_dense(name, started, tmp_path):
+    """A learning rate for each start and share; other images take that of the images; all seeds."""
+    Dense(name, tmp_path, tmp_path / "others", dry=False, save=True).run()
+    shares, rates = list(DOMAINS[name].budgets), DOMAINS[name].rates
+    assert started[:2] == [name, "fcmae"] and len(started) == len(set(started)), "prepared once"
+    tuned = [run for run in started if "-labels-" in run]
+    for start in ("fcmae", "scratch", "fcmae-others"):
+        for share in shares:
+            mine = [run for run in tuned if run.startswith(f"{start}-labels-{share:g}-")]
+            tried = {run.split("-lr-")[1].split("-seed-")[0] for run in mine}
+            assert len(mine) == len(SEEDS) + (len(tried) - 1), (start, share)
+            assert (len(tried) == 1) == (start == "fcmae-others") and (len(tried) >= len(rates) or len(tried) == 1)
+    assert {path.stem for path in (tmp_path / f"results/{name}").iterdir()} == {"fcmae", "fcmae-others", *tuned}
 
 
 @pytest.mark.parametrize("scale", SCALES)

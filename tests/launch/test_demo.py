@@ -31,7 +31,9 @@ def test_demo(tmp_path):
         assert done.returncode == 0, f"{attempt}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
     assert "done before" in done.stdout
     summary = json.loads((project / "runs/demo/summary.json").read_text())
-    assert summary.keys() == {"pretrain_loss_first", "pretrain_loss_last", "finetune_top1", "scratch_top1", "seconds"}
+    scores = {"finetune_top1", "scratch_top1", "segmentation_miou"}
+    assert summary.keys() == {"pretrain_loss_first", "pretrain_loss_last", "seconds"} | scores
+    assert summary["segmentation_miou"] >= 0.8
     assert summary["finetune_top1"] >= 0.97
     assert summary["pretrain_loss_last"] < 0.5 * summary["pretrain_loss_first"]
     assert (project / "runs/demo/reconstruction.png").stat().st_size > 10_000

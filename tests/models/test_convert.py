@@ -70,7 +70,7 @@ def test_averaged_weights(tmp_path):
         (["{tmp}/x.pt", "{tmp}/no/y.pt", "--to", "timm"], "no folder"),
         (["{tmp}/x.pt", "{tmp}/y.pt", "--to", "tim"], "--to tim timm"),
         (["{tmp}/x.pt", "{tmp}/y.pt"], "required --to"),
-        (["{tmp}", "{tmp}/y.pt", "--to", "timm"], "config.json"),
+        (["docs", "{tmp}/y.pt", "--to", "timm"], "docs no weights"),
     ],
 )
 def test_bad_input(words, message, tmp_path, refused):

@@ -92,7 +92,7 @@ def test_the_head_may_be_ignored(tmp_path):
 
 def test_html_instead_of_a_weight_file(tmp_path):
     (tmp_path / "x.pt").write_text("<html>404</html>")
-    with pytest.raises(UserError, match="truncated"):
+    with pytest.raises(UserError, match="web page"):
         open_weights(tmp_path / "x.pt")
 
 

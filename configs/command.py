@@ -54,7 +54,7 @@ def parse(
         recipe: built-in recipe that is used without `--config`, like `pretrain/digits.yaml`
         about: description for `--help`
         choices: modules by name, for each section that is the `Settings` of one, like `{"objective": OBJECTIVES}`
-        argv: default the process's; `--dry-run` and DeepSpeed's `--local_rank` are ignored
+        argv: default the process's; `--dry-run`, `--parameters` and DeepSpeed's `--local_rank` are ignored
     Raises:
         UserError: an unknown key (with the nearest valid one), a wrong value, a recipe that cannot be read
     """
@@ -76,7 +76,7 @@ def parse(
         config = replace(config, **{key: modules[name].Settings(name=name)})
 
     parser = Parser(
-        usage="%(prog)s [--config RECIPE.yaml] [--KEY VALUE ...] [--dry-run [RANKS]]",
+        usage="%(prog)s [--config RECIPE.yaml] [--KEY VALUE ...] [--dry-run [RANKS] [--parameters]]",
         description=f"{about}\nKeys marked * may change when a run is resumed.",
         argument_default=argparse.SUPPRESS,
     )
@@ -84,6 +84,7 @@ def parse(
     add("--config", metavar="RECIPE.yaml", help=f"YAML file of the keys below, which these override; else {built_in}")
     plan = "only print the plan for so many ranks (default: this machine's): steps, parameter groups, memory"
     add("--dry-run", nargs="?", metavar="RANKS", help=plan)
+    add("--parameters", action="store_true", help="with --dry-run: also shape, weight decay and rate of each parameter")
     add("--print_config", action="store_true", help="print the resulting configuration, itself a recipe")
     _add_keys(parser, config, {f"{key}.name": f"{{{','.join(modules)}}}" for key, modules in choices.items()})
     flags = vars(parser.parse_args(argv))
@@ -94,6 +95,7 @@ def parse(
         parser.exit()
     if "config" not in flags:
         say(f"no --config: using the built-in recipe {built_in}")
+    every_parameter(argv)  # raises
     return config
 
 
@@ -157,6 +159,15 @@ def given_recipe(default: str, argv: list[str] | None = None) -> Path:
     parser = Parser(add_help=False)
     parser.add_argument("--config", type=Path, default=Path(os.path.relpath(RECIPES / default)))
     return parser.parse_known_args(argv)[0].config
+
+
+def every_parameter(argv: list[str] | None = None) -> bool:
+    """Whether `--parameters` was given. Raises `UserError` without `--dry-run`, which it belongs to."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--parameters", action="store_true")
+    given = parser.parse_known_args(argv)[0].parameters
+    require(not given or dry_run(argv) is not None, "--parameters", "given", "with --dry-run, or left out")
+    return given
 
 
 def dry_run(argv: list[str] | None = None) -> int | None:

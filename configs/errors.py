@@ -1,11 +1,13 @@
 """Errors that the user can correct, and the exit codes of commands."""
 
 import errno
+import logging
 import os
 import select
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from unicodedata import category
@@ -77,6 +79,16 @@ def output_is_closed() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def hide_library_warnings() -> None:
+    """Keep warnings of libraries from the user, who can do nothing about them; `python -W default` shows them.
+
+    Warnings of this project are ordinary lines. Loader processes are forks and inherit this.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        logging.lastResort.setLevel(logging.ERROR)  # of loggers without a handler
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point. Exit codes: 2 for a `UserError`, 130 for Ctrl-C, that of `Stopped` for a stopped run.
 
@@ -84,6 +96,7 @@ def run_main(main: Callable[[], None]) -> None:
     An error of a single rank is printed with its number.
     """
     rank = os.environ.get("RANK", "0")
+    hide_library_warnings()
     try:
         try:
             main()

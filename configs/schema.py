@@ -31,13 +31,15 @@ class Optim:
         "images per rank and forward pass; gradients are accumulated; null = batch_size / ranks; auto = the largest "
         "that fits into memory",
     )
-    epochs: PositiveInt = fixed(800, "passes over the data")
+    epochs: PositiveInt = free(
+        800, "passes over the data; raise it to extend a run, whose learning rate then follows the longer schedule"
+    )
     warmup_epochs: NonNegativeFloat = fixed(40, "epochs of linear warm-up")
     warmup_lr: NonNegativeFloat = fixed(0.0, "base learning rate at the start of the warm-up")
     min_lr: NonNegativeFloat = fixed(0.0, "base learning rate at the end")
     weight_decay: NonNegativeFloat = fixed(0.05, "weight decay; not for biases, norms, GRN, layer scale and mask token")
     decay_rules: dict[str, NonNegativeFloat] | None = fixed(
-        None, 'other decays by parameter name, like {"stem.*": 0, "*.grn.*": 0.01}; last match counts; see --dry-run'
+        None, 'other decays by parameter name, like {"stem.*": 0, "*.grn.*": 0.01}; last match counts; see --parameters'
     )
     betas: tuple[BelowOne, BelowOne] = fixed((0.9, 0.95), "betas of AdamW")
     clip_grad: NonNegativeFloat = fixed(0.0, "maximum norm of the gradient; 0 = off")

@@ -16,6 +16,7 @@ import numpy as np
 from configs.errors import UserError, nearest, printable
 from configs.log import say
 from configs.schema import Data
+from configs.shell import quote
 from data.catalog import Catalog, make_catalog
 from data.classes import WAY_OUT
 from data.collection import read_collection
@@ -51,7 +52,8 @@ class Folder:
                 raise UserError(f"{self.folder} has no split {name} {nearest(name, known)}")
             number = catalog.splits.index(name)
         elif strict and name != "train":
-            way_out = f"make folders train/ and {name}/ in it, or shards with `data/prepare.py --val-fraction 0.1`"
+            make = f"`python data/prepare.py {quote(catalog.source)} OUT --val-fraction 0.1`"
+            way_out = f"make folders train/ and {name}/ in it, or shards in a new folder OUT with {make}"
             raise UserError(f"{self.folder} has no split {name}: {way_out}")
         else:
             say(f"{self.folder} has no split folders: using all {len(catalog.rows):,} images as split {name}")

@@ -11,9 +11,9 @@ from configs.errors import UserError, counted, printable
 from data.cells import LABELS_TASK, as_label, cell_reader, empty
 from data.classes import UNLABELED, split_name
 from data.listing import SIDECARS, Listing, suffix
-from data.sources import READABLE, Item
+from data.sources import Item
 from data.tables import LABEL_NAMES, TARGETS, Columns, Row, as_path, plain
-from data.tars import split_member_name
+from data.tars import READABLE, split_member_name
 
 SHOWN = 10  # columns in a line
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from configs.errors import counted, few
 from configs.log import say
 from data.reading import HEAD_BYTES, sniff
-from data.sources import READABLE, Item
+from data.sources import Item
+from data.tars import READABLE
 
 TABLES = ("csv", "tsv", "jsonl", "ndjson", "parquet")  # files that may hold labels of many images
 SIDECARS = ("cls", "json")  # of one image: WebDataset's

@@ -39,7 +39,7 @@ from configs.shell import quote
 from data.cache import Cache
 from data.remote import CONCURRENT_FETCHES, Remote, is_url
 from data.sampler import WINDOW
-from data.tars import TARGET_ROW, read_rows
+from data.tars import READABLE, TARGET_ROW, read_rows
 
 FORMAT = "convnext-fcmae-shards/1"
 MAX_OPEN_SHARDS = 64  # open files and index tables per reader
@@ -125,11 +125,7 @@ def read_index(folder: Path | Remote) -> Index:
     """Read index.json. Raises `UserError` if it is missing, damaged or of another format."""
     path = folder / "index.json"
     if isinstance(folder, Path) and not path.exists():
-        if folder.is_dir() and any(folder.glob("*.tar")):
-            raise UserError(
-                f"{folder} has tars but no index.json: run `python data/prepare.py {quote(str(folder))} --index`"
-            )
-        raise UserError(f"no shards at {folder}: make them with `python data/prepare.py SOURCE {quote(str(folder))}`")
+        raise UserError(_no_index(folder))
     try:
         content = json.loads(path.read_bytes() if isinstance(folder, Path) else folder.fetch_index())
         if content["format"] != FORMAT:
@@ -141,6 +137,24 @@ def read_index(folder: Path | Remote) -> Index:
         return index
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: {repair_hint(folder)}") from None
+
+
+def _no_index(folder: Path) -> str:
+    """What to do about a folder without index.json. One with images or folders in it is never advised as an output."""
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    tars = any(path.suffix == ".tar" for path in paths)
+    if any(path.is_dir() or _is_image(path.name) for path in paths):
+        make = f"make shards of it with `python data/prepare.py {quote(str(folder))} OUT`, in a new folder OUT"
+        more = "; if its tars are shards, move them to a folder of their own" if tars else ""
+        return f"{folder} has no index.json, so it is not a folder of shards: {make}{more}"
+    if tars:
+        return f"{folder} has tars but no index.json: run `python data/prepare.py {quote(str(folder))} --index`"
+    return f"no shards at {folder}: make them with `python data/prepare.py SOURCE {quote(str(folder))}`"
+
+
+def _is_image(name: str) -> bool:
+    own = name == "preview.png" or name.endswith(".idx.npy")  # of shards whose index.json is not written yet
+    return name.rpartition(".")[2].lower() in READABLE and not own
 
 
 def _check_entry(shard: Shard, index: Path | str) -> None:

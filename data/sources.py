@@ -17,13 +17,7 @@ from configs.errors import UserError, reason
 from data.reading import TOO_LARGE, UNSUPPORTED, ImageError
 from data.remote import is_url
 from data.remote_files import REGION_BYTES, SMALL_BLOCK_BYTES, open_binary, read_url
-from data.tars import IMAGE_TYPES
 
-# with those that data/reencode.py converts
-READABLE = (
-    *IMAGE_TYPES, "jpe", "jfif", "bmp", "dib", "tif", "tiff", "btf", "ppm", "pgm", "pbm", "pnm", "tga", "pcx", "sgi",
-    "qoi", "jp2", "j2k", "j2c", "jpf", "jpx", "avif", "heic", "heif", "hif", "dcm", "dicom",
-)  # fmt: skip
 MAX_MEMBER_BYTES = 1 << 30  # of a zip: a small file may unpack to more than the memory
 DIGITS_VAL_SHARE = 5  # every fifth image of a class is held out
 

@@ -14,7 +14,8 @@ from typing import Any
 from configs.errors import UserError, few, printable, reason
 from data.classes import WAY_OUT, split_name
 from data.listing import Listing, suffix
-from data.sources import READABLE, Item
+from data.sources import Item
+from data.tars import READABLE
 from data.tars import TARGETS as JSON_TARGETS
 
 PATH_NAMES = {

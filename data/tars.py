@@ -14,6 +14,11 @@ import numpy as np
 from configs.errors import UserError
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "npy")  # what the loader decodes
+# with those that data/reencode.py converts
+READABLE = (
+    *IMAGE_TYPES, "jpe", "jfif", "bmp", "dib", "tif", "tiff", "btf", "ppm", "pgm", "pbm", "pnm", "tga", "pcx", "sgi",
+    "qoi", "jp2", "j2k", "j2c", "jpf", "jpx", "avif", "heic", "heif", "hif", "dcm", "dicom",
+)  # fmt: skip
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")])
 TARGET_ROW = np.dtype([*ROW.descr, ("target_offset", "<u8"), ("target_size", "<u4"), ("target_crc", "<u4")])
 MASK = "mask.png"  # type of the member with a sample's mask

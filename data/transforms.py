@@ -92,6 +92,17 @@ def center_crop(image: Tensor, size: tuple[int, int], share: float, interpolatio
     return F.center_crop(F.resize(image, resized, mode, antialias=True), list(size))
 
 
+def seen_region(height: int, width: int, size: tuple[int, int], share: float) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom), in pixels of an image, of what `center_crop` keeps of it."""
+    if share == 1:
+        return 0.0, 0.0, float(width), float(height)
+    scale = max(size[0] / share / height, size[1] / share / width)
+    h, w = (
+        side * target / max(target, round(side * scale)) for side, target in zip((height, width), size, strict=True)
+    )
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
 def draw_visible(rng: np.random.Generator, grid: tuple[int, int], n: int) -> Tensor:
     """A bool mask [gy, gx] with exactly n True: the patches visible to the encoder."""
     visible = torch.zeros(grid[0] * grid[1], dtype=torch.bool)

@@ -17,7 +17,8 @@ from data.archives import by_suffix, list_archive, list_inner
 from data.listing import ARCHIVES, Listing, is_hidden
 from data.remote import is_url
 from data.remote_files import check_source_url, list_url
-from data.sources import READABLE, Item
+from data.sources import Item
+from data.tars import READABLE
 
 
 @contextmanager

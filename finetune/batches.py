@@ -22,7 +22,7 @@ from data.examples import example_images
 from data.folder import list_images, read_image
 from data.loader import OBJECT, Loader
 from data.reading import HEAD_BYTES, Reading, sniff
-from data.sources import READABLE
+from data.tars import READABLE
 from data.transforms import EvalTransform, to_float
 from finetune.inference import Inference
 from finetune.options import STDIN

@@ -10,10 +10,13 @@ listed and left out. Classes, labels and numbers are matched by name if both wei
 crops averages the outputs for mirrored images and for five crops.
 """
 
+import json
 import sys
 from collections import ChainMap
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
+from urllib.parse import urlsplit
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
@@ -26,6 +29,7 @@ from configs.hub import is_hub
 from configs.keys import argument, option
 from configs.schema import Data, Optim, Run
 from data.folder import check_images
+from data.remote import is_url
 from finetune.options import PredictionOptions
 
 
@@ -37,7 +41,7 @@ class Options(PredictionOptions):
     split: str = option("val", "split to evaluate")
     batch: PositiveInt = option(64, "images per batch and rank")
     workers: NonNegativeInt | None = option(None, "loader processes per rank (default: its cores, at most 8)")
-    out: Path | None = option(None, "folder to write to (default: evaluation-SPLIT-NAME next to the weights)")
+    out: Path | None = option(None, "folder to write to (default: evaluation-DATA-SPLIT-NAME next to the weights)")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,14 +68,14 @@ def main(argv: list[str] | None = None) -> None:
     trained, images = task.trained, open_images(options.data, options.split, options)
     task.match(images)
     averaged = with_views(task, options.tta)
-    weights = Path(options.weights).absolute()
-    # best.pt, last.pt and its average get different folders
-    name = f"{weights.name if weights.is_dir() else weights.stem}{'-ema' if options.ema else ''}"
-    out = options.out or Path(options.weights).parent / f"evaluation-{options.split}-{name}"
     world = init_world(Run(device=options.device))
+    kind = precision(Optim(precision=options.precision), world.device)
+    size = list(trained.preprocessing.size)
+    about = {"weights": options.weights, "ema": options.ema, "data": options.data, "split": options.split}
+    about |= {"precision": kind, "tta": list(options.tta), "size": size}
+    out = options.out or default_folder(options, about)
     if world.first:
         out.mkdir(parents=True, exist_ok=True)  # before the work, so that it cannot fail after it
-    kind = precision(Optim(precision=options.precision), world.device)
     batch = min(options.batch, len(images))
     place = world.rank, world.ranks, world.device.type == "cuda"
     channels = trained.preprocessing.channels
@@ -84,18 +88,46 @@ def main(argv: list[str] | None = None) -> None:
         damaged = dict(ChainMap(*gather(damaged)))
     if world.first:
         where = sample_names(images)
-        result = {"weights": options.weights, "ema": options.ema, "data": options.data, "split": options.split}
-        result |= {
-            "precision": kind,
-            "tta": list(options.tta),
-            "size": list(trained.preprocessing.size),
-            **task.evaluation(predictions),
-        }
+        result = about | task.evaluation(predictions)
         result["damaged"] = [{"sample": i, "name": where[i], "error": damaged[i]} for i in sorted(damaged)]
         task.write_evaluation(out, result, predictions, where)
         task.show_evaluation(result)
         print(f"wrote {out}: {task.files}")
     destroy_world()
+
+
+def default_folder(options: Options, about: dict) -> Path:
+    """A folder next to the weights, named after data, split and weights.
+
+    A number is added if it holds an evaluation with other settings than `about`, so that only the same command
+    overwrites its results.
+    """
+    weights = Path(options.weights).absolute()
+    data = Path(urlsplit(options.data).path if is_url(options.data) else options.data).absolute()
+    names = [
+        data.name if data.is_dir() else data.stem.removesuffix(".tar"),
+        options.split,
+        weights.name if weights.is_dir() else weights.stem,
+        "ema" if options.ema else "",
+    ]
+    first = Path(options.weights).parent / "-".join(["evaluation", *filter(None, names)])
+    numbered = (first.with_name(f"{first.name}-{number}") for number in count(2))
+    return next(folder for folder in chain([first], numbered) if _settings(folder, about) in (None, _paths(about)))
+
+
+def _settings(folder: Path, about: dict) -> dict | None:
+    """The settings of the evaluation in a folder; None if there is none."""
+    try:
+        found = json.loads((folder / "evaluation.json").read_bytes())
+        return _paths({key: found.get(key) for key in about})
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+
+
+def _paths(about: dict) -> dict:
+    """Settings whose local paths are absolute, however they were given."""
+    keys = [key for key in ("weights", "data") if not is_url(about[key])]
+    return about | {key: str(Path(about[key]).absolute()) for key in keys}
 
 
 if __name__ == "__main__":

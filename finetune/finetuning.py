@@ -11,6 +11,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
+from configs.errors import counted, few
 from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, Finetune
 from data.loader import Loader, ReadTarget, Transform
@@ -34,6 +35,7 @@ class Task(Collector, Protocol):
     metric: str  # name of the score that selects the best weights; higher is better unless it is `LOWER_IS_BETTER`
     read_target: ReadTarget | None  # of the samples; None = the target is the label
     classes: list[str] | None  # names for the weight file, if the task has classes
+    unseen: list[str]  # classes that no evaluated image has. Optional
     head_config: dict  # plain values for the weight file, from which `make_inference` builds the head
 
     def describe(self) -> str:
@@ -100,9 +102,15 @@ class Finetuning(Stage):
         self.best: dict = {"epoch": 0}  # none yet
         self.best_predictions: Any = None
         self.split = f"fold_{config.data.fold}" if config.data.folds else config.eval_split
+        self.unseen = getattr(task, "unseen", [])
 
     def describe(self) -> list[str]:
-        return [self.intro]
+        return [self.intro, *([f"warning: {self.unseen_classes()}"] if self.unseen else [])]
+
+    def unseen_classes(self) -> str:
+        """A line on the classes that no score covers, because no evaluated image has them."""
+        count = counted(len(self.unseen), "class has", "classes have")
+        return f"{count} no image in {self.split}, so no score covers {few(self.unseen)}"
 
     def start(self, step: int, progress: Progress) -> Report:
         """No evaluation before the first step."""
@@ -153,7 +161,8 @@ class Finetuning(Stage):
         if self.should_stop() and not last:
             lines.append(f"no improvement of {metric} since epoch {self.best['epoch']}: stopping early (run.patience)")
         summary = {"stage": "fine-tuning", "epoch": epoch, "epochs": self.config.optim.epochs, "init": self.config.init}
-        summary |= {"best": self.best, "last": scores, "shown": self.task.format(self.best)}
+        shown = f"{self.task.format(self.best)}{f'; {self.unseen_classes()}' if self.unseen else ''}"
+        summary |= {"best": self.best, "last": scores, "shown": shown, "unseen_classes": self.unseen}
         logged = {f"{split}_{kind}": values for kind, values in scores.items()}
         return Report(sign * scores[winner][metric], logged, lines=lines, summary=summary)
 

@@ -60,6 +60,7 @@ class Inference(Collector, Protocol):
     files: str  # names of the files of `write_evaluation`
     read_target: ReadTarget | None  # of the samples; None = the target is the label
     batch: int  # images that an exported graph takes. Optional: any number
+    score: str  # name of the score, at most 1, that quantisation must keep. Optional; its graph has one output
 
     def match(self, images: Split | Folder) -> None:
         """Map a data set's targets to the model's. Raises `UserError` if they do not fit."""
@@ -84,6 +85,17 @@ class Inference(Collector, Protocol):
 
     def annotate(self, folder: Path, number: int, prediction: Any, reading: Reading) -> None:
         """Write a copy of a picture, read as before, with its prediction; `number` makes the file name unique."""
+
+    def explained(self, output: Tensor, name: str | None) -> Tensor:
+        """Number [B] of the output that --cam explains, for outputs [B, K]; raises `UserError` for a wrong name.
+
+        Optional, with `draw_evidence`; the model must be a `ConvNeXt` whose head takes the last stage's tokens.
+        """
+
+    def draw_evidence(
+        self, folder: Path, number: int, prediction: Any, evidence: Tensor, name: str, reading: Reading
+    ) -> None:
+        """Write a copy of a picture with the evidence for an output drawn over it."""
 
     def write_csv(self, file: Path, predictions: list[Any], top: int) -> None:
         """Write predictions as a table; `top` as in `predict`."""

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the project, not this folder
 
-from configs.command import dry_run, parse
+from configs.command import dry_run, every_parameter, parse
 from configs.compare import to_dict
 from configs.errors import UserError, run_main
 from configs.log import say
@@ -69,7 +69,8 @@ def main() -> None:
     decay = layer_decay(config.layer_decay, arch.depths, config.layer_decay_kind)
     if ranks is not None:
         model = task.build(arch)
-        say(plan(config, model, parameter_groups(model, optim, decay), images, ranks, task.inputs, task.check_batch))
+        more = {"inputs": task.inputs, "check": task.check_batch, "every": every_parameter()}
+        say(plan(config, model, parameter_groups(model, optim, decay), images, ranks, **more))
         return
 
     check = task.check_batch
@@ -102,6 +103,8 @@ def main() -> None:
     trainer.run()
     best, path = stage.best, trainer.folder / "best.pt"
     say(f"best {stage.split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
+    if stage.unseen:
+        say(f"warning: {stage.unseen_classes()}")
     if world.first:
         task.draw(trainer.folder, stage.best_predictions)
         say(f"wrote {write_report(trainer.folder)}: open it in a browser")

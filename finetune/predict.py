@@ -3,6 +3,7 @@
 python finetune/predict.py runs/photos-finetuned/best.pt cat.jpg dog.jpg
 python finetune/predict.py runs/photos-finetuned/best.pt inbox/ --csv inbox.csv --annotate inbox-annotated
 find photos -name '*.jpg' | python finetune/predict.py runs/photos-finetuned/best.pt -
+python finetune/predict.py runs/photos-finetuned/best.pt cat.jpg --cam evidence --cam-of cat
 python finetune/predict.py convnextv2_tiny_1k_224_ema.pt cat.jpg --classes imagenet.txt
 
 For detection, --json writes a COCO file with all boxes, --csv and --annotate take those from --min-score on.
@@ -16,6 +17,7 @@ pictures are reported on standard error; the others are predicted, and the exit 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
@@ -28,6 +30,9 @@ from configs.keys import Probability, argument, option
 from configs.schema import Optim, Run
 from finetune.options import STDIN, PredictionOptions
 
+if TYPE_CHECKING:
+    from finetune.inference import Inference
+
 
 @dataclass(frozen=True)
 class Options(PredictionOptions):
@@ -36,6 +41,8 @@ class Options(PredictionOptions):
     images: tuple[str, ...] = argument("file, folder, or - for paths from standard input")
     top: PositiveInt = option(5, "classes per picture")
     annotate: Path | None = option(None, "folder for copies with names and probabilities, or for masks")
+    cam: Path | None = option(None, "folder for copies with the evidence drawn over them (Grad-CAM)")
+    cam_of: str | None = option(None, "class, label or number that --cam explains (default: the likeliest)")
     csv: Path | None = option(None, "write a table")
     json: Path | None = option(None, "write the same as a list of objects")
     min_score: Probability | None = option(None, "minimum score of a box that is shown (detection; default: 0.5)")
@@ -77,10 +84,12 @@ def classify(options: Options) -> tuple[int, int]:
         if not hasattr(task, "min_score"):
             raise UserError(f"--min-score is for boxes, which {options.weights} does not predict: leave it out")
         task.min_score = options.min_score
+    if options.cam or options.cam_of:
+        check_cam(task, options)
     averaged = with_views(task, options.tta)
     paths = find_pictures(options.images)
-    if options.annotate:
-        options.annotate.mkdir(parents=True, exist_ok=True)
+    for folder in filter(None, (options.annotate, options.cam)):
+        folder.mkdir(parents=True, exist_ok=True)
     world = init_world(Run(device=options.device))
     if world.ranks > 1:
         raise UserError("finetune/predict.py runs in one process: start it with python, not with a launcher")
@@ -100,6 +109,8 @@ def classify(options: Options) -> tuple[int, int]:
                 print(f"{prediction.path}: {', '.join(prediction.lines)}")
                 if options.annotate:
                     task.annotate(options.annotate, number, prediction, options)
+            if options.cam:
+                draw_cams(task, batch, done, predictions, options)
             kept += predictions if options.csv or options.json else []
         sys.stdout.flush()
         for picture in pictures:
@@ -112,6 +123,31 @@ def classify(options: Options) -> tuple[int, int]:
         task.write_json(options.json, kept)
     destroy_world()
     return failed, done + failed
+
+
+def check_cam(task: "Inference", options: Options) -> None:
+    """Raise `UserError` if the task has no Grad-CAM, or not one of this output."""
+    import torch
+
+    if not options.cam:
+        raise UserError(f"--cam-of {options.cam_of} needs --cam FOLDER")
+    if not hasattr(task, "explained"):
+        raise UserError(f"--cam: {options.weights} predicts for parts of a picture, see --annotate: leave it out")
+    if options.tta:
+        raise UserError(f"--cam explains one view of a picture: leave out --tta {' '.join(options.tta)}")
+    task.explained(torch.zeros(1, len(task.names)), options.cam_of)
+
+
+def draw_cams(task: "Inference", batch: dict, done: int, predictions: list, options: Options) -> None:
+    """Write pictures of the evidence for a batch's predictions; `done` pictures came before."""
+    from data.transforms import normalize
+    from finetune.gradcam import grad_cam
+
+    trained, device = task.trained, next(task.trained.model.parameters()).device
+    image = normalize(batch["image"].to(device), trained.mean.to(device), trained.std.to(device))
+    maps, outputs = grad_cam(trained.model, image, lambda output: task.explained(output, options.cam_of))
+    for i, (prediction, output) in enumerate(zip(predictions, outputs.tolist(), strict=True)):
+        task.draw_evidence(options.cam, done + i + 1, prediction, maps[i], task.names[output], options)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from models.opening import Trained
 
 MIN_IMAGES = 10  # training images, so that a tenth can be held out
+VAL, FOLDS = "val", 10
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Options(ImageOptions):
 
     data: str = argument("labelled images: shards or their URL, a folder, a zip, a tar, a table of files")
     train_split: str = option("train", "neighbours, and training set of the linear classifier")
-    eval_split: str = option("val", "split that is classified")
+    eval_split: str | None = option(None, "split that is classified (default: val, else a tenth of --train-split)")
     images: PositiveInt | None = option(None, "maximum images of either split, evenly spread (default: all)")
     k: tuple[PositiveInt, ...] = option(KS, "numbers of neighbours")
     temperature: PositiveFloat = option(TEMPERATURE, "of the neighbours' votes")
@@ -82,7 +83,6 @@ def main(argv: list[str] | None = None) -> None:
     from timm.utils import random_seed  # slow imports, after parsing
 
     from configs.log import say
-    from data.folder import open_splits
     from data.transforms import EvalTransform
     from launch.training.feature_eval import check_labels, probe_loader
     from launch.training.precision import precision
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     trained = open_encoder(options.weights, options.ema, options.size)
     arch, preprocessing = trained.weights.arch, trained.preprocessing
     preprocessing = replace(preprocessing, crop=options.crop or preprocessing.crop)
-    splits = open_splits(data, [options.train_split, options.eval_split], options)
+    splits = open_parts(data, options)
     for split in splits:
         check_labels(split)
     images = min(options.images or len(splits[0]), len(splits[0]))
@@ -129,6 +129,28 @@ def main(argv: list[str] | None = None) -> None:
     destroy_world()
 
 
+def open_parts(data: Data, options: Options) -> list:
+    """The images to learn from and those to classify: two splits, or nine tenths and a tenth of one.
+
+    Images are divided by a hash of their names, alike in their classes. Raises `UserError` if there is no such split.
+    """
+    from configs.log import say
+    from data.folder import is_collection, list_collection, open_folder, open_splits, read_index
+    from data.folds import fold_parts
+
+    collection = is_collection(data.path)
+    catalog = list_collection(data.path) if collection else None
+    names = catalog.splits if collection else read_index(open_folder(data)).splits
+    if options.eval_split or VAL in names:
+        chosen = [options.train_split, options.eval_split or VAL]
+        return open_splits(data, chosen, options, catalog=catalog)
+    (whole,) = open_splits(data, [options.train_split], options, catalog=catalog)
+    train, held_out = fold_parts(whole, 0, FOLDS)
+    train.name, held_out.name = f"nine tenths of {whole.name}", f"a tenth of {whole.name}"
+    say(f"{data.path} has no split {VAL}: {len(held_out):,} of {len(whole):,} images are held out to be classified")
+    return [train, held_out]
+
+
 def feature_scores(trained: "Trained", loaders: "list[Loader]", kind: str, options: Options, world: "World") -> dict:
     """Scores of an encoder as plain values; `loaders` are of training and evaluation split, `kind` is the precision."""
     from launch.training.feature_eval import best_of, count, features, knn, linear
@@ -139,7 +161,9 @@ def feature_scores(trained: "Trained", loaders: "list[Loader]", kind: str, optio
     encoder, mean, std = (x.to(world.device) for x in (trained.model, trained.mean, trained.std))
     train, evaluation = (features(encoder, loader, world, mean, std, kind, progress) for loader in loaders)
     classes = len(loaders[0].samples.split.classes)
+    names = dict(zip(("train_split", "eval_split"), (loader.samples.split.name for loader in loaders), strict=True))
     scores = {"train_images": count(train), "eval_images": count(evaluation), "classes": classes, "precision": kind}
+    scores |= names
     scores["knn"] = knn(train, evaluation, classes, options.k, options.temperature, world, progress)
     if not options.no_linear:
         grid = linear(train, evaluation, classes, options.lrs, options.epochs, options.seed, progress)
@@ -151,10 +175,10 @@ def show(scores: dict, options: Options) -> None:
     """Print a table of the probes, one of the learning rates in ascending order, and the k that were left out."""
     train, evaluation = scores["train_images"], scores["eval_images"]
     for k in sorted(set(options.k) - scores["knn"].keys()):
-        print(f"k {k} left out: split {options.train_split} has {train:,} images")
+        print(f"k {k} left out: {scores['train_split']} has {train:,} images")
     columns = {"": scores} | ({"random ": scores["random"]} if "random" in scores else {})
     numbers = (Column(f"{name}{top}", justify="right") for name in columns for top in ("top-1", "top-5"))
-    title = f"{evaluation:,} images of {options.eval_split} by {train:,} of {options.train_split}"
+    title = f"{evaluation:,} images of {scores['eval_split']} by {train:,} of {scores['train_split']}"
     table, console = Table("probe", *numbers, title=title), Console(markup=False, highlight=False)
     rows = {f"kNN, k {k}": [column["knn"][k] for column in columns.values()] for k in scores["knn"]}
     if "linear" in scores:
@@ -171,6 +195,8 @@ def show(scores: dict, options: Options) -> None:
         cells = (f"{row[key]:.2%}" for key in ("held_out", "top1", "top5"))
         table.add_row(f"{row['lr']:g}", *cells, style="bold" if row["lr"] == best else None)
     console.print(table)
+    if largest := next((row["used"] for row in grid if row["used"] < row["lr"]), None):
+        print(f"learning rates above {largest:.2g} oscillate on these features: {largest:.2g} was used instead")
     if len(grid) > 1 and best in (grid[0]["lr"], grid[-1]["lr"]):
         print(f"the best learning rate, {best:g}, is at an end of the grid: widen --lrs")
 

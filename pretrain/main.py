@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.command import dry_run, given_recipe, parse
+from configs.command import dry_run, every_parameter, given_recipe, parse
 from configs.compare import to_dict
 from configs.errors import run_main
 from configs.log import say
@@ -71,7 +71,7 @@ def main() -> None:
 
     if ranks is not None:
         model = objective.build()
-        say(plan(config, model, parameter_groups(model, optim), len(split), ranks, inputs))
+        say(plan(config, model, parameter_groups(model, optim), len(split), ranks, inputs, every=every_parameter()))
         return
     config = replace(config, optim=fit_batch(optim, len(split), world.ranks, data.repeats, recorded=recorded))
     random_seed(config.run.seed)

@@ -1,9 +1,11 @@
 """The exported graph: images [B, C, H, W], float32 from 0 to 1, to logits or feature maps, in fp32 or fp16.
 
-The graph normalises the images. B is dynamic; H and W are too for backbones and for tasks other than classification.
+The graph normalises the images. B is dynamic; H and W are too for backbones, for tasks other than classification, and
+for classifiers on request.
 """
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +66,18 @@ def min_free_side(arch: Encoder) -> int:
     return 2 * PATCH_PER_STEM_STRIDE * arch.stem_stride
 
 
-def free_sides(weights: Weights) -> tuple[bool, bool]:
-    """Whether (height, width) of the exported model are dynamic."""
-    return tuple(not weights.outputs and side >= min_free_side(weights.arch) for side in weights.preprocessing.size)
+@dataclass(frozen=True)
+class Shape:
+    """What an exported graph takes: one image at a time or a batch of any size; whether height and width are free."""
+
+    one_by_one: bool = False
+    free: tuple[bool, bool] = (False, False)
+
+
+def free_sides(weights: Weights, dynamic: bool) -> tuple[bool, bool]:
+    """Whether (height, width) of the exported model are free: of a classifier only if it is to be `dynamic`."""
+    free = dynamic or not weights.outputs
+    return tuple(free and side >= min_free_side(weights.arch) for side in weights.preprocessing.size)
 
 
 def trace(deployed: Deployed, example: Tensor, free: dict[int, str], min_side: int) -> torch.export.ExportedProgram:

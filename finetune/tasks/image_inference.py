@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.errors import UserError, nearest
 from configs.files import atomic_file, write_atomic
 from data.decode import decode
 from data.folder import read_image
 from data.reading import Reading
-from data.transforms import EvalTransform, RowTransform
+from data.transforms import EvalTransform, RowTransform, seen_region
 from data.vectors import reader, target_names
 from models.convnext import Head
 from models.opening import Trained
@@ -41,6 +41,30 @@ class ImageInference:
         copy = annotate(image, prediction.lines)
         with atomic_file(folder / f"{number:05}-{path.stem}.{kind}") as file:
             copy.save(file, kind, quality=95)
+
+    def explained(self, output: Tensor, name: str | None) -> Tensor:
+        """Number [B] of the output that --cam explains: the one of this name, else each image's highest.
+
+        Raises `UserError` for an unknown name.
+        """
+        if name is None:
+            return output.argmax(1)
+        if name not in self.names:
+            raise UserError(f"--cam-of {name}: {self.trained.path} has no such output {nearest(name, self.names)}")
+        return torch.full((len(output),), self.names.index(name), device=output.device)
+
+    def draw_evidence(
+        self, folder: Path, number: int, prediction: Any, evidence: Tensor, name: str, reading: Reading
+    ) -> None:
+        """Write a copy of a picture with the evidence [h, w] for an output drawn over it, NUMBER-NAME-cam.png."""
+        from finetune.gradcam import draw
+        from finetune.tasks.pictures import annotate  # matplotlib
+
+        path, own = prediction.path, self.trained.preprocessing
+        image = decode(read_image(path, reading), own.channels, max_pixels=reading.max_pixels)
+        drawn = draw(image, evidence, seen_region(*image.shape[1:], own.size, own.crop))
+        with atomic_file(folder / f"{number:05}-{path.stem}-cam.png") as file:
+            annotate(drawn, [f"evidence for {name}", *prediction.lines]).save(file, "png")
 
     def write_json(self, file: Path, predictions: list[Any]) -> None:
         objects = (json.dumps({"path": str(p.path)} | p.as_plain()) for p in predictions)

@@ -65,7 +65,8 @@ class ImageTask:
 class RowTask(ImageTask):
     """A task whose targets are the rows of `data/vectors.py`.
 
-    `rows` [N, names] are those of the training split, `used` [M, names] those that are trained on.
+    `rows` [N, names] are those of the training split, `others` those of the evaluation split, `used` [M, names] those
+    that are trained on.
 
     Raises:
         UserError: the data has no such targets, or a split has no image with one
@@ -79,8 +80,8 @@ class RowTask(ImageTask):
         super().__init__(config, train, evaluation, len(self.names))
         if self.by_class is None:
             self.read_target = reader(self.kind, self.names, self.names)
-        self.rows, others = self._rows(train), self._rows(evaluation)
-        for split, rows in ((train, self.rows), (evaluation, others)):
+        self.rows, self.others = self._rows(train), self._rows(evaluation)
+        for split, rows in ((train, self.rows), (evaluation, self.others)):
             without = int((~np.isfinite(rows).any(1)).sum())
             where = f"{split.folder}, split {split.name}"
             if without == len(rows):

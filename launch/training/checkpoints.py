@@ -46,6 +46,7 @@ class Checkpoints:
         self.engine, self.identity, self.world = engine, identity, world
         self.commit: threading.Thread | None = None
         self.failure: BaseException | None = None
+        self.epochs: int | None = None  # of the configuration of the checkpoint that was loaded
 
     def save(self, step: int, state: dict, score: float | None = None) -> float:
         """Write a checkpoint after `step` optimizer steps; all ranks call this. Returns the seconds that it blocked.
@@ -157,6 +158,7 @@ class Checkpoints:
                 self._check_same(name, manifest)
                 skipped = f" (skipped: {'; '.join(damaged)})" if damaged else ""
                 say(f"resuming from {self.folder / name}{skipped}")
+                self.epochs = manifest["config"].get("optim", {}).get("epochs")
                 return manifest["step"], self._load(name, manifest)
             damaged.append(f"{name}: {damage}")
         if mode == "must" or damaged:

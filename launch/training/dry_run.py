@@ -28,7 +28,7 @@ AUTO = """\
 
 def plan(
     config: Pretrain | Finetune, model: nn.Module, groups: list[dict], images: int, ranks: int,
-    inputs: Inputs = lambda image: (image,), check: Check = any_batch,
+    inputs: Inputs = lambda image: (image,), check: Check = any_batch, every: bool = False,
 ) -> str:  # fmt: skip
     """Text of a dry run: batch, learning rate, steps, parameter groups, memory per rank for each ZeRO stage.
 
@@ -38,6 +38,7 @@ def plan(
         ranks: 0 = one for each GPU of this machine, or one
         inputs: maps images [B, C, H, W] to the arguments of the model's forward
         check: raises `UserError` for a micro batch that the task cannot use
+        every: also a line for each parameter, below the summary
     Raises:
         UserError: the batch does not divide, or bf16 on a GPU without it
     """
@@ -62,14 +63,17 @@ def plan(
     if device.type == "cpu":
         notes += [] if config.run.kernels == "fused" and kernels.compiled() else [ON_CPU]
         notes += [AUTO.format(kind=kind)] if optim.precision == "auto" and kind != "bf16" else []
-    lines = ["parameters", *parameter_table(model, groups, optim)]
-    lines += [f"\n{config.run.name} on {_count(ranks, 'rank')}; nothing is started or written\n"]
+    lines = [f"{config.run.name} on {_count(ranks, 'rank')}; nothing is started or written\n"]
     lines += [f"model   {encoder.arch.name}, {parameters / 1e6:.1f}M parameters, images of {height}x{width}"]
     lines += schedule(optim, images, ranks)
     lines += ["\nparameter groups", *group_table(model, groups, optim)]
     lines += ["\nmemory per rank, GiB", *memory_table(groups, ranks, optim.zero_stage, extra)]
     enough = f"enough for micro batches of {best}" if best else "too little for any micro batch"
     lines += [f"\nfree  {room.free / GIB:.2f} on this {device.type.upper()}: {enough}"]
+    if every:
+        notes += ["\nparameters", *parameter_table(model, groups, optim)]
+    else:
+        notes += [f"\n--parameters lists all {sum(1 for _ in model.parameters())} parameters, with decay and rate"]
     return "\n".join(lines + notes)
 
 

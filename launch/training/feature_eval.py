@@ -4,6 +4,7 @@ A rank has the features of its part of a split. Letters: N images of a part, Q i
 features, K classes, G learning rates.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from models.sparse.layouts import Dense
 TOP = 5
 QUERIES, BANK = 512, 1 << 16  # images compared at a time: 256 MiB of similarities
 LINEAR_BATCH, MOMENTUM = 256, 0.9
+POWER_STEPS = 30
 EPS = 1e-6  # added to variances, as in BatchNorm
 
 
@@ -43,6 +45,7 @@ class Linear:
     """Accuracies (0 to 1) of a linear classifier trained with one learning rate."""
 
     lr: float
+    used: float  # learning rate of the training: `lr`, or the largest stable one if that is smaller
     held_out: float  # top-1 on the training images held out for validation
     top1: float  # on the evaluation split
     top5: float
@@ -185,6 +188,7 @@ def linear(
 
     Features are standardised with mean and variance of the training features: BatchNorm without parameters, as in the
     probe of 2111.06377, section A.1. A random tenth of the training images is held out to select the learning rate.
+    Rates above `max_stable_lr` are replaced by it: beyond, the loss oscillates, and accuracy depends on the seed.
     All ranks call this and get the same; batches do not depend on the number of ranks.
     """
     samples = np.sort(np.concatenate(gather(train.sample.numpy())))
@@ -195,11 +199,29 @@ def linear(
     mean, std = _moments(train.x, len(samples))
     x, lrs = (train.x - mean).div_(std), sorted(lrs)
     orders = (row[rng.permutation(kept)] for _ in progress(range(epochs), epochs, "linear classifier"))
-    weights = _fit(x, train.label, orders, epochs * -(-len(kept) // LINEAR_BATCH), classes, lrs)
+    limit = max_stable_lr(x, len(samples))
+    used = [min(lr, limit) for lr in lrs]
+    weights = _fit(x, train.label, orders, epochs * -(-len(kept) // LINEAR_BATCH), classes, used)
     rows = _own_rows(row[held_out], x.device)
     validated = _accuracy(x[rows], train.label[rows], *weights)
     tested = _accuracy((evaluation.x - mean).div_(std), evaluation.label, *weights)
-    return [Linear(lr, validation[0], *test) for lr, validation, test in zip(lrs, validated, tested, strict=True)]
+    rows = zip(lrs, used, validated, tested, strict=True)
+    return [Linear(lr, rate, validation[0], *test) for lr, rate, validation, test in rows]
+
+
+@torch.no_grad()
+def max_stable_lr(x: Tensor, images: int) -> float:
+    """Largest learning rate at which SGD with momentum cannot oscillate, on standardised features [N, D] of all ranks.
+
+    It is 2 (1 + momentum) / L. The curvature L of softmax regression is at most half of the largest eigenvalue of the
+    features' correlation (Boehning, 1992), found by power iteration.
+    """
+    vector = torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0)).to(x)
+    eigenvalue = 0.0
+    for _ in range(POWER_STEPS):
+        vector = sum_over_ranks(x.T @ (x @ (vector / vector.norm()))) / images
+        eigenvalue = float(vector.norm())
+    return 2 * (1 + MOMENTUM) / (0.5 * eigenvalue) if eigenvalue > 0 else math.inf
 
 
 def best_of(grid: list[Linear]) -> Linear:

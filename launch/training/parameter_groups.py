@@ -20,7 +20,9 @@ def parameter_groups(model: nn.Module, optim: Optim, lr_scale: Callable[[str], f
     names = [name for name, _ in model.named_parameters()]
     for pattern in rules:
         if not fnmatch.filter(names, pattern):
-            raise UserError(f"optim.decay_rules: {pattern} matches no parameter; --dry-run prints their names")
+            raise UserError(
+                f"optim.decay_rules: {pattern} matches no parameter; --dry-run --parameters prints their names"
+            )
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

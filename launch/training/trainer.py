@@ -11,8 +11,9 @@ from typing import Protocol
 from torch import Tensor
 
 from configs.compare import to_dict
-from configs.errors import INTERRUPTED, SAVED, Stopped
+from configs.errors import INTERRUPTED, SAVED, Stopped, UserError
 from configs.keys import free_keys
+from configs.log import say
 from configs.schema import Finetune, Pretrain
 from data.loader import Loader
 from data.shards import Split
@@ -114,6 +115,7 @@ class Trainer:
         keep, may_change = config.run.keep, free_keys(config)
         self.checkpoints = Checkpoints(self.folder, self.engine, self.identity, world, keep, may_change)
         self.step, state = self.checkpoints.resume(config.resume)
+        self._check_length()
         known, images = to_dict(config), config.optim.batch_size
         self.log = RunLog(self.folder, known, self.steps, self.step, images, world.first, config.run.trackers)
         if self.step < self.steps:
@@ -126,6 +128,21 @@ class Trainer:
             self.faults.load_state(state["faults"])
             self.losses.load_state(state["losses"], world.rank)
             self.stage.load_state(state["stage"])
+
+    def _check_length(self) -> None:
+        """Print which schedule follows if `optim.epochs` has changed. Raises `UserError` if more epochs are done."""
+        optim, before = self.config.optim, self.checkpoints.epochs
+        if before in (None, optim.epochs):
+            return
+        done = -(-self.step // self.steps_per_epoch)
+        if optim.epochs < done:
+            way_out = f"give at least {done}, or start another --run.name"
+            raise UserError(f"optim.epochs is {optim.epochs}, but {self.folder} has trained {done}: {way_out}")
+        lr = optim.lr_at(self.step, self.steps_per_epoch)
+        say(
+            f"optim.epochs {before} -> {optim.epochs}: from step {self.step:,} on, the learning rate is that of a run "
+            f"of {optim.epochs} epochs, now {lr:.2e}"
+        )
 
     def _train(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """The loop. A resumed run repeats the uninterrupted one because of its order:

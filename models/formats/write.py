@@ -98,14 +98,8 @@ def _base_class(weights: Weights) -> str:
 def _metadata(weights: Weights, form: str) -> dict:
     """Content of a file besides its tensors, as plain values."""
     if form == "timm":
-        image = weights.preprocessing
-        settings = {
-            "input_size": [image.channels, *image.size], "interpolation": image.interpolation,
-            "crop_pct": 1.0 if image.crop == WHOLE_CENTRE else image.crop,
-            "crop_mode": "squash" if image.crop == 1 else "center",
-        }  # fmt: skip
-        if image.mean is not None:
-            settings |= {"mean": list(image.mean), "std": list(image.std)}
+        settings = timm_preprocessing(weights.preprocessing)
+        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
         metadata = {"architecture": weights.arch.name, "num_classes": weights.outputs, "pretrained_cfg": settings}
         return metadata | ({"label_names": weights.classes} if weights.classes else {})
     stored = weights.preprocessing.to_dict()
@@ -202,7 +196,8 @@ def how_to_load(path: Path | str, weights: Weights, form: str, repo: str | None 
     if form == "timm" and is_folder(path, form):
         return f"timm.create_model({_timm_folder(path, repo)!r}, pretrained=True)"
     if form == "timm":
-        return _timm_call(arch, {"num_classes": outputs} | timm_options(arch) | {"checkpoint_path": str(path)})
+        options = {"num_classes": outputs} | timm_options(arch) | {"checkpoint_path": str(path)}
+        return _timm_call(arch, options | {"pretrained_cfg_overlay": timm_preprocessing(weights.preprocessing)})
     pretrain = f"python pretrain/main.py --init {quote(str(path))} ...  or  " if weights.decoder and not outputs else ""
     text = json.dumps(str(path))  # a string of Python, whatever the name
     auto = "AutoModelForImageClassification" if outputs else "AutoModel"
@@ -249,12 +244,22 @@ def timm_options(arch: Encoder) -> dict:
     return options
 
 
+def timm_preprocessing(image: Preprocessing) -> dict:
+    """Preprocessing by timm's names. timm does not read it from a file: without it, it assumes ImageNet's."""
+    settings = {
+        "input_size": (image.channels, *image.size), "interpolation": image.interpolation,
+        "crop_pct": 1.0 if image.crop == WHOLE_CENTRE else image.crop,
+        "crop_mode": "squash" if image.crop == 1 else "center",
+    }  # fmt: skip
+    return settings if image.mean is None else settings | {"mean": tuple(image.mean), "std": tuple(image.std)}
+
+
 def timm_backbone(path: Path, weights: Weights) -> dict:
     """Options of `timm.create_model` that load a converted file as a backbone.
 
     timm renames a backbone's tensors, which only `pretrained` handles, not `checkpoint_path`.
     """
-    file = {"file": str(path), "input_size": (weights.arch.channels, *weights.preprocessing.size)}
+    file = {"file": str(path)} | timm_preprocessing(weights.preprocessing)
     return {"features_only": True} | timm_options(weights.arch) | {"pretrained": True, "pretrained_cfg_overlay": file}
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 from pydantic import PositiveInt
 
-from configs.command import dry_run, given_recipe, parse, parse_options
+from configs.command import dry_run, every_parameter, given_recipe, parse, parse_options
 from configs.compare import differences, to_dict
 from configs.errors import UserError, nearest
 from configs.keys import REQUIRED, argument, keys, option
@@ -79,7 +79,9 @@ def test_deepspeeds_local_rank_and_a_bare_resume():
     ],
 )
 def test_dry_run(argv, ranks):
-    assert dry_run(argv) == ranks
+    assert dry_run(argv) == ranks and not every_parameter(argv)
+    if ranks is not None:
+        assert every_parameter([*argv, "--parameters"]) and dry_run([*argv, "--parameters"]) == ranks
     config = parsed(*argv)
     assert config.optim.epochs == (3 if "3" in argv else parsed().optim.epochs)
     assert config.resume == ("must" if "--resume" in argv else "auto")
@@ -107,6 +109,7 @@ def test_dry_run_of_no_number_of_ranks(value):
         (["--model.stem_stride", "3"], r"^model\.stem_stride is 3: it must be 1, 2 or 4$"),
         (["--objective.mask_ratio", "1"], r"objective\.mask_ratio is 1\.0: it must be between 0 and 1"),
         (["--resume", "maybe"], "resume.*maybe"),
+        (["--parameters"], r"--parameters .*--dry-run"),
         (["--optim.epochs", "1.5"], r"optim\.epochs is 1\.5: .*whole number"),
         (["--optim.epochs", "true"], r"optim\.epochs is True: .*whole number"),
         (["--optim.zero_stage", "true"], r"optim\.zero_stage is True: .*0, 1, 2 or 3"),

@@ -56,7 +56,7 @@ def test_an_unclassified_key_is_found():
 
 
 def test_what_may_change_on_resume():
-    common = {"init", "resume", "optim.micro_batch", "optim.max_skipped"}
+    common = {"init", "resume", "optim.micro_batch", "optim.max_skipped", "optim.epochs"}
     common |= {f"data.{key}" for key in ("path", "workers", "cache", "cache_gb", "max_damaged", "max_pixels")}
     run = {f"run.{key}" for key in Pretrain().run.__dict__} - {"run.seed"}
     probe = {f"probe.{key}" for key in Pretrain().probe.__dict__}

@@ -16,7 +16,8 @@ from data.folder import Folder, list_collection, open_images, open_splits, read_
 from data.index import index_folder
 from data.pool import Pool
 from data.reading import VALUES, ImageError
-from data.shards import Split, index_file
+from data.shards import Split, index_file, read_index
+from tests.conftest import has
 from tests.data.helpers import as_folder, as_tar, as_zip, collection, picture
 from tests.data.test_prepare import prepared
 from tests.data.test_tiff import tiff
@@ -153,6 +154,24 @@ def test_paths_that_cannot_be_opened(make, pattern, tmp_path):
     make(tmp_path / "x")
     with pytest.raises(UserError, match=pattern):
         open_images(str(tmp_path / "x"), "val")
+
+
+@pytest.mark.parametrize("other", ["a.jpg", "cats/a.jpg", "scan.tiff"])
+@pytest.mark.parametrize("tar", [True, False])
+def test_a_folder_of_images_is_never_advised_as_an_output(other, tar, tmp_path):
+    """Neither `prepare.py SOURCE FOLDER` nor `--index`, which would write into it."""
+    folder = as_folder({other: picture(0)}, tmp_path / "photos")
+    if tar:
+        (folder / "backup.tar").touch()
+    with pytest.raises(UserError) as error:
+        read_index(folder)
+    assert has(error.value, f"prepare.py {folder} OUT") and "--index" not in str(error.value)
+
+
+def test_unfinished_shards_are_no_images(tmp_path):
+    folder = as_folder({"preview.png": b"", "train-0.idx.npy": b"", "train-0.tar": b""}, tmp_path / "shards")
+    with pytest.raises(UserError, match="--index"):
+        read_index(folder)
 
 
 def test_names_in_shards_of_other_tools(tmp_path):

@@ -6,7 +6,8 @@ its arguments. The command is noted in the file COMMANDS; with RUN=1 it is also 
 - training is of the recipe's model and images, but of MOST_STEPS optimizer steps with the batch SMALL;
 - shards behind `s3://bucket/` are those of this folder;
 - what needs several machines is read by its launcher's own parser; then `--dry-run` plans the run for all its ranks;
-- tensorboard ends when it has found curves.
+- tensorboard ends when it has found curves;
+- trtexec compares its shapes with the input of the ONNX file.
 """
 
 import json
@@ -97,11 +98,28 @@ def tensorboard(words: list[str]) -> None:
     assert any("loss" in held["scalars"] for held in found.values()), found
 
 
+def trtexec(words: list[str]) -> None:
+    """Shapes must fit the ONNX file's input: its name, and each side that is not free."""
+    import onnx
+
+    options = dict(word.removeprefix("--").partition("=")[::2] for word in words)
+    (image,) = onnx.load(options["onnx"]).graph.input
+    sides = [side.dim_value for side in image.type.tensor_type.shape.dim]  # 0 = free
+    assert image.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    shapes = []
+    for key in ("minShapes", "optShapes", "maxShapes"):
+        name, _, shape = options[key].partition(":")
+        shapes.append([int(side) for side in shape.split("x")])
+        assert name == image.name and len(shapes[-1]) == len(sides), (name, shape)
+        assert all(fixed in (0, side) for fixed, side in zip(sides, shapes[-1], strict=True)), (shape, sides)
+    assert shapes == sorted(shapes) and options["saveEngine"], words
+
+
 def cat(words: list[str]) -> None:
     os.execv("/bin/cat", ["cat", *words])
 
 
-PROGRAMS = {f.__name__: f for f in (python, deepspeed, torchrun, sbatch, kubectl, tensorboard, cat)}
+PROGRAMS = {f.__name__: f for f in (python, deepspeed, torchrun, sbatch, kubectl, tensorboard, trtexec, cat)}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Without `--all`: of all pages, that every command's arguments are ones that its 
 import json
 import re
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -41,10 +42,12 @@ HAS = {  # what the reader of a page is told to have
     "many-nodes": ("shards/photos",),
     "detect": ("bccd",),
     "segment": ("streets", "new-photos"),
+    "deploy": ("shards/photos", "new-photos", "runs/photos-finetuned/best.pt"),
     "embed": ("photos", "new-photos", "runs/photos/fcmae.pt"),
     "elsewhere": ("shards/photos", "new-photos", "runs/photos/fcmae.pt", "runs/photos-finetuned/best.pt",
                   "checkpoint-799.pth", "convnextv2_atto_1k_224_ema.pt"),
 }  # fmt: skip
+NEEDS = {"deploy": ("openvino", "coremltools")}  # packages that a page asks for
 PARSERS = {
     "pretrain/main.py": partial(parse, Pretrain, "pretrain/digits.yaml", "", {"objective": OBJECTIVES}),
     "finetune/main.py": partial(parse, Finetune, "finetune/digits.yaml", "", {"task": TASKS}),
@@ -74,6 +77,9 @@ def follow(page: str, reader: Reader) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", sorted(HAS))
 def test_commands_run_and_print_what_the_page_shows(page, tmp_path):
+    for package in NEEDS.get(page, ()):
+        if not find_spec(package):
+            pytest.skip(f"needs {package}: pip install {package}")
     for name in HAS[page]:
         give(name, tmp_path)
     follow(page, Reader(tmp_path, do=True))

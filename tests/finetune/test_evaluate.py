@@ -33,7 +33,7 @@ from models.opening import open_weights
 from models.sparse.layouts import Dense
 from models.weights import Weights, cpu_state, save, split_by_prefix
 from tests.conftest import has, names, run, run_ranks
-from tests.data.helpers import as_folder
+from tests.data.helpers import as_folder, as_zip
 from tests.data.test_loader import damage
 from tests.models.helpers import tiny
 
@@ -141,13 +141,40 @@ def test_against_scikit_learn(one_rank, digits):
 def test_files_and_console(best, digits, tmp_path, capsys):
     weights = shutil.copy(best, tmp_path / "best.pt")
     call(main, weights, digits, "--workers", "0")
-    assert names(tmp_path / "evaluation-val-best") == FILES
+    assert names(tmp_path / "evaluation-digits-val-best") == FILES
     for picture in ("confusion.png", "calibration.png"):
-        Image.open(tmp_path / "evaluation-val-best" / picture).verify()
+        Image.open(tmp_path / "evaluation-digits-val-best" / picture).verify()
     shown = capsys.readouterr().out
-    found, _ = content(tmp_path / "evaluation-val-best")
+    found, _ = content(tmp_path / "evaluation-digits-val-best")
     assert f"{100 * found['scores']['top1']:.2f} %" in shown and "confusions" in shown
     assert len(found["classes"]) == 10
+
+
+def test_results_of_other_data_or_settings_are_not_overwritten(best, tmp_path, monkeypatch):
+    """The folder is named after the data; the same command again, also with other paths, writes to the same one."""
+    weights = shutil.copy(best, tmp_path / "best.pt")
+    some = {name: data for name, (data, split, label) in digit_images().items() if split == "val" and label in "38"}
+    for place in ("a/digits", "b/digits"):
+        as_folder(some, tmp_path / place)
+    as_zip(some, tmp_path / "more.zip")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("finetune.tasks.classification.pictures.write_pictures", lambda *_: None)  # slow
+    for data, more in (
+        ("a/digits", []), ("b/digits", []), ("more.zip", []), ("a/digits", ["--tta", "hflip"]),
+        (tmp_path / "a/digits", []), ("b/digits/", []),
+    ):  # fmt: skip
+        call(main, weights, data, "--workers", "0", *more)
+    folders = {path.name: content(path)[0] for path in tmp_path.glob("evaluation-*")}
+    assert {name: (Path(found["data"]).name, found["tta"]) for name, found in folders.items()} == {
+        "evaluation-digits-val-best": ("digits", []), "evaluation-digits-val-best-2": ("digits", []),
+        "evaluation-more-val-best": ("more.zip", []), "evaluation-digits-val-best-3": ("digits", ["hflip"]),
+    }  # fmt: skip
+
+
+def test_classes_of_the_model_without_images_are_named(best, tmp_path, capsys):
+    some = {name: data for name, (data, split, label) in digit_images().items() if split == "val" and label != "7"}
+    found, _ = evaluated(best, as_folder(some, tmp_path / "in"), tmp_path / "out")
+    assert found["without_images"] == ["7"] and has(capsys.readouterr().out, "1 class has no image val 7")
 
 
 @pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 3))])
@@ -218,7 +245,7 @@ def test_averaged_weights(best, digits, one_rank, tmp_path):
     weights.head = {name: torch.zeros_like(tensor) for name, tensor in weights.head.items()}
     save(tmp_path / "last.pt", weights)
     call(main, tmp_path / "last.pt", digits, "--ema", "--workers", "0")
-    found, _ = content(tmp_path / "evaluation-val-last-ema")
+    found, _ = content(tmp_path / "evaluation-digits-val-last-ema")
     assert found["scores"] == content(one_rank)[0]["scores"]
 
 

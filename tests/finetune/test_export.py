@@ -1,9 +1,13 @@
 """Exported files in their own runtimes, against timm's models with the same weights."""
 
+import io
 import json
+import re
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from functools import partialmethod
+from importlib.util import find_spec
 from pathlib import Path
 
 import onnx
@@ -11,6 +15,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch.onnx import ONNXProgram
 
@@ -24,16 +29,20 @@ from finetune.exporters import SUFFIXES, files
 from finetune.exporters.comparison import predict_with
 from finetune.exporters.files import METADATA, export
 from finetune.exporters.graph import Deployed, to_fp16
+from finetune.exporters.quantize import check_drop
 from models.convnext import ConvNeXt
 from models.formats.write import how_to_load, how_to_load_backbone, write_weights
 from models.sparse import layouts
 from models.weights import Weights, save
 from tests.conftest import has, names
 from tests.conftest import run as run_command
+from tests.data.helpers import as_folder
+from tests.finetune.test_evaluate import classifier as digits_classifier
 from tests.models.formats.helpers import SMALL, autoencoder, change, classifier
 from tests.models.helpers import assert_close
 
 GRAPHS = ["onnx", "torch-export", "torchscript"]
+INSTALLED = [pytest.param(True, marks=pytest.mark.skipif(not find_spec("openvino"), reason="pip install openvino"))]
 FORMATS = [*GRAPHS, "safetensors"]
 MODELS = {
     "v2": ("convnextv2_atto", {"channels": 3, "stem_stride": 4}, [64, 96]),
@@ -297,10 +306,110 @@ def test_fp16_is_refused_where_it_is_too_coarse(digits, tmp_path):
         exported(with_large_tokens(20000, "stages.3.blocks.0.mlp.fc2.bias"), tmp_path, digits, "onnx", "--fp16")
 
 
+# ---- opset, free sides, OpenVINO, int8
+
+
+def test_an_opset_that_cannot_be_written(digits, tmp_path):
+    """The exporter would keep its own version."""
+    with pytest.raises(UserError, match=r"--opset 9: .* opset \d+"):
+        exported(trained("v1"), tmp_path, digits, "onnx", "--opset", "9")
+    assert names(tmp_path) == {"best.pt"}
+
+
+@pytest.mark.parametrize(
+    ("to", "more"), [("onnx", ["--opset", "18"]), pytest.param("torchscript", [], marks=pytest.mark.slow)]
+)
+def test_a_classifier_with_free_sides_and_an_opset(to, more, digits, tmp_path, capsys):
+    weights = trained("v1")
+    out = exported(weights, tmp_path, digits, to, "--dynamic", *more)
+    printed = capsys.readouterr().out
+    assert has(printed, "1x1x32x24") and has(about(out, to)["input"]["image"], "height >= 16, a multiple of 8 width")
+    for height, width in ((16, 16), (48, 24)):
+        images = torch.rand(2, 1, height, width)
+        assert_close(outputs(printed.splitlines()[-1], images)[0], reference(weights, tmp_path, images, False)[0])
+    if more:
+        assert [entry.version for entry in onnx.load(out).opset_import if entry.domain == ""] == [18]
+
+
+@pytest.mark.parametrize("_", INSTALLED)
+@pytest.mark.parametrize(
+    "options", [[], *(pytest.param([more], marks=pytest.mark.slow) for more in ("--dynamic", "--features", "--fp16"))]
+)
+def test_openvino(options, _, digits, tmp_path, capsys):
+    import openvino
+
+    weights = trained("v1")
+    out = exported(weights, tmp_path, digits, "openvino", *options)
+    assert names(tmp_path) == {"best.pt", "out.xml", "out.bin"}
+    stored = json.loads(openvino.Core().read_model(out).get_rt_info(METADATA).astype(str))
+    assert stored["mean"] == list(weights.preprocessing.mean)
+    images = some_digits(weights, digits)
+    line = capsys.readouterr().out.splitlines()[-1]
+    found = list(eval(line, {"images": images, "openvino": openvino}).values())
+    expected = reference(weights, tmp_path, images, "--features" in options)
+    for ours, theirs in zip(found, expected, strict=True):
+        far = 1e-2 if options == ["--fp16"] else 1e-4
+        assert (torch.from_numpy(ours) - theirs).abs().max() < far * theirs.abs().max()
+
+
+def test_openvino_that_is_not_installed(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(UserError, match="pip install openvino"):
+        exported(trained("v1"), tmp_path, digits, "openvino")
+    assert names(tmp_path) == {"best.pt"}
+
+
+@pytest.fixture(scope="module")
+def quantised(digits, tmp_path_factory) -> tuple[Path, Path, str]:
+    """A classifier of digits, its int8 file, and what the command prints."""
+    folder = tmp_path_factory.mktemp("int8")
+    torch.manual_seed(0)
+    best = digits_classifier(digits, folder / "best.pt")
+    words = ["python", "finetune/export.py", best, folder / "x.onnx", "--to", "onnx", "--images", digits]
+    done = run_command(*words, "--quantize", "int8")
+    assert "Warning" not in done.stderr and names(folder) == {"best.pt", "x.onnx"}
+    return best, folder / "x.onnx", done.stdout
+
+
+def test_int8_has_the_accuracy_that_is_reported(quantised, digits):
+    _, out, printed = quantised
+    before, after = (
+        float(x) for x in re.search(r"top1 ([\d.]+) % in fp32, ([\d.]+) % in int8, on 355", printed).groups()
+    )
+    model = onnx.load(out)
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in model.graph.node}
+    kinds = [x.data_type for x in model.graph.initializer]
+    assert kinds.count(onnx.TensorProto.INT8) > 4 and about(out, "onnx")["eval_crop"] == 1
+    session, split = onnxruntime.InferenceSession(str(out)), open_split(Data(str(digits)), "val")
+    transform = EvalTransform((8, 8), 1)
+    read = [split.read(i) for i in range(len(split))]
+    images = torch.stack([transform(decode(data, 1))["image"] for data, _ in read]) / 255
+    right = session.run(None, {"image": images.numpy()})[0].argmax(1) == [label for _, label in read]
+    assert after == pytest.approx(100 * right.mean(), abs=1) and before > 80 and before - after < 1
+
+
+def test_int8_that_loses_too_much_is_not_written(quantised, digits, tmp_path):
+    """Calibrated on black images, activations are cut off."""
+    black = io.BytesIO()
+    Image.new("L", (8, 8)).save(black, "png")
+    as_folder({f"train/a/{i}.png": black.getvalue() for i in range(2)}, tmp_path / "black")
+    words = [quantised[0], tmp_path / "x.onnx", "--to", "onnx", "--images", digits, "--quantize", "int8"]
+    with pytest.raises(UserError) as error:
+        call(*words, "--calibrate", tmp_path / "black")
+    assert has(error.value, "--quantize int8 top1 fp32 int8 355 images --max-drop") and names(tmp_path) == {"black"}
+
+
+@pytest.mark.parametrize("after", [0.88, float("nan")])
+def test_the_largest_drop(after):
+    assert has(check_drop(0.9, 0.895, 100, 1.0, "top1"), "top1 90.00 89.50 100 images")
+    with pytest.raises(UserError, match="loses too much"):
+        check_drop(0.9, after, 100, 1.0, "top1")
+
+
 # ---- the comparison can fail
 
 
-def tampered(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict, *more: bool) -> None:
+def tampered(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict, *more: object) -> None:
     """Write another model: one bias differs by a thousandth of the largest logit."""
     deployed, weights = deepcopy(deployed), deepcopy(weights)
     deployed.model.head.fc.bias.data[0] += 3e-3
@@ -308,7 +417,7 @@ def tampered(path: Path, to: str, deployed: Deployed, weights: Weights, outputs:
     export(path, to, deployed, weights, outputs, *more)
 
 
-def cut(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict, *more: bool) -> None:
+def cut(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict, *more: object) -> None:
     """Writes half a file."""
     export(path, to, deployed, weights, outputs, *more)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -336,7 +445,7 @@ def test_another_class_is_noticed(digits, tmp_path, monkeypatch):
     weights.head["head.fc.weight"][1], weights.head["head.fc.bias"][:2] = weights.head["head.fc.weight"][0], 10
     weights.head["head.fc.bias"][1] += 2e-4  # class 1 always, by a hair
 
-    def other(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict, *more: bool) -> None:
+    def other(path: Path, to: str, deployed: Deployed, weights: Weights, outputs: dict, *more: object) -> None:
         deployed.model.head.fc.bias.data[0] += 3e-4
         export(path, to, deployed, weights, outputs, *more)
 
@@ -364,6 +473,10 @@ def test_another_class_is_noticed(digits, tmp_path, monkeypatch):
         (["{tmp}/best.pt", "{tmp}/x.safetensors", "--to", "safetensors"], "model.stem_stride 2 timm"),
         (["{tmp}/fcmae.pt", "{tmp}/x.pt2", "--to", "torch-export", "--features"], "fcmae.pt 5 channels"),
         (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--split", "tst"], "tst train val"),
+        (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--opset", "18"], "--opset 18 onnx"),
+        (["{tmp}/best.pt", "{tmp}/x.pt2", "--to", "torch-export", "--quantize", "int8"], "--quantize int8 onnx"),
+        (["{tmp}/best.pt", "{tmp}/x.onnx", "--to", "onnx", "--quantize", "int8", "--fp16"], "--quantize --fp16"),
+        (["{tmp}/best.pt", "{tmp}/x.safetensors", "--to", "safetensors", "--dynamic"], "--dynamic graphs"),
     ],
 )
 def test_bad_input(words, message, digits, tmp_path):

@@ -4,14 +4,17 @@ import json
 
 import pytest
 import torch
+import yaml
 
-from configs.schema import Encoder
+from configs.schema import Encoder, Optim
+from data.sources import digits as digit_images
 from finetune.main import main
 from models.convnext import ConvNeXt
 from models.formats.write import write_weights
 from models.opening import open_weights
 from models.weights import load_strict
 from tests.conftest import QUICK, has, names, run, run_ranks
+from tests.data.helpers import as_folder
 from tests.finetune.resuming import killed_and_resumed
 
 SHAPE = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]"]
@@ -96,6 +99,33 @@ def test_killed_and_resumed_equals_uninterrupted(digits, pretrained, tmp_path):
     more = ["--init", pretrained / "fcmae.pt", *RECIPE, "--model.drop_path", "0.2", "--optim.micro_batch", "120"]
     *_, whole, killed = killed_and_resumed(lambda name: words(digits, tmp_path, name, *more, epochs=4), tmp_path)
     assert all(killed[key] == whole[key] for key in ("epoch", "init", "best", "last"))
+
+
+def test_a_finished_run_is_extended(digits, pretrained, tmp_path):
+    """The added epochs follow the learning rate of the longer schedule; the first ones stay in the log."""
+    more = ["--init", pretrained / "fcmae.pt", "--optim.warmup_epochs", "0", "--augment.ema", "0"]
+    first = run("python", "finetune/main.py", *words(digits, tmp_path, "x", *more, epochs=1)).stdout
+    done = run("python", "finetune/main.py", *words(digits, tmp_path, "x", *more, epochs=2)).stdout
+    assert "optim.epochs" not in first and has(done, "optim.epochs 1 -> 2 step 6 learning 2 epochs")
+    entries = [json.loads(line) for line in (tmp_path / "x/log.jsonl").read_text().splitlines()]
+    lrs = [entry["lr"] for entry in entries if "lr" in entry]
+    keys = yaml.safe_load((tmp_path / "x/config.yaml").read_text())["optim"]
+    short, long = (Optim(**keys | {"epochs": epochs}) for epochs in (1, 2))
+    assert lrs == pytest.approx([short.lr_at(i, 6) for i in range(6)] + [long.lr_at(i, 6) for i in range(6, 12)])
+    assert summary(tmp_path / "x")["epoch"] == 2
+
+
+def test_a_class_without_validation_images_is_named(pretrained, tmp_path):
+    """Before training, at its end and in the summary."""
+    images = {f"{split}/{label}/{i}.png": data for i, (data, split, label) in enumerate(digit_images().values())}
+    few = {name: data for name, data in images.items() if not name.startswith("val/7/")}
+    folder = as_folder(few, tmp_path / "in")
+    more = ["--init", pretrained / "fcmae.pt", "--run.max_steps", "1", "--augment.ema", "0"]
+    lines = run("python", "finetune/main.py", *words(folder, tmp_path, "x", *more)).stdout.splitlines()
+    named = [i for i, line in enumerate(lines) if has(line, "warning: 1 class no image val 7")]
+    steps = [i for i, line in enumerate(lines) if "step 1/1" in line]
+    assert len(named) == 2 and named[0] < steps[0] < named[1]
+    assert summary(tmp_path / "x")["unseen_classes"] == ["7"] and has(summary(tmp_path / "x")["shown"], "no image 7")
 
 
 def test_another_init_is_not_resumed(digits, pretrained, tmp_path):

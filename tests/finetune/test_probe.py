@@ -14,6 +14,7 @@ from configs.feature_eval import LRS
 from configs.schema import Data
 from data.decode import decode
 from data.shards import open_split
+from data.sources import digits as digit_images
 from data.transforms import center_crop
 from finetune import probe
 from models.convnext import ConvNeXt
@@ -22,6 +23,10 @@ from models.opening import open_weights
 from models.sparse.layouts import Dense
 from models.weights import save
 from tests.conftest import has, run
+from tests.data.helpers import as_folder, as_tar, as_zip
+from tests.data.test_catalog import as_table
+from tests.data.test_prepare import prepared
+from tests.finetune.test_evaluate import call
 
 FAST = ["--workers", "0", "--device", "cpu", "--batch", "240"]
 SETTINGS = ["--epochs", "20", "--crop", "1"]
@@ -96,6 +101,31 @@ def test_another_format(pretrained, digits, probed, tmp_path):
     assert found["linear"] == probed[0]["linear"]
     assert found["knn"]["20"] == probed[0]["knn"]["20"] and found["knn"].keys() == {"10", "20"}
     assert "random" not in text
+
+
+@pytest.mark.parametrize("make", [as_folder, as_zip, as_tar, as_table])
+def test_without_a_split_val_a_tenth_is_held_out(make, pretrained, tmp_path, capsys):
+    found = enumerate(digit_images().values())
+    images = {f"{label}/{i}.png": data for i, (data, split, label) in found if split == "val" and label in "01"}
+    prefix = "train/" if make is as_table else ""  # its column of splits
+    source = make({f"{prefix}{name}": data for name, data in images.items()}, tmp_path / "in")
+    words = [pretrained / "fcmae.pt", source, "--k", "5", "--no-linear", "--workers", "0", "--out", tmp_path / "x.json"]
+    call(probe.main, *words)
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert has(capsys.readouterr().out, f"{source} val held a tenth of train")
+    total = found["train_images"] + found["eval_images"]
+    assert total == len(images) and found["eval_images"] == -(-total // 10)
+    assert found["eval_split"] == "a tenth of train" and found["knn"]["5"]["top1"] > 0.5
+    with pytest.raises(UserError, match="no split val"):
+        call(probe.main, *words, "--eval-split", "val")
+
+
+def test_shards_without_a_split_val(pretrained, tmp_path, capsys):
+    found = enumerate(digit_images().values())
+    images = {f"{label}/{i}.png": data for i, (data, split, label) in found if split == "val" and label in "01"}
+    prepared(as_folder(images, tmp_path / "in"), tmp_path / "shards")
+    call(probe.main, pretrained / "fcmae.pt", tmp_path / "shards", "--k", "5", "--no-linear", "--workers", "0")
+    assert has(capsys.readouterr().out, "a tenth of train")
 
 
 @pytest.mark.parametrize(

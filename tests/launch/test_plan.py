@@ -50,7 +50,7 @@ def test_the_printed_commands_of_grey_16_bit_images(tmp_path):
     assert pasted(done, "next: ") == later
     done = run(*later, *quick, "--run.max_steps", "1", cwd=tmp_path)
     done = run(*pasted(done, "next: "), "--workers", "0", cwd=tmp_path)
-    assert (tmp_path / "runs/it's-finetuned/evaluation-val-best/evaluation.json").exists()
+    assert (tmp_path / "runs/it's-finetuned/evaluation-it's-val-best/evaluation.json").exists()
     # from scratch, mean and std are the plan's
     scratch = ["--init", "none", "--run.max_steps", "1", "--run.name", "scratch"]
     run("python", *later[1 : later.index("--init")], *quick, *scratch, cwd=tmp_path)

@@ -46,6 +46,7 @@ class Prediction:
 class ClassifierInference(ImageInference):
     """A trained classifier; implements `finetune.inference.Inference`."""
 
+    score = "top1"
     files = "evaluation.json, predictions.csv, confusion.png, calibration.png, examples.png"
     join = staticmethod(join)
     show_evaluation = staticmethod(show_evaluation)
@@ -105,6 +106,7 @@ class ClassifierInference(ImageInference):
             for (i, j), count in zip(*(x.tolist() for x in predictions.confusions()), strict=True)
         ]
         result = {"scores": predictions.scores() | {"calibration_error": calibration_error(bins)}, "classes": classes}
+        result["without_images"] = [name for i, name in enumerate(names) if i not in images]
         return result | {"confusions": confusions, "calibration": [asdict(bin) for bin in bins]}
 
     def write_evaluation(self, out: Path, result: dict, predictions: Predictions, names: list[str]) -> None:

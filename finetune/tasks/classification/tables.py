@@ -1,5 +1,6 @@
 """Console tables of a classifier's evaluation."""
 
+from configs.errors import counted, few
 from finetune.tasks.tables import percent, show, table, title_of
 
 MAX_CLASSES_SHOWN = 20  # maximum number of classes for a complete list
@@ -20,6 +21,9 @@ def show_evaluation(result: dict) -> None:
     rows = [[row["name"], f"{row['images']:,}", percent(row["accuracy"])] for row in worst]
     tables.append(table(title, ["class"], ["images", "accuracy"], rows))
 
+    if absent := result["without_images"]:
+        count = counted(len(absent), "class has", "classes have")
+        print(f"{count} no image in split {result['split']}, so no score covers {few(absent)}")
     if confusions:
         rows = [
             [row["label"], row["predicted"], f"{row['images']:,}", percent(row["share"])] for row in confusions[:WORST]

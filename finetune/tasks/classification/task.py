@@ -40,6 +40,8 @@ class ClassifierTask(ImageTask):
         super().__init__(config, train, evaluation, len(train.classes))
         self.classes, settings, self.mixup = train.classes, config.task, None
         self.metric = choose_metric(settings.metric, METRICS)
+        images = np.bincount(evaluation.labels(), minlength=self.outputs)
+        self.unseen = [name for name, count in zip(self.classes, images, strict=False) if not count]
         weights = balanced_weights(np.bincount(train.labels(), minlength=self.outputs), settings.class_weights)
         self.criterion = ClassLoss(settings.loss, settings.smoothing, weights)
         if settings.mixup or settings.cutmix:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def box_classes(split: Split) -> list[str]:
     return targets["names"]
 
 
+def classes_with_boxes(split: Split, read_target: ReadTarget) -> set[str]:
+    """Classes of a split's boxes; damaged samples are passed over, as in evaluation."""
+    names = set()
+    for sample in range(len(split)):
+        with suppress(UserError):
+            names |= {box["class"] for box in read_target(split.read_target(sample))["boxes"]}
+    return names
+
+
 class DetectionTask:
     """Faster or Mask R-CNN, the sum of its losses, COCO's AP. Implements `finetune.finetuning.Task`."""
 
@@ -46,6 +56,8 @@ class DetectionTask:
         self.classes, self.metric = box_classes(train), settings.metric
         box_classes(evaluation)
         self.read_target = ReadTarget(tuple(self.classes), settings.masks)
+        seen = classes_with_boxes(evaluation, self.read_target)
+        self.unseen = [name for name in self.classes if name not in seen]
         keys = ("width", "hidden", "masks", "samples", "detections")
         self.head = {"classes": len(self.classes), **{key: getattr(settings, key) for key in keys}}
         self.head_config = {"head": self.head, "ids": train.targets.get("ids")}

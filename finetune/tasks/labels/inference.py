@@ -44,6 +44,7 @@ class Prediction:
 class LabelsInference(RowInference):
     """A trained model of several labels; implements `finetune.inference.Inference`."""
 
+    score = "map"
     kind, join = "labels", staticmethod(join)
     files = "evaluation.json, predictions.csv, examples.png"
 

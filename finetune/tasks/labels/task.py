@@ -37,6 +37,8 @@ class LabelsTask(RowTask):
             self.weights = torch.from_numpy(np.maximum(odds, 1 / len(self.used)) ** settings.class_weights).float()
         if unseen := [name for name, count in zip(self.names, images, strict=True) if not count]:
             say(f"warning: no image of split {train.name} has {', '.join(unseen[:5])}: never predicted")
+        applies = (self.others > 0.5).any(0)
+        self.unseen = [name for name, seen in zip(self.names, applies, strict=True) if not seen]
 
     def load_head(self, model: ConvNeXt, init: Opened) -> bool:
         weights = init.weights

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, few
 from configs.files import write_atomic
 from finetune.inference import join
 from finetune.tasks.image_inference import RowInference, check_finite, write_rows
@@ -41,6 +41,7 @@ class Prediction:
 class NumbersInference(RowInference):
     """A trained regression model; implements `finetune.inference.Inference`."""
 
+    score = "r2"
     kind, join = "numbers", staticmethod(join)
     files = "evaluation.json, predictions.csv, scatter.png, examples.png"
 
@@ -106,6 +107,12 @@ class NumbersInference(RowInference):
             named = (dict(zip(self.names, row, strict=False)) for row in (numbers, whole))
             found.append(Prediction(path, *named))
         return found
+
+    def explained(self, output: Tensor, name: str | None) -> Tensor:
+        """As its base; without a name only if there is one number: units differ, so none is the highest."""
+        if name is None and len(self.names) > 1:
+            raise UserError(f"--cam: say which number it explains with --cam-of: {few(self.names)}")
+        return super().explained(output, name)
 
     def average(self, outputs: list[Tensor]) -> Tensor:
         """Mean numbers."""

@@ -134,7 +134,8 @@ def test_impossible_batches(optim, ranks, says):
 def test_frozen_parameters_are_shown_as_such():
     config, model = pretraining(batch_size=64)
     model.encoder.requires_grad_(False)
-    _, *rows = table(plan(config, model, parameter_groups(model, config.optim), 100, 1, noise(model)), "parameters")
+    text = plan(config, model, parameter_groups(model, config.optim), 100, 1, noise(model), every=True)
+    _, *rows = table(text, "parameters")
     assert {"frozen" in row for row in rows if row[-1].startswith("encoder.")} == {True}
     assert not any("frozen" in row for row in rows if not row[-1].startswith("encoder."))
 
@@ -149,6 +150,8 @@ def test_plan_of_a_pretraining():
     _, *groups = table(text, "parameter groups")
     assert [[f"{flat:,}", "0"], [f"{parameters - flat:,}", "0.1"]] == [row[1:3] for row in groups]
     assert groups[0][-2:] == ["mask_token,", "pred.bias"]
+    assert "\nparameters\n" not in text and has(text, f"--parameters {len(list(model.parameters()))} parameters")
+    text = plan(config, model, parameter_groups(model, Optim(weight_decay=0.1)), 100, 4, noise(model), every=True)
     header, *rows = table(text, "parameters")
     assert header == ["shape", "decay", "lr", "scale", "lr", "parameter"] and len(rows) == len(list(model.parameters()))
     decay = {row[-1]: row[-4] for row in rows}

@@ -159,6 +159,24 @@ def test_linear_is_as_good_as_sklearn(alone, pixels):
     assert best.top1 == pytest.approx(expected, abs=0.02) and best.top5 > 0.98
 
 
+def test_high_learning_rates_are_stable(alone, pixels):
+    """Correlated features: at rate 1 the loss would oscillate, and accuracy would depend on the seed."""
+    torch.manual_seed(0)
+    mix = torch.randn(64, 128) / 8
+    train, evaluation = (Features(torch.relu(p.x @ mix) + p.x.mean(1, True), p.label, p.sample) for p in pixels)
+    found = [linear(train, evaluation, 10, (0.01, 1.0, 10.0), 10, seed, progress) for seed in (0, 1)]
+    for low, high, higher in found:
+        assert low.used == 0.01 and high.used == higher.used < 0.5 and high.top1 == higher.top1
+        assert high.top1 > low.top1 - 0.02
+    assert found[0][1].top1 == pytest.approx(found[1][1].top1, abs=0.012)
+
+
+def test_the_largest_stable_rate_is_of_the_largest_eigenvalue(alone):
+    x = torch.randn(500, 20) @ torch.randn(20, 20)
+    expected = 3.8 / (0.5 * float(torch.linalg.eigvalsh(x.T @ x / 500)[-1]))
+    assert probe.max_stable_lr(x, 500) == pytest.approx(expected, rel=0.02)
+
+
 def test_one_optimizer_is_as_good_as_one_for_each_rate(alone):
     """Weights equal those of one torch SGD per learning rate."""
     torch.manual_seed(1)

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from configs.errors import UserError
 from configs.schema import Data, FCMAESettings, Optim, Pretrain, Run
 from launch.training.trainer import Report, Trainer
 from launch.training.world import World
+from tests.conftest import has
 
 STEPS = 3  # of an epoch
 IDENTITY = {"stage": "pretraining", "optim": {"zero_stage": 0}}
@@ -97,11 +99,12 @@ def world():
     torch.distributed.destroy_process_group()
 
 
-def trainer(folder, world: World, **run) -> tuple[Trainer, list]:
+def trainer(folder, world: World, epochs: int = 2, **run) -> tuple[Trainer, list]:
     calls: list = []
-    optim = Optim(lr=256 / 4, batch_size=4, micro_batch=2, epochs=2, warmup_epochs=0)
+    optim = Optim(lr=256 / 4, batch_size=4, micro_batch=2, epochs=epochs, warmup_epochs=0)
     config = Pretrain(data=Data(), objective=FCMAESettings(), optim=optim, run=Run(name="x", folder=str(folder), **run))
-    return Trainer(config, Engine(calls), Loader(calls), Stage(calls), world, IDENTITY), calls
+    identity = IDENTITY | {"optim": {"epochs": epochs, "zero_stage": 0}}
+    return Trainer(config, Engine(calls), Loader(calls), Stage(calls), world, identity), calls
 
 
 class Split:
@@ -145,3 +148,15 @@ def test_a_second_run_resumes_from_the_checkpoint(tmp_path, world):
     second.run()
     assert calls[:3] == ["load", "train", "start 4"] and "from 4" in calls
     assert second.stage.seen == 9 + 2  # restored, then two updates
+
+
+def test_more_epochs_extend_a_run_and_fewer_than_done_are_refused(tmp_path, world, capsys):
+    trainer(tmp_path, world)[0].run()
+    longer, calls = trainer(tmp_path, world, epochs=4)
+    longer.run()
+    lrs = [float(call.split()[1]) for call in calls if call.startswith("lr ")]
+    expected = [longer.config.optim.lr_at(i, STEPS) for i in range(2 * STEPS, 4 * STEPS)]
+    assert lrs == pytest.approx(expected, abs=0.005) and lrs[0] == pytest.approx(0.5, abs=0.01)  # half of the cosine
+    assert has(capsys.readouterr().out, f"optim.epochs 2 -> 4 step {2 * STEPS} 4 epochs 5.00e-01")
+    with pytest.raises(UserError, match=r"optim\.epochs is 3, but .* 4: give at least 4"):
+        trainer(tmp_path, world, epochs=3)[0].run()

@@ -9,10 +9,11 @@ import torchvision
 import transformers
 
 from configs.errors import UserError
+from configs.preprocessing import Preprocessing
 from models.formats import FORMATS
 from models.formats.names import TABLES
 from models.formats.read import read_weights, translate
-from models.formats.write import how_to_load_backbone, to_form, write_weights
+from models.formats.write import how_to_load, how_to_load_backbone, to_form, write_weights
 from models.sizes import SIZES
 from tests.models.formats.helpers import (
     FILES,
@@ -175,6 +176,19 @@ def test_timm_backbone(name, classes, channels, stride, tmp_path):
     with torch.no_grad():
         for ours, theirs in zip(maps(weights, image), model(image), strict=True):
             assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("load", [how_to_load, how_to_load_backbone])
+def test_timms_models_have_our_preprocessing(load, tmp_path):
+    """Not ImageNet's, which timm assumes of a file."""
+    weights = classifier("convnextv2_atto", 5, channels=3, **SMALL)
+    image = Preprocessing((64, 96), 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.8, "bilinear")
+    weights.preprocessing = image
+    write_weights(tmp_path / "x.pth", weights, "timm")
+    model = eval(load(tmp_path / "x.pth", weights, "timm"), {"timm": timm})
+    found = timm.data.resolve_model_data_config(model)
+    assert (found["mean"], found["std"], found["input_size"]) == (image.mean, image.std, (3, 64, 96))
+    assert (found["crop_pct"], found["crop_mode"], found["interpolation"]) == (0.8, "center", "bilinear")
 
 
 @pytest.mark.parametrize(("name", "classes", "channels", "stride"), BACKBONES)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import onnxruntime
@@ -76,6 +77,7 @@ def test_killed_and_resumed_equals_uninterrupted(tagged, tmp_path):
 def test_predictions_and_export(trained, tagged, source, tmp_path):
     images = [source / f"images/{i}.png" for i in (2, 9)]
     more = ["--csv", tmp_path / "x.csv", "--json", tmp_path / "x.json", "--annotate", tmp_path / "copies"]
+    more += ["--cam", tmp_path / "cams"]
     done = run("python", "finetune/predict.py", trained / "best.pt", *images, *more, "--device", "cpu")
     weights = open_weights(trained / "best.pt").weights
     table, listed = rows(tmp_path / "x.csv"), json.loads((tmp_path / "x.json").read_text())
@@ -86,8 +88,10 @@ def test_predictions_and_export(trained, tagged, source, tmp_path):
         }  # fmt: skip
         assert set(row["labels"].split("|")) - {""} == above == {label["name"] for label in entry["labels"]}
         assert all(name in line for name in above) and (above or "none" in line)
-    assert len(list((tmp_path / "copies").iterdir())) == 2
-    run("python", "finetune/export.py", trained / "best.pt", tmp_path / "x.onnx", "--to", "onnx", "--images", tagged)
+    assert len(list((tmp_path / "copies").iterdir())) == len(list((tmp_path / "cams").iterdir())) == 2
+    words = ["--to", "onnx", "--images", tagged, "--quantize", "int8", "--max-drop", "100"]
+    done = run("python", "finetune/export.py", trained / "best.pt", tmp_path / "x.onnx", *words)
+    assert re.search(r"map [\d.]+ % in fp32, [\d.]+ % in int8, on 72 images", done.stdout)
     session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"))
     stored = json.loads(session.get_modelmeta().custom_metadata_map["convnext-fcmae.json"])
     assert stored["classes"] == weights.classes and stored["thresholds"] == weights.task_config["thresholds"]

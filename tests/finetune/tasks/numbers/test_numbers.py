@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import onnxruntime
@@ -83,11 +84,15 @@ def test_grades_from_classes(grades, graded, tmp_path):
 def test_predictions_and_export_are_in_units_of_the_data(trained, grades, measured, source, tmp_path):
     images = [source / f"images/{i}.png" for i in range(3)]
     words = ["--csv", tmp_path / "x.csv", "--json", tmp_path / "x.json", "--annotate", tmp_path / "copies"]
+    words += ["--cam", tmp_path / "cams", "--cam-of", "ink"]
     run("python", "finetune/predict.py", trained / "best.pt", *images, *words, "--device", "cpu")
     listed = json.loads((tmp_path / "x.json").read_text())
     assert all(95 < entry["numbers"]["value"] < 110 for entry in listed)
     assert (tmp_path / "x.csv").read_text().splitlines()[0] == "path,value,ink"
-    run("python", "finetune/export.py", trained / "best.pt", tmp_path / "x.onnx", "--to", "onnx", "--images", measured)
+    assert len(list((tmp_path / "cams").iterdir())) == 3
+    words = ["--to", "onnx", "--images", measured, "--quantize", "int8", "--max-drop", "100"]
+    done = run("python", "finetune/export.py", trained / "best.pt", tmp_path / "x.onnx", *words)
+    assert re.search(r"r2 [\d.-]+ % in fp32, [\d.-]+ % in int8", done.stdout)
     session = onnxruntime.InferenceSession(str(tmp_path / "x.onnx"))
     (numbers,) = session.run(None, {"image": np.random.rand(2, 1, 8, 8).astype("float32")})
     assert (numbers[:, 0] > 95).all() and [x.name for x in session.get_outputs()] == ["numbers"]

@@ -1,0 +1,69 @@
+"""The part of docs/results.md on segmentation and detection."""
+
+import json
+from fnmatch import filter as matching
+from statistics import mean
+
+from bench.dense_evidence import DOMAINS
+from bench.options import RESULTS
+from bench.tables import mean_and_range, table
+
+STARTS = {"scratch": "from scratch", "fcmae": "FCMAE on the same images", "fcmae-others": "FCMAE on other photographs"}
+
+
+def dense() -> str:
+    """Text and tables of all domains."""
+    return "".join(f"\n## {domain.title} without a GPU: {name}\n\n{_domain(name)}" for name, domain in DOMAINS.items())
+
+
+def _domain(name: str) -> str:
+    """Scores by share of the labels and start, then every run."""
+    domain = DOMAINS[name]
+    runs = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / name).glob("*.json"))}
+    if not runs:
+        return f"**Not measured yet.** Run `bash launch/evidence.sh {name} {name}/ --save`.\n"
+    rows = [row for share in sorted(domain.budgets) if (row := _row(runs, name, share))]
+    hardware = "; ".join(sorted({run["hardware"] for run in runs.values()}))
+    recipes = " and ".join(
+        f"[{stage}/{domain.recipe}](../configs/{stage}/{domain.recipe}.yaml)" for stage in ("pretrain", "finetune")
+    )
+    steps = "; ".join(
+        f"{share:.0%} of the labels: {epochs} epochs" for share, (epochs, _) in sorted(domain.budgets.items())
+    )
+    text = (
+        f"{hardware}. Recipes {recipes}; {steps}. Scores are {domain.title} on the validation images, of the best "
+        "evaluation of a run. The learning rate of each start is the best at the first seed; other photographs take "
+        "that of the same images.\n\n"
+    )
+    head = ["labels", *STARTS.values(), "gain, points"]
+    return text + table(head, rows) + "\n" + table(["run", "base lr", "score"], _all(runs, domain.metric))
+
+
+def _found(runs: dict, start: str, share: float) -> dict[str, list[tuple[int, dict]]]:
+    """The runs of a start and share, by learning rate."""
+    found: dict[str, list] = {}
+    for name in matching(runs, f"{start}-labels-{share:g}-lr-*"):
+        found.setdefault(name.split("-lr-")[1].split("-seed-")[0], []).append(runs[name])
+    return found
+
+
+def _row(runs: dict, name: str, share: float) -> list[str] | None:
+    """The scores of all seeds at the learning rate that has the most of them."""
+    metric, values = DOMAINS[name].metric, {}
+    for start in STARTS:
+        by_rate = _found(runs, start, share)
+        if by_rate:
+            rate, chosen = max(by_rate.items(), key=lambda item: len(item[1]))
+            values[start] = [run["best"][metric] for run in chosen], rate
+    if not {"scratch", "fcmae"} <= values.keys():
+        return None
+    cells = [
+        f"{mean_and_range(values[start][0])}, lr {values[start][1]}" if start in values else "-" for start in STARTS
+    ]
+    return [f"{share:.0%}", *cells, f"{100 * (mean(values['fcmae'][0]) - mean(values['scratch'][0])):+.1f}"]
+
+
+def _all(runs: dict, metric: str) -> list[list]:
+    """Name, learning rate and score of each fine-tuning."""
+    tuned = {name: run for name, run in runs.items() if run["stage"] == "fine-tuning"}
+    return [[name, f"{run['config']['optim']['lr']:g}", f"{run['best'][metric]:.2%}"] for name, run in tuned.items()]

@@ -16,5 +16,9 @@ for setting in "$(nproc) bf16" "$(nproc) fp32" "1 fp32"; do
         "$python" bench/step.py pretrain "${step[@]}" --peers masked compiled minkowski --save "cpu-pretrain-$name"
         "$python" bench/step.py finetune "${step[@]}" --save "cpu-finetune-$name"
     done
+    for task in segmentation detection; do
+        "$python" bench/dense_step.py "$task" --model convnextv2_atto --batch 4 --size 256 --threads "$threads" \
+            --precision "$precision" --rounds 5 --save "cpu-$task-atto-$precision-$threads"
+    done
 done
 "$python" bench/encoder.py --model convnextv2_atto --sweep --rounds 3 --picture docs/scaling.svg --save cpu-sweep-atto

@@ -222,6 +222,10 @@ def iterate_names(images: Split | Folder) -> Iterator[str]:
 
 def names_of(images: Split | Folder, samples: Iterable[int]) -> list[str]:
     """Original names of some samples, as in `sample_names`; only their shards are read."""
+    from data.folds import Part  # which imports this module
+
+    if isinstance(images, Part):
+        return names_of(images.split, images.samples[list(samples)].tolist())
     if isinstance(images, Folder):
         return [images.item(sample).name for sample in samples]
     names, shards = [], {}

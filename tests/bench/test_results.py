@@ -21,7 +21,9 @@ finally:
 SAVED = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
-@pytest.mark.parametrize("name", ["encoder", "step", "kernels", "loader", "scale", "evidence", "evidence_page"])
+@pytest.mark.parametrize(
+    "name", ["encoder", "step", "dense_step", "kernels", "loader", "scale", "evidence", "evidence_page"]
+)
 def test_help_is_quick(name):
     """`--help` does not wait for torch."""
     done = subprocess.run([sys.executable, "-c", HELP, f"bench/{name}.py"], cwd=ROOT, capture_output=True, text=True)

@@ -5,7 +5,7 @@ import pytest
 
 from configs.errors import UserError
 from configs.schema import Data, Optim
-from data.folder import open_images
+from data.folder import names_of, open_images
 from data.folds import Part, fold_parts
 from data.loader import train_loader
 from data.sampler import EpochOrder
@@ -38,6 +38,13 @@ def test_a_part_reads_its_own_samples(digits):
     batch = next(iter(train_loader(train, EvalTransform((8, 8), 1), 1, 0, data, optim)))
     assert sorted(batch["sample"].tolist()) == list(range(len(train)))
     assert sorted(batch["label"].tolist()) == sorted(train.labels().tolist())
+
+
+def test_a_part_knows_its_names(digits):
+    """Those of the split, in the order asked for, of shards and folders alike."""
+    split = open_split(Data(str(digits)))
+    train, _ = fold_parts(split, 1, 3)
+    assert names_of(train, [9, 0]) == names_of(split, [train.samples[9], train.samples[0]])
 
 
 def test_shards_without_a_sample_are_passed_over():

@@ -7,10 +7,13 @@ import select
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from unicodedata import category
+
+from configs.secrets import WAY_OUT, has_secret, without_secrets
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # raised without a file name
 ESCAPED = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control, surrogate, line and paragraph separator
@@ -43,8 +46,8 @@ def nearest(wrong: str, valid: Iterable[str]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error message, or the error's class if there is none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of an error message, without secrets, or the error's class if there is none."""
+    return without_secrets((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
@@ -59,8 +62,11 @@ def few(names: Iterable[str], count: int = 10) -> str:
 
 
 def printable(text: object) -> str:
-    """Text for a terminal or one line of a file: control characters and bytes that are not UTF-8 become `\\x1b`."""
-    text = str(text)
+    """Text for a terminal or one line of a file: control characters and bytes that are not UTF-8 become `\\x1b`.
+
+    Secrets of URLs become `***`.
+    """
+    text = without_secrets(str(text))
     if text.isprintable():  # quick, and true of most: no such character is printable to Python
         return text
     return "".join(_escape(c) if category(c) in ESCAPED or c in BIDIRECTIONAL else c for c in text)
@@ -77,6 +83,19 @@ def output_is_closed() -> bool:
     poll = select.poll()
     poll.register(1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def check_arguments(words: Iterable[str]) -> None:
+    """Raise `UserError` if a word of a command line has a URL with user info or a query."""
+    for word in words:
+        if has_secret(word):
+            raise UserError(f"{without_secrets(word)} has user info or a query in its URL: {WAY_OUT}")
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """Print an error of this project's or a library's code: messages of libraries quote URLs and names."""
+    for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
+        print(printable(line), file=sys.stderr)
 
 
 def hide_library_warnings() -> None:
@@ -96,10 +115,17 @@ def run_main(main: Callable[[], None]) -> None:
     An error of a single rank is printed with its number.
     """
     rank = os.environ.get("RANK", "0")
+    sys.excepthook = _print_traceback
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks; as stderr
     hide_library_warnings()
     try:
         try:
+            check_arguments(sys.argv[1:])
             main()
+        except MemoryError as error:
+            remedy = "take smaller images or batches, fewer processes, or another machine"
+            raise UserError(f"memory ran out ({reason(error)}): {remedy}") from None
         except OSError as error:  # no permission, disk full, a file where a folder should be
             if isinstance(error, BrokenPipeError) and output_is_closed():
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discards further output
@@ -118,7 +144,7 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(2)
     except Stopped as stopped:
         if rank == "0":
-            print(f"stopped: {stopped}", file=sys.stderr, flush=True)
+            print(f"stopped: {printable(stopped)}", file=sys.stderr, flush=True)
         sys.exit(stopped.code)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; no file is incomplete: run the same command to continue", file=sys.stderr)

@@ -2,8 +2,10 @@
 
 import os
 
+from configs.errors import printable
+
 
 def say(message: str) -> None:
-    """Print on the first rank."""
+    """Print lines on the first rank, without control characters and secrets."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
+        print("\n".join(map(printable, message.split("\n"))), flush=True)

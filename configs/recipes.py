@@ -11,7 +11,8 @@ import yaml
 
 from configs.errors import UserError, nearest
 from configs.keys import keys
-from configs.values import Config, Loader, build
+from configs.secrets import WAY_OUT, has_secret
+from configs.values import Config, build, read_yaml
 
 RECIPES = Path(__file__).parent
 BLOCKS = ("pretrain", "finetune")
@@ -26,7 +27,15 @@ def load_recipe(path: Path, stage: str) -> dict[str, Any]:
     own = content.get(stage, {})
     if not isinstance(own, dict):
         raise UserError(f"{path}: block {stage} holds no sections: give it some, or leave it out")
-    return _by_key({name: value for name, value in content.items() if name not in BLOCKS}) | _by_key(own)
+    common = {name: value for name, value in content.items() if name not in BLOCKS}
+    return _check_secrets(path, _by_key(common) | _by_key(own))
+
+
+def _check_secrets(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    for key, value in values.items():
+        if isinstance(value, str) and has_secret(value):
+            raise UserError(f"{path}: {key} has user info or a query in its URL: {WAY_OUT}")
+    return values
 
 
 def has_block(path: Path, stage: str) -> bool:
@@ -36,7 +45,7 @@ def has_block(path: Path, stage: str) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(), Loader)
+        content = read_yaml(path.read_text())
     except OSError as error:
         known = sorted(str(p.relative_to(RECIPES.parent)) for p in RECIPES.rglob("*.yaml"))
         hint = f" {close}" if (close := nearest(str(path), known)).startswith("(nearest") else ""

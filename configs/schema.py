@@ -107,7 +107,8 @@ class Run:
     )
 
     def __post_init__(self):
-        require(self.name not in ("", ".", ".."), "run.name", repr(self.name), "the name of a folder")
+        one_part = self.name not in ("", ".", "..") and not set(self.name) & {"/", "\\", "\0"}
+        require(one_part, "run.name", repr(self.name), "the name of one folder; --run.folder says where it is")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import TypeAdapter
 
-from configs.errors import UserError
+from configs.errors import UserError, reason
 from configs.keys import fields_of
 
 Config = TypeVar("Config")
@@ -28,6 +28,14 @@ class Loader(yaml.SafeLoader):
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+
+
+def read_yaml(text: str) -> Any:
+    """A YAML document. Raises `yaml.YAMLError`, also for numbers, dates and depths that Python refuses."""
+    try:
+        return yaml.load(text, Loader)
+    except (ValueError, RecursionError) as error:
+        raise yaml.YAMLError(reason(error)) from None
 
 
 def members(kind: Any) -> tuple:
@@ -82,7 +90,7 @@ def from_text(name: str, kind: Any, text: str) -> Any:
     value, parts = text, members(kind)
     if not (str in parts or Path in parts) or (text == "null" and NULL in parts):
         with suppress(yaml.YAMLError):  # then the text is no value of any other type either
-            value = yaml.load(text, Loader)
+            value = read_yaml(text)
     if is_list(kind) and isinstance(value, str):
         value = value.split(",")  # the brackets may be left out
     return checked(name, kind, value)

@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from shutil import copyfileobj
+from shutil import disk_usage
 from typing import BinaryIO
 
 from configs.errors import UserError, printable, reason
@@ -21,8 +21,10 @@ from configs.shell import quote
 from data.listing import ARCHIVES, SIDECARS, Listing, suffix
 from data.remote_files import SMALL_BLOCK_BYTES, open_binary
 from data.sources import Item, open_zip
-from data.tars import CHUNK_BYTES, check_end, member_end
+from data.tars import check_end, member_end, open_tar
 
+FREE_SHARE = 0.9  # of the disk's free space, that an unpacked archive may take
+UNPACKED_BYTES = 1 << 12  # read at a time: compressed zeros may unpack to more than a thousand times as much
 UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}  # by the first bytes
 
 
@@ -106,11 +108,12 @@ def _list_members(file: BinaryIO, path: str, limit: int, listing: Listing) -> No
     start = end = file.tell()
     links = []
     try:
-        with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:  # offsets count from byte 0
+        with open_tar(file) as tar:  # offsets count from byte 0
             for member in tar:
                 tar.members.clear()  # a million headers take gigabytes
-                if member.size < 0:  # would send tarfile back, into an endless loop
-                    raise UserError(f"{listing.source} is damaged at byte {member.offset}: fetch it again")
+                beyond = not member.issparse() and member.offset_data + member.size > limit
+                if member.size < 0 or beyond:  # would send tarfile back, into an endless loop, or where no file is
+                    raise UserError(f"{listing.source} is damaged or cut short at byte {member.offset}: fetch it again")
                 end = member.offset_data
                 if member.issparse():
                     listing.ignored["sparse"] += 1
@@ -132,7 +135,7 @@ def _list_members(file: BinaryIO, path: str, limit: int, listing: Listing) -> No
 def _add_links(file: BinaryIO, start: int, links: list[tarfile.TarInfo], path: str, listing: Listing) -> None:
     """Links in the tar that begins at byte `start` of `file`: each file counts once."""
     file.seek(start)
-    with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
+    with open_tar(file) as tar:
         files = {posixpath.normpath(m.name): m for m in tar if m.isreg()}
     seen = {item.offset: item.name for item in listing.images}
     for link in links:
@@ -150,7 +153,7 @@ def _is_tar(path: str) -> bool:
     """Whether a file is an uncompressed tar."""
     with open_binary(path, SMALL_BLOCK_BYTES) as file:
         try:
-            tarfile.open(fileobj=file, mode="r:").close()
+            open_tar(file).close()
         except tarfile.TarError:
             return False
         return True
@@ -170,10 +173,10 @@ def _unpack(path: str, shown: str, scratch: Path | None, unpacked: list[Path]) -
         raise UserError(f"{shown} is a damaged or cut zip: fetch it again")
     if opener is None:
         raise UserError(f"{shown} is not a folder, a zip or a tar (plain, gz, bz2 or xz)")
-    target = _reserve(shown, shown, scratch, unpacked)
+    target = _reserve(shown, scratch, unpacked)
     try:
-        with open_binary(path) as file, opener(file) as packed, target.open("wb") as out:
-            copyfileobj(packed, out, CHUNK_BYTES)
+        with open_binary(path) as file, opener(file) as packed:
+            _copy(packed, target, shown)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"{shown} cannot be unpacked into {target.parent} ({error.strerror.lower()})") from None
@@ -183,27 +186,39 @@ def _unpack(path: str, shown: str, scratch: Path | None, unpacked: list[Path]) -
 
 def _copy_out(item: Item, shown: str, scratch: Path | None, unpacked: list[Path]) -> Path:
     """Copy an archive out of the zip or tar that contains it."""
-    target = _reserve(item.name, shown, scratch, unpacked)
+    target = _reserve(shown, scratch, unpacked)
     try:
-        with target.open("wb") as out:
-            if item.zipped:
-                archive, members = open_zip(item.container, os.getpid())
-                with archive.open(members[item.offset]) as member:
-                    copyfileobj(member, out, CHUNK_BYTES)
-            else:
-                with open_binary(item.container) as file:
-                    file.seek(item.offset)
-                    for start in range(0, item.size, CHUNK_BYTES):
-                        out.write(file.read(min(CHUNK_BYTES, item.size - start)))
-    except (zipfile.BadZipFile, RuntimeError, EOFError) as error:
+        if item.zipped:
+            archive, members = open_zip(item.container, os.getpid())
+            with archive.open(members[item.offset]) as member:
+                _copy(member, target, shown, members[item.offset].file_size)
+        else:
+            with item.open() as member:
+                _copy(member, target, shown, item.size)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # damaged members of zips raise almost any exception
         raise UserError(f"{item.container}: {printable(item.name)} cannot be unpacked ({reason(error)})") from None
     return target
 
 
-def _reserve(name: str, shown: str, scratch: Path | None, unpacked: list[Path]) -> Path:
+def _copy(packed: BinaryIO, target: Path, shown: str, size: int = 0) -> None:
+    """Write an unpacked file. Raises `UserError` before it takes most of the free space; `size` is known, or 0."""
+    room = int(FREE_SHARE * disk_usage(target.parent).free)
+    with target.open("wb") as out:
+        while size <= room and (block := packed.read(UNPACKED_BYTES)):
+            out.write(block)
+            size = max(size, out.tell())
+    if size > room:
+        target.unlink()
+        problem = f"unpacks to more than {room / 1e9:.3g} GB, {FREE_SHARE:.0%} of the free space of {target.parent}"
+        raise UserError(f"{printable(shown)} {problem}: free some, or give an OUT on a larger disk")
+
+
+def _reserve(shown: str, scratch: Path | None, unpacked: list[Path]) -> Path:
     """The place for an unpacked archive; it is removed when the listing is closed, also after an error."""
     if scratch is None:
         way_out = f"unpack it, or prepare it with `python data/prepare.py {quote(shown)} OUT`"
         raise UserError(f"{shown} is compressed: {way_out}")
-    unpacked.append(scratch / f".{len(unpacked)}.{posixpath.basename(name)}.unpacked")
+    unpacked.append(scratch / f".{len(unpacked)}.unpacked")
     return unpacked[-1]

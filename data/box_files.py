@@ -245,7 +245,7 @@ def _yolo_names(file: Path) -> list[str]:
     try:
         names = yaml.safe_load(text)["names"]
         return [str(names[i]) for i in range(len(names))]  # a list, or a mapping from 0 on
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{file} has no list `names` ({printable(reason(error))})") from None
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from configs.errors import UserError, counted, printable
 from data.box_files import Annotated, BoxFile, kind_of_bytes, read_boxes
 from data.boxes import ROUNDING, Target, beyond, clipped, usable
+from data.cache import RemoteUserError
 from data.exif import orientation, swaps
 from data.labels import Paths, set_apart
 from data.listing import Listing, suffix
@@ -96,7 +97,9 @@ def box_items(items: list[Item], path: Path, listing: Listing, notes: list[str])
 def _checked(item: Item, target: Target, problems: Problems) -> Target:
     """A target with usable boxes, within the annotated size; that of the picture if the file has none."""
     if not (target["height"] and target["width"]):
-        height, width = _picture_size(item)
+        if (size := _picture_size(item)) is None:
+            return {**target, "height": 0, "width": 0, "boxes": []}  # left out when it is written
+        height, width = size
         target = {**target, "height": height, "width": width}
     height, width = target["height"], target["width"]
     rounding = ROUNDING if (height, width) != (1, 1) else 1e-3
@@ -118,14 +121,15 @@ def _checked(item: Item, target: Target, problems: Problems) -> Target:
     return {**target, "boxes": boxes}
 
 
-def _picture_size(item: Item) -> tuple[int, int]:
-    """Height and width of the upright picture, from its header."""
-    data = item.image_bytes()
+def _picture_size(item: Item) -> tuple[int, int] | None:
+    """Height and width of the upright picture, from its header; None if it cannot be read."""
     try:
+        data = item.image_bytes()
         width, height = Image.open(io.BytesIO(data)).size
+    except RemoteUserError:
+        raise
     except Exception:  # almost any exception in PIL
-        way_out = "write width and height into the file of boxes"
-        raise UserError(f"{printable(item.name)}: the size of the image is not known: {way_out}") from None
+        return None
     return (width, height) if swaps(orientation(data)) else (height, width)
 
 

@@ -109,6 +109,8 @@ def box_target(
     target = item.targets or {}
     if not {"boxes", "height", "width"} <= target.keys():  # a table's own boxes are kept as they are
         return {}
+    if not target["height"]:
+        raise ImageError("its size was not found: write width and height into the file of boxes", BOXES)
     size = image_size(*image)
     height, width = (place["height"], place["width"]) if place else size
     fits = options.no_exif or _same_shape((target["height"], target["width"]), (height, width))

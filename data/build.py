@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from configs.errors import UserError, counted, printable
 from configs.files import write_atomic
+from configs.log import say
 from data.class_counts import check_val, count_classes, split_lines
 from data.collection import open_collection
 from data.grid import Sizes, count_tiles
@@ -35,7 +36,8 @@ from data.reading import (
 from data.remote import is_url
 from data.remote_files import Upload, check_out_url
 from data.repair import LOST, salvaged_shards
-from data.shards import Index, Shard, find_damage, index_file, read_index, write_index
+from data.shard_index import Index, Shard, index_file, read_index, write_index
+from data.shards import find_damage
 from data.sources import Item
 from data.vectors import preview_lines, settle_targets
 
@@ -104,7 +106,7 @@ def _write_missing(
     kind = "masks" if options.masks else targets["kind"] if targets else None
     lines = [*split_lines(counts, kind), *preview_lines(splits, targets)]
     for line in lines:
-        print(f"  {line}", flush=True)
+        say(f"  {line}")
     check_val(counts)
     sizes = None
     if options.tile:
@@ -117,7 +119,7 @@ def _write_missing(
     if options.dry_run:
         name = f"{PurePosixPath(options.out).name}.preview.png"
         write_sheet(Path(name) if upload else out.with_name(name))
-        print("no shards were written (--dry-run)")
+        say("no shards were written (--dry-run)")
         return
     claim_folder(out, options, items, survey)
     if write_sheet:
@@ -134,12 +136,12 @@ def _write_missing(
     if listed and targets:
         listed = read_index(out).targets == targets  # those of older versions lack them
     if not missing and listed and not any(plan.record.exists() for plan in plans):
-        print(f"{options.out} is complete{', nothing is damaged' if options.repair else ' already'}")
+        say(f"{options.out} is complete{', nothing is damaged' if options.repair else ' already'}")
         return
     if done and missing:
         samples = sum(written.shard.samples for written in done.values())
         images = counted(samples, "tile" if options.tile else "image")
-        print(f"{len(done):,} of {counted(len(plans), 'shard')} ({images}) are complete already", flush=True)
+        say(f"{len(done):,} of {counted(len(plans), 'shard')} ({images}) are complete already")
     if missing:
         from data.writing import write_shard  # imports torch: here, so that the forked processes share it
 
@@ -163,7 +165,7 @@ def _preview(
     found = survey(options, splits, sizes)
     lines = describe(found, sum(map(len, splits.values())))
     for line in lines:
-        print(f"  {line}", flush=True)
+        say(f"  {line}")
     _check_options(found.refused)
     _check_masks(found)
     return found.as_plain() | {"preview": [*first, *lines]}, partial(write_pictures, found)
@@ -219,7 +221,7 @@ def _finished_shards(
     else:
         damage = [find_damage(out, shard) for shard in shards]
     for description in filter(None, damage):
-        print(f"{description}: rewriting it")
+        say(f"{description}: rewriting it")
     return {plan: done[plan] for plan, found in zip(done, damage, strict=True) if found is None}
 
 
@@ -282,9 +284,9 @@ def _finish(
         if tiled:
             one, more = "image, or group of its tiles,", "images, or groups of an image's tiles,"
         left_out = f"1 {one} was" if len(skipped) == 1 else f"{len(skipped):,} {more} were"
-        print(f"{left_out} left out, listed in {options.out}/skipped.txt: {_by_kind(skipped)}")
+        say(f"{left_out} left out, listed in {options.out}/skipped.txt: {_by_kind(skipped)}")
     for note, count in sorted(sum((Counter(written.notes) for written in done.values()), Counter()).items()):
-        print(note.format(Plural(count)))
+        say(note.format(Plural(count)))
     write_index(out, index)
     if upload:
         upload.push(*[out / "skipped.txt"] * bool(skipped), out / "index.json")

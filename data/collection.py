@@ -26,6 +26,8 @@ from data.sources import Item, digits
 from data.tables import Columns, Row, find_columns, list_table, may_hold_labels, one_hot, read_table
 from data.walk import list_source
 
+FIRST_LINE = 1 << 12  # bytes that have the header of a table
+
 
 @contextmanager
 def open_collection(
@@ -241,7 +243,7 @@ def _report(listing: Listing, items: list[Item], notes: list[str], hint: bool, s
     tables = [item for name, item in listing.label_files.items() if suffix(name) in TABLES] if hint else []
     if hint and (line := box_hint(listing, flag.replace("labels", "boxes"))):
         say(f"  {line}")
-    for item in [item for item in tables if may_hold_labels(item.image_bytes(), item.name)][:3]:
+    for item in [item for item in tables if may_hold_labels(item.head(FIRST_LINE), item.name)][:3]:
         first = "fetch it and " if item.remote else "unpack it and " if item.offset is not None else ""
         where = f"{first}add {flag} {'PATH' if first else printable(item.container)}"
         say(f"  {printable(item.name)} looks like labels: {where} {WAY_OUT}")

@@ -128,7 +128,9 @@ def _from_pil(picture: Image.Image, channels: int | None) -> Tensor:
     picture.load()
     stored = {"1": "L", "P": "RGBA" if "transparency" in picture.info else "RGB"}
     mode = PIL_MODES[channels] if channels else stored.get(picture.mode, picture.mode)
-    return F.pil_to_tensor(picture.convert(mode))
+    picture = picture if picture.mode == mode else picture.convert(mode)  # a copy would double the memory
+    shape = picture.height, picture.width, len(picture.getbands())
+    return torch.from_numpy(np.frombuffer(picture.tobytes(), np.uint8).reshape(shape)).permute(2, 0, 1)
 
 
 def _decode_png(picture: Image.Image, data: bytes, channels: int | None) -> Tensor:

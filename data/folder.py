@@ -21,11 +21,11 @@ from data.catalog import Catalog, make_catalog
 from data.classes import WAY_OUT
 from data.collection import read_collection
 from data.listing import TABLES, suffix
-from data.reading import KEPT, NEED_OPTION, ImageError, Reading, sniff
+from data.reading import KEPT, NEED_OPTION, ImageError, Reading, check_file_size, sniff
 from data.remote import is_url
 from data.shards import Split, open_folder, open_split, read_index
 from data.sources import Item
-from data.tars import IMAGE_TYPES, split_member_name
+from data.tars import IMAGE_TYPES, open_tar, split_member_name
 from data.walk import list_source
 
 DEFAULT = Reading()
@@ -76,7 +76,8 @@ class Folder:
         """
         item = self.item(sample)
         try:
-            data = _unchanged(item) if item.is_file else item.image_bytes()
+            limit = self.reading.max_file_bytes
+            data = _unchanged(item, limit) if item.is_file else item.image_bytes(limit)
         except OSError as error:
             raise UserError(f"cannot be read ({error.strerror.lower()})") from None
         try:
@@ -95,12 +96,13 @@ class Folder:
         return f"{self.folder}, split {self.name}, sample {sample} ({printable(self.item(sample).name)})"
 
 
-def _unchanged(item: Item) -> bytes:
+def _unchanged(item: Item, max_bytes: int) -> bytes:
     """The content of a file, if its size and time are still those that were listed."""
     with Path(item.container).open("rb") as file:
         about = os.fstat(file.fileno())
         if f"{about.st_size} {about.st_mtime_ns}" != item.stamp:
             raise UserError("has changed since the images were listed")
+        check_file_size(about.st_size, max_bytes)
         return file.read()
 
 
@@ -125,6 +127,7 @@ def list_images(folder: Path) -> list[Path]:
 def read_image(path: Path, reading: Reading = DEFAULT) -> bytes:
     """Content of an image file for `data.decode.decode`, converted as in a shard; `UserError` if it cannot be used."""
     try:
+        check_file_size(path.stat().st_size, reading.max_file_bytes)
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror.lower()})") from None
@@ -242,7 +245,7 @@ def _shard_names(split: Split, number: int) -> list[str]:
     originals: dict[str, str] = {}
     shard = split.shards[number]
     try:
-        with os.fdopen(split.open_tar(number), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with os.fdopen(split.open_tar(number), "rb") as file, open_tar(file) as tar:
             for member in tar:
                 key, kind = split_member_name(member.name)
                 if member.isreg() and kind in IMAGE_TYPES:

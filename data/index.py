@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import UserError
+from configs.log import say
 from configs.shell import quote
 from data.pool import Pool, add_progress, run_tasks
-from data.shards import Index, Shard, Split, find_damage, index_file, index_tar, read_index, repair_hint, write_index
+from data.shard_index import Index, Shard, index_file, read_index, read_index_rows, repair_hint, write_index
+from data.shards import Split, find_damage, index_tar
 from data.tars import read_rows
 from data.vectors import stored_targets
 
@@ -21,12 +23,12 @@ def describe(folder: Path) -> None:
     index = read_index(folder)
     for split, shards in index.splits.items():
         samples, size = sum(s.samples for s in shards), sum(s.bytes for s in shards)
-        print(f"  {split:9} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
+        say(f"  {split:9} {samples:12,} images {len(shards):6,} shards {size / 1e6:12,.1f} MB")
     if index.targets:
         kind, names = index.targets["kind"], index.targets["names"]
-        print(f"  targets: {kind} ({', '.join(names[:MAX_SHOWN])}{', ...' if len(names) > MAX_SHOWN else ''})")
+        say(f"  targets: {kind} ({', '.join(names[:MAX_SHOWN])}{', ...' if len(names) > MAX_SHOWN else ''})")
     if index.classes or not index.targets:
-        print(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
+        say(f"  {len(index.classes)} classes" if index.classes else "  no labels: for pretraining")
 
 
 def index_folder(folder: Path, pool: Pool) -> None:
@@ -66,34 +68,41 @@ def _index_one(tar: Path) -> Shard:
 
 def verify(folder: Path, pool: Pool) -> None:
     """Check every byte of every shard. Prints the damaged shards and raises `UserError` if there are any."""
-    shards = read_index(folder).shards
-    damage = list(filter(None, check_every_byte(folder, shards, pool)))
+    index = read_index(folder)
+    shards = index.shards
+    damage = list(filter(None, check_every_byte(folder, shards, pool, index.classes)))
     if damage:
-        print("\n".join(damage))
+        say("\n".join(damage))
         way_out = f"or keep the undamaged images with `python data/prepare.py {quote(str(folder))} --repair`"
         problem = f"{len(damage)} of {len(shards)} shards are damaged, listed above"
         raise UserError(f"{folder}: {problem}: fetch or prepare them again, {way_out}")
-    print(f"{folder}: {len(shards):,} shards, {sum(shard.samples for shard in shards):,} images, no damage")
+    say(f"{folder}: {len(shards):,} shards, {sum(shard.samples for shard in shards):,} images, no damage")
 
 
-def check_every_byte(folder: Path, shards: list[Shard], pool: Pool) -> list[str | None]:
-    """Description of each shard's damage, with its damaged samples; None if there is none."""
+def check_every_byte(
+    folder: Path, shards: list[Shard], pool: Pool, classes: list[str] | None = None
+) -> list[str | None]:
+    """Description of each shard's damage, with its damaged samples; None if there is none.
+
+    Labels must be numbers of `classes`, if these are given.
+    """
     samples = sum(shard.samples for shard in shards)
-    return run_tasks(partial(_check_shard, folder=folder), shards, pool, samples)
+    check = partial(_check_shard, folder=folder, classes=len(classes) if classes else None)
+    return run_tasks(check, shards, pool, samples)
 
 
-def _check_shard(shard: Shard, folder: Path) -> str | None:
+def _check_shard(shard: Shard, folder: Path, classes: int | None) -> str | None:
     tar = folder / shard.file
     add_progress(shard.samples)
-    damage = find_damage(folder, shard, digests=True)
+    damage = find_damage(folder, shard, digests=True, classes=classes)
     in_tar = damage is not None and damage.startswith(f"{tar} ")  # not in its index
-    return damage + _damaged_samples(tar) if in_tar and tar.exists() and index_file(tar).exists() else damage
+    return damage + _damaged_samples(tar, shard) if in_tar and tar.is_file() and index_file(tar).is_file() else damage
 
 
-def _damaged_samples(tar: Path) -> str:
+def _damaged_samples(tar: Path, shard: Shard) -> str:
     """Which samples of a damaged tar differ from its index, in parentheses."""
     try:
-        rows, indexed = read_rows(tar), np.load(index_file(tar), allow_pickle=False)
+        rows, indexed = read_rows(tar), read_index_rows(index_file(tar).read_bytes(), shard)
     except (UserError, OSError, ValueError) as error:
         return f" ({error})"
     if not set(indexed.dtype.descr) <= set(rows.dtype.descr):

@@ -11,6 +11,7 @@ from configs.errors import UserError, counted, printable
 from data.cells import LABELS_TASK, as_label, cell_reader, empty
 from data.classes import UNLABELED, split_name
 from data.listing import SIDECARS, Listing, suffix
+from data.reading import ImageError
 from data.sources import Item
 from data.tables import LABEL_NAMES, TARGETS, Columns, Row, as_path, plain
 from data.tars import READABLE, split_member_name
@@ -215,7 +216,10 @@ def label_by_sidecars(listing: Listing) -> list[str]:
 
 def _sidecar(item: Item, name: str) -> tuple[str | None, dict[str, Any]]:
     """Label and other targets of a `.cls` or `.json` file."""
-    data = item.image_bytes()
+    try:
+        data = item.image_bytes()
+    except ImageError:  # damaged in a zip: the image counts as one without a label
+        return None, {}
     if suffix(name) == "cls":
         text = data.decode("utf-8", "surrogateescape").strip()
         return (as_label(text) if text else None), {}

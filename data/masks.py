@@ -265,11 +265,16 @@ def with_tile_masks(
         yield name, image, place, mask
 
 
+def _read(mask: Item, options: "PrepareOptions") -> np.ndarray:
+    data, classes = mask.image_bytes(options.max_file_bytes), read_classes(options.mask_classes, options.ignore)
+    return read_mask(data, classes, options.max_pixels)
+
+
 def _whole_mask(item: Item, size: tuple[int, int], options: "PrepareOptions") -> np.ndarray:
     """The mask of an image of upright `size` that is cut into tiles."""
     if not options.no_exif and orientation(item.head(1 << 16)) != 1:
         raise ImageError("is turned by EXIF: save image and mask upright to cut them into tiles", UNSUPPORTED)
-    mask = read_mask(item.mask.image_bytes(), read_classes(options.mask_classes, options.ignore), options.max_pixels)
+    mask = _read(item.mask, options)
     if mask.shape != size:
         sizes = "{1}x{0} pixels, the image {3}x{2}".format(*mask.shape, *size)
         raise ImageError(f"its mask {printable(item.mask.name)} has {sizes}", MASK_SIZE)
@@ -280,7 +285,7 @@ def _mask_of(image: tuple[str, bytes], name: str, data: bytes, item: Item, optio
     """The mask of an encoded image, upright and of its size."""
     if name != item.name:
         raise ImageError("is one of several pages, but has one mask: use --pages first", UNSUPPORTED)
-    mask = read_mask(item.mask.image_bytes(), read_classes(options.mask_classes, options.ignore), options.max_pixels)
+    mask = _read(item.mask, options)
     stored = full = image_size(*image)
     if options.resize:
         from data.reencode import reencode  # imports torch

@@ -13,11 +13,14 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.files import write_atomic
+from configs.log import say
 from data.sources import Item
 
 # backslash, control characters, line separators, characters that change the direction of text, surrogates
 SPECIAL = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-FORMULA = "=+-@'"  # first characters of cells that get an apostrophe; it is one itself, so that none is ambiguous
+# first characters of cells that get an apostrophe; it is one itself, so that none is ambiguous; tabs are escaped
+FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "'")
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 MAX_NAMES = 5  # in a message
 
 
@@ -43,13 +46,23 @@ def _escape(character: str) -> str:
     return f"\\u{ord(character):04x}"
 
 
+def csv_cell(value: object) -> object:
+    """A value of a CSV file: text that a spreadsheet would take for a formula gets an apostrophe; numbers stay."""
+    if not isinstance(value, str):
+        return value
+    return f"'{value}" if value.startswith(FORMULA) and not NUMBER.fullmatch(value) else value
+
+
+def csv_rows(rows: Iterable[Sequence[object]]) -> bytes:
+    """Rows of a CSV file, whose texts are escaped already."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(map(csv_cell, row) for row in rows)
+    return text.getvalue().encode()
+
+
 def write_list(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str | float]]) -> None:
     """Write a CSV file; its first column is `name`. Names are escaped already."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([f"'{x}" if isinstance(x, str) and x[:1] in tuple(FORMULA) else x for x in row] for row in rows)
-    write_atomic(path, text.getvalue().encode())
+    write_atomic(path, csv_rows([columns, *rows]))
 
 
 def read_names(path: Path) -> frozenset[str]:
@@ -68,7 +81,7 @@ def read_names(path: Path) -> frozenset[str]:
         raise UserError(
             f"{path} is not a CSV file ({error}): give one with a column `name`, or a name a line"
         ) from None
-    return frozenset(cell[1:] if cell[:1] == "'" and cell[1:2] in tuple(FORMULA) else cell for cell in cells if cell)
+    return frozenset(cell[1:] if cell[:1] == "'" and cell[1:].startswith(FORMULA) else cell for cell in cells if cell)
 
 
 def read_lists(only: Path | None, without: Iterable[Path]) -> list[NameList]:
@@ -89,15 +102,13 @@ def select(items: list[Item], lists: Iterable[NameList], source: str) -> list[It
             problem = f"{given.path} names no image of {source}, whose names are like {escape_name(items[0].name)}"
             raise UserError(f"{problem}: give a list of its images")
         left = [item for item in left if given.keep == (item.name in matched or escape_name(item.name) in matched)]
-        print(
-            f"{given.path}: {len(matched):,} names {'used' if given.keep else 'left out'}, {len(left):,} images remain"
-        )
+        say(f"{given.path}: {len(matched):,} names {'used' if given.keep else 'left out'}, {len(left):,} images remain")
         if unknown := sorted(map(escape_name, given.names - matched)):
-            print(f"{given.path}: {len(unknown):,} names match no image: {_some(unknown)}")
+            say(f"{given.path}: {len(unknown):,} names match no image: {_some(unknown)}")
     if not left:
         raise UserError(f"--only and --without leave no image of {source}")
     if lost := sorted({item.label or "" for item in items} - {item.label or "" for item in left}):
-        print(f"no image is left of {len(lost):,} classes: {_some([escape_name(name) for name in lost])}")
+        say(f"no image is left of {len(lost):,} classes: {_some([escape_name(name) for name in lost])}")
     return left
 
 

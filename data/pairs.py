@@ -162,7 +162,8 @@ def _values(masks: list[Item], options: PrepareOptions) -> str:
     looked, found, problem = 0, set(), ""
     for mask in masks[:LOOKED_AT]:
         try:
-            found |= set(map(int, {*read_pixels(mask.image_bytes(), options.max_pixels).ravel().tolist()}))
+            pixels = read_pixels(mask.image_bytes(options.max_file_bytes), options.max_pixels)
+            found |= set(map(int, pixels.ravel().tolist()))
             looked += 1
         except UserError as error:
             problem = f"{printable(mask.name)}: {error}"

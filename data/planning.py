@@ -20,7 +20,7 @@ from configs.files import write_atomic
 from configs.keys import RAY_HELP, BelowOne, argument, option
 from data.pool import Pool
 from data.reading import Reading
-from data.shards import Shard
+from data.shard_index import Shard
 from data.sources import Item
 
 Pixels = Annotated[int, Field(ge=1, le=1 << 16)]

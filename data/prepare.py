@@ -29,6 +29,7 @@ sys.path[0] = str(ROOT)  # the project, not this folder
 
 from configs.command import parse_options
 from configs.errors import UserError, printable, run_main
+from configs.log import say
 from configs.shell import command
 from data.build import build
 from data.index import index_folder, verify
@@ -95,9 +96,9 @@ def prepare_and_plan() -> None:
     options = main()
     if options.dry_run:
         words = [word for word in sys.argv[1:] if word != "--dry-run"]
-        print(f"next: {command('data/prepare.py', *words)}")
+        say(f"next: {command('data/prepare.py', *words)}")
     elif options.out and is_url(options.out):
-        print(f"next: {command('launch/plan.py', options.out.rstrip('/'))}")
+        say(f"next: {command('launch/plan.py', options.out.rstrip('/'))}")
     elif options.out or options.index:
         plan(Path(options.out or options.source), options.no_plan)
 
@@ -106,14 +107,14 @@ def plan(folder: Path, later: bool) -> None:
     """Plan the training on shards in another process, because the plan needs other packages than data."""
     again, path = command("launch/plan.py", folder), folder / "plan.yaml"
     if path.exists():
-        print(f"{printable(path)} is kept: to plan anew, remove it and run `{again}`")
-        print(f"ready: {command('pretrain/main.py', '--config', path)}")
+        say(f"{printable(path)} is kept: to plan anew, remove it and run `{again}`")
+        say(f"ready: {command('pretrain/main.py', '--config', path)}")
     elif later:
-        print(f"next: {again}")
+        say(f"next: {again}")
     else:
         sys.stdout.flush()
         if subprocess.run([sys.executable, str(ROOT / "launch/plan.py"), str(folder)], check=False).returncode:
-            print(f"the shards are complete; only the plan is missing: `{again}` makes it")
+            say(f"the shards are complete; only the plan is missing: `{again}` makes it")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from PIL import Image
 
 from configs.errors import counted, printable
 from configs.files import write_atomic
+from configs.log import say
 from data.survey import MOST_COMPARED, TILE, Survey, value_range
 
 DARK = 0.25  # share of the range of values below which images may be of 12 bits in 16
@@ -115,4 +116,4 @@ def write_pictures(found: Survey, path: Path, shown: str | None = None) -> None:
     out = io.BytesIO()
     sheet.save(out, "png")
     write_atomic(path, out.getvalue())
-    print(f"  see {shown or path}", flush=True)
+    say(f"  see {shown or path}")

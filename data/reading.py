@@ -17,6 +17,7 @@ from data.cache import RemoteUserError
 HEAD_BYTES = 132  # of a file, from which `sniff` knows its type
 MAX_PIXELS = 178_956_970  # the size at which PIL refuses pictures as decompression bombs
 BYTES_PER_PIXEL = 4  # allowed for each pixel of the limit: RGBA, or one float32
+MAX_FILE_BYTES = 1 << 30  # of a file that is read whole: a small zip or sparse file may hold more than the memory
 DAMAGED, TOO_LARGE, UNSUPPORTED, NO_IMAGE = "damaged", "too large", "unsupported", "not an image"  # kinds of refusals
 UNREADABLE = "cannot be read"  # the disk or the permissions, not the image
 CHANNELS, PAGES, VALUES, NODATA = "wrong channels", "needs --pages", "needs --value-range", "needs --nodata"
@@ -79,6 +80,11 @@ class Reading:
             low, high = self.value_range
             given = " ".join(map(number, self.value_range))
             require(-math.inf < low < high < math.inf, "--value-range", given, "two numbers, LOW below HIGH")
+
+    @property
+    def max_file_bytes(self) -> int:
+        """Encoded bytes of a file that is read whole."""
+        return max(MAX_FILE_BYTES, self.max_pixels * BYTES_PER_PIXEL)
 
     @property
     def as_stored(self) -> bool:
@@ -147,6 +153,13 @@ def check_size(height: int, width: int, pixel_bytes: int, max_pixels: int, advic
     else:
         return
     raise ImageError(problem + advice, TOO_LARGE)
+
+
+def check_file_size(size: int, max_bytes: int) -> None:
+    """Raise `ImageError` for a file of more than `max_bytes`, see `Reading.max_file_bytes`."""
+    if size > max_bytes:
+        problem = f"has {size:,} bytes, more than the limit of {max_bytes:,} bytes"
+        raise ImageError(f"{problem}: add --max-pixels {-(-size // BYTES_PER_PIXEL)} if it is an image", TOO_LARGE)
 
 
 def raise_limit(height: int, width: int, pixel_bytes: int) -> str:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 
+import imagecodecs
 import numpy as np
 from PIL import Image
 
@@ -155,6 +156,9 @@ def picture_page(picture: Image.Image, data: bytes) -> Page:
         pixels = read_png(data)
         alpha = pixels.shape[2] in (2, 4)
         return Page(pixels, alpha=alpha, orientation=orientation(data), deep_png=is_deep(picture))
+    if picture.format == "WEBP" and not picture.is_animated:  # PIL takes twice the memory
+        pixels = imagecodecs.webp_decode(data)
+        return Page(pixels, alpha=pixels.shape[2] == 4, orientation=orientation(data))
     from data.pictures import from_pil
 
     picture.load()

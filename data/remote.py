@@ -19,8 +19,9 @@ from urllib.parse import quote
 import fsspec
 from fsspec.callbacks import NoOpCallback
 
-from configs.errors import UserError, reason
+from configs.errors import UserError, printable, reason
 from configs.files import sha256
+from configs.secrets import WAY_OUT, has_secret, without_secrets
 from data.cache import POLL_SECONDS, Cache, RemoteUserError
 
 PROTOCOLS = {  # supported protocols and their pip packages; none of them executes anything
@@ -37,6 +38,13 @@ STALL_SECONDS, STALL_BYTES = 60.0, 1 << 16  # a transfer with fewer bytes in tha
 MAX_INDEX_BYTES = 1 << 28  # of index.json
 CONCURRENT_FETCHES = 4  # per process
 
+# names of errors that another attempt gives again: wrong parameters, no credentials, an address without a host
+CANNOT_HELP = {
+    "ValueError", "TypeError", "LookupError", "AttributeError", "NotImplementedError", "ParamValidationError",
+    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound", "NoRegionError",
+    "UnknownServiceError", "InvalidRegionError", "UnsupportedSignatureVersionError", "InvalidURL",
+}  # fmt: skip
+
 Result = TypeVar("Result")
 
 
@@ -52,12 +60,12 @@ def is_url(path: str) -> bool:
 def check_url(url: str, key: str = "data.path") -> str:
     """A folder's URL without trailing slashes. Raises `UserError` unless it is a plain URL of a supported protocol.
 
-    Errors name `key` and leave out the query, which may contain a signature.
+    Errors name `key` and leave out user info and query, which may contain a signature.
     """
     protocol, _, place = url.partition("://")
-    shown = f"{key} {url.partition('?')[0]}{'?...' if '?' in url else ''}"
-    if "@" in place.split("/")[0] and (protocol.startswith("http") or ":" in place.split("@")[0]):
-        raise UserError(f"{key} contains a password, which logs would show: put it into ~/.netrc")
+    shown = f"{key} {without_secrets(url)}"
+    if has_secret(url.partition("?")[0]):
+        raise UserError(f"{shown} has a user or a password in it: {WAY_OUT}")
     if protocol not in PROTOCOLS or "::" in url:
         raise UserError(f"{shown}: use a URL without :: that begins with {', '.join(PROTOCOLS)}")
     if not place.strip("/") or re.search(r"[\s?#*\[\]]", place):
@@ -100,7 +108,8 @@ def retried(url: str, attempt: Callable[[], Result]) -> Result:
             problem = error
         if number < ATTEMPTS:
             seconds = BACKOFF_SECONDS * 2 ** (number - 1)
-            print(f"{url}: {problem}; attempt {number + 1} of {ATTEMPTS} in {seconds:g} s", file=sys.stderr, flush=True)
+            line = printable(f"{url}: {problem}; attempt {number + 1} of {ATTEMPTS} in {seconds:g} s")
+            print(line, file=sys.stderr, flush=True)
             time.sleep(seconds)
     way_out = "check the network and the uploaded files, then run the same command again"
     raise RemoteUserError(f"{url}: {problem}; gave up after {ATTEMPTS} attempts: {way_out}")
@@ -125,6 +134,8 @@ def explain(error: Exception, url: str, part: Path | None = None, key: str = "da
         return RemoteUserError(f"{url}: no permission ({reason(error)}): configure credentials as {package} documents")
     if status in range(400, 500) and status not in (408, 425, 429):
         return RemoteUserError(f"{url} was refused ({reason(error)}): check {key}")
+    if {kind.__name__ for kind in type(error).__mro__} & CANNOT_HELP:
+        return RemoteUserError(f"{url} cannot be read ({reason(error)}): check {key} and the credentials")
     return AttemptError(reason(error))
 
 

@@ -14,7 +14,7 @@ from typing import BinaryIO, TypeVar
 from configs.errors import UserError
 from data.cache import RemoteUserError
 from data.remote import PROTOCOLS, AttemptError, check_url, explain, is_url, open_filesystem, retried
-from data.shards import Shard, index_file
+from data.shard_index import Shard, index_file
 
 BLOCK_BYTES = 1 << 23  # read at a time while an archive is listed
 REGION_BYTES = 1 << 20  # of a huge image that is cut into tiles

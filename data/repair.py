@@ -14,6 +14,7 @@ import tarfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,14 +23,16 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from configs.errors import UserError
+from configs.errors import UserError, printable
 from configs.files import sha256, sync_folder, write_atomic
+from configs.log import say
 from configs.shell import quote
 from data.index import describe
 from data.pool import Pool, add_progress, run_tasks
 from data.reading import TOO_LARGE, ImageError
-from data.shards import Index, Shard, index_file, index_tar, read_index, write_index
-from data.tars import IMAGE_TYPES, ROW, TARGET_ROW, member_end, parse_label, split_member_name
+from data.shard_index import Index, Shard, index_file, read_index, read_index_rows, write_index
+from data.shards import index_tar
+from data.tars import IMAGE_TYPES, ROW, TARGET_ROW, Header, member_end, parse_label, split_member_name
 
 LOST = "lost.txt"
 TYPES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"\x93N": "npy"}  # by an image's first bytes
@@ -54,7 +57,7 @@ class Repaired:
     lost: list[str]
 
 
-class Header(tarfile.TarInfo):
+class Lenient(Header):
     """Long names have a pair of headers; if one of them is damaged, the other is treated as invalid."""
 
     @classmethod
@@ -82,7 +85,7 @@ def repair(folder: Path, pool: Pool) -> None:
     for file in folder.glob(".*.tar.salvaged*"):  # no longer needed, or left behind by a killed run
         file.unlink()
     if not repaired:
-        print(f"{folder}: nothing is damaged in {len(shards):,} shards")
+        say(f"{folder}: nothing is damaged in {len(shards):,} shards")
     elif not new.splits:
         raise UserError(f"{folder}: no undamaged image, nothing was changed: fetch or prepare the shards again")
     else:
@@ -115,7 +118,11 @@ def _repair_shard(shard: Shard, folder: Path) -> Repaired | None:
             for (new, old), digest in zip(_renames(tar), (entry["sha256"], entry["index_sha256"]), strict=True)
         ):
             return Repaired(Shard(**entry), record["lost"])
-    repaired = _salvage(tar, shard, np.load(index_file(tar), allow_pickle=False) if indexed else None)
+    rows = None
+    if indexed:
+        with suppress(ValueError):  # written like that, so not by this project
+            rows = read_index_rows(index_file(tar).read_bytes(), shard)
+    repaired = _salvage(tar, shard, rows)
     write_atomic(done, json.dumps(asdict(repaired)).encode())
     return repaired
 
@@ -160,7 +167,7 @@ def _members(file: BinaryIO) -> Iterator[Member]:
     """Files of a tar with a readable header and complete content, including those after damage."""
     length = os.fstat(file.fileno()).st_size
     try:
-        archive = tarfile.TarFile(fileobj=file, tarinfo=Header, ignore_zeros=True)  # continues at the next valid header
+        archive = tarfile.TarFile(fileobj=file, tarinfo=Lenient, ignore_zeros=True)  # continues after damage
         for member in archive:
             start, offset, size = member.offset, member.offset_data, member.size
             if size < 0:  # would send tarfile back, into an endless loop
@@ -257,7 +264,7 @@ def _install(folder: Path, new: Index, repaired: dict[Shard, Repaired]) -> None:
     lines = [line for result in repaired.values() for line in result.lost]
     if lines:
         lines = dict.fromkeys([*_lost_lines(folder), *lines])  # a killed run may have written them
-        write_atomic(folder / LOST, "".join(f"{line}\n" for line in lines).encode())
+        write_atomic(folder / LOST, "".join(f"{printable(line)}\n" for line in lines).encode())
     write_index(folder, new)
 
 
@@ -270,16 +277,16 @@ def _report(folder: Path, index: Index, new: Index, repaired: dict[Shard, Repair
         lost += shard.samples - left
         same = entry and entry.sha256 == shard.sha256
         outcome = "repaired, byte for byte as it was" if same else f"{left:,} of {shard.samples:,} images kept"
-        print(f"{folder / shard.file}: {outcome}{'' if entry else ', no longer listed in index.json'}")
+        say(f"{folder / shard.file}: {outcome}{'' if entry else ', no longer listed in index.json'}")
     if lost:
-        print(f"{lost:,} images are lost, listed in {folder / LOST}")
+        say(f"{lost:,} images are lost, listed in {folder / LOST}")
         if (folder / "source.json").exists():
-            print(
+            say(
                 "to restore them from the original images: "
                 f"`python data/prepare.py SOURCE {quote(str(folder))} --repair`"
             )
     for split, shards in index.splits.items():
         if [s.sha256 for s in shards] != [s.sha256 for s in new.splits.get(split, ())]:
             way_out = "runs trained on it cannot be resumed, use a new --run.name"
-            print(f"the content of split {split} has changed: {way_out}")
+            say(f"the content of split {split} has changed: {way_out}")
     describe(folder)

@@ -20,65 +20,34 @@ Nothing in a shard is executed or unpickled. This module does not import torch.
 """
 
 import hashlib
-import io
-import json
 import os
-import re
 import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from configs.errors import UserError, nearest
-from configs.files import atomic_file, sha256, write_atomic
+from configs.files import atomic_file, sha256
 from configs.schema import Data
 from configs.shell import quote
 from data.cache import Cache
 from data.remote import CONCURRENT_FETCHES, Remote, is_url
 from data.sampler import WINDOW
-from data.tars import READABLE, TARGET_ROW, read_rows
+from data.shard_index import (  # noqa: F401  # importable from here
+    Index,
+    Shard,
+    index_file,
+    max_index_bytes,
+    read_index,
+    read_index_rows,
+    repair_hint,
+    write_index,
+)
+from data.tars import ROW, TARGET_ROW, read_rows
 
-FORMAT = "convnext-fcmae-shards/1"
 MAX_OPEN_SHARDS = 64  # open files and index tables per reader
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar of a split, as listed in index.json."""
-
-    file: str
-    samples: int
-    bytes: int
-    sha256: str
-    index_sha256: str
-
-
-@dataclass(frozen=True)
-class Index:
-    """The content of index.json."""
-
-    splits: dict[str, list[Shard]]
-    classes: list[str] | None
-    survey: dict | None = None  # what data/prepare.py found in the source
-    targets: dict | None = None  # of tasks other than classification
-
-    @property
-    def shards(self) -> list[Shard]:
-        """The shards of all splits."""
-        return [shard for shards in self.splits.values() for shard in shards]
-
-
-def index_file(tar: Path) -> Path:
-    """Path of a tar's index."""
-    return tar.with_name(tar.name.removesuffix(".tar") + ".idx.npy")
-
-
-def max_index_bytes(shard: Shard) -> int:
-    """Upper bound of the size of a shard's index: numpy's header, and one row per sample."""
-    return 1024 + shard.samples * TARGET_ROW.itemsize
 
 
 def index_tar(tar: Path) -> Shard:
@@ -89,82 +58,27 @@ def index_tar(tar: Path) -> Shard:
     return Shard(tar.name, len(rows), tar.stat().st_size, sha256(tar), sha256(index_file(tar)))
 
 
-def find_damage(folder: Path, shard: Shard, digests: bool = False) -> str | None:
+def find_damage(folder: Path, shard: Shard, digests: bool = False, classes: int | None = None) -> str | None:
     """Description of a local shard's damage, None if there is none. Checks its size or, with `digests`, every byte."""
     tar = folder / shard.file
-    if not tar.exists():
+    index = index_file(tar)
+    if not tar.is_file():
         return f"{tar} is missing"
     if (size := tar.stat().st_size) != shard.bytes:
         return f"{tar} has {size} bytes, index.json lists {shard.bytes}"
-    if not index_file(tar).exists():
+    if not index.is_file():
         return f"{tar} has no .idx.npy"
-    for path, digest in ((tar, shard.sha256), (index_file(tar), shard.index_sha256)) if digests else ():
+    if not shard.samples * ROW.itemsize < (size := index.stat().st_size) <= max_index_bytes(shard):
+        return f"{index} has {size} bytes, too few or too many for the {shard.samples:,} samples in index.json"
+    for path, digest in ((tar, shard.sha256), (index, shard.index_sha256)) if digests else ():
         if sha256(path) != digest:
             return f"{path} does not match its SHA-256 in index.json"
+    if digests:
+        try:
+            read_index_rows(index.read_bytes(), shard, classes)
+        except ValueError as error:
+            return f"{index} {error}"
     return None
-
-
-def repair_hint(folder: Path | Remote) -> str:
-    """What the user can do about a damaged folder of shards."""
-    if isinstance(folder, Remote):
-        return "check the uploaded folder with `python data/prepare.py FOLDER --verify`, and upload it again"
-    if (folder / "source.json").exists():
-        return "delete that file and run the same data/prepare.py command again"
-    return f"fetch it again, or run `python data/prepare.py {quote(str(folder))} --index`"
-
-
-def write_index(folder: Path, index: Index) -> None:
-    """Write index.json, which marks a folder of shards as complete."""
-    splits = {split: [asdict(shard) for shard in shards] for split, shards in index.splits.items()}
-    content = {"format": FORMAT, "classes": index.classes, "splits": splits}
-    content |= {key: value for key in ("survey", "targets") if (value := getattr(index, key))}
-    write_atomic(folder / "index.json", json.dumps(content, indent=1).encode())
-
-
-def read_index(folder: Path | Remote) -> Index:
-    """Read index.json. Raises `UserError` if it is missing, damaged or of another format."""
-    path = folder / "index.json"
-    if isinstance(folder, Path) and not path.exists():
-        raise UserError(_no_index(folder))
-    try:
-        content = json.loads(path.read_bytes() if isinstance(folder, Path) else folder.fetch_index())
-        if content["format"] != FORMAT:
-            raise UserError(f"{path} has format {content['format']}, this version reads {FORMAT}: prepare it again")
-        splits = {split: [Shard(**shard) for shard in shards] for split, shards in content["splits"].items()}
-        index = Index(splits, content["classes"], content.get("survey"), content.get("targets"))
-        for shard in index.shards:
-            _check_entry(shard, path)
-        return index
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: {repair_hint(folder)}") from None
-
-
-def _no_index(folder: Path) -> str:
-    """What to do about a folder without index.json. One with images or folders in it is never advised as an output."""
-    paths = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
-    tars = any(path.suffix == ".tar" for path in paths)
-    if any(path.is_dir() or _is_image(path.name) for path in paths):
-        make = f"make shards of it with `python data/prepare.py {quote(str(folder))} OUT`, in a new folder OUT"
-        more = "; if its tars are shards, move them to a folder of their own" if tars else ""
-        return f"{folder} has no index.json, so it is not a folder of shards: {make}{more}"
-    if tars:
-        return f"{folder} has tars but no index.json: run `python data/prepare.py {quote(str(folder))} --index`"
-    return f"no shards at {folder}: make them with `python data/prepare.py SOURCE {quote(str(folder))}`"
-
-
-def _is_image(name: str) -> bool:
-    own = name == "preview.png" or name.endswith(".idx.npy")  # of shards whose index.json is not written yet
-    return name.rpartition(".")[2].lower() in READABLE and not own
-
-
-def _check_entry(shard: Shard, index: Path | str) -> None:
-    """Check an entry of index.json, which may come from an untrusted source: its file must be in the same folder."""
-    if min(shard.samples, shard.bytes) < 0:
-        raise ValueError
-    if not re.fullmatch(r"[^./\\\0][^/\\\0]*", shard.file):
-        raise UserError(f"{index} lists the file {shard.file!r}: only files beside it are read; make the index again")
-    if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in (shard.sha256, shard.index_sha256)):
-        raise UserError(f"{index}: {shard.file} has no SHA-256 of 64 hexadecimal digits; make the index again")
 
 
 class Split:
@@ -277,12 +191,16 @@ class Split:
         shard = self.shards[number]
         if isinstance(self.folder, Remote):
             name = index_file(Path(shard.file)).name
-            data = self.folder.read_file(name, shard.index_sha256, max_index_bytes(shard))
-            return np.load(io.BytesIO(data), allow_pickle=False)
-        path = index_file(self.folder / shard.file)
-        if sha256(path) != shard.index_sha256:
-            raise UserError(f"{path} disagrees with index.json: {repair_hint(self.folder)}")
-        return np.load(path, allow_pickle=False)
+            path, data = name, self.folder.read_file(name, shard.index_sha256, max_index_bytes(shard))
+        else:
+            path = index_file(self.folder / shard.file)
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+                raise UserError(f"{path} disagrees with index.json: {repair_hint(self.folder)}")
+        try:
+            return read_index_rows(data, shard, len(self.classes) if self.classes else None)
+        except ValueError as error:
+            raise UserError(f"{path} {error}: {repair_hint(self.folder)}") from None
 
     def __getstate__(self) -> dict:  # each loader process opens files of its own
         return {**self.__dict__, "_open_shards": OrderedDict()}

@@ -3,10 +3,10 @@
 `data/listing.py` lists the images of a source; they are read later, in any order, by several processes.
 """
 
+import errno
 import io
 import os
 import zipfile
-import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from configs.errors import UserError, reason
-from data.reading import TOO_LARGE, UNSUPPORTED, ImageError
+from data.cache import RemoteUserError
+from data.reading import MAX_FILE_BYTES, UNSUPPORTED, ImageError, check_file_size
 from data.remote import is_url
 from data.remote_files import REGION_BYTES, SMALL_BLOCK_BYTES, open_binary, read_url
 
-MAX_MEMBER_BYTES = 1 << 30  # of a zip: a small file may unpack to more than the memory
+SMALL_READ = 1 << 12  # compressed bytes of a bz2 or lzma member, which unpack to at most some 100 MB
 DIGITS_VAL_SHARE = 5  # every fifth image of a class is held out
 
 
@@ -47,13 +48,15 @@ class Item:
         place = self.name, self.container, self.stamp, self.offset, self.size, self.zipped
         return Item(*place, split, label, self.mask, self.targets)
 
-    def image_bytes(self) -> bytes:
+    def image_bytes(self, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         """The encoded image.
 
-        Raises `ImageError` if it is damaged in a zip, `OSError` or `RemoteUserError` if the source cannot be read.
+        Raises `ImageError` if it is larger than `max_bytes` or damaged in a zip, `OSError` or `RemoteUserError` if the
+        source cannot be read.
         """
         if self.container == "digits":
             return digits()[self.name][0]
+        check_file_size(self._bytes(), max_bytes)
         if self.zipped:
             return self._from_zip()
         if self.remote:
@@ -67,6 +70,14 @@ class Item:
     def remote(self) -> bool:
         """Whether the image is at a URL."""
         return is_url(self.container)
+
+    def _bytes(self) -> int:
+        """Bytes of the encoded image; of a member of a zip, those that its directory declares."""
+        if self.zipped:
+            return open_zip(self.container, os.getpid())[1][self.offset].file_size
+        if self.offset is not None:
+            return self.size
+        return int(self.byte_size) if self.remote else Path(self.container).stat().st_size
 
     @property
     def byte_size(self) -> int | str | None:
@@ -93,23 +104,26 @@ class Item:
                 return read_url(self.container, self.offset or 0, min(count, int(self.byte_size)))
             with Path(self.container).open("rb") as file:
                 return os.pread(file.fileno(), min(count, self.size or count), self.offset or 0)
-        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError):  # RuntimeError: encrypted in a zip
+        except RemoteUserError:
+            raise
+        except Exception:  # of the disk, or almost any of a damaged or encrypted member of a zip
             return b""
 
     def _from_zip(self) -> bytes:
         archive, members = open_zip(self.container, os.getpid())
         member = members[self.offset]
-        if member.file_size > MAX_MEMBER_BYTES:
-            size = f"has {member.file_size:,} bytes, the limit in a zip is {MAX_MEMBER_BYTES:,}: unpack it"
-            raise ImageError(size, TOO_LARGE)
         if member.flag_bits & 1:
             raise ImageError("is encrypted: unpack the zip with its password", UNSUPPORTED)
         try:
-            return archive.read(member)
+            return read_member(archive, member)
         except NotImplementedError:
             problem = f"is compressed by a method of zip that is not supported ({member.compress_type}): unpack it"
             raise ImageError(problem, UNSUPPORTED) from None
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError):
+        except RemoteUserError:
+            raise
+        except Exception as error:  # damaged members raise almost any exception
+            if isinstance(error, OSError) and error.errno == errno.EIO:  # the disk
+                raise
             raise ImageError("is damaged in the zip: fetch it again") from None
 
 
@@ -141,6 +155,17 @@ class _Section(io.RawIOBase):
         super().close()
 
 
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """Content of a member of a zip. More than the declared bytes are never unpacked at once: `ZipFile.read` may."""
+    packed = member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    parts, left = [], member.file_size
+    with archive.open(member) as file:
+        while part := file.read(min(left, SMALL_READ) if packed else left):
+            parts.append(part)
+            left -= len(part)
+    return b"".join(parts)
+
+
 @lru_cache(4)
 def open_zip(path: str, process: int) -> tuple[zipfile.ZipFile, dict[int, zipfile.ZipInfo]]:
     """A zip and its members by the offset of their header; names are not unique.
@@ -150,7 +175,9 @@ def open_zip(path: str, process: int) -> tuple[zipfile.ZipFile, dict[int, zipfil
     """
     try:
         archive = zipfile.ZipFile(open_binary(path, SMALL_BLOCK_BYTES) if is_url(path) else path)
-    except (zipfile.BadZipFile, UnicodeDecodeError, NotImplementedError) as error:
+    except (OSError, RemoteUserError):
+        raise
+    except Exception as error:  # damaged directories raise almost any exception
         raise UserError(f"{path} is a damaged zip ({reason(error)}): fetch it again") from None
     return archive, {member.header_offset: member for member in archive.infolist()}
 

@@ -110,7 +110,7 @@ def _look(item: Item, options: PrepareOptions, show: bool) -> tuple[list[tuple],
     The second value is the number of background tiles.
     """
     try:
-        data = item.image_bytes()
+        data = item.image_bytes(options.max_file_bytes)
     except ImageError as error:
         return [(item.name, "", 1, error, None, None)], 0
     except OSError as error:

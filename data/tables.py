@@ -203,10 +203,10 @@ def as_path(value: Any) -> str:
 
 
 def may_hold_labels(data: bytes, name: str) -> bool:
-    """Whether a file looks like a table of labels, from its first line."""
+    """Whether a file looks like a table of labels, from its first bytes."""
     if suffix(name) not in ("csv", "tsv"):
         return True
-    header = data[: 1 << 12].decode("utf-8-sig", "replace").split("\n", 1)[0]
+    header = data.decode("utf-8-sig", "replace").split("\n", 1)[0]
     return len(re.split(r"[,;\t]", header)) > 1
 
 

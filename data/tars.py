@@ -21,9 +21,31 @@ READABLE = (
 )  # fmt: skip
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("label", "<i4")])
 TARGET_ROW = np.dtype([*ROW.descr, ("target_offset", "<u8"), ("target_size", "<u4"), ("target_crc", "<u4")])
+LONG_HEADERS = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
+MAX_NAME_BYTES = 1 << 20
 MASK = "mask.png"  # type of the member with a sample's mask
 TARGETS = ("labels", "numbers", "boxes")  # keys of the `json` member that are targets of tasks
+BLOCK_BYTES = tarfile.BLOCKSIZE  # of a header, and what members are padded to
 CHUNK_BYTES = 1 << 20  # read at a time from files that may be large
+
+
+class Header(tarfile.TarInfo):
+    """Refuses headers that hold a name or attributes of more than `MAX_NAME_BYTES`, which tarfile reads into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in LONG_HEADERS and header.size > MAX_NAME_BYTES:
+            raise tarfile.InvalidHeaderError(f"a header of {header.size:,} bytes")
+        return header
+
+
+def open_tar(file: BinaryIO, ignore_zeros: bool = False) -> tarfile.TarFile:
+    """An uncompressed tar for reading; names that are not UTF-8 have surrogates. Raises `tarfile.TarError`."""
+    options = {"tarinfo": Header, "errors": "surrogateescape", "ignore_zeros": ignore_zeros}
+    return tarfile.open(fileobj=file, mode="r:", **options)
 
 
 def read_rows(tar: Path) -> np.ndarray:
@@ -41,7 +63,7 @@ def read_rows(tar: Path) -> np.ndarray:
     targets: dict[str, tuple[int, int, int]] = {}
     end, length = 0, tar.stat().st_size
     try:
-        with tarfile.open(tar, "r:") as archive, tar.open("rb") as file:
+        with tar.open("rb") as opened, open_tar(opened) as archive, tar.open("rb") as file:
             for member in archive:
                 end = member_end(member)
                 if member.size < 0 or (member.isreg() and member.offset_data + member.size > length):

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -81,6 +83,7 @@ def _open_page(tif: TiffFile, page: TiffPage, reading: Reading) -> tuple[int, Ca
 
 def _chosen_pages(tif: TiffFile, reading: Reading, notes: Notes) -> tuple[list[TiffPage], int, bool]:
     """Pages that are neither overviews, thumbnails nor masks; slices in a single one; whether all are taken."""
+    _check_chain(tif)
     pages = [page.aspage() for page in tif.pages]
     pages = [page for page in pages if not page.is_reduced and not page.subfiletype & 4] or pages[:1]
     if not pages:
@@ -91,6 +94,23 @@ def _chosen_pages(tif: TiffFile, reading: Reading, notes: Notes) -> tuple[list[T
     several = len(pages) * depth > 1 and reading.pages == "all"
     notes[FIRST_PAGE] += len(pages) * depth > 1 and not several
     return pages, depth, several
+
+
+def _check_chain(tif: TiffFile) -> None:
+    """Raise `ImageError` if the pages are a circle, in which tifffile would turn for ever."""
+    file, kind, seen = tif.filehandle, tif.tiff, set()
+    offset = tif.pages.first.offset
+    while 0 < offset < file.size:
+        if offset in seen:
+            raise ImageError("not a readable image (a damaged TIFF: its pages are a circle)")
+        seen.add(offset)
+        file.seek(offset)
+        head = file.read(kind.tagnosize)
+        if len(head) < kind.tagnosize:
+            return
+        file.seek(struct.unpack(kind.tagnoformat, head)[0] * kind.tagsize, os.SEEK_CUR)
+        following = file.read(kind.offsetsize)
+        offset = struct.unpack(kind.offsetformat, following)[0] if len(following) == kind.offsetsize else 0
 
 
 def _stacked(tif: TiffFile, page: TiffPage) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -135,7 +136,7 @@ def _encoded(item: Item, view: View, page: Page, options: PrepareOptions, notes:
         notes[DROPPED] += 1
         return None
     if view.kind in KEPT and page.pixels.shape[:2] == view.size:  # the whole image: its own bytes
-        data = item.image_bytes()
+        data = item.image_bytes(options.max_file_bytes)
         _, image = next(reencode_all(data, item.name, None, options.quality, options, notes))
         if isinstance(image, ImageError):
             raise image
@@ -185,7 +186,8 @@ def _views_of_kind(item: Item, file: BinaryIO, kind: str, reading: PrepareOption
         yield _picture_view(item, file, kind, reading, notes)
     else:
         size = picture_size(file, kind, item.name)
-        yield View(size, lambda: _checked(read_picture(item.image_bytes(), kind, item.name, reading, notes), size))
+        read = partial(item.image_bytes, reading.max_file_bytes)
+        yield View(size, lambda: _checked(read_picture(read(), kind, item.name, reading, notes), size))
 
 
 def _checked(page: Page, size: tuple[int, int]) -> tuple:
@@ -198,7 +200,7 @@ def _checked(page: Page, size: tuple[int, int]) -> tuple:
 def _npy_view(item: Item, file: BinaryIO, reading: PrepareOptions) -> View:
     (height, width, channels), fortran_order, dtype = npy_header(file)
     if fortran_order:
-        return View((height, width), lambda: whole(Page(read_npy(item.image_bytes()))))
+        return View((height, width), lambda: whole(Page(read_npy(item.image_bytes(reading.max_file_bytes)))))
     check_band((height, width), reading.tile + BLOCK_ROWS, channels * dtype.itemsize, reading.max_pixels)
     read = stored_rows(file, file.tell(), dtype, (1, height, width, channels))
     return View((height, width), lambda: (1, lambda *region: Page(read(*region))))
@@ -232,7 +234,7 @@ def _picture_view(item: Item, file: BinaryIO, kind: str, reading: PrepareOptions
     check_size(*size, pixel_bytes, reading.max_pixels, advice)
 
     def decoded() -> tuple:
-        data = item.image_bytes()
+        data = item.image_bytes(reading.max_file_bytes)
         with damage_as_error():
             page = _decoded(data, kind)
         return _checked(page if turned else replace(page, orientation=1), size)

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import webdataset
@@ -83,7 +84,7 @@ def _read_ahead(parts: list[Part], options: PrepareOptions) -> Iterator[tuple[Pa
     with ThreadPoolExecutor(FETCHED_AHEAD) as pool:
         coming = deque()
         for part in parts:
-            read = part.item.image_bytes
+            read = partial(part.item.image_bytes, options.max_file_bytes)
             ahead = part.item.remote and not options.tile  # tiles are cut from an open file
             coming.append((part, pool.submit(read).result if ahead else read))
             if len(coming) > FETCHED_AHEAD:

@@ -11,7 +11,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
-from configs.errors import counted, few
+from configs.errors import UserError, counted, few
 from configs.preprocessing import Preprocessing
 from configs.schema import Encoder, Finetune
 from data.loader import Loader, ReadTarget, Transform
@@ -101,6 +101,7 @@ class Finetuning(Stage):
         self.evaluated = 0  # epoch of the last evaluation
         self.best: dict = {"epoch": 0}  # none yet
         self.best_predictions: Any = None
+        self.moved = False  # whether a step has changed the weights
         self.split = f"fold_{config.data.fold}" if config.data.folds else config.eval_split
         self.unseen = getattr(task, "unseen", [])
 
@@ -127,13 +128,15 @@ class Finetuning(Stage):
         return self.task.loss(self.engine, self.erase(image) if self.erase else image, batch)
 
     def after_update(self) -> None:
+        rates = [group["lr"] for group in self.engine.optimizer.param_groups]
+        self.moved |= any(rates) or self.config.run.max_steps is not None  # a trial may be one step of warm-up, lr 0
         if self.ema:
             self.ema.update(self.engine.model)
 
     def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
         """Evaluate raw weights and EMA every `run.eval_every` epochs and after the last.
 
-        Writes last.pt and, for the best score so far, best.pt.
+        Writes last.pt and, for the best score so far of weights that a step has changed, best.pt.
         """
         if epoch % self.config.run.eval_every and not last:
             return Report()
@@ -146,7 +149,7 @@ class Finetuning(Stage):
         scores = {kind: part.scores() for kind, part in predictions.items()}
         winner = max(scores, key=lambda kind: sign * scores[kind][metric])
         best = self.best.get(metric, math.nan)  # of no epoch yet, or of weights that diverged
-        improved = math.isnan(best) or sign * scores[winner][metric] > sign * best
+        improved = self.moved and (math.isnan(best) or sign * scores[winner][metric] > sign * best)
         if improved:
             self.best_predictions = predictions[winner]
             self.best = {"epoch": epoch, "weights": winner, **scores[winner]}
@@ -161,10 +164,20 @@ class Finetuning(Stage):
         if self.should_stop() and not last:
             lines.append(f"no improvement of {metric} since epoch {self.best['epoch']}: stopping early (run.patience)")
         summary = {"stage": "fine-tuning", "epoch": epoch, "epochs": self.config.optim.epochs, "init": self.config.init}
+        logged = {f"{split}_{kind}": values for kind, values in scores.items()}
+        if not self.moved:
+            return Report(None, logged, lines=[f"{lines[0]}: of the initial weights, no step has changed them"])
         shown = f"{self.task.format(self.best)}{f'; {self.unseen_classes()}' if self.unseen else ''}"
         summary |= {"best": self.best, "last": scores, "shown": shown, "unseen_classes": self.unseen}
-        logged = {f"{split}_{kind}": values for kind, values in scores.items()}
         return Report(sign * scores[winner][metric], logged, lines=lines, summary=summary)
+
+    def check_best(self) -> None:
+        """Raise `UserError` if no evaluated weights differ from the initial ones."""
+        if not self.best["epoch"]:
+            raise UserError(
+                "no evaluated weights differ from those at the start, so there is no best.pt: steps were skipped, or "
+                "their learning rate was 0 (optim.warmup_epochs): train for more epochs, and see log.jsonl"
+            )
 
     def should_stop(self) -> bool:
         """Whether the score has not improved for `run.patience` epochs."""
@@ -184,10 +197,17 @@ class Finetuning(Stage):
     def state(self) -> dict:
         ema = self.ema.module.state_dict() if self.ema else None
         best = vars(self.best_predictions) if self.best_predictions else None
-        return {"best": self.best, "best_predictions": best, "evaluated": self.evaluated, "ema": ema}
+        return {
+            "best": self.best,
+            "best_predictions": best,
+            "evaluated": self.evaluated,
+            "ema": ema,
+            "moved": self.moved,
+        }
 
     def load_state(self, state: dict) -> None:
         self.best, self.evaluated, best = state["best"], state["evaluated"], state["best_predictions"]
         self.best_predictions = self.task.restore(best) if best else None
+        self.moved = state.get("moved", True)  # checkpoints of earlier versions lack it
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])

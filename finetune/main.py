@@ -101,6 +101,7 @@ def main() -> None:
     about = facts(arch.name, model, engine.precision, world, train_split, eval_split) | {"task": task.describe()}
     trainer = Trainer(config, engine, loader, stage, world, identity, [eval_split], about)
     trainer.run()
+    stage.check_best()
     best, path = stage.best, trainer.folder / "best.pt"
     say(f"best {stage.split} {task.format(best)}, in epoch {best['epoch']}; wrote {path}")
     if stage.unseen:

@@ -11,7 +11,8 @@ For detection, --json writes a COCO file with all boxes, --csv and --annotate ta
 Folders are searched recursively; `-` reads paths from standard input, one a line. Size, crop, normalisation and class
 names come from the weights. --tta hflip averages over mirrored pictures as well. Of a segmentation model, --annotate
 writes masks (index PNG) and pictures in their colours; the table has each class's share of the pixels. Unreadable
-pictures are reported on standard error; the others are predicted, and the exit code is 2.
+pictures are reported on standard error; the others are predicted, and the exit code is 2. Control characters and bytes
+that are not UTF-8 are printed and written to tables like \\xe9; --json has names as they are.
 """
 
 import sys
@@ -25,8 +26,9 @@ from pydantic import PositiveInt
 
 from configs.checks import check_exists, check_parent, check_weights
 from configs.command import parse_options
-from configs.errors import UserError, run_main
+from configs.errors import UserError, printable, run_main
 from configs.keys import Probability, argument, option
+from configs.log import say
 from configs.schema import Optim, Run
 from finetune.options import STDIN, PredictionOptions
 
@@ -59,7 +61,6 @@ def main(argv: list[str] | None = None) -> None:
             check_exists(path, "pictures, or folders of them")
     for file in filter(None, (options.csv, options.json)):
         check_parent(file)
-    sys.stdout.reconfigure(errors="surrogateescape")  # file names may be any bytes
     failed, images = classify(options)
     if failed and images > 1:
         raise UserError(f"{failed} of {images} images could not be read")
@@ -106,7 +107,7 @@ def classify(options: Options) -> tuple[int, int]:
             output = output_of(task, model, batch, mean, std, kind)
             predictions = task.predict(output, batch, [picture.path for picture in readable], options.top)
             for number, prediction in enumerate(predictions, done + 1):
-                print(f"{prediction.path}: {', '.join(prediction.lines)}")
+                say(f"{printable(prediction.path)}: {printable(', '.join(prediction.lines))}")
                 if options.annotate:
                     task.annotate(options.annotate, number, prediction, options)
             if options.cam:
@@ -115,7 +116,7 @@ def classify(options: Options) -> tuple[int, int]:
         sys.stdout.flush()
         for picture in pictures:
             if picture.error:
-                print(f"error: {picture.path}: {picture.error}", file=sys.stderr)
+                print(f"error: {printable(picture.path)}: {printable(picture.error)}", file=sys.stderr)
         done, failed = done + len(readable), failed + len(pictures) - len(readable)
     if options.csv:
         task.write_csv(options.csv, kept, options.top)

@@ -1,7 +1,5 @@
 """What the tasks with one output row per image share in evaluate, predict and export."""
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError, nearest
+from configs.errors import UserError, nearest, printable
 from configs.files import atomic_file, write_atomic
 from data.decode import decode
 from data.folder import read_image
+from data.name_lists import csv_rows
 from data.reading import Reading
 from data.transforms import EvalTransform, RowTransform, seen_region
 from data.vectors import reader, target_names
@@ -105,7 +104,6 @@ def check_finite(output: Tensor) -> Tensor:
 
 
 def write_rows(path: Path, rows: list[list]) -> None:
-    """Write a CSV file."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    """Write a CSV file of printable texts, in UTF-8; formulas are defused as in `data.name_lists`."""
+    texts = ([printable(x) if isinstance(x, (str, Path)) else x for x in row] for row in rows)
+    write_atomic(path, csv_rows(texts))

@@ -44,6 +44,14 @@ class Faults:
     def applied(self) -> None:
         self.consecutive = 0
 
+    def check_applied(self, steps: int) -> None:
+        """Raise `UserError` if all `steps` of a run were skipped: its weights are those that it started with."""
+        if steps and self.skipped >= steps:
+            raise UserError(
+                f"no step was applied: the loss or gradient of all {steps} was not finite, so the weights are those "
+                "at the start (log.jsonl lists the samples): check data.mean, data.std and images, or lower optim.lr"
+            )
+
     def skip(self, step: int, parts: list[tuple[Tensor, Tensor]], loss_scale: float | None = None) -> None:
         """A step was skipped because its loss or gradient is not finite; all ranks call this.
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 
+from configs.errors import printable
 from configs.files import write_atomic
 from launch.training.trackers import Trackers
 from launch.training.world import sum_over_ranks
@@ -106,6 +107,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
         if self.active:
+            message = "\n".join(map(printable, message.split("\n")))
             self.console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     def close(self, finished: bool = True) -> None:

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as F
 
 from configs.errors import UserError, printable, reason
 from configs.files import write_atomic
+from configs.secrets import without_secrets
 
 PROJECT = "convnext-fcmae"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME is set
 MAX_PARAMETER = 500  # characters of a parameter that MLflow stores
@@ -108,7 +109,7 @@ class MLflow:
             self.run_id = self._create(folder, uri == own)
             params = [Param(key, str(value)[:MAX_PARAMETER]) for key, value in flat(config).items()]
             self.client.log_batch(self.run_id, params=params)
-        self.known, self.where = {"run_id": self.run_id}, f"mlflow: run {self.run_id} at {_without_secrets(uri)}"
+        self.known, self.where = {"run_id": self.run_id}, f"mlflow: run {self.run_id} at {without_secrets(uri)}"
 
     def _create(self, folder: Path, own: bool) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
@@ -148,7 +149,9 @@ class Trackers:
             except Exception as error:
                 way_out = {"wandb": "log in with `wandb login`, or set WANDB_MODE=offline"}
                 remedy = f"{way_out.get(name, 'see its settings')}, or leave it out of run.trackers"
-                raise UserError(f"run.trackers: {name} cannot begin ({printable(reason(error))}): {remedy}") from error
+                raise UserError(
+                    f"run.trackers: {name} cannot begin ({printable(without_secrets(reason(error)))}): {remedy}"
+                ) from error
         self.where = [tracker.where for tracker in self.open.values() if tracker.where]
         found = known | {name: tracker.known for name, tracker in self.open.items() if tracker.known}
         if found:
@@ -175,7 +178,9 @@ class Trackers:
                 del self.open[name]
                 with suppress(Exception):
                     tracker.close(False)
-                self.say(f"warning: {name} failed and gets nothing more of this run: {printable(reason(error))}")
+                self.say(
+                    f"warning: {name} failed and gets nothing more of this run: {printable(without_secrets(reason(error)))}"
+                )
 
 
 def flat(config: dict, prefix: str = "") -> dict[str, object]:
@@ -200,8 +205,3 @@ def _mlflow_name(name: str) -> str:
 
 def _file_name(name: str) -> str:
     return re.sub(r"[^\w-]+", "-", name, flags=re.ASCII).strip("-") or "picture"
-
-
-def _without_secrets(uri: str) -> str:
-    """A URI without user, password and query."""
-    return re.sub(r"//[^/@]*@", "//", uri.partition("?")[0])

@@ -183,6 +183,7 @@ class Trainer:
                 self.log.restart_clock(self.step)
             self.checkpoints.check()
         self._report_damaged()
+        self.faults.check_applied(self.step)
 
     def _update(self, batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step; all ranks skip it if a loss or gradient of any rank is not finite."""

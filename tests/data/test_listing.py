@@ -4,8 +4,10 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,10 +15,13 @@ from configs.errors import UserError, printable
 from data import prepare
 from data.folder import sample_names
 from data.shards import Split, read_index
+from data.sources import open_zip, read_member
+from data.tars import MAX_NAME_BYTES
 from tests.conftest import has
 from tests.data.helpers import as_folder, as_tar, as_zip, collection, picture
 from tests.data.test_layouts import refusal, sizes
 from tests.data.test_prepare import content, prepared
+from tests.hostile.archives import bomb, in_directory, patched
 
 CATS = collection({"cat": 2, "dog": 1})
 BYTES = os.fsdecode(b"caf\xe9/\xff.jpg")
@@ -178,8 +183,9 @@ def test_a_folder_of_numbered_tars(tmp_path, capsys):
 
 
 def test_a_member_that_unpacks_to_too_much(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.sources.MAX_MEMBER_BYTES", 1000)
-    prepared(as_zip({"a/0.jpg": picture(0), "a/1.png": bytes(2000)}, tmp_path / "x.zip"), tmp_path / "out")
+    monkeypatch.setattr("data.reading.MAX_FILE_BYTES", 1000)
+    images = {"a/0.jpg": picture(0), "a/1.png": bytes(2000)}
+    prepared(as_zip(images, tmp_path / "x.zip"), tmp_path / "out", "--max-pixels", "400")
     assert "2,000 bytes" in (tmp_path / "out/skipped.txt").read_text()
 
 
@@ -188,3 +194,55 @@ def test_a_damaged_zip_is_refused(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"PK\1\2", b"PK\1\7"))
     with pytest.raises(UserError, match="damaged zip"):
         prepared(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_that_is_larger_than_it_declares(method, tmp_path):
+    """No more than the declared bytes are unpacked, and the others are used."""
+    path = bomb(tmp_path / "x.zip", method, 20)
+    patched(path, in_directory(24, "<I", 100))
+    archive, members = open_zip(str(path), os.getpid())
+    member = max(members.values(), key=lambda member: member.header_offset)
+    tracemalloc.start()
+    with pytest.raises(zipfile.BadZipFile):
+        read_member(archive, member)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    prepared(path, tmp_path / "out")
+    assert "cat/bomb.png: damaged" in (tmp_path / "out/skipped.txt").read_text()
+
+
+def test_unpacking_leaves_free_space(tmp_path, monkeypatch):
+    path = as_tar(CATS, tmp_path / "x.tar.gz", "w:gz")
+    monkeypatch.setattr("data.archives.disk_usage", lambda folder: SimpleNamespace(free=4096))
+    with pytest.raises(UserError, match=r"x\.tar\.gz unpacks to more than .* of the free space of .*out"):
+        prepared(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_huge_name_is_not_read(kind, tmp_path):
+    member = tarfile.TarInfo("long")
+    member.type, member.size = kind, MAX_NAME_BYTES + 1
+    (tmp_path / "x.tar").write_bytes(member.tobuf() + bytes(MAX_NAME_BYTES + 2048))
+    with pytest.raises(UserError, match=r"x\.tar"):
+        prepared(tmp_path / "x.tar", tmp_path / "out")
+
+
+def test_a_damaged_file_of_labels_in_a_zip(tmp_path):
+    path = as_zip({**CATS, "labels.csv": b"file,label" * 100, "extra.json": b"{}"}, tmp_path / "x.zip")
+    data = bytearray(path.read_bytes())
+    for name in (b"labels.csv", b"extra.json"):
+        start = data.index(name) + len(name)
+        data[start : start + 2] = b"\xff\xff"
+    path.write_bytes(data)
+    prepared(path, tmp_path / "out")
+    assert sizes(tmp_path / "out") == {"train": len(CATS)}
+
+
+def test_an_image_file_of_many_gigabytes(tmp_path):
+    as_folder(CATS, tmp_path / "in")
+    with (next((tmp_path / "in").rglob("*.jpg")).with_name("big.jpg")).open("wb") as file:
+        file.truncate(100 << 30)
+    prepared(tmp_path / "in", tmp_path / "out")
+    assert "107,374,182,400 bytes" in (tmp_path / "out/skipped.txt").read_text()

@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import UserError
-from data.name_lists import NameList, escape_name, read_names, select, write_list
+from data.name_lists import NameList, csv_cell, escape_name, read_names, select, write_list
 from data.sources import Item
 from tests.conftest import has
 from tests.data.helpers import as_folder, collection, picture
 from tests.data.test_prepare import content, prepared
 
-ODD = ["=1+1.jpg", "+a.jpg", "-b.jpg", "@c.jpg", "'d.jpg", "'=e.jpg", "a,b.jpg", 'q"r.jpg', "li\nne.jpg",
+ODD = ["=1+1.jpg", "\uff1d1.jpg", "\t=1.jpg", "+a.jpg", "-b.jpg", "@c.jpg",
+       "'d.jpg", "'=e.jpg", "a,b.jpg", 'q"r.jpg', "li\nne.jpg",
        "\x1b[31m.jpg", "bytes\udce9.jpg", "back\\slash.jpg", "\u202egpj.exe.jpg", "é.jpg", "\x85.jpg"]  # fmt: skip
 
 
@@ -42,8 +43,16 @@ def test_no_cell_is_a_formula(tmp_path):
     with listed(tmp_path / "x.csv", ODD).open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["name", "score"] and len(rows) == 1 + len(ODD)
-    assert not [row for row in rows if row[0][:1] in ("=", "+", "-", "@")]
+    assert not [row for row in rows if row[0][:1] in ("=", "+", "-", "@", "\uff1d", "\t", "\r")]
     assert {row[1] for row in rows[1:]} == {"-0.5"}  # a number is not a formula
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [("-5", "-5"), ("+1.5e3", "+1.5e3"), ("-5+1", "'-5+1"), ("-", "'-"), (-5, -5), ("'", "''"), ("a=1", "a=1")],
+)
+def test_numbers_stay_numbers(value, cell):
+    assert csv_cell(value) == cell
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """TIFF: bands, depths, layouts, pages, and values that need a decision."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -264,3 +265,13 @@ def test_a_tiff_named_png_is_read_as_what_it_is(tmp_path):
     prepared(tmp_path / "in", tmp_path / "out")
     (data,) = content(tmp_path / "out")
     assert np.array_equal(decode(data).permute(1, 2, 0).numpy(), PIXELS)
+
+
+@pytest.mark.parametrize("before", [0, 150])
+def test_pages_in_a_circle_end(before):
+    """tifffile notices a circle only among the first hundred pages, and only if it is asked for their number."""
+    page = struct.Struct("<HI")  # without tags
+    chain = b"".join(page.pack(0, 8 + 6 * (i + 1)) for i in range(before)) + page.pack(0, 8 + 6 * before)
+    data = struct.pack("<2sHI", b"II", 42, 8) + chain + bytes(20)
+    _, image = next(reencode_all(data, "a.tif", None, None, Reading(), Notes()))
+    assert isinstance(image, UserError) and "circle" in str(image)

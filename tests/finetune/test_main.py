@@ -1,12 +1,16 @@
 """Fine-tuning as a command: from pretrained weights and from scratch, resuming, bad input."""
 
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from configs.schema import Encoder, Optim
+from data.index import index_folder
+from data.pool import Pool
 from data.sources import digits as digit_images
 from finetune.main import main
 from models.convnext import ConvNeXt
@@ -14,7 +18,7 @@ from models.formats.write import write_weights
 from models.opening import open_weights
 from models.weights import load_strict
 from tests.conftest import QUICK, has, names, run, run_ranks
-from tests.data.helpers import as_folder
+from tests.data.helpers import as_folder, as_tar
 from tests.finetune.resuming import killed_and_resumed
 
 SHAPE = ["--model.depths", "[1,1,1,1]", "--model.dims", "[8,16,16,16]"]
@@ -182,3 +186,20 @@ def test_shards_without_labels(pretrained, tmp_path, refused):
     run("python", "data/prepare.py", "--no-plan", "digits", tmp_path / "shards", "--no-labels")
     line = refused(main, *words(tmp_path / "shards", tmp_path, "x", *SHAPE))
     assert has(line, "train labels")
+
+
+def test_weights_that_never_moved_are_no_result(tmp_path):
+    """All images are NaN, so every step is skipped: exit code 2, and no best.pt."""
+    members = {}
+    for i in range(8):
+        out = io.BytesIO()
+        np.save(out, np.full((32, 32, 3), np.nan, np.float32))
+        members |= {f"{i}.npy": out.getvalue(), f"{i}.cls": b"%d" % (i % 2)}
+    (tmp_path / "shards").mkdir()
+    for split in ("train", "val"):
+        as_tar(members, tmp_path / f"shards/{split}-0.tar")
+    index_folder(tmp_path / "shards", Pool(1))
+    more = ["--init", "none", "--model.name", "convnextv2_atto", *SHAPE, "--data.size", 32, "--optim.batch_size", 4]
+    done = run("python", "finetune/main.py", *words(tmp_path / "shards", tmp_path, "x", *more, epochs=1), code=2)
+    assert has(done.stderr, "no step was applied all 2") and done.stderr.count("error: ") == 1
+    assert not (tmp_path / "x/best.pt").exists() and not (tmp_path / "x/summary.json").exists()

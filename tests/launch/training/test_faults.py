@@ -54,6 +54,16 @@ def test_applied_steps_begin_a_new_row_and_the_count_survives(log):
         again.skip(6, [part(float("nan"), 1)])
 
 
+def test_a_run_without_an_applied_step_is_refused(log):
+    found = Faults(9, 0.1, [], log)
+    for step in range(3):
+        found.skip(step, [part(float("nan"), 1)])
+    with pytest.raises(UserError, match=r"no step was applied: .* all 3"):
+        found.check_applied(3)
+    found.check_applied(4)
+    Faults(9, 0.1, [], log).check_applied(0)
+
+
 def loader(size):
     split = type("Split", (), {"name": "train", "shards": [1], "__len__": lambda self: size})()
     return SimpleNamespace(

@@ -178,9 +178,8 @@ class Trackers:
                 del self.open[name]
                 with suppress(Exception):
                     tracker.close(False)
-                self.say(
-                    f"warning: {name} failed and gets nothing more of this run: {printable(without_secrets(reason(error)))}"
-                )
+                why = printable(without_secrets(reason(error)))
+                self.say(f"warning: {name} failed and gets nothing more of this run: {why}")
 
 
 def flat(config: dict, prefix: str = "") -> dict[str, object]:

@@ -54,7 +54,7 @@ def parse(
         recipe: built-in recipe that is used without `--config`, like `pretrain/digits.yaml`
         about: description for `--help`
         choices: modules by name, for each section that is the `Settings` of one, like `{"objective": OBJECTIVES}`
-        argv: default the process's; `--dry-run`, `--parameters` and DeepSpeed's `--local_rank` are ignored
+        argv: default the process's; `--dry-run`, `--parameters`, `--restarts` and `--local_rank` are ignored
     Raises:
         UserError: an unknown key (with the nearest valid one), a wrong value, a recipe that cannot be read
     """
@@ -76,7 +76,7 @@ def parse(
         config = replace(config, **{key: modules[name].Settings(name=name)})
 
     parser = Parser(
-        usage="%(prog)s [--config RECIPE.yaml] [--KEY VALUE ...] [--dry-run [RANKS] [--parameters]]",
+        usage="%(prog)s [--config RECIPE.yaml] [--KEY VALUE ...] [--restarts N] [--dry-run [RANKS] [--parameters]]",
         description=f"{about}\nKeys marked * may change when a run is resumed.",
         argument_default=argparse.SUPPRESS,
     )
@@ -86,6 +86,8 @@ def parse(
     add("--dry-run", nargs="?", metavar="RANKS", help=plan)
     add("--parameters", action="store_true", help="with --dry-run: also shape, weight decay and rate of each parameter")
     add("--print_config", action="store_true", help="print the resulting configuration, itself a recipe")
+    again = "restart up to N times from the newest checkpoint if a process or machine is lost or hangs (default 0)"
+    add("--restarts", metavar="N", help=again)
     _add_keys(parser, config, {f"{key}.name": f"{{{','.join(modules)}}}" for key, modules in choices.items()})
     flags = vars(parser.parse_args(argv))
     check_keys(path, values, [key for key, _ in keys(config)])
@@ -96,6 +98,7 @@ def parse(
     if "config" not in flags:
         say(f"no --config: using the built-in recipe {built_in}")
     every_parameter(argv)  # raises
+    restarts(argv)
     return config
 
 
@@ -180,3 +183,12 @@ def dry_run(argv: list[str] | None = None) -> int | None:
     valid = ranks.isdecimal() and int(ranks) > 0
     require(valid, "--dry-run", ranks, "a number of ranks, like 64, or alone for this machine's")
     return int(ranks)
+
+
+def restarts(argv: list[str] | None = None) -> int:
+    """N of `--restarts N`; 0 = not given. Raises `UserError` for no number."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--restarts", default="0")
+    number = parser.parse_known_args(argv)[0].restarts
+    require(number.isdecimal(), "--restarts", number, "a number of restarts, like 10")
+    return int(number)

@@ -20,13 +20,19 @@ ESCAPED = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control, surrogate, li
 BIDIRECTIONAL = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # would reorder the line
 LAUNCHER_SECONDS = 4  # launchers poll once a second, so by then they have stopped the other ranks
 SAVED, INTERRUPTED, HUNG = 75, 128 + signal.SIGINT, 70  # exit codes; 75 is "try again later" in sysexits.h
+MISTAKE = 2  # exit code of a `UserError`
+LOST = 71  # exit code of a `LostProcess` in a run that restarts by itself, which must tell it from a mistake
 
 
 class UserError(Exception):
     """Invalid input. The message is one line that names the file, key or value and the remedy."""
 
 
-class LostPeer(UserError):  # noqa: N818  # as UserError
+class LostProcess(UserError):  # noqa: N818  # as UserError
+    """A process of this run has died, so a restart may help."""
+
+
+class LostPeer(LostProcess):
     """Another rank has ended and printed the reason, so this rank waits before it prints its own error."""
 
 
@@ -108,8 +114,15 @@ def hide_library_warnings() -> None:
         logging.lastResort.setLevel(logging.ERROR)  # of loggers without a handler
 
 
+def restartable() -> bool:
+    """Whether an agent restarts this process when it fails; see launch/restarts.py."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run an entry point. Exit codes: 2 for a `UserError`, 130 for Ctrl-C, that of `Stopped` for a stopped run.
+
+    A `LostProcess` exits with 71 if the run restarts by itself.
 
     An error of all ranks is printed once: the other ranks wait, and the launcher stops them when the first has failed.
     An error of a single rank is printed with its number.
@@ -141,7 +154,7 @@ def run_main(main: Callable[[], None]) -> None:
             time.sleep(LAUNCHER_SECONDS)
         line = printable(" ".join(str(error).split("\n")))  # file names may contain line breaks
         print("error:", line if rank == "0" else f"[rank {rank}] {line}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(LOST if isinstance(error, LostProcess) and restartable() else MISTAKE)
     except Stopped as stopped:
         if rank == "0":
             print(f"stopped: {printable(stopped)}", file=sys.stderr, flush=True)

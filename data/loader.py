@@ -1,5 +1,6 @@
 """Batches for training and evaluation: shards -> sampler -> transforms -> torch DataLoader."""
 
+import copy
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -68,29 +69,41 @@ class Samples(Dataset):
     target of padding, so that it is not counted. If all replacements are damaged as well, `UserError` is raised.
 
     With `crops`, for transforms that begin with `random_crop`, a JPEG is decoded at the fraction of its size at which
-    the crop still has all its pixels.
+    the crop still has all its pixels. For several `views`, all crops do, and the views of a sample that are asked for
+    one after another share the decoded image.
     """
 
     def __init__(
         self, split: Split, channels: int, seed: int, transform: Transform, score: bool = False,
-        crops: Data | None = None, max_pixels: int = MAX_PIXELS, read_target: ReadTarget | None = None,
+        crops: Data | None = None, max_pixels: int = MAX_PIXELS, read_target: ReadTarget | None = None, views: int = 1,
     ):  # fmt: skip
         self.split, self.channels, self.seed, self.transform, self.score = split, channels, seed, transform, score
-        self.crops, self.max_pixels, self.read_target = crops, max_pixels, read_target
+        self.crops, self.max_pixels, self.read_target, self.views = crops, max_pixels, read_target, views
+        self._last: tuple[tuple[int, int], tuple] | None = None  # epoch and sample; what `_decoded` returned
 
     def __getitem__(self, index: tuple[int, int, int]) -> dict[str, Tensor | int | bool]:
         epoch, sample, view = index
         loaded = max(0, sample)
-        draw = partial(sample_rng, self.seed, epoch, loaded, view)
-        shrink = partial(crop_shrink, self.crops, draw()) if self.crops else None
-        image, target = self.load(loaded, shrink)
-        damaged = image is None
-        if damaged:
-            image, target = self._replacement(epoch, loaded)
+        if self.views > 1:
+            if not self._last or self._last[0] != (epoch, loaded):
+                self._last = (epoch, loaded), self._decoded(epoch, loaded)
+            image, target, damaged = copy.deepcopy(self._last[1])  # transforms may change them in place
+        else:
+            image, target, damaged = self._decoded(epoch, loaded)
         if sample < 0 or (damaged and self.score):
             target = None if self.read_target else -1
-        entries = self.transform(image, target, draw())
+        entries = self.transform(image, target, sample_rng(self.seed, epoch, loaded, view))
         return {**entries, "sample": sample, "damaged": damaged and sample >= 0}  # padding is not a sample
+
+    def _decoded(self, epoch: int, sample: int) -> tuple[Tensor, Any, bool]:
+        """Image and target of a sample or, if it is damaged, of its replacement, and whether it is."""
+        image, target = self.load(sample, partial(self._shrink, epoch, sample) if self.crops else None)
+        return (image, target, False) if image is not None else (*self._replacement(epoch, sample), True)
+
+    def _shrink(self, epoch: int, sample: int, height: int, width: int) -> int:
+        """The factor by which an image may be smaller for the crops of all views, also of those on other ranks."""
+        rngs = (sample_rng(self.seed, epoch, sample, view) for view in range(self.views))
+        return min(crop_shrink(self.crops, rng, height, width) for rng in rngs)
 
     def load(self, sample: int, shrink: Shrink | None = None) -> tuple[Tensor | None, Any]:
         """Image and target of a sample, or None and the reason why it cannot be used."""
@@ -219,7 +232,7 @@ def train_loader(
         problem = f"{split.folder} has {len(order)} samples in split {split.name}, fewer than one batch"
         raise UserError(f"{problem}: lower optim.batch_size (now {optim.batch_size})")
     crops = data if data.shrink_jpeg and (not read_target or isinstance(transform, RowTransform)) else None
-    samples = Samples(split, channels, seed, transform, False, crops, data.max_pixels, read_target)
+    samples = Samples(split, channels, seed, transform, False, crops, data.max_pixels, read_target, data.repeats)
     return Loader(samples, batches, data.workers, pin)
 
 

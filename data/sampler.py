@@ -83,14 +83,16 @@ class TrainBatches:
     A global batch is `batch_size` consecutive positions; rank r takes its r-th part. An epoch's tail that does not fill
     a global batch is left out, so ranks always agree on the number of steps.
 
-    With `repeats` r, a global batch is `batch_size` / r positions: view 0 of all, then view 1 of all, and so on. The
-    number of steps in an epoch stays the same, so an epoch ends after 1 / r of the samples.
+    With `repeats` r, a global batch is `batch_size` / r positions: all views of the first, then of the second, ...,
+    so that an image need not be decoded for each view. The number of steps in an epoch stays the same, so an epoch ends
+    after 1 / r of the samples.
     """
 
     def __init__(
         self, order: EpochOrder, batch_size: int, micro: int, rank: int, ranks: int, epochs: int, repeats: int = 1
     ):
         self.order, self.micro, self.rank, self.epochs = order, micro, rank, epochs
+        self.repeats = repeats
         self.share, self.positions = batch_size // ranks, batch_size // repeats  # of a rank; of a global batch
         self.steps_per_epoch = len(order) // batch_size
 
@@ -100,7 +102,7 @@ class TrainBatches:
         `prefetch` is called when a new window begins, with the shards that are read next, in order.
         """
         previous = None
-        views, places = np.divmod(np.arange(self.rank * self.share, (self.rank + 1) * self.share), self.positions)
+        places, views = np.divmod(np.arange(self.rank * self.share, (self.rank + 1) * self.share), self.repeats)
         first, last = places.min(), places.max() + 1
         for step in range(first_step, self.epochs * self.steps_per_epoch):
             epoch, batch = divmod(step, self.steps_per_epoch)

@@ -85,7 +85,7 @@ class Split:
     """Random access to the samples of one split; ids run from 0 over its shards in order.
 
     Shards of a `Remote` folder are fetched on first use. Raises `UserError` if there is no such folder or split, or a
-    local shard is missing or has the wrong size.
+    local shard is missing or has the wrong size; of several ranks on a machine, each looks at its part of the shards.
     """
 
     def __init__(self, folder: Path | Remote, name: str):
@@ -94,7 +94,9 @@ class Split:
             raise UserError(f"{folder / 'index.json'} has no split {name} {nearest(name, index.splits)}")
         self.folder, self.name, self.classes, self.shards = folder, name, index.classes, index.splits[name]
         self.targets = index.targets
-        for shard in self.shards if isinstance(folder, Path) else ():  # remote shards are checked when fetched
+        # the ranks of a machine share the shards, whose files may be many on a slow file system
+        rank, ranks = (int(os.environ.get(name, one)) for name, one in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        for shard in self.shards[rank::ranks] if isinstance(folder, Path) else ():  # remote ones: when fetched
             if damage := find_damage(folder, shard):
                 raise UserError(f"{damage}: {repair_hint(folder)}")
         self.counts = np.array([shard.samples for shard in self.shards], np.int64)

@@ -21,6 +21,7 @@ from configs.schema import Data, Encoder, Finetune, PretrainModel
 from configs.shell import command
 from finetune.tasks import TASKS
 from launch.inputs import check_inputs
+from launch.restarts import start_agent
 from models.sizes import resolve
 
 
@@ -28,6 +29,7 @@ def main() -> None:
     """Entry point: parse, build, run."""
     config = parse(Finetune, "finetune/digits.yaml", __doc__, {"task": TASKS})
     check_inputs(config)
+    start_agent()
 
     import numpy as np
     from timm.utils import ModelEmaV3, random_seed
@@ -44,6 +46,7 @@ def main() -> None:
     from launch.training.fit import fit_batch, fit_memory
     from launch.training.images import Images
     from launch.training.parameter_groups import parameter_groups
+    from launch.training.spares import leave_spares, release_spares
     from launch.training.trainer import Trainer
     from launch.training.world import destroy_world, init_world
     from models.start import open_init, with_statistics
@@ -58,7 +61,10 @@ def main() -> None:
     data.grid(arch.stem_stride)  # raises for a size that is not a multiple of the patch
     statistics = data.statistics(arch.channels)
     ranks = dry_run()
-    world = init_world(config.run) if ranks is None else None
+    world = None
+    if ranks is None:
+        leave_spares(config)
+        world = init_world(config.run)
     recorded = recorded_optim(config.run, "fine-tuning") if world else {}
     collection = Images(config.run, world, resumed=bool(recorded))
     splits = collection.open(data, [data.split] if data.folds else [data.split, config.eval_split])
@@ -110,6 +116,7 @@ def main() -> None:
         task.draw(trainer.folder, stage.best_predictions)
         say(f"wrote {write_report(trainer.folder)}: open it in a browser")
         say(f"next: {command('finetune/evaluate.py', path, data.path, '--split', config.eval_split)}")
+        release_spares()
     destroy_world()
 
 

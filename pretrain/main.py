@@ -23,6 +23,7 @@ from configs.log import say
 from configs.preprocessing import Preprocessing
 from configs.schema import Pretrain
 from launch.inputs import check_inputs
+from launch.restarts import start_agent
 from pretrain.objectives import OBJECTIVES
 
 RECIPE = "pretrain/digits.yaml"  # without --config
@@ -34,6 +35,7 @@ def main() -> None:
     make_objective = OBJECTIVES[config.objective.name].Objective
     make_objective(config)  # check the settings before the slow imports
     check_inputs(config)
+    start_agent()
 
     from timm.utils import random_seed
     from torch import Tensor
@@ -48,6 +50,7 @@ def main() -> None:
     from launch.training.fit import fit_batch, fit_memory
     from launch.training.images import Images
     from launch.training.parameter_groups import parameter_groups
+    from launch.training.spares import leave_spares, release_spares
     from launch.training.summary import write_summary
     from launch.training.trainer import Trainer
     from launch.training.world import destroy_world, init_world
@@ -61,7 +64,10 @@ def main() -> None:
     data, optim, objective = config.data, config.optim, make_objective(config)
     statistics = data.statistics(config.model.channels)
     ranks = dry_run()
-    world = init_world(config.run) if ranks is None else None
+    world = None
+    if ranks is None:
+        leave_spares(config)
+        world = init_world(config.run)
     recorded = recorded_optim(config.run, "pretraining") if world else {}
     images = Images(config.run, world, resumed=bool(recorded))
     [split], probe = images.open(data, [data.split]), probe_splits(config, images)
@@ -111,6 +117,7 @@ def main() -> None:
             print(f"wrote {path}: encoder and decoder")
             print(f"wrote {write_report(trainer.folder)}: open it in a browser")
             print("\n".join(lines))
+            release_spares()
     destroy_world()
 
 

@@ -5,6 +5,8 @@
 # folder at the same path on all of them (a shared file system). Without ssh, run this on every machine, where R is its
 # line in HOSTFILE, counted from 0:
 #   NODE_RANK=R MASTER_ADDR=gpu01 bash launch/nodes/deepspeed.sh HOSTFILE pretrain/main.py ...
+# With --restarts N after the script, the run restarts up to N times on the machines that are left. The first
+# machine must not be lost.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 hostfile=${1:?pass the hostfile, then the script and its arguments}

@@ -10,7 +10,7 @@ from data.catalog import Catalog, difference, read_catalog, write_catalog
 from data.folder import Folder, is_collection, list_collection, open_splits
 from data.reading import Reading
 from data.shards import Split
-from launch.training.world import World, barrier, process_errors
+from launch.training.world import World, barrier, gather, process_errors
 
 
 class Images:
@@ -31,7 +31,16 @@ class Images:
         if is_collection(data.path) and data.path not in self.catalogs:
             self.catalogs[data.path] = self._catalog(data.path, self.folder / file)
         reading, catalog = Reading(max_pixels=data.max_pixels), self.catalogs.get(data.path)
-        return open_splits(data, names, reading, strict=True, catalog=catalog)
+        splits, problem = [], None
+        try:
+            splits = open_splits(data, names, reading, strict=True, catalog=catalog)
+        except UserError as error:
+            problem = str(error)
+        if self.world:  # each rank has looked at its part of the shards
+            problem = next(filter(None, gather(problem)), None)
+        if problem:
+            raise UserError(problem)
+        return splits
 
     def _catalog(self, source: str, path: Path) -> Catalog:
         if self.world is None:

@@ -22,7 +22,7 @@ from launch.training.world import World, barrier
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE = 20.0  # seconds without progress after a request to stop; DeepSpeed's launcher kills after 30
 Progress = Callable[[Iterable, int, str], Iterable]  # (steps, their number, description) -> the same steps
-LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
+LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "agent.py"}
 
 
 class Watchdog:

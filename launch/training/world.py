@@ -5,16 +5,17 @@ import re
 import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
 from configs.compare import differences
-from configs.errors import LostPeer, UserError, reason
+from configs.errors import LostPeer, LostProcess, UserError, reason
 from configs.schema import Run
 from launch.training.malloc import keep_memory
 from launch.training.precision import exact_products
@@ -60,20 +61,31 @@ def init_world(run: Run) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        if local_ranks > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun always sets 1 for several ranks
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
         prepare_cpu(run.kernels == "fused")
+    if not _asked_threads(local_ranks):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     timeout = timedelta(minutes=run.hang_minutes + 10)  # later than the watchdog, which can name the late rank
     try:
         backend, bound = ("nccl", device) if use_cuda else ("gloo", None)
         torch.distributed.init_process_group(backend, timeout=timeout, device_id=bound)
     except torch.distributed.DistError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
+        raise LostProcess(
             f"rank {rank} of {ranks} could not connect to the others at {address} ({reason(error)[:120]}): start the "
             "same number of ranks on every node, with the same MASTER_ADDR and MASTER_PORT"
         ) from None
     return World(rank, ranks, device)
+
+
+def _asked_threads(local_ranks: int) -> str | None:
+    """OMP_NUM_THREADS as the user or DeepSpeed's --bind_cores_to_rank set it; None if they did not.
+
+    torchrun sets 1 for several ranks, unless it was set: then torchrun itself was started with it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and local_ranks > 1:
+        with suppress(psutil.Error):
+            return psutil.Process(os.getppid()).environ().get("OMP_NUM_THREADS")
+    return os.environ.get("OMP_NUM_THREADS")
 
 
 def prepare_cpu(fused: bool) -> None:
@@ -137,14 +149,15 @@ def check_ranks_match(world: World, folder: Path, identity: dict) -> None:
 
 @contextmanager
 def process_errors() -> Iterator[None]:
-    """Context manager: a lost connection to a rank becomes `LostPeer`, a dead loader process `UserError`."""
+    """Context manager: a lost connection to a rank becomes `LostPeer`, a dead loader process `LostProcess`."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.distributed.DistBackendError) or any(text in str(error) for text in GLOO_LOST):
             raise LostPeer("another rank ended: see its output for the reason") from error
         if str(error).startswith(LOADER_DIED):  # raised by a signal handler, anywhere in the training
-            raise UserError(f"a loader process died ({reason(error)}): lower data.workers if memory ran out") from error
+            advice = "lower data.workers if memory ran out"
+            raise LostProcess(f"a loader process died ({reason(error)}): {advice}") from error
         raise
 
 

@@ -64,7 +64,7 @@ def test_repeated_augmentation(ranks):
     for number, step in enumerate(steps):
         epoch, place = divmod(number, 5)
         images = order.ids(epoch, 4 * place, 4 * place + 4).tolist()
-        assert step == [(epoch, sample, view) for view in range(3) for sample in images]
+        assert step == [(epoch, sample, view) for sample in images for view in range(3)]
 
 
 @settings(deadline=None, max_examples=60)

@@ -20,6 +20,7 @@ ONE = World(0, 1, torch.device("cpu"))
 def opened(tmp_path, monkeypatch):
     """Opens a split for run `r`, as one rank."""
     monkeypatch.setattr(module, "barrier", lambda: None)
+    monkeypatch.setattr(module, "gather", lambda value: [value])
 
     def call(source, resumed=False, world=ONE, split="train"):
         return Images(Run("r", str(tmp_path)), world, resumed).open(Data(str(source)), [split])[0]
@@ -69,6 +70,21 @@ def test_a_changed_archive_is_refused_on_resume(opened, tmp_path):
     as_zip(collection({"a": 3}), source)
     with pytest.raises(UserError, match=r"in\.zip has changed since the run began"):
         opened(source, resumed=True)
+
+
+def test_a_shard_that_another_rank_misses_is_an_error_of_all(digits, tmp_path, monkeypatch):
+    """The ranks of a machine share the look at the shards."""
+    shards = tmp_path / "shards"
+    shutil.copytree(digits, shards)
+    (shards / "train-000001.tar").unlink()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank, sees in ((0, False), (1, True)):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        own = []
+        monkeypatch.setattr(module, "gather", lambda value: own.append(value) or [value, "rank 1: is missing"])  # noqa: B023
+        with pytest.raises(UserError, match="is missing"):
+            Images(Run("r", str(tmp_path)), ONE, False).open(Data(str(shards)), ["train"])
+        assert bool(own[0]) == sees
 
 
 def test_a_read_only_folder(opened, tmp_path, monkeypatch):

@@ -177,14 +177,28 @@ def test_ranks_with_another_configuration_or_folder(others, says, monkeypatch, t
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("ranks", "asked", "set_to"), [("1", None, [4]), ("1", "3", []), ("2", "1", [2])])
-def test_cores_are_divided_among_ranks_but_omp_num_threads_wins_on_a_single_rank(monkeypatch, ranks, asked, set_to):
+@pytest.mark.parametrize(
+    ("ranks", "asked", "torchrun", "set_to"),
+    [
+        ("1", None, None, [4]),
+        ("1", "3", None, []),
+        ("2", None, None, [2]),
+        ("2", "3", None, []),
+        ("2", "1", {}, [2]),  # torchrun's own
+        ("2", "1", {"OMP_NUM_THREADS": "1"}, []),
+    ],
+)
+def test_cores_are_divided_among_ranks_unless_omp_num_threads_is_set(monkeypatch, ranks, asked, torchrun, set_to):
     places = {"RANK": "0", "WORLD_SIZE": ranks, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": ranks, "DS_ACCELERATOR": "cpu"}
     for name, value in places.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
     if asked:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    if torchrun is not None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        monkeypatch.setattr(world.psutil.Process, "environ", lambda _: torchrun)
     found = []
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)

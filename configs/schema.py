@@ -97,6 +97,10 @@ class Run:
     save_minutes: NonNegativeFloat = free(30.0, "also save within an epoch if the last checkpoint is this old; 0 = off")
     keep: PositiveInt = free(2, "checkpoints to keep, besides the best (fine-tuning)")
     hang_minutes: PositiveFloat = free(10.0, "end a run without progress for so long, and name the rank it waits for")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = free(
+        ("tensorboard",),
+        "where to send the values of log.jsonl as well: a list of tensorboard, wandb, mlflow; [] = none",
+    )
     device: Literal["auto", "cpu", "cuda"] = free("auto", "auto = a GPU if there is one")
     kernels: Literal["fused", "plain"] = free(
         "fused", "fused = this project's kernels; plain = PyTorch operations: slower, same result"

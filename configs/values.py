@@ -91,6 +91,8 @@ def from_text(name: str, kind: Any, text: str) -> Any:
     if not (str in parts or Path in parts) or (text == "null" and NULL in parts):
         with suppress(yaml.YAMLError):  # then the text is no value of any other type either
             value = read_yaml(text)
+    if is_list(kind) and isinstance(value, str):
+        value = value.split(",")  # the brackets may be left out
     return checked(name, kind, value)
 
 

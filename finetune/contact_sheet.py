@@ -1,15 +1,12 @@
-"""Contact sheets: small copies of images with a line of text below each."""
+"""Small copies of images for sheets (`data/sheets.py`)."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import matplotlib
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from configs.errors import UserError
-from configs.files import atomic_file
 from configs.schema import Data
 from data.decode import decode
 from data.folder import names_of, open_splits
@@ -17,14 +14,14 @@ from data.name_lists import escape_name
 from data.reading import Reading
 from data.transforms import to_rgb
 
-CELL, GAP, LETTERS = 160, 8, 11  # pixels: side of a cell, between cells, height of letters
-COLUMNS, MAX_CELLS = 6, 48
-FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # PIL's default has Latin letters only
+CELL, MAX_CELLS = 160, 48  # side of a copy in pixels; copies of a sheet
 
 
 def thumbnail(image: Tensor) -> Image.Image:
-    """A copy of an image [C, H, W] that fits into a cell."""
-    return ImageOps.contain(F.to_pil_image(to_rgb(image)), (CELL, CELL))
+    """A copy of an image [C, H, W] that fits into a cell; pixels of a smaller one stay sharp."""
+    picture = F.to_pil_image(to_rgb(image))
+    method = Image.Resampling.NEAREST if max(picture.size) < CELL else Image.Resampling.BICUBIC
+    return ImageOps.contain(picture, (CELL, CELL), method)
 
 
 def thumbnails(source: str, rows: Sequence[tuple[str, int, str]], reading: Reading) -> list[Image.Image]:
@@ -48,33 +45,3 @@ def thumbnails(source: str, rows: Sequence[tuple[str, int, str]], reading: Readi
         except UserError as error:
             raise UserError(f"{source}, {name}: {error}") from None
     return copies
-
-
-def write_sheet(path: Path, groups: dict[str, Sequence[tuple[Image.Image, str, str]]]) -> None:
-    """Write a PNG of groups of cells by title: a thumbnail, and two lines of text below it."""
-    font, columns = ImageFont.truetype(str(FONT), LETTERS), min(COLUMNS, max(map(len, groups.values())))
-    line = LETTERS + 4
-    title_height, cell_height = 2 * line, CELL + 2 * line + GAP
-    rows = {title: -(-len(cells) // columns) for title, cells in groups.items()}
-    height = sum(title_height * bool(title) + cell_height * count for title, count in rows.items()) + GAP
-    sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, height), "white")
-    draw, start = ImageDraw.Draw(sheet), GAP
-    for title, cells in groups.items():
-        if title:
-            draw.text((GAP, start + LETTERS // 2), title, fill="black", font=font)
-            start += title_height
-        for i, (image, *lines) in enumerate(cells):
-            left, top = GAP + i % columns * (CELL + GAP), start + i // columns * cell_height
-            sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
-            for number, text in enumerate(lines):
-                draw.text((left, top + CELL + 2 + number * line), fit_text(text, font), fill="black", font=font)
-        start += rows[title] * cell_height
-    with atomic_file(path) as file:
-        sheet.save(file, "png")
-
-
-def fit_text(line: str, font: ImageFont.FreeTypeFont, width: int = CELL) -> str:
-    """The end of a line that is wider than `width` pixels: names differ there."""
-    if font.getlength(line) <= width:
-        return line
-    return next(part for start in range(1, len(line) + 1) if font.getlength(part := f"…{line[start:]}") <= width)

@@ -103,9 +103,9 @@ def main(argv: list[str] | None = None) -> None:
     write_list(options.out, ["name", "score", "split", *more], zip(*columns, strict=True))
     print(f"wrote {options.out}: {len(listing.row):,} of {len(table.names):,} images")
     if cells:
-        from finetune.contact_sheet import write_sheet
+        from data.sheets import Cell, Group, Sheet, write_sheet
 
-        write_sheet(options.sheet, {"": cells})
+        write_sheet(options.sheet, Sheet([Group("", [Cell(image, tuple(lines)) for image, *lines in cells])]))
         print(f"wrote {options.sheet}: {len(cells)} images")
     elif options.sheet:
         print(f"{options.sheet} not written: the list is empty")

@@ -38,13 +38,14 @@ def main() -> None:
     from data.loader import eval_loader, train_loader
     from finetune.finetuning import Finetuning
     from finetune.layer_decay import layer_decay
+    from launch.reports.page import write_report
     from launch.training.checkpoints import recorded_optim
     from launch.training.dry_run import plan
     from launch.training.engine import Engine
+    from launch.training.facts import facts
     from launch.training.fit import fit_batch, fit_memory
     from launch.training.images import Images
     from launch.training.parameter_groups import parameter_groups
-    from launch.training.report import write_report
     from launch.training.spares import leave_spares, release_spares
     from launch.training.trainer import Trainer
     from launch.training.world import destroy_world, init_world
@@ -103,7 +104,8 @@ def main() -> None:
     source = f"from {config.init if init else 'scratch'}; {images:,} images, evaluated on {len(eval_split):,}"
     intro = f"{arch.name}, {size}, {task.describe()}, {source}"
     stage = Finetuning(config, task, engine, world, ema, val_loader, arch, intro, statistics)
-    trainer = Trainer(config, engine, loader, stage, world, identity, [eval_split])
+    about = facts(arch.name, model, engine.precision, world, train_split, eval_split) | {"task": task.describe()}
+    trainer = Trainer(config, engine, loader, stage, world, identity, [eval_split], about)
     trainer.run()
     stage.check_best()
     best, path = stage.best, trainer.folder / "best.pt"

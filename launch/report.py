@@ -1,27 +1,48 @@
-"""Write report.html of a run: one page with its curves, pictures, results and next commands.
+"""Write report.html of a run: one page with its curves, pictures, results and next commands. Several runs are compared.
 
-A run writes it when it ends; this command updates it at any time.
+A run writes its page when it ends; this command updates it at any time.
 
-python launch/report.py runs/photos
+python launch/report.py runs/photos                                     writes runs/photos/report.html
+python launch/report.py runs/photos runs/photos-large                   writes comparison.html beside the runs
+python launch/report.py runs/photos runs/photos-large --out x.html
 """
 
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
-from configs.command import Parser
+from configs.checks import check_parent
+from configs.command import parse_options
 from configs.errors import run_main
+from configs.keys import argument, option
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    runs: tuple[Path, ...] = argument("folders of runs, like runs/photos")
+    out: Path | None = option(None, "file to write (default: RUN/report.html; of several, comparison.html beside them)")
 
 
 def main() -> None:
     """Entry point."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, like runs/photos")
-    args = parser.parse_args()
-    from launch.training.report import write_report
+    options = parse_options(Options, __doc__)
+    if options.out:
+        check_parent(options.out)
+    from launch.reports.page import write_page
 
-    print(f"wrote {write_report(args.run)}")
+    if options.out:
+        out = options.out
+    elif len(options.runs) == 1:
+        out = options.runs[0] / "report.html"
+    else:
+        out = Path(os.path.commonpath([run.resolve().parent for run in options.runs])) / "comparison.html"
+    write_page(options.runs, out)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

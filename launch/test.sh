@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up, lint and run the tests in two processes. Arguments are passed to pytest. --all adds the slow tests; it installs
-# Ray and MinkowskiEngine, and requires Chromium.
+# Ray, MinkowskiEngine and the trackers, and requires Chromium.
 #   bash launch/test.sh                      default suite
 #   bash launch/test.sh --all                all tests
 #   bash launch/test.sh --all --sample 1/3   default suite and about a third of the slow tests: sample 1 of 0, 1, 2
@@ -30,6 +30,7 @@ for arg in "$@"; do
         missing=()
         bash launch/install_minkowski.sh
         bash launch/install_ray.sh
+        bash launch/install_trackers.sh
     else
         args+=("$arg")
     fi

@@ -42,13 +42,14 @@ def main() -> None:
 
     from data.loader import train_loader
     from launch.plans.following import after_pretraining
+    from launch.reports.page import write_report
     from launch.training.checkpoints import recorded_optim
     from launch.training.dry_run import plan
     from launch.training.engine import Engine
+    from launch.training.facts import facts
     from launch.training.fit import fit_batch, fit_memory
     from launch.training.images import Images
     from launch.training.parameter_groups import parameter_groups
-    from launch.training.report import write_report
     from launch.training.spares import leave_spares, release_spares
     from launch.training.summary import write_summary
     from launch.training.trainer import Trainer
@@ -99,7 +100,9 @@ def main() -> None:
     intro = f"{config.model.name}, {size}, {where}; {len(split):,} images; {objective.describe()}"
     online = OnlineEval(config, probe, statistics, world) if probe else None
     stage = Pretraining(config, objective, engine, world, intro, statistics, online)
-    trainer = Trainer(config, engine, loader, stage, world, identity)
+    about = facts(config.model.name, model.encoder, engine.precision, world, split, None)
+    about["objective"] = objective.describe()
+    trainer = Trainer(config, engine, loader, stage, world, identity, about=about)
     seconds = trainer.run()
 
     with engine.whole_weights():

@@ -1,23 +1,23 @@
 """Reconstruction pictures and a measure of feature collapse."""
 
 from functools import partial
-from pathlib import Path
 from statistics import mean
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from configs.files import atomic_file
+from configs.style import hatching
+from data.sheets import Cell, Group, Sheet
 from data.transforms import to_rgb
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE, patch_statistics
 from models.sparse.layouts import Dense, patchify, unpatchify
 
-COLUMNS = ("input", "visible patches", "prediction", "prediction pasted")
-CELL, GAP, CAPTION = 128, 4, 18  # pixels: minimum side of an image, gap between images, height of a line of text
-GREY = 0.5  # of missing pixels
+COLUMNS = (("input",), ("visible",), ("predicted",), ("combined",))
+CELL = 128  # pixels: minimum side of an image
+NOTE = "hatched: hidden from the encoder, or not predicted"
+NORM_NOTE = "predicted patches have the true mean and variance"
 
 
 def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,32 +40,18 @@ def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, T
     return tuple(unpatchify(x.unflatten(1, grid)) for x in (masked, predicted, pasted))
 
 
-def reconstruction_grid(model: FCMAE, image: Tensor, visible: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Captioned picture [3, height, width], uint8: the four `COLUMNS` for each image, two images per row."""
-    zoom, cells = max(1, -(-CELL // max(image.shape[2:]))), []
+def reconstruction_grid(model: FCMAE, image: Tensor, visible: Tensor, mean: Tensor, std: Tensor) -> Sheet:
+    """The four `COLUMNS` for each of normalised images [B, C, H, W]; missing pixels are hatched."""
+    zoom, columns = max(1, -(-CELL // max(image.shape[2:]))), []
     for x in (image, *reconstruct(model, image, visible)):
-        pixels = to_rgb((x.float() * std[:, None, None] + mean[:, None, None]).nan_to_num(GREY)).cpu()
-        cells.append(pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3))
-    height, width = cells[0].shape[2:]
-    across = min(2, len(image))
-    down, group = -(-len(image) // across), len(COLUMNS) * (width + GAP) + 4 * GAP
-    sheet = Image.new("RGB", (across * group - 3 * GAP, down * (height + GAP) + GAP + 2 * CAPTION), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i in range(len(image)):
-        for j, (name, column) in enumerate(zip(COLUMNS, cells, strict=True)):
-            left = GAP + i % across * group + j * (width + GAP)
-            sheet.paste(F.to_pil_image(column[i]), (left, CAPTION + GAP + i // across * (height + GAP)))
-            draw.text((left, GAP), name, fill="black")
-    if model.settings.norm_pix:
-        note = "predicted patches have the mean and variance of the true ones"
-        draw.text((GAP, sheet.height - CAPTION + GAP / 2), note, fill="black")
-    return F.pil_to_tensor(sheet)
-
-
-def write_png(path: Path, picture: Tensor) -> None:
-    """Write a picture [3, H, W], uint8."""
-    with atomic_file(path) as file:
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, "png")
+        x = x.float().cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+        pixels = to_rgb(x.nan_to_num() * std[:, None, None].cpu() + mean[:, None, None].cpu())
+        missing = x.isnan().any(1, keepdim=True)
+        hatched = torch.from_numpy(hatching(*x.shape[2:])).permute(2, 0, 1)
+        columns.append([F.to_pil_image(picture) for picture in torch.where(missing, hatched, pixels)])
+    rows = zip(*columns, strict=True)
+    groups = [Group("", [Cell(*cell) for cell in zip(row, COLUMNS, strict=True)], together=True) for row in rows]
+    return Sheet(groups, f"{NOTE}; {NORM_NOTE}" if model.settings.norm_pix else NOTE, across=2)
 
 
 def feature_distance(encoder: ConvNeXt, image: Tensor) -> dict[str, float]:

@@ -7,9 +7,11 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
 
 from configs.schema import Pretrain
 from data.loader import Transform
+from data.sheets import Sheet, draw_sheet, write_drawn
 from data.transforms import normalize
 from launch.training.engine import Engine
 from launch.training.runlog import read_log
@@ -19,7 +21,7 @@ from launch.training.world import World
 from models.opening import Opened
 from models.weights import Tensors
 from pretrain.online_eval import OnlineEval
-from pretrain.pictures import feature_distance, write_png
+from pretrain.pictures import feature_distance
 
 PICTURES = 8  # images per picture
 
@@ -48,8 +50,8 @@ class Objective(Protocol):
     def example(self, count: int) -> dict[str, Tensor]:
         """Everything but `image` of a batch of `count` images, for the memory estimate of --dry-run."""
 
-    def picture(self, model: nn.Module, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Tensor]:
-        """(title, picture uint8 [3, H, W] on the CPU) of a few inputs; the model is in evaluation mode."""
+    def picture(self, model: nn.Module, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Sheet]:
+        """(title, pictures in groups) of a few inputs; the model is in evaluation mode."""
 
     def decoder(self, model: nn.Module) -> tuple[Tensors, dict]:
         """(tensors besides the encoder's, plain settings to rebuild them) for the weight file; may be empty."""
@@ -99,12 +101,14 @@ class Pretraining(Stage):
         model = self.engine.model
         with self.engine.whole_weights(), self.engine.autocast():
             model.eval()
-            title, picture = self.objective.picture(model, self.last, self.mean, self.std)
-            report.pictures[title] = picture
+            title, sheet = self.objective.picture(model, self.last, self.mean, self.std)
+            picture, text = draw_sheet(sheet)
+            report.pictures[title] = F.pil_to_tensor(picture)
             report.scores["feature_distance"] = feature_distance(model.encoder, self.last[0])
             model.train()
         if self.world.first:
-            write_png(Path(self.config.run.folder) / self.config.run.name / "reconstruction.png", picture)
+            folder = Path(self.config.run.folder) / self.config.run.name
+            write_drawn(folder / "reconstruction.png", picture, text)
 
     def should_stop(self) -> bool:
         return False

@@ -52,9 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from data.examples import example_images
+    from data.sheets import write_sheet
     from data.transforms import center_crop, draw_visible, normalize
     from models.opening import open_autoencoder
-    from pretrain.pictures import reconstruction_grid, write_png
+    from pretrain.pictures import reconstruction_grid
 
     trained = open_autoencoder(options.weights, options.ratio, options.size)
     model, channels, size = trained.model, trained.preprocessing.channels, trained.preprocessing.size
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     visible = [draw_visible(np.random.default_rng([options.seed, i]), grid, n) for i in range(len(images))]
     with torch.no_grad():
         sheet = reconstruction_grid(model, torch.stack(images), torch.stack(visible), trained.mean, trained.std)
-    write_png(options.out, sheet)
+    write_sheet(options.out, sheet)
     print(f"wrote {options.out}: {len(images)} images, {n} of {patches} patches visible")
     for problem in problems:
         print(f"left out: {problem}")

@@ -1,5 +1,6 @@
 """A page of examples of an evaluation: images with their truth and prediction, in groups such as the worst."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,18 +8,25 @@ from PIL import Image
 
 from configs.errors import UserError
 from data.decode import decode
-from finetune.contact_sheet import COLUMNS as ROW
-from finetune.contact_sheet import thumbnail, write_sheet
+from data.sheets import COLUMNS as ROW
+from data.sheets import Cell, Group, Sheet, write_sheet
+from finetune.contact_sheet import thumbnail
 
 Example = tuple[int, str, str]  # number of the sample in its split, and two lines of text
 
 
 def write_examples(path: Path, images: Any, groups: dict[str, list[Example]]) -> None:
     """Write a PNG of groups of samples of a split; each has a title and at most one row."""
-    cells = {}
-    for title, examples in groups.items():
-        cells[title] = [(_picture(images, sample), *lines) for sample, *lines in examples[:ROW]]
-    write_sheet(path, {title: row for title, row in cells.items() if row})
+    sheet = [
+        Group(title, [Cell(_picture(images, sample), tuple(lines)) for sample, *lines in examples[:ROW]])
+        for title, examples in groups.items()
+    ]
+    write_sheet(path, Sheet(sheet))
+
+
+def spread(samples: Sequence, count: int = ROW) -> list:
+    """At most so many of some samples, evenly spaced over them."""
+    return [samples[i * len(samples) // count] for i in range(count)] if len(samples) > count else list(samples)
 
 
 def _picture(images: Any, sample: int) -> Image.Image:

@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -11,11 +13,12 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from configs.files import atomic_file
+from configs.style import FIGURE, INK, PAPER, RC, font, new_figure
 from data.transforms import to_rgb
 
 MIN_SIDE = 256  # pixels: smaller pictures are enlarged before annotation
 MIN_LETTERS, LETTERS = 14, 1 / 24  # height of letters: minimum in pixels, and relative to the width
-FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # PIL's default has Latin letters only
+DPI, MAX_PIXELS = 192, 3000  # of a figure: twice the 96 of a screen; longest side
 
 
 def annotate(image: Tensor, lines: list[str]) -> Image.Image:
@@ -25,27 +28,32 @@ def annotate(image: Tensor, lines: list[str]) -> Image.Image:
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
     width = max(picture.width, MIN_SIDE)
     height = max(MIN_LETTERS, round(width * LETTERS))
-    font, space = ImageFont.truetype(FONT, height), height // 2
-    sheet = Image.new("RGB", (width, picture.height + space + len(lines) * (height + space)), "white")
+    letters, space = font(height), height // 2
+    sheet = Image.new("RGB", (width, picture.height + space + len(lines) * (height + space)), PAPER)
     sheet.paste(picture, ((width - picture.width) // 2, 0))
     draw = ImageDraw.Draw(sheet)
     for i, line in enumerate(lines):
         top = picture.height + space + i * (height + space)
-        draw.text((space, top), _shorten(" ".join(line.split()), font, width - 2 * space), "black", font)
+        draw.text((space, top), _shorten(" ".join(line.split()), letters, width - 2 * space), INK, letters)
     return sheet
 
 
-def _shorten(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _shorten(line: str, letters: ImageFont.FreeTypeFont, width: int) -> str:
     """Remove letters from the middle of a line until it is at most `width` pixels wide."""
     cut = line
-    while font.getlength(cut) > width and len(cut) > 2:
+    while letters.getlength(cut) > width and len(cut) > 2:
         keep = len(cut) // 2 - 1
         cut = f"{cut[:keep]}…{cut[len(cut) - keep :]}"
     return cut
 
 
-def write_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as a PNG."""
-    with atomic_file(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
-        figure.savefig(file, format="png", dpi=120)
+@contextmanager
+def figure_file(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """An empty figure of the project's style, sizes in inches, which is written as a PNG at the end."""
+    with matplotlib.rc_context(RC):
+        figure = new_figure(width, height)
+        yield figure
+        with atomic_file(path) as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
+            dpi, about = min(DPI, MAX_PIXELS / max(width, height)), {"Description": FIGURE}
+            figure.savefig(file, format="png", dpi=dpi, facecolor=PAPER, metadata=about)

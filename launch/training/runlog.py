@@ -1,11 +1,11 @@
-"""Log of a run: progress lines, log.jsonl, TensorBoard. Only the first rank writes."""
+"""Log of a run: progress lines, log.jsonl, trackers. Only the first rank writes."""
 
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +13,10 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from configs.errors import printable
 from configs.files import write_atomic
+from launch.training.trackers import Trackers
 from launch.training.world import sum_over_ranks
 
 
@@ -28,23 +28,30 @@ class RunLog:
         steps: optimizer steps of the whole run
         first_step: steps already done; later entries of an interrupted process are removed
         active: whether this rank writes
+        trackers: names in `TRACKERS`
+
+    Raises:
+        UserError: a tracker cannot begin
     """
 
-    def __init__(self, folder: Path, config: dict, steps: int, first_step: int, images_per_step: int, active: bool):
+    def __init__(
+        self, folder: Path, config: dict, steps: int, first_step: int, images_per_step: int, active: bool,
+        trackers: Sequence[str] = ("tensorboard",),
+    ):  # fmt: skip
         self.active, self.steps, self.images_per_step = active, steps, images_per_step
         self.restart_clock(first_step)
         self.began = self.last_time
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        self.console = Console()
+        self.trackers = Trackers(trackers, folder, config, first_step, self.say)  # before files are written: may fail
         write_atomic(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
         self.path = folder / "log.jsonl"
         entries = [entry for entry in read_log(self.path) if entry["step"] <= first_step] if first_step else []
         self.began -= max((entry.get("seconds", 0) for entry in entries), default=0)
         write_atomic(self.path, "".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
         self.file = self.path.open("a", buffering=1)
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
-        self.console = Console()
         columns = "{task.description}", BarColumn(), "{task.fields[text]}", TimeRemainingColumn()
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("", total=steps, completed=first_step, text="")
@@ -61,8 +68,7 @@ class RunLog:
         values = {"loss": mean, "lr": lr, "grad_norm": grad_norm, "images_per_s": rate}
         values = {name: value for name, value in values.items() if math.isfinite(value)} | {"peak_gib": peak_memory()}
         self.file.write(json.dumps({"step": step, **values, "seconds": round(self.seconds(), 1)}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        self.trackers.scalars(step, values)
         text = f"loss {mean:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
         self.bar.update(self.task, completed=step, description=epoch, text=text)
         if not self.console.is_terminal:
@@ -79,11 +85,10 @@ class RunLog:
         self.last_step, self.last_time = step, time.perf_counter()
 
     def scores(self, step: int, name: str, values: dict[str, float]) -> None:
-        """Record the scores of an evaluation in log.jsonl and TensorBoard, under `name`."""
+        """Record the scores of an evaluation in log.jsonl and the trackers, under `name`."""
         self.record(step, name, values)
         if self.active:
-            for key, value in values.items():
-                self.board.add_scalar(f"{name}/{key}", value, step)
+            self.trackers.scalars(step, {f"{name}/{key}": value for key, value in values.items()})
 
     def record(self, step: int, name: str, values: dict) -> None:
         """Write an entry to log.jsonl."""
@@ -91,9 +96,13 @@ class RunLog:
             self.file.write(json.dumps({"step": step, name: values}) + "\n")
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
-        """Add a picture [3, H, W], uint8, to TensorBoard."""
+        """Send a picture [3, H, W], uint8, to the trackers."""
         if self.active:
-            self.board.add_image(name, image, step)
+            self.trackers.picture(step, name, image)
+
+    def where(self) -> list[str]:
+        """Lines that say where the trackers show the run."""
+        return self.trackers.where if self.active else []
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -101,10 +110,11 @@ class RunLog:
             message = "\n".join(map(printable, message.split("\n")))
             self.console.print(message, highlight=False, soft_wrap=True, markup=False)
 
-    def close(self) -> None:
+    def close(self, finished: bool = True) -> None:
+        """Close the log; `finished` = the run reached its end."""
         if self.active:
             self.bar.stop()
-            self.board.close()
+            self.trackers.close(finished)
             self.file.close()
 
 

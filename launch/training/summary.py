@@ -16,13 +16,17 @@ from launch.training.world import World
 
 def write_summary(folder: Path, config: Pretrain | Finetune, world: World, seconds: float, results: dict) -> None:
     """Write FOLDER/summary.json: `results` (plain values), seconds, hardware, configuration."""
-    cores = torch.get_num_threads() * int(os.environ["LOCAL_WORLD_SIZE"])  # of this machine
     about = {
         "seconds": round(seconds),
-        "hardware": hardware(world.device, world.ranks, cores),
+        "hardware": hardware(world.device, world.ranks, local_cores()),
         "config": to_dict(config),
     }
     write_atomic(folder / "summary.json", json.dumps(results | about, indent=1).encode())
+
+
+def local_cores() -> int:
+    """Cores of this machine that the run's ranks use."""
+    return torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def hardware(device: torch.device, ranks: int, cores: int) -> str:

@@ -31,8 +31,8 @@ class Report:
     """Results of an evaluation, which the trainer logs."""
 
     score: float | None = None  # selects the best checkpoint, higher is better
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # for log.jsonl and TensorBoard
-    pictures: dict[str, Tensor] = field(default_factory=dict)  # uint8 [3, H, W] by title, for TensorBoard
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # for log.jsonl and the trackers
+    pictures: dict[str, Tensor] = field(default_factory=dict)  # uint8 [3, H, W] by title, for the trackers
     lines: list[str] = field(default_factory=list)  # for the console
     summary: dict | None = None  # content of summary.json; None = not written
 
@@ -73,14 +73,15 @@ class Trainer:
         loader: micro batches of this rank
         identity: what must be equal on resume: configuration and digests of data and initial weights
         evaluated: more splits whose damaged images are reported and limited (data.max_damaged)
+        about: facts about the run for its log, by name; see `launch.training.facts`
     """
 
     def __init__(
         self, config: Pretrain | Finetune, engine: Engine, loader: Loader, stage: Stage, world: World, identity: dict,
-        evaluated: Sequence[Split] = (),
+        evaluated: Sequence[Split] = (), about: dict | None = None,
     ):  # fmt: skip
         self.config, self.engine, self.loader, self.stage, self.world = config, engine, loader, stage, world
-        self.identity, self.splits = identity, (loader.samples.split, *evaluated)
+        self.identity, self.splits, self.about = identity, (loader.samples.split, *evaluated), about or {}
         self.folder = Path(config.run.folder) / config.run.name
         self.steps_per_epoch = loader.batches.steps_per_epoch
         self.steps = config.optim.epochs * self.steps_per_epoch
@@ -97,13 +98,13 @@ class Trainer:
         self._resume()
         try:
             with self.watchdog, process_errors(), closing(self.loader.iterate(self.step)) as batches:
-                for line in self.stage.describe():
+                for line in (*self.stage.describe(), *self.log.where()):
                     self.log.say(line)
                 self._train(batches)
                 self.checkpoints.wait()
         except BaseException:
             with suppress(OSError):  # of a full disk, which may be the first error
-                self.log.close()
+                self.log.close(finished=False)
             raise
         self.log.close()
         return self.log.seconds()
@@ -115,7 +116,10 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder, self.engine, self.identity, world, keep, may_change)
         self.step, state = self.checkpoints.resume(config.resume)
         self._check_length()
-        self.log = RunLog(self.folder, to_dict(config), self.steps, self.step, config.optim.batch_size, world.first)
+        known, images = to_dict(config), config.optim.batch_size
+        self.log = RunLog(self.folder, known, self.steps, self.step, images, world.first, config.run.trackers)
+        if self.step < self.steps:
+            self.log.record(self.step, "start", {"steps_per_epoch": self.steps_per_epoch, **self.about})
         self.faults = Faults(config.optim.max_skipped, config.data.max_damaged, self.splits, self.log)
         self.losses = Mean(world.device)
         self.watchdog = Watchdog(world, self.folder, 60 * config.run.hang_minutes)

@@ -13,6 +13,7 @@ __all__ = ["Objective", "Settings"]
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from data.sheets import Sheet
     from data.transforms import PretrainTransform
     from models.fcmae import FCMAE
     from models.opening import Opened
@@ -64,7 +65,7 @@ class Objective:
         visible = torch.arange(self.patches).view(self.grid) < self.visible
         return {"visible": visible.expand(count, -1, -1)}
 
-    def picture(self, model: FCMAE, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Tensor]:
+    def picture(self, model: FCMAE, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Sheet]:
         from pretrain.pictures import reconstruction_grid
 
         return "input, visible patches, reconstruction", reconstruction_grid(model, *inputs, mean, std)

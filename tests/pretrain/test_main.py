@@ -242,4 +242,12 @@ def test_an_error_under_the_launcher_is_one_line_and_exit_code_2(digits, tmp_pat
 
 def test_log_is_json(pretrained):
     entries = [json.loads(line) for line in (pretrained / "log.jsonl").read_text().splitlines()]
-    assert entries[0].keys() == {"step", "loss", "lr", "grad_norm", "images_per_s", "peak_gib", "seconds"}
+    start = entries[0]["start"]
+    assert (start["steps_per_epoch"], start["images"], start["precision"], start["ranks"]) == (
+        6,
+        {"train": 1442},
+        "fp32",
+        1,
+    )
+    assert {"model", "parameters", "objective", "date", "versions", "commit", "hardware"} <= start.keys()
+    assert entries[1].keys() == {"step", "loss", "lr", "grad_norm", "images_per_s", "peak_gib", "seconds"}

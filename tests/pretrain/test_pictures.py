@@ -1,12 +1,14 @@
 """Reconstruction pictures and the measure of feature collapse."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from configs.style import hatching
 from models.fcmae import FCMAE
 from models.sparse.layouts import Dense
-from pretrain.pictures import feature_distance, reconstruct, reconstruction_grid
+from pretrain.pictures import COLUMNS, feature_distance, reconstruct, reconstruction_grid
 from tests.models.helpers import masks, random_weights, tiny
 
 
@@ -26,11 +28,20 @@ def test_visible_patches_are_pasted_and_hidden_ones_predicted(norm_pix):
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_the_grid_shows_any_number_of_channels(channels):
+    """Hidden patches are hatched, in blue where images of one channel are grey."""
     model = FCMAE(*tiny(channels=channels))
     visible, image = masks(5, (2, 2), 0.6), torch.randn(5, channels, 16, 16)
     with torch.no_grad():
-        picture = reconstruction_grid(model, image, visible, torch.zeros(channels), torch.ones(channels))
-    assert picture.dtype == torch.uint8 and picture.shape[0] == 3 and picture.float().std() > 10
+        sheet = reconstruction_grid(model, image, visible, torch.zeros(channels), torch.ones(channels))
+    assert len(sheet.groups) == 5 and all(group.together for group in sheet.groups)
+    for group, seen in zip(sheet.groups, visible, strict=True):
+        assert [cell.lines for cell in group.cells] == list(COLUMNS)
+        pixels = [np.asarray(cell.picture) for cell in group.cells]
+        shown = np.kron(seen.numpy(), np.ones([side // 2 for side in pixels[0].shape[:2]], bool))
+        assert np.array_equal(pixels[1][shown], pixels[0][shown])
+        hatched = hatching(*pixels[0].shape[:2])
+        assert np.array_equal(pixels[1][~shown], hatched[~shown]) and np.array_equal(pixels[2][shown], hatched[shown])
+        assert pixels[0].std() > 10 and not np.array_equal(pixels[3][~shown], hatched[~shown])
 
 
 @pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_atto"])

@@ -6,11 +6,12 @@ from PIL import Image
 
 from configs.errors import UserError
 from configs.preprocessing import Preprocessing
+from data.sheets import read_sheet
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE, flat_config, from_flat
 from models.opening import open_weights
 from models.weights import Weights, cpu_state, save, split_by_prefix
-from pretrain.pictures import CAPTION, COLUMNS
+from pretrain.pictures import COLUMNS
 from pretrain.reconstruct import main
 from tests.conftest import has, run
 from tests.data.helpers import picture
@@ -53,8 +54,10 @@ def grid(monkeypatch, capsys):
 def test_a_folder_is_shown(grid, weights, photos, tmp_path):
     output = grid(photos, "--weights", weights, "--out", tmp_path / "grid.png")
     assert has(output, "4 images 6 16 variance")
-    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert sheet.shape[0] == 2 * 132 + 4 + 2 * CAPTION and sheet.shape[1] > 2 * len(COLUMNS) * 128
+    sheet = read_sheet(tmp_path / "grid.png")
+    assert [[cell.lines for cell in group.cells] for group in sheet.groups] == 4 * [list(COLUMNS)]
+    assert {cell.picture.size for group in sheet.groups for cell in group.cells} == {(128, 128)}
+    assert has(sheet.note, "hatched mean variance")
 
 
 def test_options(grid, weights, photos, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 from timm.data import Mixup
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, counted
 from configs.schema import Finetune
 from data.sampler import class_weights, labelled_share
 from data.shards import Split
@@ -51,7 +51,7 @@ class ClassifierTask(ImageTask):
             )  # fmt: skip
 
     def describe(self) -> str:
-        return f"{len(self.classes)} classes"
+        return counted(len(self.classes), "class", "classes")
 
     def check_batch(self, micro: int) -> None:
         if micro % 2 and self.mixup:

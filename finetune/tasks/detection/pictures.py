@@ -4,22 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from configs.files import atomic_file
+from configs.style import LETTERS, font
 from data.boxes import colour_of
 from data.decode import decode
 from data.folder import names_of
 from data.shards import Split
+from data.sheets import Cell, Group, Sheet, write_sheet
 from data.transforms import to_rgb
-from finetune.contact_sheet import FONT, fit_text
 from finetune.tasks.detection.scores import SURE, Predictions
 
 Object = tuple[str, float | None, Sequence[float], bytes]  # class, score, box [x, y, width, height], RLE
-CELL, GAP, LETTERS = 480, 8, 13  # pixels
+CELL = 480  # pixels: width of an example
 PER_GROUP = 3  # examples
 MIN_LETTERS = 11
 TINT = 0.35  # opacity of masks
@@ -29,14 +29,14 @@ def draw_objects(picture: Image.Image, objects: Sequence[Object], letters: int =
     """A copy of a picture with boxes, outlines, names and per cent; `letters` is the height of the text in pixels."""
     picture = painted(picture, objects)
     letters = letters or max(MIN_LETTERS, round(min(picture.size) / 40))
-    draw, font = ImageDraw.Draw(picture), ImageFont.truetype(str(FONT), letters)
+    draw, face = ImageDraw.Draw(picture), font(letters)
     line = max(1, letters // 7)
     for name, _, (x, y, w, h), _ in objects:
         draw.rectangle((x, y, x + w, y + h), outline=colour_of(name), width=line)
     taken: list[tuple[float, float, float, float]] = []
     for name, score, (x, y, _, h), _ in sorted(objects, key=lambda entry: -(entry[1] or 0)):
         text = name if score is None else f"{name} {100 * score:.0f} %"
-        width, height = font.getlength(text) + 4, letters + 4
+        width, height = face.getlength(text) + 4, letters + 4
         left = min(max(0, x), max(0, picture.width - width))
         places = [(left, y - height), (left, y + line), (left, y + h - height), (left, y + h)]
         places = [(a, b, a + width, b + height) for a, b in places if 0 <= b <= picture.height - height]
@@ -45,7 +45,7 @@ def draw_objects(picture: Image.Image, objects: Sequence[Object], letters: int =
             continue  # in a crowd the colour says the class
         taken.append(place)
         draw.rectangle(place, fill=colour_of(name))
-        draw.text((place[0] + 2, place[1] + 1), text, "white", font)
+        draw.text((place[0] + 2, place[1] + 1), text, "white", face)
     return picture
 
 
@@ -70,20 +70,23 @@ def to_picture(image: Tensor) -> Image.Image:
 
 def examples(path: Path, predictions: Predictions, split: Split, names: Sequence[str]) -> None:
     """Write a PNG: the worst and best images by F1 at score 0.5, and the most confident mistakes, next to the truth."""
-    rows = predictions.quality()
+    every = predictions.quality()
+    rows = [row for row in every if row["right"] or row["wrong"] or row["missed"]] or every  # something is to be seen
     for row in rows:
         row["f1"] = 2 * row["right"] / max(1, 2 * row["right"] + row["wrong"] + row["missed"])
     by_quality = sorted(rows, key=lambda row: (row["f1"], -row["wrong"] - row["missed"], row["sample"]))
     by_mistake = sorted((row for row in rows if row["mistake"]), key=lambda row: -row["mistake"])
-    groups = {"worst": by_quality, "best": by_quality[::-1], "most confident mistakes": by_mistake}
-    cells, seen = [], set()
+    groups = {"most confident mistakes": by_mistake, "worst": by_quality, "best": by_quality[::-1]}
+    pairs, seen = [], set()
     for title, ordered in groups.items():
         for row in [row for row in ordered if row["sample"] not in seen][:PER_GROUP]:
             seen.add(row["sample"])
             (name,) = names_of(split, [row["sample"]])
             text = f"{title}: {row['right']} found, {row['missed']} missed, {row['wrong']} wrong; {name}"
-            cells.append((text, *_pair(predictions, split, names, row["sample"])))
-    _write_pairs(path, cells)
+            captions = "truth", f"detections from {SURE:.0%}"
+            cells = zip(_pair(predictions, split, names, row["sample"]), captions, strict=True)
+            pairs.append(Group(text, [Cell(picture, (caption,)) for picture, caption in cells], together=True))
+    write_sheet(path, Sheet(pairs, f"examples of {len(every):,} images"))
 
 
 def _pair(predictions: Predictions, split: Split, names: Sequence[str], sample: int) -> list[Image.Image]:
@@ -102,21 +105,3 @@ def _pair(predictions: Predictions, split: Split, names: Sequence[str], sample: 
         objects = [(name, score, np.multiply(box, zoom).tolist(), b"") for name, score, box, _ in objects]
         pair.append(draw_objects(small, objects, LETTERS))
     return pair
-
-
-def _write_pairs(path: Path, cells: list[tuple[str, Image.Image, Image.Image]]) -> None:
-    font, line = ImageFont.truetype(str(FONT), LETTERS), LETTERS + 6
-    height = line + sum(max(a.height, b.height) + line + GAP for _, a, b in cells)
-    sheet = Image.new("RGB", (2 * CELL + 3 * GAP, height), "white")
-    draw, top = ImageDraw.Draw(sheet), 2
-    for x, text in ((GAP, "truth"), (CELL + 2 * GAP, f"detections from {SURE:.0%}")):
-        draw.text((x, top), text, "black", font)
-    for text, truth, found in cells:
-        top += line
-        draw.text((GAP, top - 2), fit_text(text, font, 2 * CELL), "black", font)
-        top += line
-        sheet.paste(truth, (GAP, top))
-        sheet.paste(found, (CELL + 2 * GAP, top))
-        top += max(truth.height, found.height) + GAP - line
-    with atomic_file(path) as file:
-        sheet.save(file, "png")

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.tasks.examples import ROW, Example, write_examples
+from configs.errors import counted
+from finetune.tasks.examples import ROW, Example, spread, write_examples
 from finetune.tasks.labels.scores import Predictions
 
 
@@ -14,6 +15,7 @@ def examples_picture(path: Path, predictions: Predictions, names: list[str], ima
     if not predictions.finite:
         return
     order, predicted = np.argsort(predictions.loss, kind="stable"), predictions.predicted()
+    wrong = (predicted != predictions.label).any(1)
     error = np.where(predicted != predictions.label, np.abs(predictions.label - predictions.probability), 0)
     mistakes = np.argsort(-error, axis=None, kind="stable")[:ROW]
     pairs = [np.unravel_index(flat, error.shape) for flat in mistakes if error.flat[flat]]
@@ -30,9 +32,13 @@ def examples_picture(path: Path, predictions: Predictions, names: list[str], ima
         path,
         images,
         {
-            "Worst: the highest loss": [whole(i) for i in order[::-1][:ROW]],
-            "Best: the lowest loss": [whole(i) for i in order[:ROW]],
-            "Wrong labels with the highest confidence": [single(i, j) for i, j in pairs],
+            f"Most confident mistakes of {np.count_nonzero(error):,} wrong labels": [single(i, j) for i, j in pairs],
+            f"A label is wrong: {wrong.sum():,} of {counted(len(wrong), 'image')}, highest loss first": [
+                whole(i) for i in order[wrong[order]][::-1][:ROW]
+            ],
+            f"All labels are right: {(~wrong).sum():,} of {counted(len(wrong), 'image')}, some of them": [
+                whole(i) for i in spread(np.flatnonzero(~wrong))
+            ],
         },
     )
 

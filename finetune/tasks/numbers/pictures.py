@@ -1,16 +1,20 @@
 """Scatter plot and examples of predicted numbers."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from configs.errors import counted, printable
+from configs.style import INK, SERIES, WIDTH
 from finetune.tasks.examples import ROW, Example, write_examples
 from finetune.tasks.numbers.scores import Predictions
-from finetune.tasks.pictures import write_figure
+from finetune.tasks.pictures import figure_file
 
-MAX_PLOTS, COLUMNS = 12, 3
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_PLOTS, COLUMNS = 12, 2
 MAX_POINTS = 5000  # of a plot
 
 
@@ -33,7 +37,9 @@ def write_pictures(folder: Path, predictions: Predictions, images: Any) -> None:
         return [_example(predictions, *map(int, pair)) for pair in pairs]
 
     groups = {
-        "Worst: the largest error, in standard deviations": [whole(i) for i in order[::-1][:ROW]],
+        f"Worst of {counted(len(order), 'image')}: the largest error, in standard deviations": [
+            whole(i) for i in order[::-1][:ROW]
+        ],
         "Best: the smallest error": [whole(i) for i in order[:ROW]],
         "Predicted too high": single(ranks[0], 1),
         "Predicted too low": single(ranks[1], -1),
@@ -52,19 +58,24 @@ def scatter_picture(path: Path, predictions: Predictions) -> None:
     shown = min(len(predictions.names), MAX_PLOTS)
     columns = min(COLUMNS, shown)
     rows = -(-shown // columns)
-    figure = Figure((4.5 * columns, 4.5 * rows), layout="constrained")
-    plots = figure.subplots(rows, columns, squeeze=False)
-    for i, axes in enumerate(plots.flat):
-        if i >= shown:
-            axes.set_axis_off()
-            continue
-        known = np.flatnonzero(np.isfinite(predictions.label[:, i]))
-        known = known[:: -(-len(known) // MAX_POINTS) or 1]
-        truth, number = predictions.label[known, i], predictions.number[known, i]
-        if len(known):
-            ends = [min(truth.min(), number.min()), max(truth.max(), number.max())]
-            axes.plot(ends, ends, "k--", linewidth=1)
-        axes.scatter(truth, number, s=8, alpha=0.5, linewidths=0)
-        axes.set_title(predictions.names[i], parse_math=False)
-        axes.set(xlabel="true value", ylabel="prediction")
-    write_figure(path, figure)
+    with figure_file(path, WIDTH * columns, WIDTH * rows) as figure:
+        plots = figure.subplots(rows, columns, squeeze=False)
+        for i, axes in enumerate(plots.flat):
+            if i < shown:
+                _scatter(axes, predictions, i)
+            else:
+                axes.set_axis_off()
+
+
+def _scatter(axes: "Axes", predictions: Predictions, i: int) -> None:
+    """Draw one number, with equal scales."""
+    known = np.flatnonzero(np.isfinite(predictions.label[:, i]))
+    axes.set_title(f"{printable(predictions.names[i])}: {counted(len(known), 'image')}", loc="left", parse_math=False)
+    known = known[:: -(-len(known) // MAX_POINTS) or 1]
+    truth, number = predictions.label[known, i], predictions.number[known, i]
+    if len(known):
+        ends = [min(truth.min(), number.min()), max(truth.max(), number.max())]
+        axes.plot(ends, ends, "--", linewidth=1, color=INK)
+    axes.scatter(truth, number, s=12, alpha=0.5, linewidths=0, color=SERIES[0])
+    axes.set(xlabel="true value", ylabel="prediction", aspect="equal", adjustable="datalim")
+    axes.grid()

@@ -3,11 +3,11 @@
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image
 
 from configs.errors import UserError
-from finetune.contact_sheet import CELL, GAP, LETTERS
-from finetune.tasks.examples import ROW, write_examples
+from data.sheets import read_sheet
+from finetune.contact_sheet import CELL
+from finetune.tasks.examples import ROW, spread, write_examples
 from tests.data.helpers import picture
 
 
@@ -24,14 +24,12 @@ def test_groups_of_images(tmp_path):
         "Best": [(9, "is c", "predicted c")],
     }
     write_examples(tmp_path / "x.png", SimpleNamespace(read=read), groups)
-    pixels = np.asarray(Image.open(tmp_path / "x.png").convert("L"))
-    line = LETTERS + 4
-    rows, title = CELL + 2 * line + GAP, 2 * line
-    assert pixels.shape == (
-        2 * (rows + title) + GAP,
-        ROW * (CELL + GAP) + GAP,
-    )  # one row a group, none for an empty one
-    first, text = pixels[GAP + title : GAP + title + CELL], pixels[GAP + title + CELL + 2 : GAP + title + rows]
-    assert (first[:, :GAP] == 255).all() and (first[:, GAP : GAP + CELL] < 255).any()
-    assert (text < 128).any() and (pixels[GAP : GAP + title] < 128).any()
-    assert (pixels[GAP + title + rows + title :][: CELL // 3, GAP:] == 255).all()  # the damaged image is blank
+    worst, best = read_sheet(tmp_path / "x.png").groups  # no empty group
+    assert (worst.title, best.title, len(worst.cells)) == ("Worst", "Best", ROW)
+    assert worst.cells[0].lines == ("is a", "predicted b") and max(worst.cells[0].picture.size) == CELL
+    assert np.asarray(worst.cells[0].picture).std() > 10
+    assert best.cells[0].picture.size == (1, 1)  # the damaged image is blank
+
+
+def test_samples_are_spread_over_all():
+    assert spread(range(100)) == [0, 16, 33, 50, 66, 83] and spread([3, 4]) == [3, 4] and spread([]) == []

@@ -1,0 +1,1 @@
+"""report.html: a page about one run, or one that compares several."""

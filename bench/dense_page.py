@@ -5,6 +5,7 @@ from fnmatch import filter as matching
 from statistics import mean
 
 from bench.dense_evidence import DOMAINS
+from bench.experiments import SEEDS
 from bench.options import RESULTS
 from bench.tables import mean_and_range, table
 
@@ -48,19 +49,21 @@ def _found(runs: dict, start: str, share: float) -> dict[str, list[tuple[int, di
 
 
 def _row(runs: dict, name: str, share: float) -> list[str] | None:
-    """The scores of all seeds at the learning rate that has the most of them."""
+    """The scores of all seeds at the learning rate that has the most of them; the best if none has more than one."""
     metric, values = DOMAINS[name].metric, {}
     for start in STARTS:
         by_rate = _found(runs, start, share)
         if by_rate:
-            rate, chosen = max(by_rate.items(), key=lambda item: len(item[1]))
+            rate, chosen = max(by_rate.items(), key=lambda item: (len(item[1]), item[1][0]["best"][metric]))
             values[start] = [run["best"][metric] for run in chosen], rate
     if not {"scratch", "fcmae"} <= values.keys():
         return None
     cells = [
         f"{mean_and_range(values[start][0])}, lr {values[start][1]}" if start in values else "-" for start in STARTS
     ]
-    return [f"{share:.0%}", *cells, f"{100 * (mean(values['fcmae'][0]) - mean(values['scratch'][0])):+.1f}"]
+    scratch, fcmae = values["scratch"][0], values["fcmae"][0]
+    done = len(scratch) == len(fcmae) == len(SEEDS)
+    return [f"{share:.0%}", *cells, f"{100 * (mean(fcmae) - mean(scratch)):+.1f}" if done else "unfinished"]
 
 
 def _all(runs: dict, metric: str) -> list[list]:

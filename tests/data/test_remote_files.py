@@ -239,14 +239,14 @@ def test_an_interrupted_upload_is_resumed(s3, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "out", "message"),
     [
-        ("https://me:secret@host/x.tar", "out", "SOURCE password netrc"),
-        ("s3://me:secret@bucket/x", "out", "SOURCE password"),
-        ("https://host/x.tar?signature=secret", "out", "SOURCE https://host/x.tar"),
+        ("https://me:secret@host/x.tar", "out", "https://***@host/x.tar netrc"),
+        ("s3://me:secret@bucket/x", "out", "s3://***@bucket/x credentials"),
+        ("https://host/x.tar?signature=secret", "out", "https://host/x.tar?*** query"),
         ("https://host/folder", "out", "https://host/folder archive"),
         ("ftp://host/x.tar", "out", "SOURCE ftp"),
         ("photos", "https://host/out", "OUT s3 folder"),
-        ("photos", "s3://me:secret@bucket/out", "OUT password"),
-        ("photos", "s3://bucket/out?key=secret", "OUT s3://bucket/out"),
+        ("photos", "s3://me:secret@bucket/out", "s3://***@bucket/out credentials"),
+        ("photos", "s3://bucket/out?key=secret", "s3://bucket/out?*** query"),
     ],
 )
 def test_urls_that_are_refused(source, out, message, refused, tmp_path, monkeypatch):

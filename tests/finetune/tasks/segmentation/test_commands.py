@@ -121,7 +121,7 @@ def test_bad_input(more, message, scenes, digits, tmp_path, refused):
 
 def test_a_plan_counts_the_loss(scenes, tmp_path):
     """Logits at full size are most of the memory: more classes or a larger head need more."""
-    done = run("python", "finetune/main.py", *words(scenes, tmp_path, "x", "--dry-run"))
+    done = run("python", "finetune/main.py", *words(scenes, tmp_path, "x", "--parameters", "--dry-run"))
     assert has(done.stdout, "head.decoder activations") and not (tmp_path / "x").exists()
 
 

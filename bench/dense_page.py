@@ -1,13 +1,11 @@
 """The part of docs/results.md on segmentation and detection."""
 
-import json
 from fnmatch import filter as matching
 from statistics import mean
 
 from bench.dense_evidence import DOMAINS
 from bench.experiments import SEEDS
-from bench.options import RESULTS
-from bench.tables import mean_and_range, table
+from bench.tables import load, mean_and_range, recipe_links, table
 
 STARTS = {"scratch": "from scratch", "fcmae": "FCMAE on the same images", "fcmae-others": "FCMAE on other photographs"}
 
@@ -20,29 +18,26 @@ def dense() -> str:
 def _domain(name: str) -> str:
     """Scores by share of the labels and start, then every run."""
     domain = DOMAINS[name]
-    runs = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / name).glob("*.json"))}
+    runs = load(name)
     if not runs:
         return f"**Not measured yet.** Run `bash launch/evidence.sh {name} {name}/ --save`.\n"
     rows = [row for share in sorted(domain.budgets) if (row := _row(runs, name, share))]
     hardware = "; ".join(sorted({run["hardware"] for run in runs.values()}))
-    recipes = " and ".join(
-        f"[{stage}/{domain.recipe}](../configs/{stage}/{domain.recipe}.yaml)" for stage in ("pretrain", "finetune")
-    )
     steps = "; ".join(
         f"{share:.0%} of the labels: {epochs} epochs" for share, (epochs, _) in sorted(domain.budgets.items())
     )
     text = (
-        f"{hardware}. Recipes {recipes}; {steps}. Scores are {domain.title} on the validation images, of the best "
-        "evaluation of a run. The learning rate of each start is the best at the first seed; other photographs take "
-        "that of the same images.\n\n"
+        f"{hardware}. Recipes {recipe_links(domain.recipe)}; {steps}. Scores are {domain.title} on the validation "
+        "images, of the best evaluation of a run. The learning rate of each start is the best at the first seed; other "
+        "photographs take that of the same images.\n\n"
     )
     head = ["labels", *STARTS.values(), "gain, points"]
     return text + table(head, rows) + "\n" + table(["run", "base lr", "score"], _all(runs, domain.metric))
 
 
-def _found(runs: dict, start: str, share: float) -> dict[str, list[tuple[int, dict]]]:
+def _found(runs: dict, start: str, share: float) -> dict[str, list[dict]]:
     """The runs of a start and share, by learning rate."""
-    found: dict[str, list] = {}
+    found: dict[str, list[dict]] = {}
     for name in matching(runs, f"{start}-labels-{share:g}-lr-*"):
         found.setdefault(name.split("-lr-")[1].split("-seed-")[0], []).append(runs[name])
     return found

@@ -50,7 +50,6 @@ from torch import Tensor, nn
 
 from bench import timing
 from finetune.tasks.detection.model import Detector
-from finetune.tasks.segmentation.heads import resize
 from finetune.tasks.segmentation.model import HeadConfig, Loss, Segmenter
 from models.convnext import ConvNeXt
 from models.formats.write import to_form
@@ -83,14 +82,8 @@ def segmentation(options: DenseOptions, image: Tensor) -> tuple[ConvNeXt, Callab
     config = HeadConfig(options.head, options.width, options.classes, False, "whole", False, None)
     ours = Segmenter(Encoder(options.model), config, criterion=Loss("ce"))
     ours.head.eval()  # no dropout: losses are compared
-
-    def loss(image: Tensor, tokens: list[Tensor], target: Tensor) -> Tensor:
-        logits = ours.head(tokens)
-        with torch.autocast(image.device.type, enabled=False):
-            return ours.criterion(resize(logits.float(), *target.shape[1:]), target)
-
     target = torch.randint(options.classes, (len(image), *image.shape[2:]), device=image.device)
-    return ours, loss, (target,)
+    return ours, lambda image, tokens, target: ours.loss(tokens, target), (target,)
 
 
 def detection(options: DenseOptions, image: Tensor) -> tuple[ConvNeXt, Callable[..., Tensor], tuple[Tensor, ...]]:

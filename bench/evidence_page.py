@@ -3,7 +3,6 @@
 python bench/evidence_page.py
 """
 
-import json
 import sys
 from datetime import timedelta
 from fnmatch import filter as matching
@@ -25,8 +24,8 @@ from matplotlib.ticker import PercentFormatter
 
 from bench.dense_page import dense
 from bench.experiments import ABLATIONS, BACKENDS, FEW, SCALES
-from bench.options import RESULTS, ROOT
-from bench.tables import mean_and_range, table
+from bench.options import ROOT
+from bench.tables import load, mean_and_range, recipe_links, table
 from configs.files import write_atomic
 from configs.schema import visible_patches
 
@@ -47,17 +46,12 @@ Runs = dict[str, dict]  # summaries by name of the run
 Section = tuple[str, Figure | None] | None  # None = not measured
 
 
-def load(scale: str) -> Runs:
-    """The summaries of one scale."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / f"cifar10-{scale}").glob("*.json"))}
-
-
 def page() -> tuple[str, dict[str, Figure]]:
     """The text, and the pictures by file name."""
     text, pictures = [HEAD], {}
     for scale, title in TITLES.items():
         text.append(f"\n## {title}\n")
-        runs = load(scale)
+        runs = load(f"cifar10-{scale}")
         if not runs:
             text.append(f"\n**Not measured yet.** Run `bash launch/evidence.sh {scale} CIFAR10 --save`.\n")
             continue
@@ -77,8 +71,7 @@ def about(scale: str, runs: Runs) -> str:
     trained = [summary for summary in runs.values() if "hardware" in summary]
     hardware = "; ".join(sorted({summary["hardware"] for summary in trained}))
     hours = sum(summary["seconds"] for summary in trained) / 3600
-    recipes = [f"{stage}/{SCALES[scale].recipe}" for stage in ("pretrain", "finetune")]
-    links = " and ".join(f"[{name}](../configs/{name}.yaml)" for name in recipes)
+    links = recipe_links(SCALES[scale].recipe)
     return f"\n{hardware}. Recipes {links}. {hours:.1f} hours in all: `bash launch/evidence.sh {scale} CIFAR10`.\n"
 
 

@@ -59,7 +59,8 @@ from bench.timing import fastest, machine, prepare
 from configs.files import sha256
 from configs.schema import FCMAESettings, Optim, PretrainModel, Run
 from data.sampler import WINDOW, EpochOrder, TrainBatches
-from data.shards import Index, Shard, Split, index_file, index_tar, read_index, write_index
+from data.shard_index import Index, Shard, index_file, read_index, write_index
+from data.shards import Split, index_tar
 from data.tars import ROW
 from data.writing import write_tar
 from launch.training.checkpoints import Checkpoints

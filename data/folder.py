@@ -23,7 +23,8 @@ from data.collection import read_collection
 from data.listing import TABLES, suffix
 from data.reading import KEPT, NEED_OPTION, ImageError, Reading, check_file_size, sniff
 from data.remote import is_url
-from data.shards import Split, open_folder, open_split, read_index
+from data.shard_index import read_index
+from data.shards import Split, open_folder, open_split
 from data.sources import Item
 from data.tars import IMAGE_TYPES, open_tar, split_member_name
 from data.walk import list_source

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from configs.errors import reason
 from configs.log import say
 from data.remote import CONCURRENT_FETCHES
-from data.shards import Split, max_index_bytes
+from data.shard_index import max_index_bytes
+from data.shards import Split
 
 
 class Prefetcher:

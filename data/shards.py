@@ -35,16 +35,7 @@ from configs.shell import quote
 from data.cache import Cache
 from data.remote import CONCURRENT_FETCHES, Remote, is_url
 from data.sampler import WINDOW
-from data.shard_index import (  # noqa: F401  # importable from here
-    Index,
-    Shard,
-    index_file,
-    max_index_bytes,
-    read_index,
-    read_index_rows,
-    repair_hint,
-    write_index,
-)
+from data.shard_index import Shard, index_file, max_index_bytes, read_index, read_index_rows, repair_hint
 from data.tars import ROW, TARGET_ROW, read_rows
 
 MAX_OPEN_SHARDS = 64  # open files and index tables per reader

@@ -20,7 +20,8 @@ from data.pool import add_progress
 from data.reading import ImageError, Notes
 from data.reencode import Encoded, reencode_all
 from data.remote_files import Upload
-from data.shards import index_file, index_tar
+from data.shard_index import index_file
+from data.shards import index_tar
 from data.tars import MASK
 from data.tiles import cut
 

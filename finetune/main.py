@@ -46,9 +46,9 @@ def main() -> None:
     from launch.training.fit import fit_batch, fit_memory
     from launch.training.images import Images
     from launch.training.parameter_groups import parameter_groups
-    from launch.training.spares import leave_spares, release_spares
+    from launch.training.spares import release_spares, start_world
     from launch.training.trainer import Trainer
-    from launch.training.world import destroy_world, init_world
+    from launch.training.world import destroy_world
     from models.start import open_init, with_statistics
 
     init = open_init(config.init)
@@ -61,10 +61,7 @@ def main() -> None:
     data.grid(arch.stem_stride)  # raises for a size that is not a multiple of the patch
     statistics = data.statistics(arch.channels)
     ranks = dry_run()
-    world = None
-    if ranks is None:
-        leave_spares(config)
-        world = init_world(config.run)
+    world = start_world(config) if ranks is None else None
     recorded = recorded_optim(config.run, "fine-tuning") if world else {}
     collection = Images(config.run, world, resumed=bool(recorded))
     splits = collection.open(data, [data.split] if data.folds else [data.split, config.eval_split])

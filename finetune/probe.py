@@ -135,8 +135,9 @@ def open_parts(data: Data, options: Options) -> list:
     Images are divided by a hash of their names, alike in their classes. Raises `UserError` if there is no such split.
     """
     from configs.log import say
-    from data.folder import is_collection, list_collection, open_folder, open_splits, read_index
+    from data.folder import is_collection, list_collection, open_folder, open_splits
     from data.folds import fold_parts
+    from data.shard_index import read_index
 
     collection = is_collection(data.path)
     catalog = list_collection(data.path) if collection else None

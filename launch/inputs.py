@@ -8,7 +8,7 @@ from configs.errors import UserError
 from configs.schema import Finetune, Pretrain
 from data.folder import is_collection
 from data.remote import is_url
-from data.shards import read_index
+from data.shard_index import read_index
 from models.sizes import resolve
 
 

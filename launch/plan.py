@@ -23,7 +23,8 @@ from configs.keys import argument, option
 from configs.schema import Data
 from data.folder import is_collection
 from data.remote import is_url
-from data.shards import open_folder, read_index
+from data.shard_index import read_index
+from data.shards import open_folder
 
 BUSY = 1.5  # running processes per core
 

@@ -80,9 +80,8 @@ def find_place(env: dict[str, str], number: int) -> Place:
 def own_address(place: Place) -> str:
     """The address of this machine from which it reaches the first one, so at which the others reach it."""
     try:
-        family, kind, protocol, _, target = socket.getaddrinfo(place.address, place.port or 1, type=socket.SOCK_DGRAM)[
-            0
-        ]
+        found, *_ = socket.getaddrinfo(place.address, place.port or 1, type=socket.SOCK_DGRAM)
+        family, kind, protocol, _, target = found
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(target)  # sends nothing
             return probe.getsockname()[0]

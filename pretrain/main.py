@@ -50,10 +50,10 @@ def main() -> None:
     from launch.training.fit import fit_batch, fit_memory
     from launch.training.images import Images
     from launch.training.parameter_groups import parameter_groups
-    from launch.training.spares import leave_spares, release_spares
+    from launch.training.spares import release_spares, start_world
     from launch.training.summary import write_summary
     from launch.training.trainer import Trainer
-    from launch.training.world import destroy_world, init_world
+    from launch.training.world import destroy_world
     from models.start import open_init, with_statistics
     from models.weights import Weights, cpu_state, save
     from pretrain.online_eval import OnlineEval, probe_splits
@@ -64,10 +64,7 @@ def main() -> None:
     data, optim, objective = config.data, config.optim, make_objective(config)
     statistics = data.statistics(config.model.channels)
     ranks = dry_run()
-    world = None
-    if ranks is None:
-        leave_spares(config)
-        world = init_world(config.run)
+    world = start_world(config) if ranks is None else None
     recorded = recorded_optim(config.run, "pretraining") if world else {}
     images = Images(config.run, world, resumed=bool(recorded))
     [split], probe = images.open(data, [data.split]), probe_splits(config, images)

@@ -17,7 +17,8 @@ from data.folder import Folder, count_labels, is_collection, open_images
 from data.layouts import UNLABELED
 from data.reading import ImageError, sniff
 from data.remote import Remote
-from data.shards import Split, open_folder, read_index
+from data.shard_index import read_index
+from data.shards import Split, open_folder
 from data.transforms import to_float
 
 LOOKED = 500  # images that are decoded

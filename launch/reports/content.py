@@ -6,7 +6,7 @@ from pathlib import Path
 
 from configs.errors import UserError, counted, printable
 from configs.shell import command
-from data.shards import read_index
+from data.shard_index import read_index
 
 
 def facts_of(config: dict, starts: list[dict]) -> dict[str, str]:

@@ -13,9 +13,16 @@ from torch.distributed import DistError, TCPStore
 from configs.errors import LOST, UserError, restartable
 from configs.log import say
 from configs.schema import Finetune, Optim, Pretrain
+from launch.training.world import World, init_world
 
 SPARES, ENDED = "FCMAE_SPARE_RANKS", "run ended"  # variable of the ranks; key in the store of the first one
 TIMEOUT = timedelta(days=365)
+
+
+def start_world(config: Pretrain | Finetune) -> World:
+    """Connect the ranks that the run can use; errors as `init_world`."""
+    leave_spares(config)
+    return init_world(config.run)
 
 
 def leave_spares(config: Pretrain | Finetune) -> None:

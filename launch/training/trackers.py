@@ -149,9 +149,7 @@ class Trackers:
             except Exception as error:
                 way_out = {"wandb": "log in with `wandb login`, or set WANDB_MODE=offline"}
                 remedy = f"{way_out.get(name, 'see its settings')}, or leave it out of run.trackers"
-                raise UserError(
-                    f"run.trackers: {name} cannot begin ({printable(without_secrets(reason(error)))}): {remedy}"
-                ) from error
+                raise UserError(f"run.trackers: {name} cannot begin ({printable(reason(error))}): {remedy}") from error
         self.where = [tracker.where for tracker in self.open.values() if tracker.where]
         found = known | {name: tracker.known for name, tracker in self.open.items() if tracker.known}
         if found:
@@ -178,8 +176,7 @@ class Trackers:
                 del self.open[name]
                 with suppress(Exception):
                     tracker.close(False)
-                why = printable(without_secrets(reason(error)))
-                self.say(f"warning: {name} failed and gets nothing more of this run: {why}")
+                self.say(f"warning: {name} failed and gets nothing more of this run: {reason(error)}")
 
 
 def flat(config: dict, prefix: str = "") -> dict[str, object]:

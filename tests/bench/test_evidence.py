@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import evidence_page, runner
+from bench import evidence_page, runner, tables
 from bench.dense_evidence import DOMAINS, Dense
 from bench.evidence import ABLATIONS, PARTS, SCALES, SEEDS, Evidence, main, run_name
 from configs.command import parse, parse_options
@@ -83,7 +83,7 @@ def started(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(evidence_page, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
     runs: list[str] = []
     monkeypatch.setattr(runner.subprocess, "run", stand_in(runs))
     return runs
@@ -168,7 +168,7 @@ def test_bad_input(refused, tmp_path):
     assert "mask-0.4" in refused(main, "cpu", tmp_path, "grn")
 
 
-def test_page(started):
+def test_page(started, tmp_path):
     """The page has the numbers of the runs, and names what is not measured."""
     evidence_runs = Evidence("cpu", dry=False, save=True)
     evidence_runs.labels()
@@ -181,7 +181,11 @@ def test_page(started):
             assert f"| {name} |" in text
     for part in PARTS.values():
         part(evidence_runs)
+    for name in DOMAINS:
+        assert f": {name}\n\n**Not measured yet.**" in text
+        Dense(name, tmp_path, tmp_path / "others", dry=False, save=True).run()
     text, pictures = evidence_page.page()
+    assert "unfinished" not in text and text.count("| gain, points |") == 1 + len(DOMAINS)
     assert len(pictures) == 3 and text.count("Not measured yet") == 1  # the GPU's
     assert "| dense convolutions, hidden patches set to zero | 75.0% |" in text
     assert "| without (V1) | 10 | 0.100 | 0.200 | 0.300 | 0.400 |" in text

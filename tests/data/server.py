@@ -3,8 +3,10 @@
 import threading
 import time
 from collections import Counter, defaultdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+
+from tests.loopback import Loopback
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -60,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-class Server(ThreadingHTTPServer):
+class Server(Loopback):
     """Serves `folder` until the `with` block ends.
 
     Attributes:
@@ -71,25 +73,12 @@ class Server(ThreadingHTTPServer):
         delay: seconds before an answer
     """
 
-    daemon_threads = True
-
     def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.folder, self.counts, self.faults, self.always, self.delay = folder, Counter(), defaultdict(list), None, 0
         self.ranges = True
         self.lock, self.closing = threading.Lock(), threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}"
 
-    def handle_error(self, request, client_address):
-        pass  # a client that gave up
-
-    def __enter__(self):
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
+    def __exit__(self, *error):
         self.closing.set()
-        self.shutdown()
-        self.server_close()
-        self.thread.join()
+        super().__exit__(*error)

@@ -16,7 +16,8 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from data.decode import decode
 from data.folder import iterate_names
-from data.shards import Split, read_index
+from data.shard_index import read_index
+from data.shards import Split
 from tests.conftest import has
 from tests.data.helpers import as_folder, as_tar, as_zip
 from tests.data.test_layouts import refusal

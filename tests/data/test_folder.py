@@ -16,7 +16,8 @@ from data.folder import Folder, list_collection, open_images, open_splits, read_
 from data.index import index_folder
 from data.pool import Pool
 from data.reading import VALUES, ImageError
-from data.shards import Split, index_file, read_index
+from data.shard_index import index_file, read_index
+from data.shards import Split
 from tests.conftest import has
 from tests.data.helpers import as_folder, as_tar, as_zip, collection, picture
 from tests.data.test_prepare import prepared

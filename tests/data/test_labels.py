@@ -12,7 +12,8 @@ from scipy.io import savemat
 
 from configs.errors import UserError
 from data import prepare
-from data.shards import Split, read_index, write_index
+from data.shard_index import read_index, write_index
+from data.shards import Split
 from data.vectors import all_targets, reader
 from tests.conftest import has
 from tests.data.helpers import as_folder, as_ilsvrc, as_tar, collection, picture

@@ -6,7 +6,7 @@ import pytest
 
 from configs.errors import UserError
 from data.classes import split_name
-from data.shards import read_index
+from data.shard_index import read_index
 from tests.conftest import has
 from tests.data.helpers import as_folder, as_tar, as_zip, collection, picture
 from tests.data.test_prepare import content, prepared

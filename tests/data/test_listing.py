@@ -14,7 +14,8 @@ import pytest
 from configs.errors import UserError, printable
 from data import prepare
 from data.folder import sample_names
-from data.shards import Split, read_index
+from data.shard_index import read_index
+from data.shards import Split
 from data.sources import open_zip, read_member
 from data.tars import MAX_NAME_BYTES
 from tests.conftest import has

@@ -17,7 +17,8 @@ from data.decode import decode
 from data.index import index_folder
 from data.loader import Loader, eval_loader, train_loader
 from data.pool import Pool
-from data.shards import index_file, open_split
+from data.shard_index import index_file
+from data.shards import open_split
 from data.transforms import EvalTransform, PretrainTransform
 from data.writing import write_tar
 from finetune.batches import padded_batches

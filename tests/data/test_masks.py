@@ -23,7 +23,8 @@ from data.masks import (
 )
 from data.planning import ORDER_SEED
 from data.reading import ImageError
-from data.shards import Split, read_index
+from data.shard_index import read_index
+from data.shards import Split
 from tests.conftest import has
 from tests.data.helpers import as_folder, as_tar, as_zip, picture
 from tests.data.test_prepare import prepared

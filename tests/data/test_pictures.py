@@ -19,7 +19,8 @@ from data.pool import Pool
 from data.reading import TOO_LARGE, ImageError, Reading
 from data.reencode import reencode
 from data.repair import repair
-from data.shards import Split, index_file
+from data.shard_index import index_file
+from data.shards import Split
 from tests.conftest import ROOT, names
 from tests.data.helpers import as_folder, picture
 from tests.data.test_prepare import content, prepared

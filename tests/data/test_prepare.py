@@ -24,7 +24,8 @@ from data.index import index_folder, verify
 from data.pool import Pool, run_tasks
 from data.reading import FIRST_FRAME, FIRST_PAGE, Plural, Reading
 from data.reencode import NOT_TURNED, reencode
-from data.shards import Split, index_file, read_index
+from data.shard_index import index_file, read_index
+from data.shards import Split
 from data.values import CLIPPED
 from data.writing import ARRAYS
 from tests.conftest import ROOT, names, run

@@ -25,7 +25,8 @@ from data.loader import eval_loader, train_loader
 from data.prefetch import Prefetcher
 from data.remote import Remote
 from data.sampler import WINDOW, EpochOrder, TrainBatches
-from data.shards import Split, max_index_bytes, open_split
+from data.shard_index import max_index_bytes
+from data.shards import Split, open_split
 from data.transforms import EvalTransform, PretrainTransform
 from tests.data.helpers import as_folder, collection, open_files
 from tests.data.server import Server

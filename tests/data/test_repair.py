@@ -15,7 +15,8 @@ from data.decode import decode
 from data.index import index_folder, verify
 from data.pool import Pool
 from data.repair import repair
-from data.shards import Split, find_damage, index_file, read_index
+from data.shard_index import index_file, read_index
+from data.shards import Split, find_damage
 from data.tars import read_rows
 from tests.conftest import names
 from tests.data.helpers import as_folder, as_tar, collection, killed, picture

@@ -14,7 +14,8 @@ from data.decode import decode
 from data.index import index_folder, verify
 from data.pool import Pool
 from data.repair import repair
-from data.shards import MAX_OPEN_SHARDS, Index, Split, index_file, read_index, write_index
+from data.shard_index import Index, index_file, read_index, write_index
+from data.shards import MAX_OPEN_SHARDS, Split
 from data.tars import ROW
 from data.writing import write_tar
 from tests.data.helpers import as_folder, collection, open_files, picture

@@ -13,7 +13,7 @@ from configs.errors import UserError
 from data.decode import decode
 from data.reading import PAGES, TOO_LARGE, UNSUPPORTED, ImageError, Notes, Reading
 from data.reencode import reencode, reencode_all
-from data.shards import read_index
+from data.shard_index import read_index
 from tests.data.helpers import as_folder, picture
 from tests.data.test_prepare import content, prepared
 

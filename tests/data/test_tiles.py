@@ -23,7 +23,8 @@ from data.planning import PrepareOptions
 from data.pool import Pool
 from data.reading import Notes
 from data.reencode import reencode
-from data.shards import Split, read_index
+from data.shard_index import read_index
+from data.shards import Split
 from data.sources import Item
 from data.tiles import DROPPED, cut, is_background, measure
 from tests.conftest import ROOT, names

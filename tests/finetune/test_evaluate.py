@@ -20,7 +20,8 @@ from configs.errors import UserError
 from configs.preprocessing import Preprocessing
 from configs.schema import Data, Encoder
 from data.loader import eval_loader
-from data.shards import Index, open_split, read_index, write_index
+from data.shard_index import Index, read_index, write_index
+from data.shards import open_split
 from data.sources import digits as digit_images
 from data.transforms import EvalTransform, normalize
 from finetune.evaluate import main

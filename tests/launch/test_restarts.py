@@ -27,6 +27,7 @@ from tests.processes import Process
 with mock.patch.dict(os.environ), mock.patch("sys.path", list(sys.path)), mock.patch("logging.disable"):
     import launch.agent as agent_module
 
+SLOWED = "tc", "qdisc", "add", "dev", "wire", "root", "tbf", "rate", "1mbit", "burst", "16kb", "latency", "1s"
 ALONE = Place(1, 1, "1", True, "127.0.0.1", 0, 2)
 # a rank: its argument has a word for each attempt, which is an exit code, kill (of rank 0) or wait (for SIGTERM)
 RANK = """
@@ -308,21 +309,7 @@ def test_a_slow_link_is_no_fault(digits, tmp_path):
         together(machines, digits, folder)
         for machine in machines:
             try:
-                machine.ip(
-                    "tc",
-                    "qdisc",
-                    "add",
-                    "dev",
-                    "wire",
-                    "root",
-                    "tbf",
-                    "rate",
-                    "1mbit",
-                    "burst",
-                    "16kb",
-                    "latency",
-                    "1s",
-                )
+                machine.ip(*SLOWED)
             except (OSError, subprocess.CalledProcessError):
                 pytest.skip("no tbf in this kernel")
         trains_on(machines, folder)

@@ -1,9 +1,9 @@
 """Console tables of a detector's evaluation."""
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from configs.errors import printable
+from finetune.tasks.tables import percent, table, title_of
 
 MAX_CLASSES_SHOWN = 30
 
@@ -16,21 +16,16 @@ def show_evaluation(result: dict) -> None:
         console.print(printable(f"damaged, left out: {line['name']} ({line['error']})"), soft_wrap=True)
     names = [name for name in scores if "ap" in name]
     headings = [name.replace("_", " ").replace("ap", "AP") for name in names]
-    numbers = (Column(name, justify="right") for name in ("images", "boxes", *headings))
-    table = Table(*numbers, title=printable(f"{result['weights']} on {result['data']}, split {result['split']}"))
-    table.add_row(f"{scores['images']:,}", f"{scores['boxes']:,}", *(percent(scores[name]) for name in names))
-    console.print(table)
+    row = [f"{scores['images']:,}", f"{scores['boxes']:,}", *(score(scores[name]) for name in names)]
+    console.print(table(title_of(result), [], ["images", "boxes", *headings], [row]))
     worst = sorted(classes, key=lambda row: 2.0 if row["ap"] is None else row["ap"])[:MAX_CLASSES_SHOWN]
     names = [name for name in worst[0] if "ap" in name]
     headings = [name.replace("_", " ").replace("ap", "AP") for name in names]
-    numbers = (Column(name, justify="right") for name in ("boxes", *headings))
     title = "classes" if len(worst) == len(classes) else f"worst of {len(classes)} classes"
-    table = Table("class", *numbers, title=title)
-    for row in worst:
-        table.add_row(printable(row["name"]), f"{row['boxes']:,}", *(percent(row[name]) for name in names))
-    console.print(table)
+    rows = [[row["name"], f"{row['boxes']:,}", *(score(row[name]) for name in names)] for row in worst]
+    console.print(table(title, ["class"], ["boxes", *headings], rows))
 
 
-def percent(share: float | None) -> str:
+def score(share: float | None) -> str:
     """A score as per cent; a dash if there are no boxes to score."""
-    return "-" if share is None or share < 0 else f"{100 * share:.2f} %"
+    return "-" if share is None or share < 0 else percent(share)

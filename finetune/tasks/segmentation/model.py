@@ -84,7 +84,7 @@ class Segmenter(ConvNeXt):
     def forward(self, image: Tensor, target: Tensor | None = None) -> Tensor:
         """Images [B, C, H, W] to logits [B, K, H, W] or, with targets [B, H, W], to the loss []."""
         if target is not None:
-            return self.loss(image, target)
+            return self.loss(list(self.forward_stages(image, Dense())), target)
         height, width = image.shape[2:]
         patch = PATCH_PER_STEM_STRIDE * self.arch.stem_stride
         image = F.pad(image, (0, -width % patch, 0, -height % patch))
@@ -93,12 +93,12 @@ class Segmenter(ConvNeXt):
             logits = F.interpolate(logits.float(), scale_factor=float(self.arch.stem_stride), mode="bilinear")
         return logits[..., :height, :width]
 
-    def loss(self, image: Tensor, target: Tensor) -> Tensor:
-        """Loss [], with that of the auxiliary head."""
-        maps = self.head.maps(list(self.forward_stages(image, Dense())))
+    def loss(self, tokens: list[Tensor], target: Tensor) -> Tensor:
+        """Loss [] of the tokens of the stages [B, Hi, Wi, Ci], with that of the auxiliary head."""
+        maps = self.head.maps(tokens)
         outputs = [(1.0, self.head.classify(maps))]
         if self.head.auxiliary is not None:
             outputs.append((self.auxiliary, self.head.auxiliary(maps[AUXILIARY_STAGE])))
-        with torch.autocast(image.device.type, enabled=False):  # interpolation in bf16 would round the logits
+        with torch.autocast(target.device.type, enabled=False):  # interpolation in bf16 would round the logits
             sizes = target.shape[1:]
             return sum(weight * self.criterion(resize(logits.float(), *sizes), target) for weight, logits in outputs)

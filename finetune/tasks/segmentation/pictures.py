@@ -43,7 +43,7 @@ def draw_examples(path: Path, examples: list[Example], names: list[str], files: 
         groups.append(Group(f"{which}: mIoU {100 * example.score:.1f} %, {name}", cells, together=True))
         classes |= {*np.unique(example.truth).tolist(), *np.unique(example.guess).tolist()}
     note = "grey in a mask: no class" if any(i >= len(names) for i in classes) else ""
-    colours = [f"#{bytes(colour).hex()}" for colour in class_colours(len(names))]
+    colours = _colours(len(names))
     shown = [(colours[i], names[i]) for i in sorted(classes) if i < len(names)]
     write_sheet(path, Sheet(groups, note, shown[:MAX_LEGEND]))
 
@@ -55,7 +55,7 @@ def draw_overlay(image: Tensor, mask: bytes, names: list[str]) -> Image.Image:
     zoom = -(-MIN_WIDTH // picture.width) if picture.width < MIN_WIDTH else 1
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
     order = np.argsort(-np.bincount(classes.ravel(), minlength=len(names))[: len(names)], kind="stable")
-    colours = [f"#{bytes(colour).hex()}" for colour in class_colours(len(names))]
+    colours = _colours(len(names))
     present = [(colours[i], names[i]) for i in order.tolist() if (classes == i).any()][:MAX_LEGEND]
     legend = draw_legend(present, picture.width)
     sheet = Image.new("RGB", (picture.width, picture.height + (legend.height if legend else 0)), PAPER)
@@ -63,3 +63,8 @@ def draw_overlay(image: Tensor, mask: bytes, names: list[str]) -> Image.Image:
     if legend:
         sheet.paste(legend, (0, picture.height))
     return sheet
+
+
+def _colours(classes: int) -> list[str]:
+    """Colours of the classes as #rrggbb."""
+    return [f"#{bytes(colour).hex()}" for colour in class_colours(classes)]

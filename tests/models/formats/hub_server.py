@@ -4,9 +4,10 @@ import base64
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote
+
+from tests.loopback import Loopback
 
 TOKEN = "hf_SECRETsecretSECRET"
 
@@ -165,28 +166,12 @@ def upload_mode(file: dict) -> dict:
     return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(Loopback):
     """A hub until the `with` block ends. `broken` is a status that answers all further requests."""
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.broken = 0
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request, client_address):
-        pass  # a client that gave up
-
-    def __enter__(self):
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
-        self.thread.join()

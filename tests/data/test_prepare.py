@@ -436,7 +436,7 @@ def test_a_tar_with_a_negative_size_is_refused(tmp_path):
     data = bytearray(path.read_bytes())
     data[member.offset : member.offset + tarfile.BLOCKSIZE] = member.tobuf(tarfile.GNU_FORMAT)
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"x\.tar is damaged at byte"):
+    with pytest.raises(UserError, match=r"x\.tar is damaged or cut short at byte"):
         prepared(path, tmp_path / "out")
 
 

@@ -211,7 +211,7 @@ def test_another_start(folder, tmp_path):
     done = run("python", "finetune/main.py", *command, "--task.width", "8", "--run.max_steps", "1")
     assert "head is replaced" in done.stdout
     done = run("python", "finetune/main.py", *command, "--dry-run", "2")
-    assert has(done.stdout, "activations head.rpn")
+    assert has(done.stdout, "activations head.roi")
 
 
 def test_a_share_of_the_images(folder, tmp_path):

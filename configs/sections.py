@@ -69,9 +69,12 @@ class PretrainModel(Encoder):
 
 @dataclass(frozen=True)
 class FCMAESettings:
-    """The masked autoencoder's mask, decoder and target."""
+    """The masked autoencoder's masks, decoder and target."""
 
     mask_ratio: float = fixed(0.6, "share of the patches that is hidden")
+    masks: PositiveInt = fixed(
+        1, "masks of each image in a step, which show different patches; an image is read, decoded and cropped once"
+    )
     decoder_dim: int = fixed(512, "width of the decoder")
     decoder_depth: int = fixed(1, "ConvNeXt V2 blocks of the decoder")
     norm_pix: bool = fixed(True, "predict pixels normalised within each patch, as in the paper")

@@ -105,21 +105,36 @@ def seen_region(height: int, width: int, size: tuple[int, int], share: float) ->
 
 def draw_visible(rng: np.random.Generator, grid: tuple[int, int], n: int) -> Tensor:
     """A bool mask [gy, gx] with exactly n True: the patches visible to the encoder."""
-    visible = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
-    visible[torch.from_numpy(rng.permutation(len(visible))[:n])] = True
-    return visible.view(grid)
+    return draw_masks(rng, grid, n, 1)[0]
+
+
+def draw_masks(rng: np.random.Generator, grid: tuple[int, int], n: int, masks: int) -> Tensor:
+    """Bool masks [masks, gy, gx] of one image, each with exactly n True.
+
+    They are consecutive parts of one permutation, which starts again at its end: disjoint while patches last, and
+    together they show the whole image if masks x n is at least gy x gx.
+    """
+    order = rng.permutation(grid[0] * grid[1])
+    visible = torch.zeros(masks, len(order), dtype=torch.bool)
+    visible.scatter_(1, torch.from_numpy(np.resize(order, (masks, n))), True)
+    return visible.view(masks, *grid)
 
 
 @dataclass(frozen=True)
 class PretrainTransform:
-    """Pretraining transform: a random crop, and a mask of `grid` patches of which n are visible."""
+    """Pretraining transform: a random crop, and a mask [gy, gx] of `grid` patches of which n are visible.
+
+    With several `masks`, they are [masks, gy, gx].
+    """
 
     data: Data
     grid: tuple[int, int]
     n: int
+    masks: int = 1
 
     def __call__(self, image: Tensor, target: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        return {"image": random_crop(image, rng, self.data), "visible": draw_visible(rng, self.grid, self.n)}
+        image, visible = random_crop(image, rng, self.data), draw_masks(rng, self.grid, self.n, self.masks)
+        return {"image": image, "visible": visible if self.masks > 1 else visible[0]}
 
 
 class TrainTransform:

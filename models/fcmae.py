@@ -1,7 +1,11 @@
 """Fully convolutional masked autoencoder (arXiv 2301.00808, section 3.1).
 
 The encoder sees the visible patches. The decoder gets mask tokens for the hidden ones and predicts their pixels; the
-loss is the mean squared error over hidden patches. Letters as in models/sparse/layouts.py.
+loss is the mean squared error over hidden patches. Letters as in models/sparse/layouts.py, and m hidden patches of an
+image.
+
+An image may have M masks in a step (as in data2vec 2.0, arXiv 2212.07525): the encoder gets B * M rows of
+visible patches, the target is computed once for each image, and the loss is the mean over all masks.
 """
 
 from dataclasses import fields
@@ -20,19 +24,22 @@ VARIANCE_EPS = 1e-6  # of the per-patch pixel normalisation
 
 
 class Output(NamedTuple):
-    """Predictions for the m = gy * gx - n hidden patches of each image."""
+    """Predictions for the m = gy * gx - n hidden patches of each mask."""
 
-    prediction: Tensor  # [B, m, P * P * C], ordered (row, column, channel); normalised if norm_pix
-    hidden: Tensor  # [B, m] index of each hidden patch in its image's grid
+    prediction: (
+        Tensor  # [B * M, m, outputs]; of FCMAE P * P * C, ordered (row, column, channel); normalised if norm_pix
+    )
+    hidden: Tensor  # [B * M, m] index of each hidden patch in its image's grid
 
 
-class FCMAE(nn.Module):
-    """Encoder, projection, mask token, ConvNeXt V2 decoder, prediction.
+class MaskedPrediction(nn.Module):
+    """Encoder of visible patches, projection, mask token, ConvNeXt V2 decoder, prediction for each hidden patch.
 
-    Raises `UserError` for an unknown model name, or backend minkowski without MinkowskiEngine.
+    `outputs` is the number of values that are predicted for a patch. Raises `UserError` for an unknown model name, or
+    backend minkowski without MinkowskiEngine.
     """
 
-    def __init__(self, config: PretrainModel, settings: FCMAESettings):
+    def __init__(self, config: PretrainModel, settings: FCMAESettings, outputs: int):
         super().__init__()
         self.config, self.settings = config, settings
         if config.backend == "minkowski":
@@ -43,7 +50,7 @@ class FCMAE(nn.Module):
         self.proj = nn.Linear(arch.dims[-1], settings.decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(settings.decoder_dim))
         self.decoder = nn.ModuleList(Block(settings.decoder_dim, v2=True) for _ in range(settings.decoder_depth))
-        self.pred = nn.Linear(settings.decoder_dim, self.patch**2 * arch.channels)
+        self.pred = nn.Linear(settings.decoder_dim, outputs)
         for part in (self.proj, self.decoder, self.pred):
             part.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -53,7 +60,8 @@ class FCMAE(nn.Module):
         return layout_of(self.config.backend, visible, n, self.config.grn_scope)
 
     def predict(self, image: Tensor, visible: Tensor) -> Output:
-        """Encode the visible patches of images [B, C, H, W] and predict the hidden ones' pixels."""
+        """Encode visible patches of images [B, C, H, W], predict for hidden ones; `visible` [B, gy, gx], [B, M, gy, gx]."""
+        visible = visible.flatten(0, -3)
         n = visible_patches(visible[0].numel(), self.settings.mask_ratio)
         layout = self.layout(visible, n)
         x = layout.to_grid(self.proj(self.encoder.forward_features(image, layout)), self.mask_token)
@@ -62,21 +70,31 @@ class FCMAE(nn.Module):
         _, hidden = split_patches(visible, n)
         return Output(self.pred(take_patches(x, hidden)), hidden)
 
+    def patches(self, image: Tensor) -> Tensor:
+        """View images [B, C, H, W] as patches [B, gy, gx, P, P, C]."""
+        return patchify(image, (image.shape[2] // self.patch, image.shape[3] // self.patch))
+
     def true_pixels(self, image: Tensor, hidden: Tensor) -> Tensor:
-        """Pixels of hidden patches, [B, m, P * P * C] fp32."""
-        patches = patchify(image, (image.shape[2] // self.patch, image.shape[3] // self.patch))
-        return take_patches(patches, hidden).flatten(2).float()
+        """Pixels of hidden patches, [B * M, m, P * P * C] fp32."""
+        return take_patches(self.patches(image), hidden).flatten(2).float()
 
     def target(self, image: Tensor, hidden: Tensor) -> Tensor:
-        """Prediction targets [B, m, P * P * C], fp32: pixels, with norm_pix normalised per patch."""
-        pixels = self.true_pixels(image, hidden)
+        """Pixel targets [B * M, m, P * P * C], fp32, with norm_pix normalised per patch."""
         if not self.settings.norm_pix:
-            return pixels
-        mean, std = patch_statistics(pixels)
-        return (pixels - mean) / std
+            return self.true_pixels(image, hidden)
+        if len(hidden) == len(image):
+            return normalize_patches(self.true_pixels(image, hidden))
+        return take_patches(normalize_patches(self.patches(image).flatten(3).float()), hidden)  # each patch once
+
+
+class FCMAE(MaskedPrediction):
+    """Masked autoencoder: predicts the pixels of hidden patches."""
+
+    def __init__(self, config: PretrainModel, settings: FCMAESettings):
+        super().__init__(config, settings, patch_values(config))
 
     def forward(self, image: Tensor, visible: Tensor) -> Tensor:
-        """Loss, a scalar in fp32, of normalised images [B, C, H, W] with masks `visible` [B, gy, gx], bool."""
+        """Loss [], fp32, of normalised images [B, C, H, W]; masks `visible`, bool, are [B, gy, gx] or [B, M, gy, gx]."""
         output = self.predict(image, visible)
         return (output.prediction.float() - self.target(image, output.hidden)).square().mean()
 
@@ -85,6 +103,17 @@ def patch_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation [..., 1] of patches [..., P * P * C], for the targets' normalisation."""
     var, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
     return mean, (var + VARIANCE_EPS).sqrt()
+
+
+def normalize_patches(pixels: Tensor) -> Tensor:
+    """Patches [..., P * P * C] with mean 0 and variance 1 (2301.00808, section 3.1)."""
+    mean, std = patch_statistics(pixels)
+    return (pixels - mean) / std
+
+
+def patch_values(config: PretrainModel) -> int:
+    """Numbers in a patch, P * P * C."""
+    return (PATCH_PER_STEM_STRIDE * config.stem_stride) ** 2 * config.channels
 
 
 def flat_config(config: PretrainModel, settings: FCMAESettings) -> dict:

@@ -1,5 +1,6 @@
 """Reconstruction pictures and a measure of feature collapse."""
 
+from collections.abc import Sequence
 from functools import partial
 from statistics import mean
 
@@ -42,16 +43,22 @@ def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, T
 
 def reconstruction_grid(model: FCMAE, image: Tensor, visible: Tensor, mean: Tensor, std: Tensor) -> Sheet:
     """The four `COLUMNS` for each of normalised images [B, C, H, W]; missing pixels are hatched."""
-    zoom, columns = max(1, -(-CELL // max(image.shape[2:]))), []
-    for x in (image, *reconstruct(model, image, visible)):
-        x = x.float().cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-        pixels = to_rgb(x.nan_to_num() * std[:, None, None].cpu() + mean[:, None, None].cpu())
+    mean, std = (x[:, None, None].cpu() for x in (mean, std))
+    parts = [x.float().cpu() * std + mean for x in (image, *reconstruct(model, image, visible))]
+    return image_rows(parts, COLUMNS, f"{NOTE}; {NORM_NOTE}" if model.settings.norm_pix else NOTE)
+
+
+def image_rows(parts: Sequence[Tensor], columns: Sequence[tuple[str]], note: str) -> Sheet:
+    """A row for each image, of its pictures in `parts`: [B, C, H, W] from 0 to 1; missing pixels, NaN, are hatched."""
+    zoom, drawn = max(1, -(-CELL // max(parts[0].shape[2:]))), []
+    for x in parts:
+        x = x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
         missing = x.isnan().any(1, keepdim=True)
         hatched = torch.from_numpy(hatching(*x.shape[2:])).permute(2, 0, 1)
-        columns.append([F.to_pil_image(picture) for picture in torch.where(missing, hatched, pixels)])
-    rows = zip(*columns, strict=True)
-    groups = [Group("", [Cell(*cell) for cell in zip(row, COLUMNS, strict=True)], together=True) for row in rows]
-    return Sheet(groups, f"{NOTE}; {NORM_NOTE}" if model.settings.norm_pix else NOTE, across=2)
+        drawn.append([F.to_pil_image(picture) for picture in torch.where(missing, hatched, to_rgb(x.nan_to_num()))])
+    rows = zip(*drawn, strict=True)
+    groups = [Group("", [Cell(*cell) for cell in zip(row, columns, strict=True)], together=True) for row in rows]
+    return Sheet(groups, note, across=2)
 
 
 def feature_distance(encoder: ConvNeXt, image: Tensor) -> dict[str, float]:

@@ -50,6 +50,12 @@ class Objective(Protocol):
     def example(self, count: int) -> dict[str, Tensor]:
         """Everything but `image` of a batch of `count` images, for the memory estimate of --dry-run."""
 
+    def after_update(self, model: nn.Module, step: int) -> None:
+        """Called after each update of the weights on all ranks alike, but not after a skipped step; step 0 is first."""
+
+    def monitor(self, model: nn.Module) -> Report:
+        """Scores and warnings of the last step, every `run.log_every` steps. All ranks call this."""
+
     def picture(self, model: nn.Module, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Sheet]:
         """(title, pictures in groups) of a few inputs; the model is in evaluation mode."""
 
@@ -58,7 +64,7 @@ class Objective(Protocol):
 
 
 class Pretraining(Stage):
-    """Trains an objective. There is no EMA to update, and no state to load.
+    """Trains an objective. There is no state to load: an objective's is in its model.
 
     `intro` is the first line of the console, `statistics` are mean and standard deviation per channel.
     """
@@ -80,9 +86,15 @@ class Pretraining(Stage):
 
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         image = normalize(batch["image"].to(self.world.device, non_blocking=True), self.mean, self.std)
-        inputs = self.objective.inputs(image, batch)
+        inputs, self.step = self.objective.inputs(image, batch), step
         self.last = tuple(tensor[:PICTURES] for tensor in inputs)
         return self.engine(*inputs)
+
+    def after_update(self) -> None:
+        self.objective.after_update(self.engine.model, self.step)
+
+    def monitor(self) -> Report:
+        return self.objective.monitor(self.engine.model)
 
     def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
         """Draw every `run.picture_every` epochs, evaluate every `probe.every`; both after the last."""

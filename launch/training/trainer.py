@@ -52,6 +52,9 @@ class Stage(Protocol):
     def after_update(self) -> None:
         """Called after each update of the weights."""
 
+    def monitor(self) -> Report:
+        """What the last step showed, every `run.log_every` steps and at the end of an epoch."""
+
     def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
         """Evaluate after an epoch, before its checkpoint; epochs count from 1, `last` = no step follows."""
 
@@ -167,6 +170,7 @@ class Trainer:
             if self.step % config.run.log_every == 0 or epoch_ends:
                 name = f"epoch {epoch}/{config.optim.epochs}"
                 self.log.train(self.step, name, self.losses, lr, self.engine.grad_norm)
+                self._log(stage.monitor())
             report = stage.end_epoch(epoch, last, self._progress) if epoch_ends else Report()
             self._log(report)
             overdue = self.world.first and 0 < config.run.save_minutes < (time.monotonic() - saved) / 60

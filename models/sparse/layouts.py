@@ -11,7 +11,8 @@ weights work with every layout. A fifth layout, models/sparse/minkowski.py, is o
 
 Letters: B images, H W token rows and columns, C channels, gy x gx patch grid, n visible patches per image, s tokens
 along a patch's side (8, 4, 2, 1 by stage), P pixels along it. Channels are last.
-`visible` [B, gy, gx] is True where the encoder sees the patch; n is the same for every image.
+`visible` [B, gy, gx] is True where the encoder sees the patch; n is the same for every image. An image may have M
+masks, `visible` is then [B * M, gy, gx] and x has B * M rows, those of the first image first.
 `grn_scope` is the scope of GRN's norm: "image", as in the paper, or "batch", as in the official sparse code.
 """
 
@@ -46,9 +47,15 @@ def split_patches(visible: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def take_patches(patches: Tensor, index: Tensor) -> Tensor:
-    """Select patches [B, gy, gx, ...] by grid index [B, k]: [B, k, ...]."""
-    columns = patches.shape[2]
-    return patches[torch.arange(len(index), device=index.device)[:, None], index // columns, index % columns]
+    """Select patches [B, gy, gx, ...] by grid index [B, k]: [B, k, ...]. An index [B * M, k] is M for each image."""
+    columns, masks = patches.shape[2], len(index) // len(patches)
+    rows = torch.arange(len(index), device=index.device) // masks
+    return patches[rows[:, None], index // columns, index % columns]
+
+
+def repeat_images(image: Tensor, visible: Tensor) -> Tensor:
+    """Images [B, C, H, W] once for each mask [B * M, gy, gx]; `Packed` needs no such copies."""
+    return image if len(image) == len(visible) else image.repeat_interleave(len(visible) // len(image), 0)
 
 
 def local_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -74,7 +81,7 @@ def channel_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 class Layout:
     """Operations of a ConvNeXt that depend on where tokens are. Subclasses implement all but `downsample`:
 
-    embed        stem: images [B, C, H, W] to tokens x
+    embed        stem: images [B, C, H, W] to tokens x, of each mask
     depthwise    7x7 depthwise convolution; hidden tokens and those outside the image count as zero
     image_norm   Euclidean norm of each channel over an image's visible tokens, fp32, broadcastable to x; with
                  `grn_scope` batch over those of the batch
@@ -132,7 +139,8 @@ class Masked(Layout):
         self.visible = visible
         self.norm_dims = (0, 1, 2) if grn_scope == "batch" else (1, 2)
 
-    embed = Dense.embed
+    def embed(self, image: Tensor, stem: nn.Conv2d) -> Tensor:
+        return Dense.embed(self, repeat_images(image, self.visible), stem)
 
     def at_stage(self, x: Tensor) -> Tensor:
         """`visible` at the resolution of x: [B, H, W]."""
@@ -164,7 +172,7 @@ class Zeroed(Dense):
         self.visible = visible
 
     def embed(self, image: Tensor, stem: nn.Conv2d) -> Tensor:
-        patches = patchify(image, tuple(self.visible.shape[1:]))
+        patches = patchify(repeat_images(image, self.visible), tuple(self.visible.shape[1:]))
         return super().embed(unpatchify(patches.masked_fill(~self.visible[..., None, None, None], 0)), stem)
 
     to_grid = Masked.to_grid

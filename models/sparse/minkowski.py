@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from configs.errors import UserError, reason
-from models.sparse.layouts import Dense, Layout, Masked
+from models.sparse.layouts import Dense, Layout, Masked, repeat_images
 from models.sparse.taps import to_taps
 
 for _name in ("Sequence", "Mapping", "Iterable"):  # MinkowskiEngine 0.5.4 expects them where Python < 3.10 had them
@@ -63,7 +63,7 @@ class Minkowski(Layout):
         """A dense convolution, as in the published code. The mask, not the values, decides which tokens exist."""
         if image.is_cuda and not MinkowskiEngine.is_cuda_available():
             raise UserError("MinkowskiEngine was built for the CPU: set run.device cpu, or model.backend packed")
-        x = Dense().embed(image, stem)
+        x = Dense().embed(repeat_images(image, self.visible), stem)
         visible = Masked(self.visible).at_stage(x)
         coordinates = visible.nonzero().int().contiguous()
         return self._remember(MinkowskiEngine.SparseTensor(x[visible].float(), coordinates=coordinates))

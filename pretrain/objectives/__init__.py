@@ -3,6 +3,6 @@
 An objective is a module with `Settings` and `Objective`; see docs/architecture.md, "Add something".
 """
 
-from pretrain.objectives import fcmae
+from pretrain.objectives import fcmae, latent
 
-OBJECTIVES = {"fcmae": fcmae}
+OBJECTIVES = {"fcmae": fcmae, "latent": latent}

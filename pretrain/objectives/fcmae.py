@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from data.sheets import Sheet
     from data.transforms import PretrainTransform
+    from launch.training.trainer import Report
     from models.fcmae import FCMAE
     from models.opening import Opened
     from models.weights import Tensors
@@ -34,17 +35,19 @@ class Objective:
         self.grid = config.data.grid(config.model.stem_stride)
         self.patches = self.grid[0] * self.grid[1]
         self.visible = visible_patches(self.patches, config.objective.mask_ratio)
+        self.masks = config.objective.masks
         check_size(config.model.stem_stride, config.objective.mask_ratio, self.grid)
 
     def describe(self) -> str:
         share = 1 - self.visible / self.patches
-        return f"{self.visible} of {self.patches} patches visible ({share:.1%} hidden)"
+        masks = f", {self.masks} masks per image" if self.masks > 1 else ""
+        return f"{self.visible} of {self.patches} patches visible ({share:.1%} hidden){masks}"
 
     def transform(self) -> PretrainTransform:
-        """Adds the mask `visible` [gy, gx], bool, to a random crop."""
+        """Adds the mask `visible` [gy, gx], bool, to a random crop; [M, gy, gx] with several masks."""
         from data.transforms import PretrainTransform
 
-        return PretrainTransform(self.config.data, self.grid, self.visible)
+        return PretrainTransform(self.config.data, self.grid, self.visible, self.masks)
 
     def build(self) -> FCMAE:
         from models.fcmae import FCMAE
@@ -63,12 +66,25 @@ class Objective:
         import torch
 
         visible = torch.arange(self.patches).view(self.grid) < self.visible
-        return {"visible": visible.expand(count, -1, -1)}
+        return {"visible": visible.expand(count, *([self.masks] if self.masks > 1 else []), -1, -1)}
 
     def picture(self, model: FCMAE, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Sheet]:
         from pretrain.pictures import reconstruction_grid
 
-        return "input, visible patches, reconstruction", reconstruction_grid(model, *inputs, mean, std)
+        grid = reconstruction_grid(model, *self.first_mask(*inputs), mean, std)
+        return "input, visible patches, reconstruction", grid
+
+    def first_mask(self, image: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs with one mask [B, gy, gx] for each image."""
+        return image, visible if self.masks == 1 else visible[:, 0]
+
+    def after_update(self, model: FCMAE, step: int) -> None:
+        """Nothing follows an update."""
+
+    def monitor(self, model: FCMAE) -> Report:
+        from launch.training.trainer import Report
+
+        return Report()
 
     def decoder(self, model: FCMAE) -> tuple[Tensors, dict]:
         from models.fcmae import flat_config

@@ -20,6 +20,7 @@ from data.transforms import (
     AutoAugment,
     TrainTransform,
     center_crop,
+    draw_masks,
     draw_visible,
     jitter,
     normalize,
@@ -314,6 +315,17 @@ def test_masks():
     seen = torch.stack([draw_visible(np.random.default_rng(i), (3, 5), 6) for i in range(2000)])
     assert (seen.flatten(1).sum(1) == 6).all()
     assert ((seen.float().mean(0) - 6 / 15).abs() < 0.05).all()  # all patches are equally likely
+
+
+@pytest.mark.parametrize(("n", "masks"), [(6, 1), (6, 2), (6, 3), (4, 4), (6, 7), (14, 3), (1, 15)])
+def test_masks_of_an_image_show_different_patches(n, masks):
+    """Disjoint while patches last, together the whole image; no patch is shown twice more often than another."""
+    drawn = draw_masks(np.random.default_rng(3), (3, 5), n, masks)
+    assert drawn.shape == (masks, 3, 5) and (drawn.flatten(1).sum(1) == n).all()
+    shown = drawn.sum(0)
+    assert shown.min() == n * masks // 15 and shown.max() == -(-n * masks // 15)
+    first = np.random.default_rng(3).permutation(15)[:n]  # as of a single mask
+    assert sorted(first) == drawn[0].flatten().nonzero().flatten().tolist()
 
 
 def test_center_crop():

@@ -6,10 +6,11 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import visible_patches
+from data.transforms import draw_masks
 from models.fcmae import FCMAE
 from models.sizes import check_size
 from models.sparse.layouts import Dense
-from tests.models.helpers import masks, random_weights, tiny
+from tests.models.helpers import assert_close, masks, pair, random_weights, tiny
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -115,3 +116,47 @@ def test_training_lowers_the_loss():
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) < 0.5 * first
+
+
+SEVERAL = [
+    {},
+    {"norm_pix": False, "stem_stride": 2, "channels": 2},
+    {"backend": "masked"},
+    {"backend": "zeroed"},
+    {"name": "convnext_atto", "mask_ratio": 0.75},
+]
+
+
+@pytest.mark.parametrize("settings", SEVERAL)
+def test_several_masks_are_the_mean_of_single_ones(settings):
+    """Loss and all gradients, on a grid of 3 x 5 patches, which 6 visible ones do not divide."""
+    model = FCMAE(*tiny(**settings))
+    random_weights(model)
+    image, masks = several(model, 4)
+    loss = model(image, masks)
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    expected = torch.stack([model(image, masks[:, i]) for i in range(4)]).mean()
+    expected.backward()
+    assert_close(loss, expected, "loss")
+    for name, parameter in model.named_parameters():
+        assert_close(found[name], parameter.grad, name, 2e-5)
+
+
+def test_several_masks_and_grn_over_the_batch():
+    """The batch are all rows, of all masks: the loss of images repeated for their masks, packed and masked."""
+    packed, masked = pair(grn_scope="batch")
+    image, masks = several(packed, 2)
+    loss = packed(image, masks)
+    assert_close(loss, packed(image.repeat_interleave(2, 0), masks.flatten(0, 1)), "repeated")
+    assert_close(loss, masked(image, masks), "masked")
+    assert abs(float((loss - (packed(image, masks[:, 0]) + packed(image, masks[:, 1])) / 2).detach())) > 1e-5
+
+
+def several(model: FCMAE, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images of 3 x 5 patches, and masks [2, count, 3, 5]."""
+    grid = (3, 5)
+    n = visible_patches(15, model.settings.mask_ratio)
+    masks = torch.stack([draw_masks(np.random.default_rng(i), grid, n, count) for i in range(2)])
+    return torch.randn(2, model.config.channels, 3 * model.patch, 5 * model.patch), masks

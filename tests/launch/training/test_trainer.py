@@ -63,6 +63,9 @@ class Stage:
     def after_update(self) -> None:
         self.seen += 1
 
+    def monitor(self) -> Report:
+        return Report()
+
     def end_epoch(self, epoch: int, last: bool, watch) -> Report:
         assert list(watch([1, 2], 2, "evaluation")) == [1, 2]
         self.calls.append(f"epoch {epoch}{' last' if last else ''}")

@@ -1,0 +1,37 @@
+"""Pictures of latent targets: the teacher's features and the student's predictions of them, as colours."""
+
+import torch
+from torch import Tensor
+
+from data.sheets import Sheet
+from models.latent import Latent, normalize_features
+from models.sparse.layouts import patchify, unpatchify
+from pretrain.pictures import image_rows
+
+COLUMNS = (("input",), ("visible",), ("target features",), ("predicted features",))
+NOTE = "colours: the three main components of the targets of these images; hatched: hidden, or not predicted"
+SPAN = 2.5  # standard deviations of a component from black to full
+
+
+def feature_grid(model: Latent, image: Tensor, visible: Tensor, mean: Tensor, std: Tensor) -> Sheet:
+    """The four `COLUMNS` for each of normalised images [B, C, H, W] with masks [B, gy, gx], a colour for each patch."""
+    grid, missing = tuple(visible.shape[1:]), float("nan")
+    output, target = model.predict(image, visible), normalize_features(model.features(image))
+    features, _ = model.split(output.prediction)
+    predicted = torch.full_like(target, missing).flatten(1, 2)
+    predicted = predicted.scatter(1, output.hidden[..., None].expand_as(features), features).view_as(target)
+    colours = [x.permute(0, 3, 1, 2) for x in as_colours(target.cpu(), predicted.cpu())]
+    pixels = (image.float() * std[:, None, None] + mean[:, None, None]).cpu()
+    shown = patchify(pixels, grid).masked_fill(~visible.cpu()[..., None, None, None], missing)
+    enlarged = [x.repeat_interleave(model.patch, 2).repeat_interleave(model.patch, 3) for x in colours]
+    return image_rows([pixels, unpatchify(shown), *enlarged], COLUMNS, NOTE)
+
+
+def as_colours(target: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """Both features [..., D], in any number, as colours [..., 3] from 0 to 1: principal components of the targets."""
+    rows = target.flatten(0, -2).double()
+    centre = rows.mean(0)
+    _, lengths, directions = torch.linalg.svd(rows - centre, full_matrices=False)
+    basis, scale = directions[:3].mT, lengths[:3] / len(rows) ** 0.5
+    basis = torch.nn.functional.pad(basis / scale.clamp(min=1e-6), (0, 3 - basis.shape[1]))  # of fewer than three
+    return tuple(((x.double() - centre) @ basis / (2 * SPAN) + 0.5).float().clamp(0, 1) for x in (target, predicted))

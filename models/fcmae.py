@@ -60,7 +60,10 @@ class MaskedPrediction(nn.Module):
         return layout_of(self.config.backend, visible, n, self.config.grn_scope)
 
     def predict(self, image: Tensor, visible: Tensor) -> Output:
-        """Encode visible patches of images [B, C, H, W], predict for hidden ones; `visible` [B, gy, gx], [B, M, gy, gx]."""
+        """Encode the visible patches of images [B, C, H, W] and predict for the hidden ones.
+
+        Masks, bool, are [B, gy, gx] or [B, M, gy, gx].
+        """
         visible = visible.flatten(0, -3)
         n = visible_patches(visible[0].numel(), self.settings.mask_ratio)
         layout = self.layout(visible, n)
@@ -94,7 +97,7 @@ class FCMAE(MaskedPrediction):
         super().__init__(config, settings, patch_values(config))
 
     def forward(self, image: Tensor, visible: Tensor) -> Tensor:
-        """Loss [], fp32, of normalised images [B, C, H, W]; masks `visible`, bool, are [B, gy, gx] or [B, M, gy, gx]."""
+        """Loss [], fp32, of normalised images [B, C, H, W] with masks [B, gy, gx] or [B, M, gy, gx]."""
         output = self.predict(image, visible)
         return (output.prediction.float() - self.target(image, output.hidden)).square().mean()
 

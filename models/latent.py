@@ -52,7 +52,7 @@ class Latent(MaskedPrediction):
 
     @torch.no_grad()
     def update_teacher(self, decay: float) -> None:
-        """Move the teacher to the encoder: teacher = decay x teacher + (1 - decay) x encoder (2202.03555, section 3)."""
+        """teacher = decay x teacher + (1 - decay) x encoder (2202.03555, section 3.2)."""
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - decay)
 
     @torch.no_grad()

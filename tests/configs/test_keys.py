@@ -94,5 +94,5 @@ def test_help_shows_the_keys_of_the_chosen_module(capsys):
     with pytest.raises(SystemExit):
         parse(Pretrain, "pretrain/photos.yaml", "", {"objective": MODULES}, ["--objective.name", "colours", "--help"])
     text = capsys.readouterr().out
-    assert "--objective.name {fcmae,colours}" in text and "(default colours)" in text
+    assert "--objective.name {fcmae,latent,colours}" in text and "(default colours)" in text
     assert "--objective.bins N" in text and "* pictures (default 3)" in text and "mask_ratio" not in text

@@ -153,6 +153,15 @@ def test_a_second_run_resumes_from_the_checkpoint(tmp_path, world):
     assert second.stage.seen == 9 + 2  # restored, then two updates
 
 
+def test_the_stage_hears_of_applied_steps_only(tmp_path, world):
+    """Once a step, whatever its micro batches; here the second of three steps is skipped."""
+    made, _ = trainer(tmp_path, world, max_steps=3)
+    applied = iter([True, True, True, False, True, True])  # of each micro batch
+    made.engine.step = lambda loss: next(applied)
+    made.run()
+    assert made.stage.seen == 2
+
+
 def test_more_epochs_extend_a_run_and_fewer_than_done_are_refused(tmp_path, world, capsys):
     trainer(tmp_path, world)[0].run()
     longer, calls = trainer(tmp_path, world, epochs=4)

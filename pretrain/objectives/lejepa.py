@@ -1,4 +1,4 @@
-"""LeJEPA: crops of an image get alike embeddings; for refining pretrained weights, or from scratch; models/lejepa.py."""
+"""LeJEPA: crops of an image get alike embeddings. Refines weights for frozen use; see models/lejepa.py."""
 
 from __future__ import annotations
 

@@ -74,15 +74,19 @@ def main() -> None:
 
     if ranks is not None:
         model = objective.build()
-        say(plan(config, model, parameter_groups(model, optim), len(split), ranks, inputs, every=every_parameter()))
+        groups, more = parameter_groups(model, optim), {"check": objective.check_batch, "every": every_parameter()}
+        say(plan(config, model, groups, len(split), ranks, inputs, **more))
         return
-    config = replace(config, optim=fit_batch(optim, len(split), world.ranks, data.repeats, recorded=recorded))
+    check = objective.check_batch
+    optim = fit_batch(optim, len(split), world.ranks, data.repeats, check, recorded)
+    check(optim.accumulation(world.ranks)[0])
+    config = replace(config, optim=optim)
     random_seed(config.run.seed)
     model = objective.build()
     if init:
         objective.load(model, init)
     groups = parameter_groups(model, optim)
-    optim = fit_memory(config, model, groups, world, inputs, recorded=recorded)
+    optim = fit_memory(config, model, groups, world, inputs, check, recorded)
     config = replace(config, optim=optim)
     engine = Engine(model, groups, optim, world, pretraining=True)
 

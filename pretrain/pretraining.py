@@ -35,6 +35,9 @@ class Objective(Protocol):
     def describe(self) -> str:
         """Part of the run's first line."""
 
+    def check_batch(self, micro: int) -> None:
+        """Raise `UserError` for a micro batch that cannot be used."""
+
     def transform(self) -> Transform:
         """Transform of a decoded image to a sample: `image`, and what else the objective needs."""
 

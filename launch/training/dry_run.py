@@ -44,7 +44,7 @@ def plan(
     """
     ranks = ranks or torch.cuda.device_count() or 1
     optim = fit_batch(config.optim, images, ranks, config.data.repeats, check)
-    counts = " and ".join(map(str, measured_counts(optim, ranks)))
+    counts = " and ".join(map(str, measured_counts(optim, ranks, config.data.repeats)))
     device = torch.device("cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu")
     kind = precision(optim, device, isinstance(config, Pretrain))
     encoder = getattr(model, "encoder", model)

@@ -169,7 +169,7 @@ def measure_need(
     generator = torch.Generator().manual_seed(0)
     batches = [
         inputs(torch.rand(count, channels, *config.data.height_width, generator=generator))
-        for count in measured_counts(optim, ranks)
+        for count in measured_counts(optim, ranks, config.data.repeats)
     ]
     low = precision(optim, device, isinstance(config, Pretrain)) != "fp32"
     return Need(state, measure_activations(model, batches, low))
@@ -185,10 +185,13 @@ def room_on(
     return Room(free + weights * (device.type == "cpu"), 1, need)  # on a CPU the weights are loaded already
 
 
-def measured_counts(optim: Optim, ranks: int) -> list[int]:
-    """Numbers of images that activations are measured with: not more than a micro batch has, which could not fit."""
+def measured_counts(optim: Optim, ranks: int, repeats: int) -> list[int]:
+    """Numbers of crops that activations are measured with, `repeats` of each image.
+
+    Not more than a micro batch has, which could not fit.
+    """
     micro, _ = optim.accumulation(ranks)
-    return sorted({min(micro, count) for count in MEASURED_BATCHES})
+    return sorted({min(micro, count * repeats) for count in MEASURED_BATCHES})
 
 
 def largest(limit: int, roomy: int, share: int, check: Check = any_batch) -> int | None:

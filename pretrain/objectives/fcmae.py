@@ -43,6 +43,9 @@ class Objective:
         masks = f", {self.masks} masks per image" if self.masks > 1 else ""
         return f"{self.visible} of {self.patches} patches visible ({share:.1%} hidden){masks}"
 
+    def check_batch(self, micro: int) -> None:
+        """Any micro batch will do."""
+
     def transform(self) -> PretrainTransform:
         """Adds the mask `visible` [gy, gx], bool, to a random crop; [M, gy, gx] with several masks."""
         from data.transforms import PretrainTransform

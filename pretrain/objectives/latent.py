@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Objective", "Settings"]
 
-COLLAPSED = 0.02  # spread of the targets below which a run warns; see docs/guide/latent.md
+COLLAPSED = 0.02  # spread of the targets below which a run warns
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 from configs.errors import UserError
 from configs.schema import Data, FCMAESettings, Pretrain
 from data.transforms import sample_rng
+from launch.training.memory import measure_activations
 from models.fcmae import from_flat
 from pretrain.objectives.fcmae import Objective
 from tests.conftest import has
@@ -49,3 +50,21 @@ def test_a_ratio_that_hides_nothing_is_refused():
     with pytest.raises(UserError) as error:
         Objective(Pretrain(data=Data(size=8 * model.stem_stride), model=model, objective=FCMAESettings()))
     assert has(error.value, "objective.mask_ratio model.stem_stride")
+
+
+def test_masks_multiply_the_activations_of_an_image():
+    per_image = {}
+    for masks in (1, 3):
+        made = objective(masks=masks)
+        images = [torch.rand(count, 3, 64, 64) for count in (2, 4)]
+        batches = [made.inputs(image, made.example(len(image))) for image in images]
+        per_image[masks] = measure_activations(made.build(), batches, low=False).per_image
+        assert ("masks" in made.describe()) == (masks > 1)
+    assert per_image[3] == pytest.approx(3 * per_image[1], rel=0.02)
+
+
+def test_a_picture_shows_the_first_mask_of_each_image():
+    made = objective(masks=3)
+    image, visible = made.inputs(torch.rand(2, 3, 64, 64), made.example(2))
+    visible = torch.stack([visible[:, 0], ~visible[:, 0], ~visible[:, 0]], 1)
+    assert torch.equal(made.first_mask(image, visible)[1], visible[:, 0])

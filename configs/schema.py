@@ -26,7 +26,7 @@ class Optim:
 
     name: Literal["adamw", "muon"] = fixed(
         "adamw",
-        "muon = Muon for the matrices of blocks and downsampling, AdamW for all else; lr and weight_decay mean the same",
+        "muon = Muon for the matrices of blocks and downsampling, AdamW for the rest, with the same lr and weight_decay",
     )
     lr: PositiveFloat = fixed(1.5e-4, "base learning rate; the actual one is lr x batch_size / 256")
     batch_size: PositiveInt = fixed(4096, "images per optimizer step, over all ranks; fewer if there are fewer images")

@@ -106,7 +106,7 @@ def group_table(model: nn.Module, groups: list[dict], optim: Optim) -> list[str]
 
 
 def parameter_table(model: nn.Module, groups: list[dict], optim: Optim) -> list[str]:
-    """Parameters: shape, optimizer, weight decay, learning rate scale and learning rate after warm-up, or `frozen`; name."""
+    """Parameters: shape; optimizer, weight decay, learning rate scale and rate after warm-up, or `frozen`; name."""
     group_of = {parameter: group for group in groups for parameter in group["params"]}
     rows = [("shape", "optimizer", "decay", "lr scale", "lr", "parameter")]
     for name, parameter in model.named_parameters():
@@ -117,8 +117,8 @@ def parameter_table(model: nn.Module, groups: list[dict], optim: Optim) -> list[
 
 def _rates(group: dict, optim: Optim) -> tuple[str, str, str, str]:
     """Optimizer, weight decay, learning rate scale and learning rate after warm-up of a parameter group."""
-    scale = group["lr_scale"]
-    return NAMES[group["optimizer"]], f"{group['weight_decay']:g}", f"{scale:.4g}", f"{optim.scaled(optim.lr) * scale:.2e}"
+    scale, name = group["lr_scale"], NAMES[group["optimizer"]]
+    return name, f"{group['weight_decay']:g}", f"{scale:.4g}", f"{optim.scaled(optim.lr) * scale:.2e}"
 
 
 def memory_table(groups: list[dict], ranks: int, stage: int, extra: dict[str, int]) -> list[str]:

@@ -55,7 +55,8 @@ class Engine:
             "timers": {"throughput": {"enabled": False}},  # it would synchronise with the GPU twice a step
         }
         if optim.name == "muon":
-            optimizer = MuonAdamW(groups, optim.betas, world.rank, world.ranks if optim.zero_stage else 1)
+            place = (world.rank, world.ranks) if optim.zero_stage else (0, 1)
+            optimizer = MuonAdamW(groups, optim.betas, *place)
         else:
             optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
         self.optimizer = optimizer
@@ -205,6 +206,6 @@ def _clip_or_skip(optimizer: torch.optim.Optimizer, clip: float, scale: LossScal
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     optimizer._global_grad_norm = norm  # DeepSpeed's engine reads these two
     optimizer.overflow = not bool(torch.isfinite(norm))
-    optimizer.found_inf = (~torch.isfinite(norm)).float()  # fused AdamW skips the step where it is 1, Muon by `overflow`
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # fused AdamW skips the step where it is 1
     if clip and not optimizer.overflow:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)

@@ -1,7 +1,7 @@
 """Muon for the matrices of a ConvNeXt, AdamW for its other parameters.
 
-Muon orthogonalises the momentum of a weight matrix (Keller Jordan, kellerjordan.github.io/posts/muon). Its step is scaled
-to the size of AdamW's, so learning rate and weight decay carry over (arXiv 2502.16982, section 2.2).
+Muon orthogonalises the momentum of a weight matrix (Keller Jordan, kellerjordan.github.io/posts/muon). Its step is
+scaled to the size of AdamW's, so learning rate and weight decay carry over (arXiv 2502.16982, section 2.2).
 
 Muon needs whole matrices. ZeRO cuts the parameters of a group into one flat part for each rank, so a matrix optimizer
 would get slices. DeepSpeed therefore runs this optimizer without ZeRO. With optim.zero_stage 1 it shards its state
@@ -43,9 +43,9 @@ def owners(groups: Sequence[dict], ranks: int) -> dict[nn.Parameter, int]:
 class MuonAdamW(torch.optim.Optimizer):
     """torch.optim.Muon for groups with `optimizer` muon, torch.optim.AdamW for those with adamw.
 
-    Parameters and gradients are whole on all ranks, and so are the results; `groups` are those of `parameter_groups`.
-    Only the state is sharded, over `ranks` ranks (1 = every rank has all of it). A checkpoint has the whole state, so
-    another number of ranks can load it.
+    `groups` are those of `parameter_groups`. Weights and gradients are whole on all ranks, only the state is sharded:
+    this is `rank` of `ranks`; 0 of 1 on every rank = all have all of it. A checkpoint has the whole state, so another
+    number of ranks can load it.
 
     Attributes:
         overflow: the next step is skipped, because a gradient is not finite
@@ -75,7 +75,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _share_state(self) -> None:
         """Let `state` and the states of the two optimizers be the same dicts, which are filled by the first step."""
-        for group, own in zip(self.param_groups, self._own_groups, strict=True):
+        for group in self.param_groups:
             part = self._parts[0] if group["optimizer"] == "muon" else self._parts[-1]
             for parameter in group["params"]:
                 if parameter in self._updated:
@@ -100,7 +100,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 work.wait()
 
     def gather_state(self) -> None:
-        """Send the states of all ranks to the first one's main memory, for its next `state_dict`; all ranks call this."""
+        """Send all ranks' states to the main memory of the first, for its next `state_dict`; all ranks call this."""
         if self.ranks == 1:
             return
         names: list = [None] * self.ranks

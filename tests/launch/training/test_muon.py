@@ -1,4 +1,4 @@
-"""Muon in a real engine: every parameter's update is that of plain torch optimizers, sharded or not, on 1 and 2 ranks."""
+"""Muon in a real engine: updates are those of plain torch optimizers, with and without ZeRO, on one and two ranks."""
 
 import io
 import os
@@ -24,7 +24,8 @@ CPU = torch.device("cpu")
 ARCH = Encoder("convnextv2_atto", 3, 2, (1, 1, 2, 1), (8, 16, 16, 24))
 RATES = (1e-2, 2e-2, 3e-2, 3e-2, 1e-2)
 OVERFLOW = 2  # the step whose images have infinite gradients
-COMMON = {"name": "muon", "batch_size": 8, "micro_batch": 4, "clip_grad": 0.1, "decay_rules": {"stem.*": 0.2, "*.fc1.weight": 0.3}}
+RULES = {"stem.*": 0.2, "*.fc1.weight": 0.3}
+COMMON = {"name": "muon", "batch_size": 8, "micro_batch": 4, "clip_grad": 0.1, "decay_rules": RULES}
 
 
 class Loss(torch.nn.Module):

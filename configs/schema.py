@@ -26,7 +26,7 @@ class Optim:
 
     name: Literal["adamw", "muon"] = fixed(
         "adamw",
-        "muon = Muon for the matrices of blocks and downsampling, AdamW for the rest, with the same lr and weight_decay",
+        "muon = Muon for the matrices of blocks and downsampling, AdamW for the rest; lr and weight_decay carry over",
     )
     lr: PositiveFloat = fixed(1.5e-4, "base learning rate; the actual one is lr x batch_size / 256")
     batch_size: PositiveInt = fixed(4096, "images per optimizer step, over all ranks; fewer if there are fewer images")
@@ -121,9 +121,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Probe:
-    """kNN and linear evaluation of the encoder's features during pretraining."""
+    """Evaluation of the encoder's features during pretraining: kNN and linear with labels, other measures without."""
 
     every: NonNegativeInt = free(0, "epochs between evaluations, and one after the last epoch; 0 = none; needs labels")
+    unlabelled_every: NonNegativeInt = free(
+        0, "the same for RankMe, alpha-ReQ and the loss of eval_split, or of training images; 0 = none; needs no labels"
+    )
+    unlabelled_images: PositiveInt = free(
+        2048, "maximum number of images for unlabelled_every, evenly spaced; RankMe is at most this number"
+    )
     path: str | None = free(None, "labelled shards; null = data.path")
     train_split: str = free("train", "split of the neighbours")
     eval_split: str = free("val", "split that is classified")
@@ -152,7 +158,7 @@ class Pretrain:
     data: Data = section(Data, "images")
     model: PretrainModel = section(PretrainModel, "encoder")
     optim: Optim = section(Optim, "optimisation: AdamW or Muon, linear warm-up, cosine decay")
-    probe: Probe = section(Probe, "kNN and linear evaluation during pretraining")
+    probe: Probe = section(Probe, "evaluation during pretraining: kNN, linear, measures without labels")
     run: Run = section(Run, "output, intervals, device")
 
     def __post_init__(self):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from configs.errors import UserError
 from configs.schema import Pretrain
 from data.folder import Folder
 from data.loader import eval_loader
@@ -39,7 +40,11 @@ def unlabelled_split(config: Pretrain, images: Images, training: Split | Folder)
     data = replace(config.data, path=probe.path or config.data.path)
     if probe.path is None and probe.eval_split not in images.split_names(data):
         return training
-    (split,) = images.open(data, [probe.eval_split], "probe-collection.npz")
+    try:
+        (split,) = images.open(data, [probe.eval_split], "probe-collection.npz")
+    except UserError as error:
+        way_out = "set probe.path and probe.eval_split, or probe.unlabelled_every 0"
+        raise UserError(f"probe.unlabelled_every is {probe.unlabelled_every}, but {error}; {way_out}") from None
     return split
 
 

@@ -2,7 +2,7 @@
 
 TOLERANCE = 0.005  # relative improvement that counts
 PATIENCE = 3  # evaluations without an improvement
-COLLAPSED = 0.5  # of the highest RankMe
+COLLAPSED = 0.2  # of the highest RankMe; a healthy run may lose half of it
 BETTER = {"loss": -1, "rankme": 1}  # sign of an improvement; alpha is not used: neither end is better
 
 
@@ -17,7 +17,7 @@ def verdict(history: dict[int, dict[str, float]]) -> str:
     ranks = {epoch: values["rankme"] for epoch, values in trained.items() if "rankme" in values}
     if ranks and list(ranks.values())[-1] < COLLAPSED * max(ranks.values()):
         peak = max(ranks, key=ranks.__getitem__)
-        return f"features may be collapsing: RankMe is below half of epoch {peak}'s"
+        return f"features may be collapsing: RankMe is below {COLLAPSED:.0%} of epoch {peak}'s"
     if len(trained) <= PATIENCE:
         return "too early to tell"
     since = max(last_improvement(trained, name, sign) for name, sign in BETTER.items())

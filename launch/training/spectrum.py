@@ -19,8 +19,8 @@ SMALLEST = 1e-10  # eigenvalues below this share of the largest are rounding err
 def spectra(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Singular values of all ranks' features [N, D] and eigenvalues of their covariance, in descending order.
 
-    Both have length D, or min(D, images) and min(D, images - 1) with fewer images. All ranks call this. NaN if a feature
-    is not finite.
+    Their lengths are D or, with few images, the number of images and one less. All ranks call this. NaN if a feature is
+    not finite.
     """
     images, x = sum(gather(len(x))), x.double()
     products, total = sum_over_ranks(x.T @ x), sum_over_ranks(x.sum(0))
@@ -36,8 +36,10 @@ def spectra(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def rankme(singular: np.ndarray) -> float:
     """RankMe, a soft rank: exp of the entropy of the normalised singular values (2210.02885, equations 1 and 2).
 
-    Between 1 (all features are multiples of one) and their number.
+    Between 1 (all features are multiples of one) and their number. NaN if all are zero.
     """
+    if not singular.sum() > 0:
+        return math.nan
     share = singular / singular.sum() + EPS
     return float(np.exp(-(share * np.log(share)).sum()))
 
@@ -46,7 +48,7 @@ def alpha_req(variances: np.ndarray) -> float:
     """The decay alpha of a power law j^-alpha of the covariance's eigenvalues (2202.05808, section 3).
 
     The slope of a straight line through (log j, log eigenvalue) with weights 1 / j, so that each octave counts alike: 0
-    for an isotropic distribution; the source found features to generalise best near 1. NaN for fewer than two eigenvalues.
+    for an isotropic distribution; the source found features to generalise best near 1. NaN for fewer than two of them.
     """
     used = variances[variances > SMALLEST * variances[:1]]
     if len(used) < 2:

@@ -134,7 +134,7 @@ def unlabelled(runs: Runs, scale: str) -> Section:
     if not rows:
         return None
     text = (
-        "Spearman's rank correlation with kNN top-1 (k = 20) on the validation images over a run's evaluations, but for "
+        "Spearman's rank correlation with kNN top-1 (k = 20) on the validation images over a run's evaluations, not of "
         "random weights. A measure that tells when features stop improving is near -1 (loss) or near +1 or -1 "
         "throughout; - = it does not vary. With few evaluations, correlations of either sign arise by chance.\n\n"
     )

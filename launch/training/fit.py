@@ -18,9 +18,9 @@ from launch.training.memory import (
     Activations,
     Inputs,
     free_bytes,
+    group_bytes,
     measure_activations,
     owner,
-    state_bytes,
 )
 from launch.training.precision import precision
 from launch.training.world import World, barrier, gather
@@ -159,8 +159,9 @@ def measure_need(
 ) -> Need:  # fmt: skip
     """What a rank needs. Activations are not measured if the state alone exceeds `free` bytes."""
     optim, device = config.optim, next(model.parameters()).device
-    parameters, sizes = sum(p.numel() for p in model.parameters()), [_size(group["params"]) for group in groups]
-    state = sum(state_bytes(sizes, ranks, optim.zero_stage).values()) + 4 * (parameters - sum(sizes))  # frozen ones
+    parameters = sum(p.numel() for p in model.parameters())
+    frozen = parameters - sum(p.numel() for group in groups for p in group["params"])
+    state = sum(group_bytes(groups, ranks, optim.zero_stage).values()) + 4 * frozen
     if isinstance(config, Finetune) and config.augment.ema:
         state += 4 * parameters
     if state > free:
@@ -268,10 +269,6 @@ def _remedies(config: Pretrain | Finetune) -> str:
 
 def _gib(count: float) -> str:
     return f"{count / GIB:.1f}" if count >= GIB else f"{count / GIB:.2g}"
-
-
-def _size(parameters: list[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
 
 
 def _count(number: int, noun: str) -> str:

@@ -34,6 +34,8 @@ class Objective(Protocol):
     Made before torch is imported, to refuse settings that do not fit, and again once --init's statistics are known.
     """
 
+    per_image: bool  # the loss is a mean over images, which can be taken over held-out ones too
+
     def describe(self) -> str:
         """Part of the run's first line."""
 

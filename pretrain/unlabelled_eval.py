@@ -52,7 +52,7 @@ class UnlabelledEval:
     """RankMe and alpha-ReQ of the encoder's features, and the objective's loss, on fixed images.
 
     The loss is of fixed crops and masks, in evaluation mode, in the same batches on any number of ranks, so epochs
-    compare. `history` has the values by epoch.
+    compare; objectives that compare images have none. `history` has the values by epoch.
 
     Raises:
         UserError: the first image of the split cannot be read
@@ -88,7 +88,7 @@ class UnlabelledEval:
         devices = [self.world.device] if self.world.device.type == "cuda" else []
         with engine.whole_weights(), torch.random.fork_rng(devices):
             torch.manual_seed(0)  # an objective may draw in its forward pass
-            loss = self.loss(engine, progress)
+            loss = self.loss(engine, progress) if self.objective.per_image else math.nan
             singular, variances = spectra(features(engine.model.encoder, self.feature_loader, *settings).x)
         values = {"loss": loss, "rankme": rankme(singular), "alpha": alpha_req(variances)}
         values = {name: value for name, value in values.items() if math.isfinite(value)}

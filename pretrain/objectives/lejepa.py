@@ -46,6 +46,8 @@ class Objective:
         UserError: one crop of an image, or changes of colours without three channels
     """
 
+    per_image = False  # it compares crops, and images with each other
+
     def __init__(self, config: Pretrain):
         self.config, own = config, config.objective
         self.views = config.data.repeats

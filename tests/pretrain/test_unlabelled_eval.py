@@ -39,7 +39,7 @@ def recorded(folder) -> dict[int, dict]:
 
 def settings(digits, ranks: int = 1, **probe) -> Pretrain:
     data, optim = Data(path=str(digits), size=24, workers=0), Optim(batch_size=16, micro_batch=8 // ranks)
-    asked = Probe(unlabelled_every=1, **{"unlabelled_images": 37} | probe)
+    asked = Probe(**{"unlabelled_every": 1, "unlabelled_images": 37} | probe)
     return Pretrain(model=SMALL, data=data, optim=optim, probe=asked, objective=FCMAEChoice("fcmae", decoder_dim=8))
 
 

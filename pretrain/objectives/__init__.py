@@ -3,6 +3,6 @@
 An objective is a module with `Settings` and `Objective`; see docs/architecture.md, "Add something".
 """
 
-from pretrain.objectives import fcmae, latent
+from pretrain.objectives import fcmae, latent, teacher
 
-OBJECTIVES = {"fcmae": fcmae, "latent": latent}
+OBJECTIVES = {"fcmae": fcmae, "latent": latent, "teacher": teacher}

@@ -24,6 +24,7 @@ from models.sparse.layouts import Dense
 from models.weights import load_strict
 
 TIMM = "timm:"  # prefix of a timm model's name
+LOADING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}  # not from a file
 OURS = {*SIZES, "convnext", "convnextv2"}  # architectures, in model folders, that this project has itself
 
 
@@ -92,7 +93,7 @@ class TimmNetwork(Network):
 
 
 class TransformersNetwork(Network):
-    """A vision model of transformers. Without pooling layers in its file, the class token or the mean is its feature."""
+    """A vision model of transformers. Without pooling layers in its file, its class token or mean is pooled."""
 
     def __init__(self, source: str, model: nn.Module, stride: int, image: Preprocessing, pools: bool):
         super().__init__(source, model, stride, image)
@@ -161,9 +162,10 @@ def _timm_folder(source: str, path: Path, architecture: str, config: dict) -> Ne
 
     if not timm.is_model(architecture):
         raise UserError(f"{source} has the architecture {architecture}, which timm does not have: update timm")
-    options = config.get("model_args") or {}
+    given = config.get("model_args")
+    options = {key: x for key, x in given.items() if key not in LOADING} if isinstance(given, dict) else {}
     try:
-        model = timm.create_model(architecture, num_classes=config.get("num_classes", 0), **options)
+        model = timm.create_model(architecture, **{"num_classes": config.get("num_classes", 0), **options})
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{source}: timm cannot build its {architecture} ({reason(error)}): update timm") from error
     load_strict(model, read_container(path).tensors, source)

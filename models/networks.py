@@ -3,6 +3,7 @@
 No code of a file or of a hub is executed.
 """
 
+import warnings
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -84,7 +85,9 @@ class TimmNetwork(Network):
     def set_size(self, size: tuple[int, int]) -> None:
         """Resample what depends on the size: position embeddings of transformers."""
         if hasattr(self.model, "set_input_size"):
-            self.model.set_input_size(img_size=size)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch, about the speed of Swin's interpolation
+                self.model.set_input_size(img_size=size)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         x = self.model.forward_features(image)
@@ -95,9 +98,8 @@ class TimmNetwork(Network):
 class TransformersNetwork(Network):
     """A vision model of transformers. Without pooling layers in its file, its class token or mean is pooled."""
 
-    def __init__(self, source: str, model: nn.Module, stride: int, image: Preprocessing, pools: bool):
+    def __init__(self, source: str, model: nn.Module, stride: int, image: Preprocessing):
         super().__init__(source, model, stride, image)
-        self.pools = pools
         self.options = {}
         if "interpolate_pos_encoding" in signature(model.forward).parameters:
             self.options["interpolate_pos_encoding"] = True
@@ -107,7 +109,7 @@ class TransformersNetwork(Network):
         x = output.last_hidden_state
         tokens = 1 + getattr(self.model.config, "num_register_tokens", 0)
         cells = self.as_map(x, image, (0, 1, 2, tokens))
-        if self.pools and output.pooler_output is not None:
+        if output.pooler_output is not None:
             return cells, output.pooler_output.flatten(1)
         has_class = x.ndim == 3 and x.shape[1] > cells.shape[1] * cells.shape[2]
         return cells, x[:, 0] if has_class else cells.mean((1, 2))
@@ -200,9 +202,10 @@ def _transformers_folder(source: str, path: Path, config: dict) -> Network:
     metadata = {"image_size": config.get("image_size")}
     if (path / PROCESSOR).is_file():
         metadata["preprocessor"] = read_json(path / PROCESSOR)
-    pools = not info["missing_keys"]
+    if info["missing_keys"]:
+        model.pooler = None  # its weights would be random
     image = _image(source, metadata, "transformers", model)
-    return TransformersNetwork(source, model, _stride(source, model.config), image, pools)
+    return TransformersNetwork(source, model, _stride(source, model.config), image)
 
 
 def _stride(source: str, config: object) -> int:

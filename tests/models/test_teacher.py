@@ -14,6 +14,7 @@ from configs.errors import UserError
 from configs.preprocessing import Preprocessing
 from configs.schema import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from models.convnext import ConvNeXt
+from models.networks import Network
 from models.sparse.layouts import Dense
 from models.teacher import Teacher, to_grid
 from models.weights import Weights, cpu_state, save
@@ -98,7 +99,7 @@ INPUT = {"vit_small_patch14_reg4_dinov2": (56, 84)}  # multiples of 14 and the g
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_of_every_kind_of_model_are_where_the_image_is(kind, tmp_path, monkeypatch):
-    """A marked patch changes the features of its own cell most; nothing of the teacher is trained or random."""
+    """A mark in a patch changes the features of its own cell most; nothing of the teacher is trained or random."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     source = made(kind, tmp_path)
     before = torch.get_rng_state()
@@ -112,7 +113,8 @@ def test_features_of_every_kind_of_model_are_where_the_image_is(kind, tmp_path, 
     assert (expected.patches.shape[3], expected.pooled.shape[1]) == teacher.widths
     for row, column in ((0, 2), (1, 0), (1, 1)):
         marked = blank.clone()
-        marked[..., 32 * row : 32 * row + 32, 32 * column : 32 * column + 32] = 4 * torch.randn(3, 32, 32)
+        # the upper left quarter of the patch, because the padding of a ResNet centres its cells on their corners there
+        marked[..., 32 * row : 32 * row + 16, 32 * column : 32 * column + 16] = 4 * torch.randn(3, 16, 16)
         change = (teacher(marked).patches - expected.patches).norm(dim=-1)
         assert change.shape == (1, *GRID) and int(change.argmax()) == row * GRID[1] + column, change
     assert Teacher(source, GRID, SIZE, STATISTICS).digest == teacher.digest
@@ -187,7 +189,7 @@ def spoil(folder: Path, name: str, index: tuple) -> None:
 
 
 def test_what_is_no_teacher(tmp_path, monkeypatch):
-    for name in "abcdefg":
+    for name in "abcde":
         (tmp_path / name).mkdir()
     assert has(one_line(own_file(tmp_path, spoilt=True)), "not finite stem.0.weight")
     grey = own_file(tmp_path, channels=1)
@@ -204,12 +206,29 @@ def test_what_is_no_teacher(tmp_path, monkeypatch):
     assert has(one_line(str(tmp_path / "b")), "resnet_of_tomorrow timm")
     (tmp_path / "c/config.json").write_text('{"model_type": "vit_of_tomorrow"}')
     assert has(one_line(str(tmp_path / "c")), "transformers cannot load")
-    mixer = timm.create_model("mixer_s32_224", num_classes=5, img_size=64, num_blocks=1)
-    save_for_hf(mixer, tmp_path / "d", model_args={"img_size": 64, "num_blocks": 1}, safe_serialization=True)
+    options = {"img_size": 64, "depth": 1, "embed_dim": 24, "num_heads": 2}
+    fixed = timm.create_model("cait_xxs24_224", num_classes=5, **options)
+    save_for_hf(fixed, tmp_path / "d", model_args=options, safe_serialization=True)
     assert has(one_line(str(tmp_path / "d")), "objective.teacher cannot take images of 64x96 objective.teacher_size")
     monkeypatch.setattr("models.networks.find_spec", lambda _: None)
     (tmp_path / "e/config.json").write_text('{"model_type": "dinov2"}')
     assert has(one_line(str(tmp_path / "e")), "pip install transformers")
+
+
+def test_outputs_without_a_feature_map():
+    network = Network("x", torch.nn.Identity(), 16, Preprocessing((32, 32), 3, (0.5,) * 3, (0.5,) * 3))
+    image = torch.zeros(1, 3, 32, 48)
+    cells = torch.randn(1, 2, 3, 4)
+    assert torch.equal(network.as_map(cells, image), cells)
+    assert torch.equal(network.as_map(cells.permute(0, 3, 1, 2), image), cells)
+    assert torch.equal(network.as_map(torch.cat([torch.ones(1, 5, 4), cells.flatten(1, 2)], 1), image, (0, 5)), cells)
+    square = torch.randn(1, 2, 2, 2)  # as many channels as rows and columns
+    assert torch.equal(network.as_map(square, image[..., :32], last=True), square)
+    assert torch.equal(network.as_map(square, image[..., :32]), square.permute(0, 2, 3, 1))
+    for output in (cells[:, :1], torch.randn(1, 7, 4), torch.randn(1, 4), [cells]):
+        with pytest.raises(UserError) as error:
+            network.as_map(output, image)
+        assert has(error.value, "objective.teacher x no feature map of 2x3 cells 32x48")
 
 
 def test_a_language_model_is_refused(tmp_path):

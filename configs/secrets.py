@@ -10,8 +10,9 @@ URL = re.compile(
 )
 HIDDEN = "***"
 WAY_OUT = (
-    "logs and the folder of the run would show them: put credentials where the protocol's package reads them (such as "
-    "~/.aws/credentials, AWS_ACCESS_KEY_ID, ~/.netrc)"
+    "logs and the folder of the run would show them: leave them out if the address works without (?download=1), or put "
+    "credentials where the protocol's package reads them (~/.aws/credentials, AWS_ACCESS_KEY_ID, ~/.netrc); fetch the "
+    "file of a signed URL first"
 )
 
 

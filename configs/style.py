@@ -17,6 +17,7 @@ DARK = {  # the same on a dark page
     INK: "#e6edf3", GRID: "#3d444d",
     **dict(zip(SERIES, ("#56b4e9", "#ff9b5c", "#2fd0a0", "#e79fc7", "#e6c34a", "#9aa4af"), strict=True)),
 }  # fmt: skip
+AREAS = ("#56b4e9", "#e69f00", "#009e73", "#d55e00", "#0072b2", "#cc79a7", "#f0e442")  # Okabe and Ito's, of classes
 FILL, SHADES = "#9ecae9", "Blues"  # bars behind text; shares from 0 to 1
 RC = {
     "font.size": 9.5, "axes.titlesize": 10.5, "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9,

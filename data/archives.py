@@ -21,7 +21,7 @@ from configs.shell import quote
 from data.listing import ARCHIVES, SIDECARS, Listing, suffix
 from data.remote_files import SMALL_BLOCK_BYTES, open_binary
 from data.sources import Item, open_zip
-from data.tars import check_end, member_end, open_tar
+from data.tars import DamagedArchive, check_end, member_end, open_tar
 
 FREE_SHARE = 0.9  # of the disk's free space, that an unpacked archive may take
 UNPACKED_BYTES = 1 << 12  # read at a time: compressed zeros may unpack to more than a thousand times as much
@@ -113,7 +113,9 @@ def _list_members(file: BinaryIO, path: str, limit: int, listing: Listing) -> No
                 tar.members.clear()  # a million headers take gigabytes
                 beyond = not member.issparse() and member.offset_data + member.size > limit
                 if member.size < 0 or beyond:  # would send tarfile back, into an endless loop, or where no file is
-                    raise UserError(f"{listing.source} is damaged or cut short at byte {member.offset}: fetch it again")
+                    raise DamagedArchive(
+                        f"{listing.source} is damaged or cut short at byte {member.offset}: fetch it again"
+                    )
                 end = member.offset_data
                 if member.issparse():
                     listing.ignored["sparse"] += 1
@@ -128,7 +130,7 @@ def _list_members(file: BinaryIO, path: str, limit: int, listing: Listing) -> No
         if links:
             _add_links(file, start, links, path, listing)
     except tarfile.TarError as error:
-        raise UserError(f"{listing.source} is damaged ({error}): fetch it again") from None
+        raise DamagedArchive(f"{listing.source} is damaged ({error}): fetch it again") from None
     check_end(file, end, limit, listing.source)
 
 
@@ -170,9 +172,9 @@ def _unpack(path: str, shown: str, scratch: Path | None, unpacked: list[Path]) -
         start = file.read(2)
     opener = UNPACKERS.get(start)
     if start == b"PK":
-        raise UserError(f"{shown} is a damaged or cut zip: fetch it again")
+        raise DamagedArchive(f"{shown} is a damaged or cut zip: fetch it again")
     if opener is None:
-        raise UserError(f"{shown} is not a folder, a zip or a tar (plain, gz, bz2 or xz)")
+        raise DamagedArchive(f"{shown} is not a folder, a zip or a tar (plain, gz, bz2 or xz)")
     target = _reserve(shown, scratch, unpacked)
     try:
         with open_binary(path) as file, opener(file) as packed:
@@ -180,7 +182,7 @@ def _unpack(path: str, shown: str, scratch: Path | None, unpacked: list[Path]) -
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"{shown} cannot be unpacked into {target.parent} ({error.strerror.lower()})") from None
-        raise UserError(f"{shown} is damaged or cut short: fetch it again") from None
+        raise DamagedArchive(f"{shown} is damaged or cut short: fetch it again") from None
     return target
 
 
@@ -198,7 +200,7 @@ def _copy_out(item: Item, shown: str, scratch: Path | None, unpacked: list[Path]
     except (UserError, OSError):
         raise
     except Exception as error:  # damaged members of zips raise almost any exception
-        raise UserError(f"{item.container}: {printable(item.name)} cannot be unpacked ({reason(error)})") from None
+        raise DamagedArchive(f"{item.container}: {printable(item.name)} cannot be unpacked ({reason(error)})") from None
     return target
 
 

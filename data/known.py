@@ -21,6 +21,7 @@ TINY = "val_annotations.txt"
 WNID = re.compile(r"n\d{8}")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
 ILSVRC_CLASSES = 1000
+DEVKIT_BYTES = 1 << 26  # of a file in the devkit, which has less than 1 MB
 PARENTS_SEARCHED = 4  # of a folder: ILSVRC/Data/CLS-LOC is three below Kaggle's csv
 
 
@@ -90,16 +91,20 @@ def _devkit(path: Path) -> tuple[list[str], bytes]:
     files = {}
     try:
         if path.is_dir():
-            files = {file.name: file.read_bytes() for name in (GROUND_TRUTH, META) for file in path.rglob(name)}
+            for file in (file for name in (GROUND_TRUTH, META) for file in path.rglob(name)):
+                with file.open("rb") as part:
+                    files[file.name] = part.read(DEVKIT_BYTES)
         elif zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 names = [name for name in archive.namelist() if name.endswith((GROUND_TRUTH, META))]
-                files = {PurePosixPath(name).name: archive.read(name) for name in names}
+                for name in names:
+                    with archive.open(name) as part:
+                        files[PurePosixPath(name).name] = part.read(DEVKIT_BYTES)
         else:
             with tarfile.open(path) as tar:
                 for member in tar:
                     if member.isreg() and (name := PurePosixPath(member.name).name) in (GROUND_TRUTH, META):
-                        files[name] = tar.extractfile(member).read()
+                        files[name] = tar.extractfile(member).read(DEVKIT_BYTES)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
         raise UserError(f"{path} is not a readable devkit of ILSVRC2012 ({reason(error)}): fetch {DEVKIT}") from None
     for name in (GROUND_TRUTH, META):

@@ -36,6 +36,7 @@ class Listing:
     repeats: list[tuple[str, str]] = field(default_factory=list)  # name of a link, name of the same file
     empty: list[str] = field(default_factory=list)  # folders without a file
     broken: list[str] = field(default_factory=list)  # links without a file
+    damaged: list[str] = field(default_factory=list)  # archives in the source, each with the reason
     shards: set[str] = field(default_factory=set)  # archives that are numbered parts, not classes
     sidecars: bool = False  # labels are from files beside the images
     rows: list[dict] | None = None  # of the table that is the source
@@ -94,6 +95,8 @@ class Listing:
             yield f"{counted(len(self.empty), 'empty folder')}, such as {self.empty[0]}"
         if self.broken:
             yield f"{counted(len(self.broken), 'link')} without a file skipped, such as {self.broken[0]}"
+        if self.damaged:
+            yield f"{counted(len(self.damaged), 'damaged archive')} left out: {'; '.join(self.damaged)}"
         doubles = [name for name, count in Counter(item.name for item in self.images).items() if count > 1]
         if doubles:
             yield f"{counted(len(doubles), 'name')} of several images, such as {doubles[0]}: all are used"

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from configs.errors import UserError, printable
+from configs.style import AREAS
 from data.cache import RemoteUserError
 from data.exif import orientation, swaps, upright
 from data.reading import (
@@ -317,10 +318,12 @@ def image_size(kind: str, data: bytes) -> tuple[int, int]:
 
 
 def class_colours(count: int) -> np.ndarray:
-    """Distinct colours of classes, uint8 [count, 3]."""
+    """Distinct colours of classes, uint8 [count, 3]: the first few are so for colour-blind readers too."""
     tones = ((i * GOLDEN % 1, 0.85 if i % 2 else 0.6, (1.0, 0.75, 0.55)[i // 7 % 3]) for i in range(count))
-    colours = [colorsys.hsv_to_rgb(*tone) for tone in tones]
-    return (255 * np.array(colours)).round().astype(np.uint8).reshape(count, 3)
+    colours = (255 * np.array([colorsys.hsv_to_rgb(*tone) for tone in tones])).round().astype(np.uint8)
+    known = [list(bytes.fromhex(colour[1:])) for colour in AREAS[:count]]
+    colours[: len(known)] = known
+    return colours
 
 
 def overlay(pixels: np.ndarray, mask: np.ndarray, classes: int, strength: float = 0.55) -> np.ndarray:

@@ -13,11 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from configs.errors import UserError, reason
+from configs.errors import reason
 from data.cache import RemoteUserError
 from data.reading import MAX_FILE_BYTES, UNSUPPORTED, ImageError, check_file_size
 from data.remote import is_url
 from data.remote_files import REGION_BYTES, SMALL_BLOCK_BYTES, open_binary, read_url
+from data.tars import DamagedArchive
 
 SMALL_READ = 1 << 12  # compressed bytes of a bz2 or lzma member, which unpack to at most some 100 MB
 DIGITS_VAL_SHARE = 5  # every fifth image of a class is held out
@@ -170,15 +171,14 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 def open_zip(path: str, process: int) -> tuple[zipfile.ZipFile, dict[int, zipfile.ZipInfo]]:
     """A zip and its members by the offset of their header; names are not unique.
 
-    Opened once per process: a forked process would share its parent's file position. Raises `UserError` if the zip is
-    damaged.
+    Opened once per process: a forked process would share its parent's file position. Raises `DamagedArchive`.
     """
     try:
         archive = zipfile.ZipFile(open_binary(path, SMALL_BLOCK_BYTES) if is_url(path) else path)
     except (OSError, RemoteUserError):
         raise
     except Exception as error:  # damaged directories raise almost any exception
-        raise UserError(f"{path} is a damaged zip ({reason(error)}): fetch it again") from None
+        raise DamagedArchive(f"{path} is a damaged zip ({reason(error)}): fetch it again") from None
     return archive, {member.header_offset: member for member in archive.infolist()}
 
 

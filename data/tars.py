@@ -31,6 +31,10 @@ BLOCK_BYTES = tarfile.BLOCKSIZE  # of a header, and what members are padded to
 CHUNK_BYTES = 1 << 20  # read at a time from files that may be large
 
 
+class DamagedArchive(UserError):  # noqa: N818  # as UserError
+    """An archive is damaged or cut short."""
+
+
 class Header(tarfile.TarInfo):
     """Refuses headers that hold a name or attributes of more than `MAX_NAME_BYTES`, which tarfile reads into memory."""
 
@@ -120,7 +124,7 @@ def check_end(file: BinaryIO, end: int, limit: int, tar: Path | str) -> None:
     """Check that only zeros, at least two blocks, are in `file` from byte `end`, of the last member, to byte `limit`.
 
     Python's tarfile takes a truncated or zeroed header for the end of the archive, without an error. Raises
-    `UserError`, which names `tar`, if anything else follows.
+    `DamagedArchive`, which names `tar`, if anything else follows.
     """
     file.seek(end)
     intact = limit - end >= 2 * tarfile.BLOCKSIZE
@@ -128,7 +132,7 @@ def check_end(file: BinaryIO, end: int, limit: int, tar: Path | str) -> None:
         chunk = file.read(min(CHUNK_BYTES, limit - file.tell()))
         intact = len(chunk) > 0 and not chunk.strip(b"\0")
     if not intact:
-        raise UserError(f"{tar} is cut short or damaged after byte {end}: fetch or write it again")
+        raise DamagedArchive(f"{tar} is cut short or damaged after byte {end}: fetch or write it again")
 
 
 def parse_label(data: bytes) -> int:

@@ -18,7 +18,7 @@ from data.listing import ARCHIVES, Listing, is_hidden
 from data.remote import is_url
 from data.remote_files import check_source_url, list_url
 from data.sources import Item
-from data.tars import READABLE
+from data.tars import READABLE, DamagedArchive
 
 
 @contextmanager
@@ -48,7 +48,10 @@ def list_source(source: str, scratch: Path | None) -> Iterator[Listing]:
             listing.ignored += by_suffix(archives)
         else:
             for archive in archives:
-                list_inner(archive, listing, scratch, unpacked)
+                try:
+                    list_inner(archive, listing, scratch, unpacked)
+                except DamagedArchive as error:  # the others are still useful
+                    listing.damaged.append(str(error))
         if not listing.images:
             found = "".join(f"; {note}" for note in listing.notes())
             raise UserError(f"{source} has no image ({', '.join(READABLE)}){found}")

@@ -21,6 +21,7 @@ sys.path[0] = str(ROOT)  # the project, not this folder
 from configs.command import Parser, parse
 from configs.errors import UserError, run_main
 from configs.files import write_atomic
+from configs.log import say
 from configs.schema import Finetune
 from finetune.tasks import TASKS
 from launch.inputs import check_inputs
@@ -49,9 +50,9 @@ def main() -> None:
         place = ["--run.folder", str(run), "--run.name", folder.name]
         more = [*words, "--data.folds", str(own.folds), "--data.fold", str(fold), *place]
         if finished(folder, more):
-            print(f"fold {fold} is complete: {folder}", flush=True)
+            say(f"fold {fold} is complete: {folder}")
             continue
-        print(f"fold {fold} of {own.folds}: {folder}", flush=True)
+        say(f"fold {fold} of {own.folds}: {folder}")
         train(own.launcher, more)
         write_atomic(folder / "complete.json", json.dumps(more).encode())
     summarise(run, folders)
@@ -90,11 +91,11 @@ def summarise(run: Path, folders: list[Path]) -> None:
     result |= {"command": shlex.join(sys.argv), "runs": list(map(str, folders))}
     write_atomic(run / "summary.json", json.dumps(result, indent=1).encode())
     for folder, found in zip(folders, runs, strict=True):
-        print(f"{folder.name}: {found['shown']}")
+        say(f"{folder.name}: {found['shown']}")
     for key, row in scores.items():
         if key != "images":
-            print(f"{key:<20} mean {row['mean']:.4f}, standard deviation {row['std']:.4f}")
-    print(f"wrote {run / 'summary.json'}")
+            say(f"{key:<20} mean {row['mean']:.4f}, standard deviation {row['std']:.4f}")
+    say(f"wrote {run / 'summary.json'}")
 
 
 if __name__ == "__main__":

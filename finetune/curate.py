@@ -26,6 +26,7 @@ from configs.checks import check_exists, check_parent, check_weights
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import Share, argument, option
+from configs.log import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,14 +102,14 @@ def main(argv: list[str] | None = None) -> None:
     more = [listing.column] if listing.more is not None else []
     columns += [listing.more] if more else []
     write_list(options.out, ["name", "score", "split", *more], zip(*columns, strict=True))
-    print(f"wrote {options.out}: {len(listing.row):,} of {len(table.names):,} images")
+    say(f"wrote {options.out}: {len(listing.row):,} of {len(table.names):,} images")
     if cells:
         from data.sheets import Cell, Group, Sheet, write_sheet
 
         write_sheet(options.sheet, Sheet([Group("", [Cell(image, tuple(lines)) for image, *lines in cells])]))
-        print(f"wrote {options.sheet}: {len(cells)} images")
+        say(f"wrote {options.sheet}: {len(cells)} images")
     elif options.sheet:
-        print(f"{options.sheet} not written: the list is empty")
+        say(f"{options.sheet} not written: the list is empty")
 
 
 def find(table: "FeatureTable", x: "Tensor", options: Options) -> Listing:
@@ -120,7 +121,7 @@ def find(table: "FeatureTable", x: "Tensor", options: Options) -> Listing:
         row, partner, score = find_duplicates(x, options.duplicates, progress)
         order = score.argsort(kind="stable")  # the least similar first: they show whether the threshold is right
         row, partner, score = row[order], partner[order], score[order]
-        print(f"{len(row):,} near-duplicates of {len(set(partner.tolist())):,} images, the least similar first")
+        say(f"{len(row):,} near-duplicates of {len(set(partner.tolist())):,} images, the least similar first")
         return Listing(row, score, "remains", [table.names[i] for i in partner], partner)
     if options.outliers:
         if max(options.outliers, options.k + 1) > images:
@@ -134,14 +135,14 @@ def find(table: "FeatureTable", x: "Tensor", options: Options) -> Listing:
         clusters = options.clusters or round(images**0.5)
         if clusters > images:
             raise UserError(f"{options.features} has {images:,} images: lower --clusters {clusters}")
-        print(f"k-means of {images:,} images, {clusters:,} clusters", flush=True)
+        say(f"k-means of {images:,} images, {clusters:,} clusters")
         row, cluster, score = balanced_subset(x, options.subset, clusters, options.seed)
         return Listing(row, score, "cluster", cluster.tolist())
     row = row_of(table, options.nearest)
     query = x[row] if row is not None else embed_file(table, options).to(x.device)
     listing = Listing(*nearest_images(query, x, options.k, without=row))
     for i, score in zip(listing.row, listing.score, strict=True):
-        print(f"{score:.6f} {table.names[i]}")
+        say(f"{score:.6f} {table.names[i]}")
     return listing
 
 
@@ -156,7 +157,7 @@ def row_of(table: "FeatureTable", name: str) -> int | None:
 
     for known in (name, escape_name(name)):
         if (count := table.names.count(known)) > 1:
-            print(f"{count} images have the name {known}: using the first")
+            say(f"{count} images have the name {known}: using the first")
         if count:
             return table.names.index(known)
     return None

@@ -25,6 +25,7 @@ from rich.progress import track
 from configs.checks import check_new, check_weights
 from configs.command import parse_options
 from configs.errors import UserError, run_main
+from configs.log import say
 from configs.schema import Data, Optim, Run
 from data.folder import check_images
 from finetune.options import EmbedOptions
@@ -85,9 +86,9 @@ def open_output(trained: "Trained", kind: str, options: EmbedOptions) -> Abstrac
 
 def report(writer: "FeatureWriter", skipped: int, options: EmbedOptions) -> None:
     """Print what was written."""
-    print(f"wrote {options.out}: {writer.rows:,} images, {writer.width} features each")
+    say(f"wrote {options.out}: {writer.rows:,} images, {writer.width} features each")
     if skipped:
-        print(f"{skipped:,} damaged images left out, listed above")
+        say(f"{skipped:,} damaged images left out, listed above")
 
 
 def embed_on_ray(trained: "Trained", splits: list["Split | Folder"], options: EmbedOptions) -> None:

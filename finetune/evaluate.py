@@ -27,6 +27,7 @@ from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.hub import is_hub
 from configs.keys import argument, option
+from configs.log import say
 from configs.schema import Data, Optim, Run
 from data.folder import check_images
 from data.remote import is_url
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         result["damaged"] = [{"sample": i, "name": where[i], "error": damaged[i]} for i in sorted(damaged)]
         task.write_evaluation(out, result, predictions, where)
         task.show_evaluation(result)
-        print(f"wrote {out}: {task.files}")
+        say(f"wrote {out}: {task.files}")
     destroy_world()
 
 

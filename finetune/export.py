@@ -28,6 +28,7 @@ from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.files import sync_folder
 from configs.keys import REQUIRED, argument, option, require
+from configs.log import say
 from configs.schema import Data
 from data.folder import check_images
 from data.reading import FileOptions
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     one_by_one = getattr(task, "batch", None) == 1
     transform = task.transform if one_by_one else EvalTransform.of(trained.preprocessing)
     images = sample_images(options.images, options.split, COMPARED, transform, trained.preprocessing.channels, options)
-    print(f"{options.weights}: {weights.describe()}; comparing on {len(images)} images", flush=True)
+    say(f"{options.weights}: {weights.describe()}; comparing on {len(images)} images")
     if to == "safetensors" and weights.head and not weights.outputs:
         raise UserError(f"timm's models have no head like that of {options.weights}: use another --to, or --features")
     if options.quantize and not hasattr(task, "score"):
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--dynamic: task {weights.task} is exported for one size: leave it out")
     free = (False, False) if one_by_one else free_sides(weights, options.dynamic)
     if not (one_by_one or all(free)) and (options.dynamic or not weights.outputs):
-        print(f"  sides below {min_free_side(weights.arch)} pixels are fixed in the graph: --size sets larger ones")
+        say(f"  sides below {min_free_side(weights.arch)} pixels are fixed in the graph: --size sets larger ones")
     batches = [*images.split(1)] if one_by_one else comparison_batches(images, free)
     expected = [predict_with(source)(batch) for batch in batches]
     if options.fp16:
@@ -137,12 +138,12 @@ def main(argv: list[str] | None = None) -> None:
             subject = f"{out} is not written: it"
             found = compare(expected, exported, batches, options.fp16, subject, difference, one_by_one)
         if options.quantize:
-            print(f"read back, its outputs {found}; {quantized(part, task, exported, options)}")
+            say(f"read back, its outputs {found}; {quantized(part, task, exported, options)}")
         files = move_files(Path(folder), out)
     written = f"{' and '.join(map(str, files))}, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
     shapes = ", ".join(dict.fromkeys("x".join(map(str, batch.shape)) for batch in batches))
     same = "" if options.quantize else f"; read back, its outputs for images of {shapes} {found}"
-    print(f"wrote {written}{same}; load it with\n  {how_to_use(out, to, weights)}")
+    say(f"wrote {written}{same}; load it with\n  {how_to_use(out, to, weights)}")
 
 
 def quantized(file: Path, task: "Inference", exported: "Predict", options: Options) -> str:

@@ -31,6 +31,7 @@ from configs.errors import UserError, run_main
 from configs.feature_eval import KS, LRS, TEMPERATURE
 from configs.files import write_atomic
 from configs.keys import Share, argument, option, require
+from configs.log import say
 from configs.schema import Augment, Data, Optim, Run
 from data.folder import check_images
 from finetune.options import ImageOptions
@@ -82,7 +83,6 @@ def main(argv: list[str] | None = None) -> None:
 
     from timm.utils import random_seed  # slow imports, after parsing
 
-    from configs.log import say
     from data.transforms import EvalTransform
     from launch.training.feature_eval import check_labels, probe_loader
     from launch.training.precision import precision
@@ -118,14 +118,14 @@ def main(argv: list[str] | None = None) -> None:
     if world.first:
         for split, used in zip(splits, (scores["train_images"], scores["eval_images"]), strict=True):
             if damaged := min(options.images or len(split), len(split)) - used:
-                print(f"{damaged:,} damaged images of split {split.name} left out: data/prepare.py --verify lists them")
+                say(f"{damaged:,} damaged images of split {split.name} left out: data/prepare.py --verify lists them")
         show(scores, options)
         if options.out:
             settings = {key: value for key, value in vars(options).items() if key not in ("out", "random")}
             settings |= preprocessing.to_dict() | {"crop": preprocessing.crop, "ranks": world.ranks}
             about = {"model": asdict(arch), "settings": settings}
             write_atomic(options.out, json.dumps(about | scores, indent=1).encode())
-            print(f"wrote {options.out}")
+            say(f"wrote {options.out}")
     destroy_world()
 
 
@@ -134,7 +134,6 @@ def open_parts(data: Data, options: Options) -> list:
 
     Images are divided by a hash of their names, alike in their classes. Raises `UserError` if there is no such split.
     """
-    from configs.log import say
     from data.folder import is_collection, list_collection, open_folder, open_splits
     from data.folds import fold_parts
     from data.shard_index import read_index
@@ -176,7 +175,7 @@ def show(scores: dict, options: Options) -> None:
     """Print a table of the probes, one of the learning rates in ascending order, and the k that were left out."""
     train, evaluation = scores["train_images"], scores["eval_images"]
     for k in sorted(set(options.k) - scores["knn"].keys()):
-        print(f"k {k} left out: {scores['train_split']} has {train:,} images")
+        say(f"k {k} left out: {scores['train_split']} has {train:,} images")
     columns = {"": scores} | ({"random ": scores["random"]} if "random" in scores else {})
     numbers = (Column(f"{name}{top}", justify="right") for name in columns for top in ("top-1", "top-5"))
     title = f"{evaluation:,} images of {scores['eval_split']} by {train:,} of {scores['train_split']}"
@@ -197,9 +196,9 @@ def show(scores: dict, options: Options) -> None:
         table.add_row(f"{row['lr']:g}", *cells, style="bold" if row["lr"] == best else None)
     console.print(table)
     if largest := next((row["used"] for row in grid if row["used"] < row["lr"]), None):
-        print(f"learning rates above {largest:.2g} oscillate on these features: {largest:.2g} was used instead")
+        say(f"learning rates above {largest:.2g} oscillate on these features: {largest:.2g} was used instead")
     if len(grid) > 1 and best in (grid[0]["lr"], grid[-1]["lr"]):
-        print(f"the best learning rate, {best:g}, is at an end of the grid: widen --lrs")
+        say(f"the best learning rate, {best:g}, is at an end of the grid: widen --lrs")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from configs.command import parse_options
 from configs.errors import UserError, printable, run_main
 from configs.files import write_atomic
 from configs.keys import argument, option
+from configs.log import say
 from configs.schema import Data
 from data.folder import is_collection
 from data.remote import is_url
@@ -71,24 +72,24 @@ def make_plan(source: str, name: str, out: Path, wanted: str) -> None:
     from launch.plans.text import commands, recipe, summary
     from launch.training.summary import hardware
 
-    print(f"planning for {printable(source)}: looking at images", flush=True)
+    say(f"planning for {printable(source)}: looking at images")
     facts, images = find_facts(source)
     device, ranks = start_device(wanted)
     machine = hardware(device, ranks, torch.get_num_threads())
     choices = choose(facts, device.type, ranks, name, out)
-    print(f"measuring a few steps on {machine}, 10 to 20 seconds", flush=True)
+    say(f"measuring a few steps on {machine}, 10 to 20 seconds")
     if os.getloadavg()[0] > BUSY * len(os.sched_getaffinity(0)):
         machine += ", busy with other work while measuring"
-        print("this machine is busy: measuring takes longer, and the times are too long", flush=True)
+        say("this machine is busy: measuring takes longer, and the times are too long")
     stages = list(measure(facts, choices, images, device, ranks))
     lines = commands(out, choices, ranks > 1)
     write_atomic(out, recipe(facts, choices, stages, machine, lines).encode())
     for line in summary(facts, choices, stages):
-        print(f"  {line}")
-    print(f"wrote {printable(out)}: the plan, a recipe with reasons; edit it if you know better")
-    print(f"ready: {lines[0]}")
+        say(f"  {line}")
+    say(f"wrote {printable(out)}: the plan, a recipe with reasons; edit it if you know better")
+    say(f"ready: {lines[0]}")
     for line in lines[1:]:
-        print(f"then:  {line}")
+        say(f"then:  {line}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from configs.checks import check_parent
 from configs.command import parse_options
 from configs.errors import run_main
 from configs.keys import argument, option
+from configs.log import say
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def main() -> None:
     else:
         out = Path(os.path.commonpath([run.resolve().parent for run in options.runs])) / "comparison.html"
     write_page(options.runs, out)
-    print(f"wrote {out}")
+    say(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.hub import check_repo
 from configs.keys import REQUIRED, argument, option
+from configs.log import say
 from models.formats import FORMATS, is_folder
 
 
@@ -49,23 +50,23 @@ def main() -> None:
     from models.weights import use_ema
 
     destination, form, opened = options.destination, options.to, open_weights(options.source)
-    print(f"{options.source} is {opened.format}: {opened.weights.describe()}")
+    say(f"{options.source} is {opened.format}: {opened.weights.describe()}")
     weights = use_ema(opened.weights, options.source) if options.ema else opened.weights
     card = ""
     if is_folder(destination, form):
         name, call = options.push or destination.name, how_to_load(destination.name, weights, form, options.push)
         card = model_card(weights, options.source, form, name, call, options.license)
     for remark in [*opened.remarks, *write_weights(destination, weights, form, card)]:
-        print(f"  {remark}")
-    print(f"wrote {destination}; load it with\n  {how_to_load(destination, weights, form)}")
+        say(f"  {remark}")
+    say(f"wrote {destination}; load it with\n  {how_to_load(destination, weights, form)}")
     if backbone := how_to_load_backbone(destination, weights, form):
-        print(f"or, for the feature maps of the four stages, with\n  {backbone}")
+        say(f"or, for the feature maps of the four stages, with\n  {backbone}")
     if card and not options.license:
         readme = destination / "README.md"
-        print(f"warning: {readme} says `license: unknown`: give the licence of the weights there, or with --license")
+        say(f"warning: {readme} says `license: unknown`: give the licence of the weights there, or with --license")
     if options.push:
         address = push(destination, options.push)
-        print(f"pushed to {address}; load it with\n  {how_to_load(destination, weights, form, options.push)}")
+        say(f"pushed to {address}; load it with\n  {how_to_load(destination, weights, form, options.push)}")
 
 
 def check_publication(options: Options) -> None:

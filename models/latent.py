@@ -33,9 +33,9 @@ class Latent(MaskedPrediction):
         self, config: PretrainModel, settings: FCMAESettings, target_stages: int, latent_weight: float,
         pixel_weight: float,
     ):  # fmt: skip
-        self.dims = resolve(config).dims[-target_stages:]
-        pixels = patch_values(config) if pixel_weight else 0
-        super().__init__(config, settings, sum(self.dims) + pixels)
+        dims = resolve(config).dims[-target_stages:]
+        super().__init__(config, settings, sum(dims) + (patch_values(config) if pixel_weight else 0))
+        self.dims = dims  # channels of the target, by stage
         self.latent_weight, self.pixel_weight = latent_weight, pixel_weight
         self.teacher = copy.deepcopy(self.encoder).requires_grad_(False).eval()
         self.scores: dict[str, Tensor] = {}
@@ -52,7 +52,7 @@ class Latent(MaskedPrediction):
 
     @torch.no_grad()
     def update_teacher(self, decay: float) -> None:
-        """teacher = decay x teacher + (1 - decay) x encoder (2202.03555, section 3.2)."""
+        """teacher = decay x teacher + (1 - decay) x encoder (2202.03555, section 3)."""
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - decay)
 
     @torch.no_grad()
@@ -79,7 +79,10 @@ class Latent(MaskedPrediction):
         latent = (features - take_patches(normalize_features(stages), output.hidden)).square().mean()
         loss = self.latent_weight * latent
         with torch.no_grad():
-            self.scores = {"latent_loss": latent.detach(), "predicted_std": features.flatten(0, 1).std(0).mean()}
+            self.scores = {
+                "latent_loss": latent.detach(),
+                "predicted_std": features.flatten(0, 1).std(0, correction=0).mean(),
+            }
             if len(image) > 1:
                 self.scores["target_spread"] = torch.stack([spread(x) for x in stages]).min()
         if self.pixel_weight:
@@ -90,7 +93,7 @@ class Latent(MaskedPrediction):
 
 
 def normalize_features(stages: list[Tensor]) -> Tensor:
-    """Features [B, gy, gx, D] of stages, each normalised over its channels (layer norm, 2202.03555, section 3.3)."""
+    """Features [B, gy, gx, D] of stages, each normalised over its channels (layer norm, 2202.03555, section 3)."""
     return torch.cat([F.layer_norm(x, x.shape[-1:]) for x in stages], -1)
 
 

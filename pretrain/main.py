@@ -113,9 +113,9 @@ def main() -> None:
             lines = after_pretraining(path, config, given_recipe(RECIPE), split)
             summary = summarize(trainer.folder / "log.jsonl", config, trainer.steps_per_epoch) | {"next": lines}
             write_summary(trainer.folder, config, world, seconds, summary)
-            print(f"wrote {path}: encoder and decoder")
-            print(f"wrote {write_report(trainer.folder)}: open it in a browser")
-            print("\n".join(lines))
+            say(f"wrote {path}: encoder and decoder")
+            say(f"wrote {write_report(trainer.folder)}: open it in a browser")
+            say("\n".join(lines))
             release_spares()
     destroy_world()
 

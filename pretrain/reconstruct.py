@@ -17,6 +17,7 @@ from configs.checks import check_parent, check_weights
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import REQUIRED, Ratio, argument, option
+from configs.log import say
 from configs.schema import Data, visible_patches
 from data.folder import check_images
 from data.reading import FileOptions
@@ -74,11 +75,11 @@ def main(argv: list[str] | None = None) -> None:
     with torch.no_grad():
         sheet = reconstruction_grid(model, torch.stack(images), torch.stack(visible), trained.mean, trained.std)
     write_sheet(options.out, sheet)
-    print(f"wrote {options.out}: {len(images)} images, {n} of {patches} patches visible")
+    say(f"wrote {options.out}: {len(images)} images, {n} of {patches} patches visible")
     for problem in problems:
-        print(f"left out: {problem}")
+        say(f"left out: {problem}")
     if model.settings.norm_pix:
-        print("the model predicts normalised pixels: predicted patches are shown with the true mean and variance")
+        say("the model predicts normalised pixels: predicted patches are shown with the true mean and variance")
 
 
 if __name__ == "__main__":

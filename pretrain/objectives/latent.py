@@ -87,7 +87,7 @@ class Objective(fcmae.Objective):
             say(f"{init.path} has no decoder for these targets: a new one is trained")
 
     def decay(self, step: int) -> float:
-        """Decay of the teacher after a step, counted from 0 (2202.03555, section 3.2)."""
+        """Decay of the teacher after a step, counted from 0 (2202.03555, section 3)."""
         (first, last), steps = self.config.objective.ema, self.config.objective.ema_steps
         return first + (last - first) * min(1.0, step / steps)
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from configs.style import DARK, INK, PAPER, SERIES, hatching
+from configs.style import AREAS, DARK, INK, PAPER, SERIES, hatching
 
 DARK_PAGE = "#121212"
 # Machado, Oliveira and Fernandes (2009), severity 1: linear RGB as it is seen
@@ -35,6 +35,12 @@ def test_lines_and_text_stand_out_on_light_and_on_dark_pages(colour):
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_first_four_colours_differ_for_colour_blind_readers(kind, dark):
     seen = [np.clip(BLINDNESS[kind] @ linear(DARK[c] if dark else c), 0, 1) ** (1 / 2.2) for c in SERIES[:4]]
+    assert min(np.abs(a - b).max() for a, b in itertools.combinations(seen, 2)) > 0.08
+
+
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_areas_differ_for_colour_blind_readers(kind):
+    seen = [np.clip(BLINDNESS[kind] @ linear(c), 0, 1) ** (1 / 2.2) for c in AREAS]
     assert min(np.abs(a - b).max() for a, b in itertools.combinations(seen, 2)) > 0.08
 
 

@@ -1,6 +1,7 @@
 """`data/prepare.py`: every kind of source, options, interruption, verification, foreign shards, bad input."""
 
 import gc
+import gzip
 import io
 import json
 import os
@@ -425,6 +426,29 @@ def test_a_cut_tar_is_refused(maker, tmp_path):
     with pytest.raises(UserError, match="cut short"):
         prepared(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_archives_in_a_folder_are_left_out_and_named(tmp_path, capsys):
+    """The others are used; with none left, the source is refused."""
+    folder = tmp_path / "classes"
+    folder.mkdir()
+    for name in ("cat", "dog", "emu", "fox"):
+        as_tar(collection({name: 3}), folder / f"{name}.tar")
+    whole = (folder / "dog.tar").read_bytes()
+    (folder / "dog.tar").write_bytes(whole[: len(whole) // 2])
+    (folder / "emu.tar").write_bytes(b"<html>not found</html>")
+    (folder / "fox.tar").rename(folder / "fox.zip")
+    (folder / "gnu.tar.gz").write_bytes(gzip.compress(whole)[:-100])
+    (folder / "hen.zip").write_bytes(b"PK\x03\x04 cut")
+    out = tmp_path / "out"
+    prepared(folder, out)
+    text = capsys.readouterr().out
+    assert "4 damaged archives left out" in text and all(name in text for name in ("dog.", "emu.", "gnu.", "hen."))
+    assert read_index(out).classes == ["cat", "fox"]
+    for name in ("cat.tar", "fox.zip"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"no image.*4 damaged archives"):
+        prepared(folder, tmp_path / "none")
 
 
 def test_a_tar_with_a_negative_size_is_refused(tmp_path):

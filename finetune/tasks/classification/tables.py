@@ -1,6 +1,7 @@
 """Console tables of a classifier's evaluation."""
 
 from configs.errors import counted, few
+from configs.log import say
 from finetune.tasks.tables import percent, show, table, title_of
 
 MAX_CLASSES_SHOWN = 20  # maximum number of classes for a complete list
@@ -23,7 +24,7 @@ def show_evaluation(result: dict) -> None:
 
     if absent := result["without_images"]:
         count = counted(len(absent), "class has", "classes have")
-        print(f"{count} no image in split {result['split']}, so no score covers {few(absent)}")
+        say(f"{count} no image in split {result['split']}, so no score covers {few(absent)}")
     if confusions:
         rows = [
             [row["label"], row["predicted"], f"{row['images']:,}", percent(row["share"])] for row in confusions[:WORST]

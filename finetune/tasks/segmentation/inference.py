@@ -187,7 +187,8 @@ class SegmenterInference:
             rows.append([sample, names[sample], float(each[i]), float(accuracy[i]), int(pixels[i])])
         write_rows(out / "images.csv", rows)
         draw_confusion(out / "confusion.png", predictions, self.names)
-        draw_examples(out / "examples.png", predictions.examples, self.names, names)
+        files = [names[example.sample] for example in predictions.examples]
+        draw_examples(out / "examples.png", predictions.examples, self.names, files)
         write_atomic(out / "evaluation.json", json.dumps(result, indent=1).encode())
 
     def name_outputs(self, file: str | None) -> None:

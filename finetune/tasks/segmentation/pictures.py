@@ -31,12 +31,11 @@ def draw_confusion(path: Path, predictions: Predictions, names: list[str]) -> No
     matrix_picture(path, count, total, [names[i] for i in shown], title, "%")
 
 
-def draw_examples(path: Path, examples: list[Example], names: list[str], files: list[str] | None = None) -> None:
-    """Write the worst and the best images in rows: image, mask, prediction; `files` are names of the samples."""
+def draw_examples(path: Path, examples: list[Example], names: list[str], files: list[str]) -> None:
+    """Write the worst and the best images in rows: image, mask, prediction; `files` are the examples' names."""
     groups, classes, best = [], set(), len(examples) // 2
-    for i, example in enumerate(examples):
+    for i, (example, name) in enumerate(zip(examples, files, strict=True)):
         which = "worst" if i < len(examples) - best else "best"
-        name = files[example.sample] if files else f"sample {example.sample}"
         masks = (("mask", example.truth), ("prediction", example.guess))
         cells = [Cell(Image.fromarray(example.image), ("image",))]
         cells += [Cell(Image.fromarray(overlay(example.image, mask, len(names))), (text,)) for text, mask in masks]

@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.log import say
 from configs.schema import Encoder, Finetune
-from data.folder import Folder
+from data.folder import Folder, names_of
 from data.loader import Transform
 from data.sampler import labelled_share
 from data.shards import Split
@@ -49,7 +49,7 @@ class SegmenterTask:
     join, restore = staticmethod(scores.join), staticmethod(scores.restore)
 
     def __init__(self, config: Finetune, train: Split, evaluation: Split):
-        self.config, self.train = config, train
+        self.config, self.train, self.evaluation = config, train, evaluation
         targets, others = mask_targets(train), mask_targets(evaluation)
         self.classes, self.ignore = targets["names"], targets["ignore"]
         if (others["names"], others["ignore"]) != (self.classes, self.ignore):
@@ -115,7 +115,8 @@ class SegmenterTask:
         from finetune.tasks.segmentation.pictures import draw_confusion, draw_examples  # matplotlib
 
         draw_confusion(folder / "confusion.png", predictions, self.classes)
-        draw_examples(folder / "examples.png", predictions.examples, self.classes)
+        files = names_of(self.evaluation, [example.sample for example in predictions.examples])
+        draw_examples(folder / "examples.png", predictions.examples, self.classes, files)
 
 
 def class_weights(chosen: tuple | str | None, targets: dict) -> Tensor | None:

@@ -6,6 +6,7 @@ python bench/evidence_page.py
 import sys
 from datetime import timedelta
 from fnmatch import filter as matching
+from math import isnan, nan
 from pathlib import Path
 from statistics import mean
 
@@ -21,6 +22,7 @@ if __name__ == "__main__":
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from scipy.stats import spearmanr
 
 from bench.dense_page import dense
 from bench.experiments import ABLATIONS, BACKENDS, FEW, SCALES
@@ -30,6 +32,7 @@ from configs.files import write_atomic
 from configs.schema import visible_patches
 
 PAGE = ROOT / "docs/results.md"
+MIN_EVALUATIONS = 4  # of a run, for a rank correlation
 K = "top1_k20"  # the number of neighbours in tables and pictures
 HEAD = """# Does pretraining pay off?
 
@@ -57,6 +60,8 @@ def page() -> tuple[str, dict[str, Figure]]:
             continue
         text.append(about(scale, runs))
         for heading, section in SECTIONS.items():
+            if heading in OPTIONAL and not section(runs, scale):
+                continue
             words, figure = section(runs, scale) or ("Not measured yet.\n", None)
             text.append(f"\n### {heading}\n\n{words}")
             if figure:
@@ -111,6 +116,37 @@ def probes(runs: Runs, scale: str) -> Section:
     )
     rows = [[epoch, f"{knn[epoch]:.2%}", f"{linear[epoch]:.2%}"] for epoch in knn]
     return text + table(["epoch", *lines], rows), plot("Features during pretraining", "epochs", lines)
+
+
+def unlabelled(runs: Runs, scale: str) -> Section:
+    """Rank correlation between kNN and the measures that need no labels, along the epochs of each run."""
+    rows, measures = [], {"loss": "loss", "rankme": "RankMe", "alpha": "alpha-ReQ"}
+    for name, run in runs.items():
+        values, knn = run.get("unlabelled") or {}, run.get("knn") or {}
+        epochs = [epoch for epoch in values if epoch in knn and epoch != "0"]
+        if len(epochs) < MIN_EVALUATIONS:
+            continue
+        accuracy = [knn[epoch][K] for epoch in epochs]
+        columns = [[values[epoch].get(measure, nan) for epoch in epochs] for measure in measures]
+        cells = [correlation(column, accuracy) for column in columns]
+        best = max(epochs, key=lambda epoch: knn[epoch][K])
+        rows.append([name, len(epochs), *cells, best, run.get("verdict", "-")])
+    if not rows:
+        return None
+    text = (
+        "Spearman's rank correlation with kNN top-1 (k = 20) on the validation images over a run's evaluations, not of "
+        "random weights. A measure that tells when features stop improving is near -1 (loss) or near +1 or -1 "
+        "throughout; - = it does not vary. With few evaluations, correlations of either sign arise by chance.\n\n"
+    )
+    head = ["pretraining", "evaluations", *measures.values(), "epoch of the best kNN", "verdict"]
+    return text + table(head, rows), None
+
+
+def correlation(values: list[float], accuracy: list[float]) -> str:
+    """Spearman's rank correlation; - if one does not vary or a value is missing."""
+    if any(map(isnan, values)) or min(len(set(values)), len(set(accuracy))) < 2:
+        return "-"
+    return f"{spearmanr(values, accuracy).statistic:+.2f}"
 
 
 def collapse(runs: Runs, scale: str) -> Section:
@@ -194,11 +230,15 @@ def all_runs(runs: Runs, scale: str) -> Section:
 SECTIONS = {
     "Fewer labels": labels,
     "Features during pretraining": probes,
+    "Measures without labels": unlabelled,
     "Feature collapse": collapse,
     "Backends": backends,
     "Ablations of pretraining": ablations,
     "All runs": all_runs,
 }
+
+
+OPTIONAL = {"Measures without labels"}  # sections that appear only if results have them
 
 
 def last(by_epoch: dict):

@@ -22,8 +22,12 @@ RESUME = "auto = from the newest checkpoint, if any; must = fail without one; ne
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with linear warm-up and cosine decay; the learning rate changes every step."""
+    """AdamW or Muon with linear warm-up and cosine decay; the learning rate changes every step."""
 
+    name: Literal["adamw", "muon"] = fixed(
+        "adamw",
+        "muon = Muon for the matrices of blocks and downsampling, AdamW for the rest; lr and weight_decay carry over",
+    )
     lr: PositiveFloat = fixed(1.5e-4, "base learning rate; the actual one is lr x batch_size / 256")
     batch_size: PositiveInt = fixed(4096, "images per optimizer step, over all ranks; fewer if there are fewer images")
     micro_batch: PositiveInt | Literal["auto"] | None = free(
@@ -41,7 +45,7 @@ class Optim:
     decay_rules: dict[str, NonNegativeFloat] | None = fixed(
         None, 'other decays by parameter name, like {"stem.*": 0, "*.grn.*": 0.01}; last match counts; see --parameters'
     )
-    betas: tuple[BelowOne, BelowOne] = fixed((0.9, 0.95), "betas of AdamW")
+    betas: tuple[BelowOne, BelowOne] = fixed((0.9, 0.95), "betas of AdamW; Muon's momentum is 0.95")
     clip_grad: NonNegativeFloat = fixed(0.0, "maximum norm of the gradient; 0 = off")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = fixed(
         "auto",
@@ -51,9 +55,13 @@ class Optim:
     zero_stage: Literal[0, 1, 2, 3] = fixed(
         1,
         "DeepSpeed ZeRO: 0 = no sharding, 1 = optimizer state, 2 = also gradients, 3 = also weights; 3 resumes on the "
-        "same number of ranks only",
+        "same number of ranks only; 0 or 1 with muon",
     )
     max_skipped: NonNegativeInt = free(10, "maximum number of consecutive steps with a non-finite loss or gradient")
+
+    def __post_init__(self):
+        if self.name == "muon":
+            require(self.zero_stage < 2, "optim.zero_stage", self.zero_stage, "0 or 1 with optim.name muon")
 
     def scaled(self, lr: float) -> float:
         """The actual learning rate for a base rate: linear in the batch, which is 256 for the base."""
@@ -113,9 +121,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Probe:
-    """kNN and linear evaluation of the encoder's features during pretraining."""
+    """Evaluation of the encoder's features during pretraining: kNN and linear with labels, other measures without."""
 
     every: NonNegativeInt = free(0, "epochs between evaluations, and one after the last epoch; 0 = none; needs labels")
+    unlabelled_every: NonNegativeInt = free(
+        0, "the same for RankMe, alpha-ReQ and the loss of eval_split, or of training images; 0 = none; needs no labels"
+    )
+    unlabelled_images: PositiveInt = free(
+        2048, "maximum number of images for unlabelled_every, evenly spaced; RankMe is at most this number"
+    )
     path: str | None = free(None, "labelled shards; null = data.path")
     train_split: str = free("train", "split of the neighbours")
     eval_split: str = free("val", "split that is classified")
@@ -143,8 +157,8 @@ class Pretrain:
     objective: Choice = section(partial(FCMAEChoice, "fcmae"), "what is learnt: name, and its own keys")
     data: Data = section(Data, "images")
     model: PretrainModel = section(PretrainModel, "encoder")
-    optim: Optim = section(Optim, "optimisation: AdamW, linear warm-up, cosine decay")
-    probe: Probe = section(Probe, "kNN and linear evaluation during pretraining")
+    optim: Optim = section(Optim, "optimisation: AdamW or Muon, linear warm-up, cosine decay")
+    probe: Probe = section(Probe, "evaluation during pretraining: kNN, linear, measures without labels")
     run: Run = section(Run, "output, intervals, device")
 
     def __post_init__(self):
@@ -165,7 +179,7 @@ class Finetune:
     task: Choice = section(partial(Choice, "classification"), "what is predicted: name, and its own keys")
     data: Data = section(Data, "images")
     model: FinetuneModel = section(FinetuneModel, "encoder; keys left null are read from --init")
-    optim: Optim = section(Optim, "optimisation: AdamW, linear warm-up, cosine decay")
+    optim: Optim = section(Optim, "optimisation: AdamW or Muon, linear warm-up, cosine decay")
     augment: Augment = section(Augment, "augmentation and weight averaging")
     run: Run = section(Run, "output, intervals, device")
 

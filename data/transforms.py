@@ -137,6 +137,26 @@ class PretrainTransform:
         return {"image": image, "visible": visible if self.masks > 1 else visible[0]}
 
 
+@dataclass(frozen=True)
+class ViewTransform:
+    """A random crop with other colours, one of the views of an image that are compared (2002.05709, appendix A).
+
+    `color_jitter` changes brightness, contrast and saturation; `grayscale` is the probability of a grey crop.
+    """
+
+    data: Data
+    color_jitter: float
+    grayscale: float
+
+    def __call__(self, image: Tensor, target: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        image = random_crop(image, rng, self.data)
+        if self.color_jitter:
+            image = jitter(image, rng, self.color_jitter)
+        if self.grayscale and rng.random() < self.grayscale:
+            image = F.rgb_to_grayscale(image, num_output_channels=3)
+        return {"image": image}
+
+
 class TrainTransform:
     """Fine-tuning transform: a random crop, an augmentation policy, colour jitter.
 

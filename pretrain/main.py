@@ -58,6 +58,7 @@ def main() -> None:
     from models.weights import Weights, cpu_state, save
     from pretrain.online_eval import OnlineEval, probe_splits
     from pretrain.pretraining import Pretraining, summarize
+    from pretrain.unlabelled_eval import UnlabelledEval, unlabelled_split
 
     init = open_init(config.init)
     config = replace(config, data=with_statistics(config.data, init, config.model.channels))
@@ -68,22 +69,26 @@ def main() -> None:
     recorded = recorded_optim(config.run, "pretraining") if world else {}
     images = Images(config.run, world, resumed=bool(recorded))
     [split], probe = images.open(data, [data.split]), probe_splits(config, images)
+    unlabelled = unlabelled_split(config, images, split)
 
     def inputs(image: Tensor) -> tuple[Tensor, ...]:
         return objective.inputs(image, objective.example(len(image)))
 
     if ranks is not None:
         model = objective.build()
-        more = {"every": every_parameter(), "beside": objective.beside()}
+        more = {"check": objective.check_batch, "every": every_parameter(), "beside": objective.beside()}
         say(plan(config, model, parameter_groups(model, optim), len(split), ranks, inputs, **more))
         return
-    config = replace(config, optim=fit_batch(optim, len(split), world.ranks, data.repeats, recorded=recorded))
+    check = objective.check_batch
+    optim = fit_batch(optim, len(split), world.ranks, data.repeats, check, recorded)
+    check(optim.accumulation(world.ranks)[0])
+    config = replace(config, optim=optim)
     random_seed(config.run.seed)
     model = objective.build()
     if init:
         objective.load(model, init)
     groups = parameter_groups(model, optim)
-    optim = fit_memory(config, model, groups, world, inputs, recorded=recorded, beside=objective.beside())
+    optim = fit_memory(config, model, groups, world, inputs, check, recorded, objective.beside())
     config = replace(config, optim=optim)
     engine = Engine(model, groups, optim, world, pretraining=True)
 
@@ -98,7 +103,8 @@ def main() -> None:
     where = f"{config.model.backend} backend on {world.device.type} x {world.ranks} in {engine.precision}"
     intro = f"{config.model.name}, {size}, {where}; {len(split):,} images; {objective.describe()}"
     online = OnlineEval(config, probe, statistics, world) if probe else None
-    stage = Pretraining(config, objective, engine, world, intro, statistics, online)
+    free = UnlabelledEval(config, objective, unlabelled, statistics, world) if unlabelled else None
+    stage = Pretraining(config, objective, engine, world, intro, statistics, online, free)
     about = facts(config.model.name, model.encoder, engine.precision, world, split, None)
     about["objective"] = objective.describe()
     trainer = Trainer(config, engine, loader, stage, world, identity, about=about)

@@ -14,6 +14,7 @@ from data.loader import Transform
 from data.sheets import Sheet, draw_sheet, write_drawn
 from data.transforms import normalize
 from launch.training.engine import Engine
+from launch.training.plateau import verdict
 from launch.training.runlog import read_log
 from launch.training.trainer import Report, Stage
 from launch.training.watchdog import Progress
@@ -22,6 +23,7 @@ from models.opening import Opened
 from models.weights import Tensors
 from pretrain.online_eval import OnlineEval
 from pretrain.pictures import feature_distance
+from pretrain.unlabelled_eval import UnlabelledEval
 
 PICTURES = 8  # images per picture
 
@@ -32,8 +34,13 @@ class Objective(Protocol):
     Made before torch is imported, to refuse settings that do not fit, and again once --init's statistics are known.
     """
 
+    per_image: bool  # the loss is a mean over images, which can be taken over held-out ones too
+
     def describe(self) -> str:
         """Part of the run's first line."""
+
+    def check_batch(self, micro: int) -> None:
+        """Raise `UserError` for a micro batch that cannot be used."""
 
     def transform(self) -> Transform:
         """Transform of a decoded image to a sample: `image`, and what else the objective needs."""
@@ -70,25 +77,35 @@ class Objective(Protocol):
 
 
 class Pretraining(Stage):
-    """Trains an objective. There is no state to load: an objective's is in its model.
+    """Trains an objective. What an objective averages is in its model.
 
     `intro` is the first line of the console, `statistics` are mean and standard deviation per channel.
     """
 
     def __init__(
         self, config: Pretrain, objective: Objective, engine: Engine, world: World, intro: str, statistics: tuple,
-        online: OnlineEval | None,
+        online: OnlineEval | None, unlabelled: UnlabelledEval | None = None,
     ):  # fmt: skip
         self.config, self.objective, self.engine, self.world = config, objective, engine, world
-        self.intro, self.online = intro, online
+        self.intro, self.online, self.unlabelled = intro, online, unlabelled
         self.mean, self.std = (torch.tensor(values, device=world.device) for values in statistics)
 
     def describe(self) -> list[str]:
-        return [self.intro, *([self.online.describe()] if self.online else [])]
+        return [self.intro, *(part.describe() for part in (self.online, self.unlabelled) if part)]
 
     def start(self, step: int, progress: Progress) -> Report:
         """Evaluate the initial weights, as a baseline."""
-        return self.online.evaluate(self.engine, 0, progress) if self.online and step == 0 else Report()
+        return self.evaluate(0, True, progress) if step == 0 else Report()
+
+    def evaluate(self, epoch: int, always: bool, progress: Progress) -> Report:
+        """The evaluations that are due after an epoch, or all of them."""
+        report, probe = Report(), self.config.probe
+        for part, every in ((self.online, probe.every), (self.unlabelled, probe.unlabelled_every)):
+            if part and (always or epoch % every == 0):
+                found = part.evaluate(self.engine, epoch, progress)
+                report.scores.update(found.scores)
+                report.lines.extend(found.lines)
+        return report
 
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         image = normalize(batch["image"].to(self.world.device, non_blocking=True), self.mean, self.std)
@@ -103,9 +120,8 @@ class Pretraining(Stage):
         return self.objective.monitor(self.engine.model)
 
     def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
-        """Draw every `run.picture_every` epochs, evaluate every `probe.every`; both after the last."""
-        evaluate = self.online and (last or epoch % self.config.probe.every == 0)
-        report = self.online.evaluate(self.engine, epoch, progress) if evaluate else Report()
+        """Draw every `run.picture_every` epochs, evaluate as `probe` says; both after the last."""
+        report = self.evaluate(epoch, last, progress)
         if last or epoch % self.config.run.picture_every == 0:
             self.draw(report)
         return report
@@ -132,16 +148,21 @@ class Pretraining(Stage):
         return False
 
     def state(self) -> dict:
-        return {}  # everything random is a function of seed, epoch and sample
+        """Evaluations so far, for their verdict; everything random is a function of seed, epoch and sample."""
+        return {"unlabelled": self.unlabelled.history} if self.unlabelled else {}
+
+    def load_state(self, state: dict) -> None:
+        if self.unlabelled:
+            self.unlabelled.history = state.get("unlabelled", {})
 
 
 def summarize(log: Path, config: Pretrain, steps_per_epoch: int) -> dict:
     """Results of a finished run by epoch (0 = initial weights), from log.jsonl; loss and images/s are means."""
-    results: dict = {"loss": {}, "images_per_s": {}, "knn": {}, "linear": {}, "feature_distance": {}}
+    results: dict = {"loss": {}, "images_per_s": {}, "knn": {}, "linear": {}, "feature_distance": {}, "unlabelled": {}}
     step, parts = 0, defaultdict(list)  # by epoch: steps of each logged mean, and the means
     for line in read_log(log):
         epoch = -(-line["step"] // steps_per_epoch)
-        for name in ("knn", "linear", "feature_distance"):
+        for name in ("knn", "linear", "feature_distance", "unlabelled"):
             if name in line:
                 results[name][epoch] = line[name]
         if "loss" in line:
@@ -151,4 +172,6 @@ def summarize(log: Path, config: Pretrain, steps_per_epoch: int) -> dict:
         weights, losses, rates = zip(*means, strict=True)
         results["loss"][epoch] = float(np.average(losses, weights=weights))
         results["images_per_s"][epoch] = float(np.average(rates, weights=weights))
+    if results["unlabelled"]:
+        results["verdict"] = verdict(results["unlabelled"])
     return {"stage": "pretraining", "steps": step, "epochs": config.optim.epochs} | results

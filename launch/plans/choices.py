@@ -132,6 +132,8 @@ def _pretrain(facts: Facts, device: str, ranks: int, base: str, stride: int) -> 
     epochs = _two_digits(min(highest, max(lowest, PASSES[device] / images)))
     found.set("optim.epochs", epochs, f"{epochs * (images // batch):,} steps; few images need many epochs")
     found.set("optim.warmup_epochs", max(1, round(WARMUP * epochs)))
+    every = max(10, epochs // 10)
+    found.set("probe.unlabelled_every", every, "epochs between evaluations without labels: is it still improving?")
     return found
 
 

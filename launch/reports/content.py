@@ -7,6 +7,7 @@ from pathlib import Path
 from configs.errors import UserError, counted, printable
 from configs.shell import command
 from data.shard_index import read_index
+from launch.training.plateau import verdict
 
 
 def facts_of(config: dict, starts: list[dict]) -> dict[str, str]:
@@ -50,6 +51,8 @@ def results(run: Path, lines: list[dict]) -> dict[str, str]:
     if knn := [line["knn"] for line in lines if "knn" in line]:
         best, k = max((value, key.removeprefix("top1_")) for key, value in knn[-1].items() if key.startswith("top1"))
         found["nearest neighbours"] = f"{best:.2%} top-1 at the end ({k})"
+    if shown := progress(lines):
+        found["without labels"] = shown
     losses = [line["loss"] for line in lines if "loss" in line]
     if losses:
         found["training loss"] = f"{losses[0]:.4f} at the start, {losses[-1]:.4f} at the end"
@@ -57,6 +60,16 @@ def results(run: Path, lines: list[dict]) -> dict[str, str]:
     if summary:
         found["time"] = f"{timedelta(seconds=summary['seconds'])} on {summary['hardware']}"
     return {name: printable(value) for name, value in found.items()}
+
+
+def progress(lines: list[dict]) -> str:
+    """What the evaluations without labels show; empty if there are none."""
+    evaluated = {line["step"]: line["unlabelled"] for line in lines if "unlabelled" in line}
+    steps = next((line["start"].get("steps_per_epoch", 1) for line in reversed(lines) if "start" in line), 1)
+    names, last = {"loss": "loss", "rankme": "RankMe", "alpha": "alpha-ReQ"}, list(evaluated.values())[-1:]
+    shown = ", ".join(f"{names[name]} {value:.4g}" for values in last for name, value in values.items())
+    history = {-(-step // steps): values for step, values in evaluated.items()}
+    return f"{verdict(history)} ({shown})" if evaluated else ""
 
 
 def preview(shards: Path) -> list[str]:

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PLOTS = {  # by title: labels of curves by their names in log.jsonl; other scores are shown under theirs
-    "loss": {"loss": "training"},
+    "loss": {"loss": "training", "unlabelled/loss": "fixed images and masks"},
     "top-1 accuracy": {"raw/top1": "raw weights", "ema/top1": "moving average"},
     "evaluation loss": {"raw/loss": "raw weights", "ema/loss": "moving average"},
+    "RankMe": {"unlabelled/rankme": "without labels"},
+    "alpha-ReQ": {"unlabelled/alpha": "without labels"},
     "linear classifier, top-1": {"linear/top1": "best learning rate"},
     "nearest neighbours, top-1": {f"knn/top1_k{k}": f"k = {k}" for k in (10, 20, 100, 200)},
     "feature distance (0: collapsed)": {f"feature_distance/stage_{i}": f"stage {i}" for i in (1, 2, 3, 4)},

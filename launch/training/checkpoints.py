@@ -192,10 +192,11 @@ class Checkpoints:
 
     def _load(self, name: str, manifest: dict) -> dict:
         """Load a checkpoint, converted first if it is from another number of ranks. Returns the trainer's state."""
-        stage, source = self.identity["optim"]["zero_stage"], self.folder / name
-        if manifest["ranks"] == self.world.ranks or stage == 0:  # without ZeRO, ranks have identical states
+        optim, source = self.identity["optim"], self.folder / name
+        whole = optim["zero_stage"] == 0 or optim.get("name") == "muon"  # no rank has written its part alone
+        if manifest["ranks"] == self.world.ranks or whole:
             return self.engine.load(source, "engine")
-        if stage == 3:
+        if optim["zero_stage"] == 3:
             raise UserError(
                 f"{source} is from {manifest['ranks']} ranks, this run has {self.world.ranks}: with optim.zero_stage 3 "
                 "use the same number (DeepSpeed's conversion mixes up the weight decay of parameter groups)"

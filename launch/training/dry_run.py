@@ -8,7 +8,7 @@ from torch import nn
 
 from configs.schema import Finetune, Optim, Pretrain
 from launch.training.fit import Check, any_batch, fit_batch, frozen_bytes, largest, measured_counts, room_on
-from launch.training.memory import GIB, Inputs, state_bytes
+from launch.training.memory import GIB, Inputs, group_bytes
 from launch.training.precision import precision
 from models import kernels
 
@@ -23,6 +23,7 @@ evaluation, and the loader, which uses main memory.
 ON_CPU = """\
                The kernels, which are off here, store .75 times as much for ConvNeXt V2 in fp32, .55 in bf16; with
                recompute as much in fp32, up to 1.5 times as much in bf16"""
+NAMES = {"adamw": "AdamW", "muon": "Muon"}
 AUTO = """\
                optim.precision auto is {kind} here and bf16 on a GPU; use --optim.precision bf16 to plan for a GPU"""
 
@@ -46,7 +47,7 @@ def plan(
     """
     ranks = ranks or torch.cuda.device_count() or 1
     optim = fit_batch(config.optim, images, ranks, config.data.repeats, check)
-    counts = " and ".join(map(str, measured_counts(optim, ranks)))
+    counts = " and ".join(map(str, measured_counts(optim, ranks, config.data.repeats)))
     device = torch.device("cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu")
     kind = precision(optim, device, isinstance(config, Pretrain))
     encoder = getattr(model, "encoder", model)
@@ -97,9 +98,9 @@ def schedule(optim: Optim, images: int, ranks: int) -> list[str]:
 
 
 def group_table(model: nn.Module, groups: list[dict], optim: Optim) -> list[str]:
-    """Parameter groups: size, weight decay, learning rate after warm-up, first and last parameter."""
+    """Parameter groups: size, optimizer, weight decay, learning rate after warm-up, first and last parameter."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    rows = [("tensors", "parameters", "decay", "lr scale", "lr", "first and last parameter")]
+    rows = [("tensors", "parameters", "optimizer", "decay", "lr scale", "lr", "first and last parameter")]
     for group in groups:
         params = group["params"]
         ends = dict.fromkeys((names[params[0]], names[params[-1]]))  # one name if there is one tensor
@@ -109,27 +110,27 @@ def group_table(model: nn.Module, groups: list[dict], optim: Optim) -> list[str]
 
 
 def parameter_table(model: nn.Module, groups: list[dict], optim: Optim) -> list[str]:
-    """Parameters: shape, weight decay, learning rate scale and learning rate after warm-up, or `frozen`; name."""
+    """Parameters: shape; optimizer, weight decay, learning rate scale and rate after warm-up, or `frozen`; name."""
     group_of = {parameter: group for group in groups for parameter in group["params"]}
-    rows = [("shape", "decay", "lr scale", "lr", "parameter")]
+    rows = [("shape", "optimizer", "decay", "lr scale", "lr", "parameter")]
     for name, parameter in model.named_parameters():
-        rates = _rates(group_of[parameter], optim) if parameter in group_of else ("frozen", "", "")
+        rates = _rates(group_of[parameter], optim) if parameter in group_of else ("frozen", "", "", "")
         rows.append(("x".join(map(str, parameter.shape)), *rates, name))
     return _aligned(rows)
 
 
-def _rates(group: dict, optim: Optim) -> tuple[str, str, str]:
-    """Weight decay, learning rate scale and learning rate after warm-up of a parameter group."""
-    scale = group["lr_scale"]
-    return f"{group['weight_decay']:g}", f"{scale:.4g}", f"{optim.scaled(optim.lr) * scale:.2e}"
+def _rates(group: dict, optim: Optim) -> tuple[str, str, str, str]:
+    """Optimizer, weight decay, learning rate scale and learning rate after warm-up of a parameter group."""
+    scale, name = group["lr_scale"], NAMES[group["optimizer"]]
+    return name, f"{group['weight_decay']:g}", f"{scale:.4g}", f"{optim.scaled(optim.lr) * scale:.2e}"
 
 
 def memory_table(groups: list[dict], ranks: int, stage: int, extra: dict[str, int]) -> list[str]:
     """Memory per rank for each ZeRO stage, GiB. `stage` is the configured one, `extra` bytes are needed in all."""
-    sizes = [sum(p.numel() for p in group["params"]) for group in groups]
-    rows = [("ZeRO", *state_bytes(sizes, ranks, 0), *extra, "sum", "")]
-    for row in range(4):
-        parts = (state_bytes(sizes, ranks, row) | extra).values()
+    muon = any(group["optimizer"] == "muon" for group in groups)
+    rows = [("ZeRO", *group_bytes(groups, ranks, 0), *extra, "sum", "")]
+    for row in range(2 if muon else 4):
+        parts = (group_bytes(groups, ranks, row) | extra).values()
         cells = [f"{count / GIB:.2f}" for count in (*parts, sum(parts))]
         rows.append((f"{row}", *cells, "<- this run" if row == stage else ""))
     return _aligned(rows)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Optim
+from launch.training.muon import MuonAdamW
 from launch.training.precision import LossScale, autocast, precision
 from launch.training.world import World
 
@@ -21,22 +22,24 @@ MAX_BUCKET = 50_000_000  # elements; DeepSpeed's default of 500 million takes 1.
 
 
 class Engine:
-    """A model with AdamW under DeepSpeed: forward, backward, update, checkpoints.
+    """A model with AdamW or Muon under DeepSpeed: forward, backward, update, checkpoints.
 
     Args:
         model: on any device; it is moved to the rank's
-        groups: parameter groups with `weight_decay` and `lr_scale`
+        groups: of `parameter_groups`
         pretraining: see `launch.training.precision.precision`
     Attributes:
         model: the model, without any wrapper
         precision: fp32, bf16 or fp16
-        optimizer: AdamW; with ZeRO it has this rank's part of the parameters
+        optimizer: AdamW, with ZeRO of this rank's part of the parameters; or `MuonAdamW`
+        zero_stage: DeepSpeed's; 0 with Muon, which shards its own state
     Raises:
         UserError: the global batch is not a multiple of the micro batch times ranks
     """
 
     def __init__(self, model: nn.Module, groups: list[dict], optim: Optim, world: World, pretraining: bool = False):
-        self.model, self.device, self.zero_stage = model.to(world.device), world.device, optim.zero_stage
+        self.model, self.device = model.to(world.device), world.device
+        self.zero_stage = 0 if optim.name == "muon" else optim.zero_stage
         self.precision = precision(optim, world.device, pretraining)
         self._loss_scale = LossScale() if self.precision == "fp16" else None
         micro, accumulation = optim.accumulation(world.ranks)
@@ -44,15 +47,20 @@ class Engine:
         config = {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
-            "zero_optimization": {"stage": optim.zero_stage, "reduce_bucket_size": bucket},
+            "zero_optimization": {"stage": self.zero_stage, "reduce_bucket_size": bucket},
             "zero_allow_untested_optimizer": True,
             # explicit, because DeepSpeed's default is 1; without ZeRO `_clip_or_skip` clips
-            "gradient_clipping": optim.clip_grad if optim.zero_stage else 0.0,
+            "gradient_clipping": optim.clip_grad if self.zero_stage else 0.0,
             "steps_per_print": 1 << 40,
             "timers": {"throughput": {"enabled": False}},  # it would synchronise with the GPU twice a step
         }
-        self.optimizer = optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
-        if optim.zero_stage == 0:
+        if optim.name == "muon":
+            place = (world.rank, world.ranks) if optim.zero_stage else (0, 1)
+            optimizer = MuonAdamW(groups, optim.betas, *place)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
+        self.optimizer = optimizer
+        if self.zero_stage == 0:
             optimizer.register_step_pre_hook(lambda *_: _clip_or_skip(optimizer, optim.clip_grad, self._loss_scale))
         wrapped = _Autocast(self.model, self.autocast())
         self._deepspeed, *_ = _import_deepspeed().initialize(model=wrapped, optimizer=optimizer, config=config)
@@ -110,6 +118,8 @@ class Engine:
 
     def save(self, folder: Path, tag: str, state: dict) -> None:
         """Write weights, optimizer and the caller's `state` to folder/tag; all ranks call this."""
+        if isinstance(self.optimizer, MuonAdamW):
+            self.optimizer.gather_state()
         content = {"state": state, "loss_scale": vars(self._loss_scale) if self._loss_scale else None}
         self._deepspeed.save_checkpoint(str(folder), tag=tag, client_state=content, save_latest=False)
 

@@ -86,14 +86,14 @@ def features(
 ) -> Features:
     """Features of this rank's images, as `mean_tokens`.
 
-    Samples with label -1 are excluded: padding of a batch, and replacements of damaged images.
+    Padding of a batch and replacements of damaged images are excluded.
     """
     training = encoder.training
     encoder.eval()
     parts = []
     for batch in progress(loader, len(loader.batches), f"features of {loader.samples.split.name}"):
         x = mean_tokens(encoder, batch["image"], loader.batches.batch, mean, std, precision)
-        real = torch.nonzero(batch["label"] >= 0)[:, 0]
+        real = torch.nonzero((batch["sample"] >= 0) & ~batch["damaged"])[:, 0]
         parts.append((x[real.to(world.device)], batch["label"][real].to(world.device), batch["sample"][real]))
     encoder.train(training)
     return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))

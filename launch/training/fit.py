@@ -18,9 +18,9 @@ from launch.training.memory import (
     Activations,
     Inputs,
     free_bytes,
+    group_bytes,
     measure_activations,
     owner,
-    state_bytes,
 )
 from launch.training.precision import precision
 from launch.training.world import World, barrier, gather
@@ -160,8 +160,8 @@ def measure_need(
 ) -> Need:  # fmt: skip
     """What a rank needs. Activations are not measured if the state alone exceeds `free` bytes."""
     optim, device = config.optim, next(model.parameters()).device
-    parameters, sizes = sum(p.numel() for p in model.parameters()), [_size(group["params"]) for group in groups]
-    state = sum(state_bytes(sizes, ranks, optim.zero_stage).values()) + frozen_bytes(model, groups) + beside
+    parameters = sum(p.numel() for p in model.parameters())
+    state = sum(group_bytes(groups, ranks, optim.zero_stage).values()) + frozen_bytes(model, groups) + beside
     if isinstance(config, Finetune) and config.augment.ema:
         state += 4 * parameters
     if state > free:
@@ -170,7 +170,7 @@ def measure_need(
     generator = torch.Generator().manual_seed(0)
     batches = [
         inputs(torch.rand(count, channels, *config.data.height_width, generator=generator).to(device))
-        for count in measured_counts(optim, ranks)
+        for count in measured_counts(optim, ranks, config.data.repeats)
     ]
     low = precision(optim, device, isinstance(config, Pretrain)) != "fp32"
     return Need(state, measure_activations(model, batches, low))
@@ -189,13 +189,17 @@ def room_on(
 
 def frozen_bytes(model: nn.Module, groups: list[dict]) -> int:
     """Bytes of the parameters that are in no group."""
-    return 4 * (_size(list(model.parameters())) - sum(_size(group["params"]) for group in groups))
+    trained = sum(p.numel() for group in groups for p in group["params"])
+    return 4 * (sum(p.numel() for p in model.parameters()) - trained)
 
 
-def measured_counts(optim: Optim, ranks: int) -> list[int]:
-    """Numbers of images that activations are measured with: not more than a micro batch has, which could not fit."""
+def measured_counts(optim: Optim, ranks: int, repeats: int) -> list[int]:
+    """Numbers of crops that activations are measured with, `repeats` of each image.
+
+    Not more than a micro batch has, which could not fit.
+    """
     micro, _ = optim.accumulation(ranks)
-    return sorted({min(micro, count) for count in MEASURED_BATCHES})
+    return sorted({min(micro, count * repeats) for count in MEASURED_BATCHES})
 
 
 def largest(limit: int, roomy: int, share: int, check: Check = any_batch) -> int | None:
@@ -273,10 +277,6 @@ def _remedies(config: Pretrain | Finetune) -> str:
 
 def _gib(count: float) -> str:
     return f"{count / GIB:.1f}" if count >= GIB else f"{count / GIB:.2g}"
-
-
-def _size(parameters: list[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
 
 
 def _count(number: int, noun: str) -> str:

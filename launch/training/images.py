@@ -7,8 +7,9 @@ from configs.errors import UserError
 from configs.log import say
 from configs.schema import Data, Run
 from data.catalog import Catalog, difference, read_catalog, write_catalog
-from data.folder import Folder, is_collection, list_collection, open_splits
+from data.folder import Folder, is_collection, list_collection, open_folder, open_splits
 from data.reading import Reading
+from data.shard_index import read_index
 from data.shards import Split
 from launch.training.world import World, barrier, gather, process_errors
 
@@ -41,6 +42,12 @@ class Images:
         if problem:
             raise UserError(problem)
         return splits
+
+    def split_names(self, data: Data) -> list[str]:
+        """Names of the splits of `data.path`, which has been opened. Raises `UserError` if it cannot be read."""
+        if catalog := self.catalogs.get(data.path):
+            return [split or "train" for split in catalog.splits]
+        return list(read_index(open_folder(data)).splits)
 
     def _catalog(self, source: str, path: Path) -> Catalog:
         if self.world is None:

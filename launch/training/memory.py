@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from configs.machine import available_memory
 from launch.training.engine import bucket_size
+from launch.training.muon import owners, state_size
 from launch.training.precision import autocast
 from models.convnext import Block, Mlp
 
@@ -54,6 +55,24 @@ def state_bytes(sizes: Sequence[int], ranks: int, stage: int) -> dict[str, int]:
         "master": part if stage else 0,
         "AdamW": 2 * part,
         "buffers": (flattened, bucket, 2 * bucket, 2 * bucket + total)[stage],
+    }
+    return {name: 4 * count for name, count in elements.items()}
+
+
+def group_bytes(groups: Sequence[dict], ranks: int, stage: int) -> dict[str, int]:
+    """`state_bytes` of parameter groups; with Muon, which has no ZeRO 2 and 3, that of `MuonAdamW`."""
+    sizes = [sum(p.numel() for p in group["params"]) for group in groups]
+    if all(group["optimizer"] == "adamw" for group in groups):
+        return state_bytes(sizes, ranks, stage)
+    owner, loads = owners(groups, ranks if stage else 1), [0] * ranks
+    for group in groups:
+        for parameter in group["params"]:
+            loads[owner[parameter]] += state_size(group, parameter)
+    elements = {
+        "weights": sum(sizes),
+        "gradients": sum(sizes),
+        "optimizer": max(loads),
+        "buffers": min(sum(sizes), FLATTENED),
     }
     return {name: 4 * count for name, count in elements.items()}
 

@@ -30,6 +30,8 @@ class Objective:
         UserError: the image size is not a multiple of the patch, or the mask ratio hides no patch
     """
 
+    per_image = True
+
     def __init__(self, config: Pretrain):
         self.config = config
         self.grid = config.data.grid(config.model.stem_stride)
@@ -42,6 +44,9 @@ class Objective:
         share = 1 - self.visible / self.patches
         masks = f", {self.masks} masks per image" if self.masks > 1 else ""
         return f"{self.visible} of {self.patches} patches visible ({share:.1%} hidden){masks}"
+
+    def check_batch(self, micro: int) -> None:
+        """Any micro batch will do."""
 
     def transform(self) -> PretrainTransform:
         """Adds the mask `visible` [gy, gx], bool, to a random crop; [M, gy, gx] with several masks."""

@@ -72,6 +72,7 @@ def summary(config: Pretrain | Finetune) -> dict:
         "loss": {str(i): 1 / i for i in range(1, config.optim.epochs + 1)}, "images_per_s": {"1": 100.0},
         "knn": {str(i): {"top1_k20": 0.3 + i / 1000} for i in probed},
         "linear": {str(i): {"top1": 0.35 + i / 1000} for i in probed},
+        "unlabelled": {str(i): {"loss": 1 / (1 + i), "rankme": 5 + i, "alpha": 1.0} for i in probed},
         "feature_distance": {str(i): {f"stage_{j}": 0.1 * j for j in (1, 2, 3, 4)} for i in epochs if i},
         "config": {"objective": {"mask_ratio": config.objective.mask_ratio}},
     }  # fmt: skip
@@ -175,6 +176,7 @@ def test_page(started, tmp_path):
     text, pictures = evidence_page.page()
     assert pictures.keys() == {"results-cpu-labels.svg", "results-cpu-probes.svg"}
     assert "| 10% | 4,500 | 50.00% (50.00% to 50.00%) | 50.00% (50.00% to 50.00%) | +0.0 | 0.0 | 3 |" in text
+    assert "| fcmae | 5 | -1.00 | +1.00 | - | 50 | - |" in text  # loss, RankMe and alpha with kNN
     assert "### Backends\n\nNot measured yet" in text and "## On a GPU\n\n**Not measured yet.**" in text
     for name in started:
         if not name.endswith("-test"):
@@ -190,6 +192,14 @@ def test_page(started, tmp_path):
     assert "| dense convolutions, hidden patches set to zero | 75.0% |" in text
     assert "| without (V1) | 10 | 0.100 | 0.200 | 0.300 | 0.400 |" in text
     assert "| masked | 0.250000 | 0.0e+00 | 100 |" in text
+
+
+def test_measures_without_labels_appear_only_if_results_have_them():
+    knn = {str(epoch): {evidence_page.K: value} for epoch, value in enumerate((0.9, 0.1, 0.3, 0.2, 0.4))}
+    runs = {"a": {"knn": knn, "unlabelled": {epoch: {"loss": 1.0, "rankme": float(epoch)} for epoch in knn}}}
+    text, _ = evidence_page.unlabelled(runs, "cpu")
+    assert "| a | 4 | - | +0.80 | - | 4 | - |" in text  # without the random weights of epoch 0
+    assert evidence_page.unlabelled({"a": {"knn": knn}}, "cpu") is None
 
 
 def test_the_page_is_that_of_the_results():

@@ -11,7 +11,14 @@ from configs.errors import UserError
 from configs.schema import Augment, Data, Encoder, FCMAESettings, Finetune, Optim, Pretrain, PretrainModel, Run
 from finetune.layer_decay import layer_decay
 from launch.training.dry_run import plan, schedule
-from launch.training.memory import MEASURED_BATCHES, RECOMPUTED, measure_activations, saved_bytes, state_bytes
+from launch.training.memory import (
+    MEASURED_BATCHES,
+    RECOMPUTED,
+    group_bytes,
+    measure_activations,
+    saved_bytes,
+    state_bytes,
+)
 from launch.training.parameter_groups import parameter_groups
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
@@ -51,9 +58,9 @@ counts = {}
 for stage in json.loads(sys.argv[2]):
     before = tensor_bytes()
     model = FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)), FCMAESettings())
-    groups = parameter_groups(model, Optim())
+    optim = Optim(name=sys.argv[3], batch_size=2 * world.ranks, micro_batch=1, zero_stage=stage)
+    groups = parameter_groups(model, optim)
     parameters = sum(p.numel() for p in model.parameters())  # before ZeRO 3 partitions them
-    optim = Optim(batch_size=2 * world.ranks, micro_batch=1, zero_stage=stage)
     engine = Engine(model, groups, optim, world)
     for _ in range(2):
         train(engine)
@@ -148,12 +155,13 @@ def test_plan_of_a_pretraining():
     assert has(text, "4 ranks nothing started written")
     assert "convnextv2_atto, 0.1M parameters, images of 32x32" in text
     _, *groups = table(text, "parameter groups")
-    assert [[f"{flat:,}", "0"], [f"{parameters - flat:,}", "0.1"]] == [row[1:3] for row in groups]
+    assert [[f"{flat:,}", "AdamW", "0"], [f"{parameters - flat:,}", "AdamW", "0.1"]] == [row[1:4] for row in groups]
     assert groups[0][-2:] == ["mask_token,", "pred.bias"]
     assert "\nparameters\n" not in text and has(text, f"--parameters {len(list(model.parameters()))} parameters")
     text = plan(config, model, parameter_groups(model, Optim(weight_decay=0.1)), 100, 4, noise(model), every=True)
     header, *rows = table(text, "parameters")
-    assert header == ["shape", "decay", "lr", "scale", "lr", "parameter"] and len(rows) == len(list(model.parameters()))
+    assert header == ["shape", "optimizer", "decay", "lr", "scale", "lr", "parameter"]
+    assert len(rows) == len(list(model.parameters()))
     decay = {row[-1]: row[-4] for row in rows}
     assert decay["pred.weight"] == "0.1" and decay["mask_token"] == decay["pred.bias"] == "0"
     header, *rows = table(text, "memory per rank, GiB")
@@ -185,9 +193,9 @@ def test_plan_of_a_finetuning_with_layer_decay_and_ema():
     groups = parameter_groups(model, Optim(), layer_decay(0.8, arch.depths, "single"))
     text = plan(config, model, groups, 100, 1)
     rows = table(text, "parameter groups")[1:]
-    assert sorted({float(row[3]) for row in rows}) == pytest.approx([0.8**k for k in (5, 4, 3, 2, 1, 0)], rel=1e-3)
-    assert [rows[0][i] for i in (0, 2, 3, 4, 5)] == ["4", "0.05", "0.3277", "8.19e-05", "stem.0.weight,"]
-    assert rows[-1] == ["1", "640", "0.05", "1", "2.50e-04", "head.fc.weight"]  # one tensor, one name
+    assert sorted({float(row[4]) for row in rows}) == pytest.approx([0.8**k for k in (5, 4, 3, 2, 1, 0)], rel=1e-3)
+    assert [rows[0][i] for i in (0, 3, 4, 5, 6)] == ["4", "0.05", "0.3277", "8.19e-05", "stem.0.weight,"]
+    assert rows[-1] == ["1", "640", "AdamW", "0.05", "1", "2.50e-04", "head.fc.weight"]  # one tensor, one name
     assert "EMA" in table(text, "memory per rank, GiB")[0]
 
 
@@ -211,26 +219,49 @@ def test_a_higher_stage_divides_more(ranks):
         assert [each[name] for each in stages] == [whole] * first + [whole // ranks] * (4 - first)
 
 
-@pytest.mark.parametrize(("ranks", "stages"), [(1, [0, 1]), (2, [0, 1, 2, 3])])
-def test_memory_as_counted_in_an_engine(ranks, stages, tmp_path):
+def test_plan_with_muon():
+    """The table of groups names the optimizer; Muon's state is once the matrices, and whole parameters on each rank."""
+    config, model = pretraining(batch_size=64, name="muon")
+    groups = parameter_groups(model, config.optim)
+    text = plan(config, model, groups, 100, 4, noise(model), every=True)
+    sizes = {"Muon": 0, "AdamW": 0}
+    for row in table(text, "parameter groups")[1:]:
+        sizes[row[2]] += int(row[1].replace(",", ""))
+    kinds = {row[-1]: row[1] for row in table(text, "parameters")[1:]}
+    assert kinds["decoder.0.mlp.fc1.weight"] == "Muon" and kinds["pred.weight"] == kinds["mask_token"] == "AdamW"
+    header, *rows = table(text, "memory per rank, GiB")
+    assert header == ["ZeRO", "weights", "gradients", "optimizer", "buffers", "activations", "sum"]
+    assert [row[0] for row in rows] == ["0", "1"] and "this" in rows[1]
+    whole = sizes["Muon"] + 2 * sizes["AdamW"]
+    assert group_bytes(groups, 1, 1)["optimizer"] == group_bytes(groups, 4, 0)["optimizer"] == 4 * whole
+    largest = max(p.numel() for p in model.parameters())
+    assert whole <= group_bytes(groups, 4, 1)["optimizer"] <= whole + 4 * 2 * largest
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "stages"),
+    [("adamw", 1, [0, 1]), ("adamw", 2, [0, 1, 2, 3]), pytest.param("muon", 2, [0, 1], marks=pytest.mark.slow)],
+)
+def test_memory_as_counted_in_an_engine(name, ranks, stages, tmp_path):
     """Tensors of a real engine with five million parameters, between two steps and between two micro batches."""
     (tmp_path / "count.py").write_text(COUNT)
     launcher = ["python"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
-    done = run(*launcher, tmp_path / "count.py", ROOT, json.dumps(stages))
+    done = run(*launcher, tmp_path / "count.py", ROOT, json.dumps(stages), name)
     counted = json.loads(done.stdout.splitlines()[-1])
-    groups = parameter_groups(FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)), FCMAESettings()), Optim())
+    model = FCMAE(PretrainModel("convnextv2_atto", depths=(1, 1, 1, 1)), FCMAESettings())
+    groups = parameter_groups(model, Optim(name=name))
     sizes = [sum(p.numel() for p in group["params"]) for group in groups]
     for stage in stages:
-        count, expected = counted[str(stage)], state_bytes(sizes, ranks, stage)
+        count, expected = counted[str(stage)], group_bytes(groups, ranks, stage)
         assert count["bucket"] == sum(sizes)
-        between_steps = expected["weights"] + expected["master"] + expected["AdamW"]
+        between_steps = sum(expected.get(part, 0) for part in ("weights", "master", "AdamW", "optimizer"))
         if stage == 3:  # gradients and bucket stay; small parameters are whole on each rank
             assert count["step"] == pytest.approx(between_steps + expected["gradients"] + 4 * sum(sizes), rel=0.02)
             assert count["micro"] == count["step"]
             continue
         assert count["step"] == pytest.approx(between_steps, rel=1e-3)
         gradients = expected["gradients"] + (
-            expected["buffers"] if stage == 1 else 0
+            expected["buffers"] if stage == 1 and name == "adamw" else 0
         )  # stage 2 has the bucket in a pass only
         # of a parameter that lies on two ranks, both have the whole gradient
         assert count["micro"] - count["step"] == pytest.approx(gradients, rel=0.35 if stage == 2 else 1e-3)

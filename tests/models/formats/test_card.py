@@ -64,7 +64,8 @@ def test_a_pretraining(tmp_path):
 
 
 def test_a_teacher_is_named_where_licences_are(tmp_path):
-    config = {"init": "none", "objective": {"name": "teacher", "teacher": "/home/sekret/dino.pt"}}
+    objective = {"name": "teacher", "teacher": "/home/sekret/dino.pt"}
+    config = {"init": "none", "model": {"name": "convnextv2_atto"}, "objective": objective}
     card = written(tmp_path, autoencoder(**SMALL), {"stage": "pretraining", "config": config})
     assert has(card.split("## Licence")[1], "may apply too dino.pt") and "sekret" not in card
 

@@ -9,6 +9,7 @@ Loss and all gradients are first compared with plain code in fp32; a wrong resul
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,8 @@ from configs.schema import Encoder
 
 CLASSES = 80  # as in COCO
 OBJECTS = 5  # of an image
-TOLERANCE = {"segmentation": 1e-4, "detection": 1e-3}  # in fp32; rounding moves proposals, and what is pooled from them
+TOLERANCE = 5e-3  # in fp32: rounding flips some of the heads' millions of ReLUs, and moves proposals
+ALL = 1 << 14  # proposals of an image, more than there are
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,18 @@ def detection(options: DenseOptions, image: Tensor) -> tuple[ConvNeXt, Callable[
     )  # fmt: skip
 
 
+@contextmanager
+def every_proposal(model: Segmenter | Detector) -> Iterator[None]:
+    """A detector's loss is of all proposals: one more or less would change the sample that it is of in training."""
+    if isinstance(model, Segmenter):
+        yield
+        return
+    sampler = model.head.roi.fg_bg_sampler
+    size, sampler.batch_size_per_image = sampler.batch_size_per_image, ALL
+    yield
+    sampler.batch_size_per_image = size
+
+
 def seeded(model: nn.Module, *inputs: Tensor) -> Tensor:
     """The loss [], with the same sample of proposals each time."""
     torch.manual_seed(1)
@@ -119,7 +133,8 @@ def main() -> None:
     plain = ours, partial(seeded, ours, image, *targets)
     autocast = timing.autocast(device, precision)
     models = {"ours": (ours, autocast(plain[1])), "timm": (theirs, autocast(partial(seeded, theirs, image, *targets)))}
-    error = timing.check_models(models, plain, precision, TOLERANCE[options.task])
+    with every_proposal(ours):
+        error = timing.check_models(models, plain, precision, TOLERANCE)
     runs = {name: partial(timing.backward, *pair) for name, pair in models.items()}
     timed = timing.measure(runs, options.rounds, device)
     keys = ("model", "head", "width", "classes", "batch", "size", "precision")

@@ -68,8 +68,8 @@ class PretrainModel(Encoder):
 
 
 @dataclass(frozen=True)
-class FCMAESettings:
-    """The masked autoencoder's masks, decoder and target."""
+class MaskedSettings:
+    """Masks, and the decoder that predicts for hidden patches."""
 
     mask_ratio: float = fixed(0.6, "share of the patches that is hidden")
     masks: PositiveInt = fixed(
@@ -77,12 +77,18 @@ class FCMAESettings:
     )
     decoder_dim: int = fixed(512, "width of the decoder")
     decoder_depth: int = fixed(1, "ConvNeXt V2 blocks of the decoder")
-    norm_pix: bool = fixed(True, "predict pixels normalised within each patch, as in the paper")
 
     def __post_init__(self):
         require(0 < self.mask_ratio < 1, "objective.mask_ratio", self.mask_ratio, "between 0 and 1")
         require(self.decoder_dim > 0, "objective.decoder_dim", self.decoder_dim, "positive")
         require(self.decoder_depth > 0, "objective.decoder_depth", self.decoder_depth, "positive")
+
+
+@dataclass(frozen=True)
+class FCMAESettings(MaskedSettings):
+    """The masked autoencoder's masks, decoder and target."""
+
+    norm_pix: bool = fixed(True, "predict pixels normalised within each patch, as in the paper")
 
 
 @dataclass(frozen=True)

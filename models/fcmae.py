@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.compare import to_dict
-from configs.schema import PATCH_PER_STEM_STRIDE, FCMAESettings, PretrainModel, visible_patches
+from configs.schema import PATCH_PER_STEM_STRIDE, FCMAESettings, MaskedSettings, PretrainModel, visible_patches
 from models.convnext import Block, ConvNeXt, init_weights
 from models.sparse.layouts import Dense, Layout, layout_of, patchify, split_patches, take_patches
 
@@ -39,7 +39,7 @@ class MaskedPrediction(nn.Module):
     backend minkowski without MinkowskiEngine.
     """
 
-    def __init__(self, config: PretrainModel, settings: FCMAESettings, outputs: int):
+    def __init__(self, config: PretrainModel, settings: MaskedSettings, outputs: int):
         super().__init__()
         self.config, self.settings = config, settings
         if config.backend == "minkowski":
@@ -67,10 +67,14 @@ class MaskedPrediction(nn.Module):
         visible = visible.flatten(0, -3)
         n = visible_patches(visible[0].numel(), self.settings.mask_ratio)
         layout = self.layout(visible, n)
-        x = layout.to_grid(self.proj(self.encoder.forward_features(image, layout)), self.mask_token)
+        _, hidden = split_patches(visible, n)
+        return self.decode(self.encoder.forward_features(image, layout), layout, hidden)
+
+    def decode(self, tokens: Tensor, layout: Layout, hidden: Tensor) -> Output:
+        """Predict for the hidden patches [B * M, m] from the encoder's tokens, in the layout's shape."""
+        x = layout.to_grid(self.proj(tokens), self.mask_token)
         for block in self.decoder:
             x = block(x, Dense())
-        _, hidden = split_patches(visible, n)
         return Output(self.pred(take_patches(x, hidden)), hidden)
 
     def patches(self, image: Tensor) -> Tensor:

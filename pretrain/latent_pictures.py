@@ -1,4 +1,4 @@
-"""Pictures of latent targets: the teacher's features and the student's predictions of them, as colours."""
+"""Pictures of features: those of a teacher and the student's predictions of them, as colours."""
 
 import torch
 from torch import Tensor
@@ -14,16 +14,31 @@ SPAN = 2.5  # standard deviations of a component from black to full
 
 
 def feature_grid(model: Latent, image: Tensor, visible: Tensor, mean: Tensor, std: Tensor) -> Sheet:
-    """The four `COLUMNS` for each of normalised images [B, C, H, W] with masks [B, gy, gx], a colour for each patch."""
-    grid, missing = tuple(visible.shape[1:]), float("nan")
+    """The four `COLUMNS` for each of normalised images [B, C, H, W] with masks [B, gy, gx]."""
     output, target = model.predict(image, visible), normalize_features(model.features(image))
     features, _ = model.split(output.prediction)
-    predicted = torch.full_like(target, missing).flatten(1, 2)
+    predicted = torch.full_like(target, float("nan")).flatten(1, 2)
     predicted = predicted.scatter(1, output.hidden[..., None].expand_as(features), features).view_as(target)
+    return feature_sheet(image, visible, target, predicted, mean, std)
+
+
+def feature_sheet(
+    image: Tensor, visible: Tensor, target: Tensor, predicted: Tensor, mean: Tensor, std: Tensor
+) -> Sheet:
+    """The four `COLUMNS`, a colour for each patch.
+
+    Args:
+        image: normalised images [B, C, H, W]
+        visible: their masks [B, gy, gx]
+        target, predicted: features [B, gy, gx, D]; NaN = not predicted
+        mean, std: of the images' channels
+    """
+    grid = tuple(visible.shape[1:])
+    side = image.shape[2] // grid[0]
     colours = [x.permute(0, 3, 1, 2) for x in as_colours(target.cpu(), predicted.cpu())]
     pixels = (image.float() * std[:, None, None] + mean[:, None, None]).cpu()
-    shown = patchify(pixels, grid).masked_fill(~visible.cpu()[..., None, None, None], missing)
-    enlarged = [x.repeat_interleave(model.patch, 2).repeat_interleave(model.patch, 3) for x in colours]
+    shown = patchify(pixels, grid).masked_fill(~visible.cpu()[..., None, None, None], float("nan"))
+    enlarged = [x.repeat_interleave(side, 2).repeat_interleave(side, 3) for x in colours]
     return image_rows([pixels, unpatchify(shown), *enlarged], COLUMNS, NOTE)
 
 

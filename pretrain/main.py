@@ -76,8 +76,8 @@ def main() -> None:
 
     if ranks is not None:
         model = objective.build()
-        groups, more = parameter_groups(model, optim), {"check": objective.check_batch, "every": every_parameter()}
-        say(plan(config, model, groups, len(split), ranks, inputs, **more))
+        more = {"check": objective.check_batch, "every": every_parameter(), "beside": objective.beside()}
+        say(plan(config, model, parameter_groups(model, optim), len(split), ranks, inputs, **more))
         return
     check = objective.check_batch
     optim = fit_batch(optim, len(split), world.ranks, data.repeats, check, recorded)
@@ -88,13 +88,14 @@ def main() -> None:
     if init:
         objective.load(model, init)
     groups = parameter_groups(model, optim)
-    optim = fit_memory(config, model, groups, world, inputs, check, recorded)
+    optim = fit_memory(config, model, groups, world, inputs, check, recorded, objective.beside())
     config = replace(config, optim=optim)
     engine = Engine(model, groups, optim, world, pretraining=True)
 
     place = world.rank, world.ranks, world.device.type == "cuda"
     loader = train_loader(split, objective.transform(), config.model.channels, config.run.seed, data, optim, *place)
     digests = {"data_digest": split.digest, "init_digest": init.digest if init else "none"}
+    digests |= objective.identity()
     identity = to_dict(config) | {"stage": "pretraining"} | digests
     if config.model.grn_scope == "batch":
         identity["grn_batch"], _ = optim.accumulation(world.ranks)  # otherwise the micro batch may change on resume

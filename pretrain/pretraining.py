@@ -54,6 +54,12 @@ class Objective(Protocol):
     def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Arguments of the model's forward, from normalised images [B, C, H, W] on the device and the batch."""
 
+    def beside(self) -> int:
+        """Bytes of frozen models that `inputs` uses, which are not part of `build`'s. They are loaded by `build`."""
+
+    def identity(self) -> dict[str, str]:
+        """Digests of what else must be equal when a run is resumed."""
+
     def example(self, count: int) -> dict[str, Tensor]:
         """Everything but `image` of a batch of `count` images, for the memory estimate of --dry-run."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from configs.schema import Finetune, Optim, Pretrain
-from launch.training.fit import Check, any_batch, fit_batch, largest, measured_counts, room_on
+from launch.training.fit import Check, any_batch, fit_batch, frozen_bytes, largest, measured_counts, room_on
 from launch.training.memory import GIB, Inputs, group_bytes
 from launch.training.precision import precision
 from models import kernels
@@ -18,6 +18,7 @@ evaluation, and the loader, which uses main memory.
   master       ZeRO's copy of the weights that a rank updates; DeepSpeed makes it even though the weights are fp32
   buffers      DeepSpeed's: gradients being reduced; with ZeRO 3 also the weights gathered for a pass
   activations  of a micro batch in {kind}, recompute {mode}; measured with {counts} images on this {device}
+  frozen       weights that are not trained, such as those of a teacher
   free         now, for one rank; a run that needs more is refused, and --optim.micro_batch auto leaves a margin"""
 ON_CPU = """\
                The kernels, which are off here, store .75 times as much for ConvNeXt V2 in fp32, .55 in bf16; with
@@ -29,7 +30,7 @@ AUTO = """\
 
 def plan(
     config: Pretrain | Finetune, model: nn.Module, groups: list[dict], images: int, ranks: int,
-    inputs: Inputs = lambda image: (image,), check: Check = any_batch, every: bool = False,
+    inputs: Inputs = lambda image: (image,), check: Check = any_batch, every: bool = False, beside: int = 0,
 ) -> str:  # fmt: skip
     """Text of a dry run: batch, learning rate, steps, parameter groups, memory per rank for each ZeRO stage.
 
@@ -40,6 +41,7 @@ def plan(
         inputs: maps images [B, C, H, W] to the arguments of the model's forward
         check: raises `UserError` for a micro batch that the task cannot use
         every: also a line for each parameter, below the summary
+        beside: bytes of frozen models that `inputs` uses
     Raises:
         UserError: the batch does not divide, or bf16 on a GPU without it
     """
@@ -52,12 +54,14 @@ def plan(
     parameters = sum(p.numel() for p in model.parameters())
     height, width = config.data.height_width
     kernels.use(config.run.kernels == "fused")
-    room = room_on(device, replace(config, optim=optim), model, groups, ranks, inputs)
+    room = room_on(device, replace(config, optim=optim), model, groups, ranks, inputs, beside)
     best = largest(room.limit, room.roomy, optim.batch_size // ranks, check)
     if optim.micro_batch == "auto":
         optim = replace(optim, micro_batch=best)
     micro, _ = optim.accumulation(ranks)
     extra = {"activations": room.need.activations.bytes(micro)}
+    if frozen := frozen_bytes(model, groups) + beside:
+        extra["frozen"] = frozen
     if isinstance(config, Finetune) and config.augment.ema:
         extra["EMA"] = 4 * parameters
     notes = [LEGEND.format(kind=kind, mode=encoder.recompute, counts=counts, device=device.type.upper())]

@@ -113,7 +113,7 @@ def fit_batch(
 
 def fit_memory(
     config: Pretrain | Finetune, model: nn.Module, groups: list[dict], world: World, inputs: Inputs,
-    check: Check = any_batch, recorded: dict | None = None,
+    check: Check = any_batch, recorded: dict | None = None, beside: int = 0,
 ) -> Optim:  # fmt: skip
     """`config.optim` with a number for micro_batch auto, after comparing the memory that it needs with what is free.
 
@@ -131,12 +131,13 @@ def fit_memory(
         inputs: maps images [B, C, H, W] to the arguments of the model's forward
         check: raises `UserError` for a micro batch that the task cannot use
         recorded: section `optim` of the run's newest checkpoint
+        beside: bytes of frozen models that `inputs` uses, loaded on the CPU
     Raises:
         UserError: the micro batch does not fit, or none does
     """
     optim, share = config.optim, config.optim.batch_size // world.ranks
     wanted, _ = optim.accumulation(world.ranks)
-    rooms = _rooms(config, model, groups, world, inputs)
+    rooms = _rooms(config, model, groups, world, inputs, beside)
     limit, roomy = min(room.limit for room in rooms), min(room.roomy for room in rooms)
     best = largest(limit, roomy, share, check)
     rank = next(rank for rank, room in enumerate(rooms) if room.limit == limit)
@@ -155,13 +156,12 @@ def fit_memory(
 
 def measure_need(
     config: Pretrain | Finetune, model: nn.Module, groups: list[dict], ranks: int, inputs: Inputs,
-    free: float = math.inf,
+    free: float = math.inf, beside: int = 0,
 ) -> Need:  # fmt: skip
     """What a rank needs. Activations are not measured if the state alone exceeds `free` bytes."""
     optim, device = config.optim, next(model.parameters()).device
     parameters = sum(p.numel() for p in model.parameters())
-    frozen = parameters - sum(p.numel() for group in groups for p in group["params"])
-    state = sum(group_bytes(groups, ranks, optim.zero_stage).values()) + 4 * frozen
+    state = sum(group_bytes(groups, ranks, optim.zero_stage).values()) + frozen_bytes(model, groups) + beside
     if isinstance(config, Finetune) and config.augment.ema:
         state += 4 * parameters
     if state > free:
@@ -169,7 +169,7 @@ def measure_need(
     channels = getattr(model, "encoder", model).arch.channels
     generator = torch.Generator().manual_seed(0)
     batches = [
-        inputs(torch.rand(count, channels, *config.data.height_width, generator=generator))
+        inputs(torch.rand(count, channels, *config.data.height_width, generator=generator).to(device))
         for count in measured_counts(optim, ranks, config.data.repeats)
     ]
     low = precision(optim, device, isinstance(config, Pretrain)) != "fp32"
@@ -177,13 +177,20 @@ def measure_need(
 
 
 def room_on(
-    device: torch.device, config: Pretrain | Finetune, model: nn.Module, groups: list[dict], ranks: int, inputs: Inputs
-) -> Room:
+    device: torch.device, config: Pretrain | Finetune, model: nn.Module, groups: list[dict], ranks: int, inputs: Inputs,
+    beside: int = 0,
+) -> Room:  # fmt: skip
     """What a rank could use on this device, outside of a run; the model is moved there."""
     free = free_bytes(device)  # before the model is measured
-    need = measure_need(config, model.to(device), groups, ranks, inputs)
-    weights = 4 * sum(p.numel() for p in model.parameters())
+    need = measure_need(config, model.to(device), groups, ranks, inputs, beside=beside)
+    weights = 4 * sum(p.numel() for p in model.parameters()) + beside
     return Room(free + weights * (device.type == "cpu"), 1, need)  # on a CPU the weights are loaded already
+
+
+def frozen_bytes(model: nn.Module, groups: list[dict]) -> int:
+    """Bytes of the parameters that are in no group."""
+    trained = sum(p.numel() for group in groups for p in group["params"])
+    return 4 * (sum(p.numel() for p in model.parameters()) - trained)
 
 
 def measured_counts(optim: Optim, ranks: int, repeats: int) -> list[int]:
@@ -225,17 +232,18 @@ def announced(activity: str) -> Iterator[None]:
 
 
 def _rooms(
-    config: Pretrain | Finetune, model: nn.Module, groups: list[dict], world: World, inputs: Inputs
+    config: Pretrain | Finetune, model: nn.Module, groups: list[dict], world: World, inputs: Inputs, beside: int
 ) -> list[Room]:
     """What each rank can use, on all ranks."""
     held = sum(p.numel() * p.element_size() for p in model.to(world.device).parameters())
+    held += beside * (world.device.type == "cpu")
     barrier()  # every rank has its weights now
     owners = gather((owner(world.device), free_bytes(world.device)))  # and none measures yet
     own, free = owners[world.rank]
     sharers = sum(name == own for name, _ in owners)
     free = free // sharers + held
     with announced("estimating the memory of a step"):
-        need = measure_need(config, model, groups, world.ranks, inputs, free)
+        need = measure_need(config, model, groups, world.ranks, inputs, free, beside)
     return gather(Room(free, sharers, need))
 
 

@@ -107,12 +107,16 @@ def _scores(values: dict) -> dict:
 
 
 def _license(license_id: str | None, summary: dict) -> str:
-    init = _last(str(summary.get("config", {}).get("init", "none")))
+    config = summary.get("config", {})
+    objective = config.get("objective")
+    teacher = objective.get("teacher") if isinstance(objective, dict) else None
+    used = {"init": config.get("init"), "teacher": teacher}
+    used = {key: _last(str(value)) for key, value in used.items() if value not in (None, "none")}
     text = f"`{license_id}`." if license_id else "Not given: whoever publishes this model should state one."
-    if init == "none":
+    if not used:
         return text
-    other = "Training started from other weights, whose licence may apply too:"
-    return f"{text} {other}\n\n{_block('json', json.dumps(init))}"
+    other = "Training used other weights, whose licence may apply too:"
+    return f"{text} {other}\n\n{_block('json', json.dumps(used))}"
 
 
 def _public(value: object) -> object:

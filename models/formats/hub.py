@@ -30,7 +30,7 @@ def localize(source: str | Path) -> Local:
     """A local path as it is; weights on a hub after download. Raises `UserError` if they are not there."""
     if not is_hub(source):
         return Local(Path(source))
-    with _hub_errors(str(source)):
+    with hub_errors(str(source)):
         return _download(parse_hub(str(source)), str(source))
 
 
@@ -110,7 +110,7 @@ def push(folder: Path, repo: str) -> str:
     from huggingface_hub import HfApi
 
     try:
-        with _hub_errors(repo):
+        with hub_errors(repo):
             api = HfApi()
             api.create_repo(repo, private=True, exist_ok=True)
             return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload weights").commit_url)
@@ -119,7 +119,7 @@ def push(folder: Path, repo: str) -> str:
 
 
 @contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
+def hub_errors(what: str) -> Iterator[None]:
     """Turn the library's errors into one line without addresses, headers or tokens."""
     import huggingface_hub
     from huggingface_hub import errors

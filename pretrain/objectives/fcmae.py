@@ -67,6 +67,12 @@ class Objective:
     def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return image, batch["visible"].to(image.device, non_blocking=True)
 
+    def beside(self) -> int:
+        return 0
+
+    def identity(self) -> dict[str, str]:
+        return {}
+
     def example(self, count: int) -> dict[str, Tensor]:
         import torch
 

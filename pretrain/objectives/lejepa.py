@@ -98,6 +98,12 @@ class Objective:
         own, seed = self.config.objective, zlib.crc32(batch["sample"].numpy().tobytes())
         return image, draw_directions(own.dim, own.directions, seed).to(image.device, non_blocking=True)
 
+    def beside(self) -> int:
+        return 0
+
+    def identity(self) -> dict[str, str]:
+        return {}
+
     def example(self, count: int) -> dict[str, Tensor]:
         import torch
 

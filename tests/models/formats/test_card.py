@@ -63,6 +63,13 @@ def test_a_pretraining(tmp_path):
     assert "may apply too" not in card
 
 
+def test_a_teacher_is_named_where_licences_are(tmp_path):
+    objective = {"name": "teacher", "teacher": "/home/sekret/dino.pt"}
+    config = {"init": "none", "model": {"name": "convnextv2_atto"}, "objective": objective}
+    card = written(tmp_path, autoencoder(**SMALL), {"stage": "pretraining", "config": config})
+    assert has(card.split("## Licence")[1], "may apply too dino.pt") and "sekret" not in card
+
+
 @pytest.mark.parametrize(
     "summary", [None, {}, {"config": 1}, {"config": {"model": {"name": "convnext_tiny"}}}, {"config": {"model": 3}}]
 )

@@ -113,7 +113,8 @@ class UnlabelledEval:
             if count:
                 inputs = tuple(tensor[real.to(tensor.device)] for tensor in inputs)
             with engine.autocast():
-                loss = model(*inputs)  # also of padding alone: an objective may use collectives
+                # also of padding alone, as all ranks must call it; ZeRO 3's hook of a call would release the stem
+                loss = model.forward(*inputs)
             if count:
                 total += torch.stack([loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)])
         model.train()

@@ -22,7 +22,7 @@ def test_packed_equals_masked(grid, channels, stem_stride, ratio):
     reference = masked.encoder.forward_features(image, Masked(visible))
     assert_close(tokens.flatten(0, 3), reference[visible], "encoder")
 
-    assert_same_training(packed, masked, image, visible)
+    assert_same_training(packed, masked, image, visible, 2e-5)  # sums of a gradient cancel
 
 
 def test_grn_over_the_batch():

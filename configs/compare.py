@@ -9,6 +9,11 @@ def to_dict(config: object) -> dict:
     return json.loads(json.dumps(asdict(config)))  # a JSON list is no tuple, which YAML would tag
 
 
+def own_settings(choice: object) -> dict:
+    """The keys of a section that is chosen by name, without the name, as plain values: for weight files."""
+    return {key: value for key, value in to_dict(choice).items() if key != "name"}
+
+
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     """Keys whose values differ between two configurations, like `optim.lr 0.001 -> 0.002`."""
     found = []

@@ -133,10 +133,6 @@ class Finetuning(Stage):
         if self.ema:
             self.ema.update(self.engine.model)
 
-    def monitor(self) -> Report:
-        """Only evaluations are reported."""
-        return Report()
-
     def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
         """Evaluate raw weights and EMA every `run.eval_every` epochs and after the last.
 

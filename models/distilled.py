@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import MaskedSettings, PretrainModel, visible_patches
-from models.fcmae import MaskedPrediction
-from models.sparse.layouts import split_patches, take_patches
+from configs.schema import MaskedSettings, PretrainModel
+from models.convnext import init_weights
+from models.fcmae import MaskedPrediction, normalize_features
+from models.sparse.layouts import take_patches
 
 
 class Predicted(NamedTuple):
@@ -49,8 +50,7 @@ class Distilled(MaskedPrediction):
         self.visible_head = nn.Linear(dim, widths[0]) if visible_weight else None
         self.pooled_head = nn.Linear(dim, widths[1]) if pooled_weight else None
         for head in filter(None, (self.visible_head, self.pooled_head)):
-            nn.init.trunc_normal_(head.weight, std=0.02)
-            nn.init.zeros_(head.bias)
+            head.apply(init_weights)
         self.scores: dict[str, Tensor] = {}
 
     def predict_features(self, image: Tensor, visible: Tensor) -> Predicted:
@@ -58,11 +58,7 @@ class Distilled(MaskedPrediction):
 
         Masks, bool, are [B, gy, gx] or [B, M, gy, gx].
         """
-        visible = visible.flatten(0, -3)
-        n = visible_patches(visible[0].numel(), self.settings.mask_ratio)
-        layout = self.layout(visible, n)
-        shown, hidden = split_patches(visible, n)
-        tokens = self.encoder.forward_features(image, layout)
+        tokens, layout, shown, hidden = self.encode(image, visible)
         features, _ = self.decode(tokens, layout, hidden)
         tokens = take_patches(layout.to_grid(tokens, tokens.new_zeros(tokens.shape[-1])), shown)  # [B * M, n, C]
         patches = self.visible_head(tokens) if self.visible_head else None
@@ -106,8 +102,3 @@ class Distilled(MaskedPrediction):
             features = normalize_features(output.visible)
             grid.scatter_(1, output.shown[..., None].expand_as(features), features)
         return grid.unflatten(1, tuple(visible.shape[1:]))
-
-
-def normalize_features(x: Tensor) -> Tensor:
-    """Features [..., D] with mean 0 and variance 1 over D, fp32: layer norm, as of data2vec's targets (2202.03555)."""
-    return F.layer_norm(x.float(), x.shape[-1:])

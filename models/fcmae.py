@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.compare import to_dict
@@ -64,11 +65,18 @@ class MaskedPrediction(nn.Module):
 
         Masks, bool, are [B, gy, gx] or [B, M, gy, gx].
         """
+        tokens, layout, _, hidden = self.encode(image, visible)
+        return self.decode(tokens, layout, hidden)
+
+    def encode(self, image: Tensor, visible: Tensor) -> tuple[Tensor, Layout, Tensor, Tensor]:
+        """Tokens of the visible patches, their layout, and the indices of visible and of hidden patches.
+
+        Indices are [B * M, n] and [B * M, m], masks as in `predict`.
+        """
         visible = visible.flatten(0, -3)
         n = visible_patches(visible[0].numel(), self.settings.mask_ratio)
         layout = self.layout(visible, n)
-        _, hidden = split_patches(visible, n)
-        return self.decode(self.encoder.forward_features(image, layout), layout, hidden)
+        return self.encoder.forward_features(image, layout), layout, *split_patches(visible, n)
 
     def decode(self, tokens: Tensor, layout: Layout, hidden: Tensor) -> Output:
         """Predict for the hidden patches [B * M, m] from the encoder's tokens, in the layout's shape."""
@@ -116,6 +124,11 @@ def normalize_patches(pixels: Tensor) -> Tensor:
     """Patches [..., P * P * C] with mean 0 and variance 1 (2301.00808, section 3.1)."""
     mean, std = patch_statistics(pixels)
     return (pixels - mean) / std
+
+
+def normalize_features(x: Tensor) -> Tensor:
+    """Features [..., D] with mean 0 and variance 1 over D, fp32: layer norm, as of data2vec's targets (2202.03555)."""
+    return F.layer_norm(x.float(), x.shape[-1:])
 
 
 def patch_values(config: PretrainModel) -> int:

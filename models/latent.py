@@ -9,11 +9,10 @@ data2vec (arXiv 2202.03555, section 3) with a ConvNeXt's last stage in place of 
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import FCMAESettings, PretrainModel
-from models.fcmae import MaskedPrediction, patch_values
+from models.fcmae import MaskedPrediction, normalize_features, patch_values
 from models.sizes import resolve
 from models.sparse.layouts import Dense, take_patches
 
@@ -76,7 +75,7 @@ class Latent(MaskedPrediction):
         stages = self.features(image)
         output = self.predict(image, visible)
         features, pixels = self.split(output.prediction)
-        latent = (features - take_patches(normalize_features(stages), output.hidden)).square().mean()
+        latent = (features - take_patches(normalize_stages(stages), output.hidden)).square().mean()
         loss = self.latent_weight * latent
         with torch.no_grad():
             self.scores = {
@@ -92,9 +91,9 @@ class Latent(MaskedPrediction):
         return loss
 
 
-def normalize_features(stages: list[Tensor]) -> Tensor:
-    """Features [B, gy, gx, D] of stages, each normalised over its channels (layer norm, 2202.03555, section 3)."""
-    return torch.cat([F.layer_norm(x, x.shape[-1:]) for x in stages], -1)
+def normalize_stages(stages: list[Tensor]) -> Tensor:
+    """Features [B, gy, gx, D] of stages, each normalised over its channels."""
+    return torch.cat([normalize_features(x) for x in stages], -1)
 
 
 def spread(features: Tensor) -> Tensor:

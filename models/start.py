@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from configs.errors import UserError
 from configs.log import say
@@ -14,7 +15,7 @@ from configs.schema import Data, Encoder
 from models.convnext import ConvNeXt
 from models.fcmae import FCMAE
 from models.opening import Opened, open_weights
-from models.weights import DECODER, Weights, decoder_shape, load_strict, split_by_prefix
+from models.weights import DECODER, Tensors, Weights, decoder_shape, load_strict, split_by_prefix
 
 BRACKETS = str.maketrans("()", "[]")  # shells need quotes around (1,2)
 SHAPE_KEYS = ("stem_stride", "depths", "dims")
@@ -48,6 +49,20 @@ def with_statistics(data: Data, init: Opened | None, channels: int) -> Data:
 def start_encoder(model: ConvNeXt, init: Opened) -> None:
     """Load the encoder of `--init`; a head of the model keeps its values. For objectives and tasks with own parts."""
     load_strict(model, _adapted(init, model.arch).encoder, init.path, "head.")
+
+
+def start_parts(model: nn.Module, init: Opened, objective: str, parts: Tensors) -> bool:
+    """Load the encoder of `--init` into `model.encoder` and, if the file is of this objective, the model's other parts.
+
+    `parts` are those of the model, by name. They are loaded if the file has the same, in the same shapes; returns
+    whether they are.
+    """
+    start_encoder(model.encoder, init)
+    stored = init.weights.decoder if init.weights.objective == objective else {}
+    if {name: x.shape for name, x in stored.items()} != {name: x.shape for name, x in parts.items()}:
+        return False
+    model.load_state_dict(stored, strict=False)
+    return True
 
 
 def start_classifier(model: ConvNeXt, init: Opened, classes: list[str]) -> bool:

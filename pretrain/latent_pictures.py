@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from data.sheets import Sheet
-from models.latent import Latent, normalize_features
+from models.latent import Latent, normalize_stages
 from models.sparse.layouts import patchify, unpatchify
 from pretrain.pictures import image_rows
 
@@ -15,7 +15,7 @@ SPAN = 2.5  # standard deviations of a component from black to full
 
 def feature_grid(model: Latent, image: Tensor, visible: Tensor, mean: Tensor, std: Tensor) -> Sheet:
     """The four `COLUMNS` for each of normalised images [B, C, H, W] with masks [B, gy, gx]."""
-    output, target = model.predict(image, visible), normalize_features(model.features(image))
+    output, target = model.predict(image, visible), normalize_stages(model.features(image))
     features, _ = model.split(output.prediction)
     predicted = torch.full_like(target, float("nan")).flatten(1, 2)
     predicted = predicted.scatter(1, output.hidden[..., None].expand_as(features), features).view_as(target)

@@ -53,7 +53,8 @@ class Stage(Protocol):
         """Called after each update of the weights."""
 
     def monitor(self) -> Report:
-        """What the last step showed, every `run.log_every` steps and at the end of an epoch."""
+        """What the last step showed, every `run.log_every` steps and at the end of an epoch; nothing unless defined."""
+        return Report()
 
     def end_epoch(self, epoch: int, last: bool, progress: Progress) -> Report:
         """Evaluate after an epoch, before its checkpoint; epochs count from 1, `last` = no step follows."""

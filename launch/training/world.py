@@ -167,6 +167,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
+    """The mean over all ranks of scalars by name. Synchronises with the device."""
+    total = sum_over_ranks(torch.stack(list(values.values()))) / torch.distributed.get_world_size()
+    return dict(zip(values, total.tolist(), strict=True))
+
+
 def gather(value: object) -> list:
     """The values of all ranks, in rank order, on all ranks. They are pickled: for small plain values, rarely."""
     values: list = [None] * torch.distributed.get_world_size()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from configs.schema import FCMAEChoice as Settings  # in configs, because weight files store its settings
 from configs.schema import Pretrain, visible_patches
 from models.sizes import check_size
+from pretrain.objectives.hooks import Hooks
 
 __all__ = ["Objective", "Settings"]
 
@@ -15,13 +16,12 @@ if TYPE_CHECKING:
 
     from data.sheets import Sheet
     from data.transforms import PretrainTransform
-    from launch.training.trainer import Report
     from models.fcmae import FCMAE
     from models.opening import Opened
     from models.weights import Tensors
 
 
-class Objective:
+class Objective(Hooks):
     """The encoder sees a random subset of patches; a decoder predicts the pixels of the others.
 
     Implements `pretrain.pretraining.Objective`.
@@ -29,8 +29,6 @@ class Objective:
     Raises:
         UserError: the image size is not a multiple of the patch, or the mask ratio hides no patch
     """
-
-    per_image = True
 
     def __init__(self, config: Pretrain):
         self.config = config
@@ -44,9 +42,6 @@ class Objective:
         share = 1 - self.visible / self.patches
         masks = f", {self.masks} masks per image" if self.masks > 1 else ""
         return f"{self.visible} of {self.patches} patches visible ({share:.1%} hidden){masks}"
-
-    def check_batch(self, micro: int) -> None:
-        """Any micro batch will do."""
 
     def transform(self) -> PretrainTransform:
         """Adds the mask `visible` [gy, gx], bool, to a random crop; [M, gy, gx] with several masks."""
@@ -67,12 +62,6 @@ class Objective:
     def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return image, batch["visible"].to(image.device, non_blocking=True)
 
-    def beside(self) -> int:
-        return 0
-
-    def identity(self) -> dict[str, str]:
-        return {}
-
     def example(self, count: int) -> dict[str, Tensor]:
         import torch
 
@@ -88,14 +77,6 @@ class Objective:
     def first_mask(self, image: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs with one mask [B, gy, gx] for each image."""
         return image, visible if self.masks == 1 else visible[:, 0]
-
-    def after_update(self, model: FCMAE, step: int) -> None:
-        """Nothing follows an update."""
-
-    def monitor(self, model: FCMAE) -> Report:
-        from launch.training.trainer import Report
-
-        return Report()
 
     def decoder(self, model: FCMAE) -> tuple[Tensors, dict]:
         from models.fcmae import flat_config

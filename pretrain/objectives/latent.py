@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from configs.compare import to_dict
+from configs.compare import own_settings, to_dict
 from configs.errors import UserError
 from configs.keys import BelowOne, Choice, fixed
 from configs.log import say
@@ -74,17 +74,11 @@ class Objective(fcmae.Objective):
 
     def load(self, model: Latent, init: Opened) -> None:
         """Load the encoder, also into the teacher, and the decoder if the file has one of the same shape."""
-        from models.start import start_encoder
-        from models.weights import load_strict
+        from models.start import start_parts
 
-        start_encoder(model.encoder, init)
-        model.reset_teacher()
-        stored = init.weights.decoder if init.weights.objective == "latent" else {}
-        own, _ = self.decoder(model)
-        if {name: x.shape for name, x in stored.items()} == {name: x.shape for name, x in own.items()}:
-            load_strict(model, stored, init.path, ("encoder.", "teacher."))
-        else:
+        if not start_parts(model, init, "latent", self.decoder(model)[0]):
             say(f"{init.path} has no decoder for these targets: a new one is trained")
+        model.reset_teacher()
 
     def decay(self, step: int) -> float:
         """Decay of the teacher after a step, counted from 0 (2202.03555, section 3)."""
@@ -96,13 +90,10 @@ class Objective(fcmae.Objective):
 
     def monitor(self, model: Latent) -> Report:
         """Losses and spreads of the last micro batch, mean over ranks; a line when the targets collapse."""
-        import torch
-
         from launch.training.trainer import Report
-        from launch.training.world import sum_over_ranks
+        from launch.training.world import mean_over_ranks
 
-        values = sum_over_ranks(torch.stack(list(model.scores.values()))) / torch.distributed.get_world_size()
-        scores = {name: x for name, x in zip(model.scores, values.tolist(), strict=True) if math.isfinite(x)}
+        scores = {name: x for name, x in mean_over_ranks(model.scores).items() if math.isfinite(x)}
         before, self.collapsed = self.collapsed, scores.get("target_spread", 1) < COLLAPSED
         lines = [collapse_warning(scores["target_spread"])] if self.collapsed and not before else []
         scores["collapsed"] = float(self.collapsed)
@@ -118,8 +109,7 @@ class Objective(fcmae.Objective):
         from models.weights import cpu_state, split_by_prefix
 
         _, tensors = split_by_prefix(cpu_state(model), ("encoder.", "teacher."))
-        settings = {key: value for key, value in to_dict(self.config.objective).items() if key != "name"}
-        return tensors, to_dict(self.config.model) | settings
+        return tensors, to_dict(self.config.model) | own_settings(self.config.objective)
 
 
 def collapse_warning(spread: float) -> str:

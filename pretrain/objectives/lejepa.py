@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
+from configs.compare import own_settings
 from configs.errors import UserError
 from configs.keys import Choice, Probability, Ratio, fixed
 from configs.schema import Pretrain
+from pretrain.objectives.hooks import Hooks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +39,7 @@ class Settings(Choice):
     grayscale: Probability = fixed(0.2, "probability of a grey crop; 3 channels")
 
 
-class Objective:
+class Objective(Hooks):
     """Embeddings of the crops of an image agree, and all embeddings are Gaussian.
 
     Implements `pretrain.pretraining.Objective`.
@@ -82,14 +84,9 @@ class Objective:
 
     def load(self, model: LeJEPA, init: Opened) -> None:
         """Load the encoder, and the projector if the file has one of the same shape."""
-        from models.start import start_encoder
-        from models.weights import load_strict
+        from models.start import start_parts
 
-        start_encoder(model.encoder, init)
-        stored = init.weights.decoder if init.weights.objective == "lejepa" else {}
-        own, _ = self.decoder(model)
-        if {name: x.shape for name, x in stored.items()} == {name: x.shape for name, x in own.items()}:
-            load_strict(model, stored, init.path, "encoder.")
+        start_parts(model, init, "lejepa", self.decoder(model)[0])
 
     def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Crops, and directions drawn from the numbers of the batch's samples."""
@@ -98,29 +95,17 @@ class Objective:
         own, seed = self.config.objective, zlib.crc32(batch["sample"].numpy().tobytes())
         return image, draw_directions(own.dim, own.directions, seed).to(image.device, non_blocking=True)
 
-    def beside(self) -> int:
-        return 0
-
-    def identity(self) -> dict[str, str]:
-        return {}
-
     def example(self, count: int) -> dict[str, Tensor]:
         import torch
 
         return {"sample": torch.arange(count)}
 
-    def after_update(self, model: LeJEPA, step: int) -> None:
-        """Nothing follows an update."""
-
     def monitor(self, model: LeJEPA) -> Report:
         """Both parts of the loss of the last micro batch, mean over ranks."""
-        import torch
-
         from launch.training.trainer import Report
-        from launch.training.world import sum_over_ranks
+        from launch.training.world import mean_over_ranks
 
-        values = sum_over_ranks(torch.stack(list(model.scores.values()))) / torch.distributed.get_world_size()
-        return Report(scores={"lejepa": dict(zip(model.scores, values.tolist(), strict=True))})
+        return Report(scores={"lejepa": mean_over_ranks(model.scores)})
 
     def picture(self, model: LeJEPA, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Sheet]:
         from pretrain.view_pictures import view_sheet
@@ -131,5 +116,4 @@ class Objective:
         from models.weights import cpu_state, split_by_prefix
 
         _, tensors = split_by_prefix(cpu_state(model), "encoder.")
-        settings = asdict(self.config.objective) | {"views": self.views}
-        return tensors, {key: value for key, value in settings.items() if key != "name"}
+        return tensors, own_settings(self.config.objective) | {"views": self.views}

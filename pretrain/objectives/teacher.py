@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 
 from configs.checks import check_weights
-from configs.compare import to_dict
+from configs.compare import own_settings, to_dict
 from configs.errors import UserError
 from configs.keys import Choice, fixed, free
 from configs.log import say
@@ -79,15 +79,9 @@ class Objective(fcmae.Objective):
 
     def load(self, model: Distilled, init: Opened) -> None:
         """Load the encoder, and the other parts if the file has them in the same shapes."""
-        from models.start import start_encoder
-        from models.weights import load_strict
+        from models.start import start_parts
 
-        start_encoder(model.encoder, init)
-        stored = init.weights.decoder if init.weights.objective == "teacher" else {}
-        own, _ = self.decoder(model)
-        if {name: x.shape for name, x in stored.items()} == {name: x.shape for name, x in own.items()}:
-            load_strict(model, stored, init.path, "encoder.")
-        else:
+        if not start_parts(model, init, "teacher", self.decoder(model)[0]):
             say(f"{init.path} has no decoder for these targets: a new one is trained")
 
     def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -106,16 +100,13 @@ class Objective(fcmae.Objective):
 
     def monitor(self, model: Distilled) -> Report:
         """Losses of the last micro batch, mean over ranks."""
-        import torch
-
         from launch.training.trainer import Report
-        from launch.training.world import sum_over_ranks
+        from launch.training.world import mean_over_ranks
 
-        values = sum_over_ranks(torch.stack(list(model.scores.values()))) / torch.distributed.get_world_size()
-        return Report(scores={"teacher": dict(zip(model.scores, values.tolist(), strict=True))})
+        return Report(scores={"teacher": mean_over_ranks(model.scores)})
 
     def picture(self, model: Distilled, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Sheet]:
-        from models.distilled import normalize_features
+        from models.fcmae import normalize_features
         from pretrain.latent_pictures import feature_sheet
 
         image, visible, patches, _ = inputs
@@ -130,5 +121,4 @@ class Objective(fcmae.Objective):
         from models.weights import cpu_state, split_by_prefix
 
         _, tensors = split_by_prefix(cpu_state(model), "encoder.")
-        settings = {key: value for key, value in to_dict(self.config.objective).items() if key != "name"}
-        return tensors, to_dict(self.config.model) | settings | self.identity()
+        return tensors, to_dict(self.config.model) | own_settings(self.config.objective) | self.identity()

@@ -1,5 +1,7 @@
 """Small models and masks for the tests of this folder."""
 
+from collections.abc import Callable
+
 import torch
 
 from configs.schema import FCMAESettings, PretrainModel, visible_patches
@@ -10,6 +12,22 @@ def tiny(name: str = "convnextv2_atto", **settings) -> tuple[PretrainModel, FCMA
     """Settings of a small `FCMAE`."""
     small = {"channels": 3, "stem_stride": 1, "depths": (1, 1, 2, 1), "dims": (8, 16, 32, 64), "decoder_dim": 32}
     return from_flat({"name": name, **small, **settings})
+
+
+def descend(
+    model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], steps: int, after: Callable[[], None] = lambda: None
+) -> tuple[float, float]:
+    """The first and the last loss of so many steps of AdamW on the same inputs; `after` is called after each."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)
+    losses = []
+    for _ in range(steps):
+        loss = model(*inputs)
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        after()
+    return losses[0], losses[-1]
 
 
 def random_weights(model: torch.nn.Module) -> None:

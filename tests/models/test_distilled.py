@@ -6,7 +6,8 @@ import torch
 
 from configs.schema import visible_patches
 from data.transforms import draw_masks
-from models.distilled import Distilled, normalize_features
+from models.distilled import Distilled
+from models.fcmae import normalize_features
 from models.sparse.layouts import Dense, Masked
 from tests.models.helpers import assert_close, random_weights, tiny
 

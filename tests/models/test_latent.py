@@ -8,7 +8,7 @@ from configs.schema import visible_patches
 from data.transforms import draw_masks
 from models.latent import Latent, spread
 from models.sparse.layouts import Dense, Masked
-from tests.models.helpers import assert_close, random_weights, tiny
+from tests.models.helpers import assert_close, descend, random_weights, tiny
 
 GRID = (3, 4)
 
@@ -133,12 +133,5 @@ def test_training_lowers_the_loss():
     model = Latent(*tiny(channels=1, depths=(1, 1, 1, 1)), 1, 1.0, 0.0)
     image = torch.linspace(-1, 1, 32)[None, None, None] * torch.randn(8, 1, 24, 1).sign()
     _, visible = inputs(model, 1, 8)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)
-    first = float(model(image, visible).detach())
-    for _ in range(30):
-        loss = model(image, visible)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        model.update_teacher(0.99)
-    assert float(loss.detach()) < 0.5 * first
+    first, last = descend(model, (image, visible), 30, lambda: model.update_teacher(0.99))
+    assert last < 0.5 * first

@@ -1,7 +1,5 @@
 """Latent targets as an objective: settings, monitor, pictures, and runs that resume or use several ranks."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -17,6 +15,7 @@ from pretrain.objectives.latent import COLLAPSED, Objective, Settings
 from pretrain.pretraining import Pretraining
 from tests.conftest import QUICK, TINY, has, losses, names, run, run_ranks
 from tests.models.helpers import random_weights, tiny
+from tests.pretrain.objectives.helpers import scores, state
 
 LATENT = ["--objective.name", "latent", "--objective.masks", "2", "--objective.pixel_weight", ".5"]
 LATENT += ["--objective.ema", "[.8,.99]", "--objective.ema_steps", "10"]
@@ -148,24 +147,13 @@ def whole(digits, tmp_path_factory):
     return folder / "whole"
 
 
-def scores(folder) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line["latent"] for line in lines if "latent" in line]
-
-
-def state(folder) -> dict[str, torch.Tensor]:
-    """The model of the newest checkpoint, with the teacher."""
-    file = sorted(folder.glob("checkpoints/step-*/engine/mp_rank_00_model_states.pt"))[-1]
-    return torch.load(file, weights_only=False)["module"]
-
-
 def test_files_of_a_run(whole):
     assert {"latent.pt", "reconstruction.png", "report.html"} < names(whole)
     weights = open_weights(whole / "latent.pt").weights
     assert weights.objective == "latent" and weights.decoder_config["target_stages"] == 1
     assert not any(name.startswith(("teacher", "encoder")) for name in weights.decoder)
     assert open_encoder(whole / "latent.pt").model.arch.dims == (8, 16, 16, 16)
-    found = scores(whole)
+    found = scores(whole, "latent")
     assert len(found) == 12 and all(0 < each["latent_loss"] < 3 and each["collapsed"] == 0 for each in found)
 
 
@@ -174,7 +162,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, digits, tmp_path):
     run("python", *words(digits, tmp_path, "stopped", "--run.max_steps", "4"))
     run("python", *words(digits, tmp_path, "stopped", "--resume", "must"))
     stopped = tmp_path / "stopped"
-    assert losses(stopped) == losses(whole) and scores(stopped) == scores(whole)
+    assert losses(stopped) == losses(whole) and scores(stopped, "latent") == scores(whole, "latent")
     expected, found = state(whole), state(stopped)
     assert expected.keys() == found.keys() and any("teacher." in name for name in found)
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())

@@ -1,6 +1,5 @@
 """Distillation as an objective: settings, pictures, and runs that resume, use several ranks and lower the loss."""
 
-import json
 import shutil
 
 import numpy as np
@@ -20,6 +19,7 @@ from pretrain.latent_pictures import COLUMNS
 from pretrain.objectives.teacher import Objective, Settings
 from tests.conftest import QUICK, TINY, has, losses, names, run, run_ranks
 from tests.models.helpers import random_weights, tiny
+from tests.pretrain.objectives.helpers import scores, state
 
 SHORT = ["--objective.name", "teacher", "--objective.masks", "2"]
 
@@ -165,23 +165,12 @@ def whole(digits, grey, tmp_path_factory):
     return folder / "whole"
 
 
-def scores(folder) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line["teacher"] for line in lines if "teacher" in line]
-
-
-def state(folder) -> dict[str, torch.Tensor]:
-    """The model of the newest checkpoint."""
-    file = sorted(folder.glob("checkpoints/step-*/engine/mp_rank_00_model_states.pt"))[-1]
-    return torch.load(file, weights_only=False)["module"]
-
-
 def test_files_of_a_run_and_its_loss(whole, grey):
     assert {"teacher.pt", "reconstruction.png", "report.html"} < names(whole)
     weights = open_weights(whole / "teacher.pt").weights
     assert weights.objective == "teacher" and weights.decoder_config["teacher"] == grey
     assert open_encoder(whole / "teacher.pt").model.arch.dims == (8, 16, 16, 16)
-    found = scores(whole)
+    found = scores(whole, "teacher")
     assert len(found) == 12 and set(found[0]) == {"hidden_loss", "visible_loss", "pooled_loss"}
     assert all(found[-1][name] < found[0][name] - 0.1 for name in found[0])
     assert not any("network" in name for name in state(whole))
@@ -196,7 +185,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, digits, grey, tmp_path
     moved = shutil.copy(grey, tmp_path / "moved.pt")
     run("python", *words(digits, tmp_path, "stopped", moved, "--resume", "must"))
     stopped = tmp_path / "stopped"
-    assert losses(stopped) == losses(whole) and scores(stopped) == scores(whole)
+    assert losses(stopped) == losses(whole) and scores(stopped, "teacher") == scores(whole, "teacher")
     expected, found = state(whole), state(stopped)
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())

@@ -1,0 +1,33 @@
+"""What most objectives leave as it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from launch.training.trainer import Report
+
+
+class Hooks:
+    """Base of objectives: methods of `pretrain.pretraining.Objective` that do nothing."""
+
+    per_image = True
+
+    def check_batch(self, micro: int) -> None:
+        """Any micro batch will do."""
+
+    def beside(self) -> int:
+        return 0
+
+    def identity(self) -> dict[str, str]:
+        return {}
+
+    def after_update(self, model: nn.Module, step: int) -> None:
+        """Nothing follows an update."""
+
+    def monitor(self, model: nn.Module) -> Report:
+        from launch.training.trainer import Report
+
+        return Report()

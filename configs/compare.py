@@ -1,6 +1,8 @@
 """Configurations as plain values, and how two of them differ."""
 
+import copy
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 
 
@@ -12,6 +14,18 @@ def to_dict(config: object) -> dict:
 def own_settings(choice: object) -> dict:
     """The keys of a section that is chosen by name, without the name, as plain values: for weight files."""
     return {key: value for key, value in to_dict(choice).items() if key != "name"}
+
+
+def with_defaults(config: dict, defaults: Mapping[str, object]) -> dict:
+    """A copy of nested dicts in which keys that it lacks have their defaults, which are given by dotted name."""
+    filled = copy.deepcopy(config)
+    for key, default in defaults.items():
+        *sections, last = key.split(".")
+        section = filled
+        for name in sections:
+            section = section.setdefault(name, {})
+        section.setdefault(last, json.loads(json.dumps(default)))
+    return filled
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

@@ -83,3 +83,8 @@ def keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
 def free_keys(config: Any) -> frozenset[str]:
     """Dotted names of the keys that may change when a run is resumed."""
     return frozenset(name for name, field in keys(config) if field.metadata["resume"] == "free")
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    """Defaults of all keys by dotted name, those of the chosen sections included."""
+    return {name: field.default for name, field in keys(config) if field.default is not REQUIRED}

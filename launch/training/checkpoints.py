@@ -14,11 +14,12 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 
-from configs.compare import differences
+from configs.compare import differences, with_defaults
 from configs.errors import UserError, reason
 from configs.files import sha256, sync_folder, write_atomic
 from configs.log import say
@@ -37,12 +38,14 @@ class Checkpoints:
         identity: resolved configuration, and digests of data and initial weights
         keep: number of checkpoints to keep, besides the best
         may_change: keys that may differ on resume
+        defaults: of keys, which checkpoints of earlier versions may lack
     """
 
     def __init__(
-        self, run: Path, engine: Engine, identity: dict, world: World, keep: int, may_change: Collection[str] = ()
-    ):
-        self.folder, self.keep, self.may_change = run / "checkpoints", keep, may_change
+        self, run: Path, engine: Engine, identity: dict, world: World, keep: int,
+        may_change: Collection[str] = (), defaults: Mapping[str, object] = MappingProxyType({}),
+    ):  # fmt: skip
+        self.folder, self.keep, self.may_change, self.defaults = run / "checkpoints", keep, may_change, defaults
         self.engine, self.identity, self.world = engine, identity, world
         self.commit: threading.Thread | None = None
         self.failure: BaseException | None = None
@@ -183,7 +186,8 @@ class Checkpoints:
         if config.get("stage") != self.identity.get("stage"):
             other = f"choose another --run.name for {self.identity['stage']}"
             raise UserError(f"{self.folder.parent} is a {config['stage']} run: {other}")
-        changed = [line for line in differences(config, self.identity) if line.split()[0] not in self.may_change]
+        found = differences(with_defaults(config, self.defaults), self.identity)
+        changed = [line for line in found if line.split()[0] not in self.may_change]
         if changed:
             raise UserError(
                 f"{self.folder / name} has another configuration ({'; '.join(changed)}): use the same, or choose "

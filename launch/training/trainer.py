@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.compare import to_dict
 from configs.errors import INTERRUPTED, SAVED, Stopped, UserError
-from configs.keys import free_keys
+from configs.keys import defaults, free_keys
 from configs.log import say
 from configs.schema import Finetune, Pretrain
 from data.loader import Loader
@@ -116,8 +116,8 @@ class Trainer:
     def _resume(self) -> None:
         config, world = self.config, self.world
         check_ranks_match(world, self.folder, self.identity)
-        keep, may_change = config.run.keep, free_keys(config)
-        self.checkpoints = Checkpoints(self.folder, self.engine, self.identity, world, keep, may_change)
+        rules = config.run.keep, free_keys(config), defaults(config)
+        self.checkpoints = Checkpoints(self.folder, self.engine, self.identity, world, *rules)
         self.step, state = self.checkpoints.resume(config.resume)
         self._check_length()
         known, images = to_dict(config), config.optim.batch_size

@@ -7,7 +7,7 @@ import pytest
 
 from configs.command import parse
 from configs.errors import UserError
-from configs.keys import Choice, fixed, free, free_keys, keys, section
+from configs.keys import Choice, defaults, fixed, free, free_keys, keys, section
 from configs.schema import FCMAEChoice, FCMAESettings, Finetune, Pretrain
 from finetune.tasks import TASKS
 from pretrain.objectives import OBJECTIVES
@@ -98,3 +98,10 @@ def test_help_shows_the_keys_of_the_chosen_module(capsys):
     text = capsys.readouterr().out
     assert f"--objective.name {{{','.join(MODULES)}}}" in text and "(default colours)" in text
     assert "--objective.bins N" in text and "* pictures (default 3)" in text and "mask_ratio" not in text
+
+
+def test_defaults_are_those_of_the_schema_and_not_the_values_of_a_run():
+    run = parse(Pretrain, "pretrain/digits.yaml", "", {"objective": MODULES}, ["--objective.name", "colours"])
+    found = defaults(replace(run, objective=Colours("colours", bins=4)))
+    assert (found["objective.bins"], found["objective.shown"], found["optim.name"]) == (8, 3, "adamw")
+    assert found.keys() == {name for name, _ in keys(run)}

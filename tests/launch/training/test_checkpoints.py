@@ -116,6 +116,21 @@ def test_wrong_resume_modes_and_configurations(tmp_path):
     assert resume(tmp_path, config=other) == (5, {"at": 5})
 
 
+def test_keys_that_a_checkpoint_of_an_earlier_version_lacks_have_their_defaults(tmp_path):
+    save(tmp_path, 5)
+    now = IDENTITY | {"optim": {"zero_stage": 1, "name": "adamw"}, "objective": {"scale": [0.2, 1.0]}}
+    defaults = {"optim.name": "adamw", "objective.scale": (0.2, 1.0), "seed": 7}
+
+    def resume_as(identity):
+        return checkpoints.Checkpoints(tmp_path, Engine(), identity, ALONE, 3, defaults=defaults).resume("auto")
+
+    assert resume_as(now) == (5, {"at": 5})
+    with pytest.raises(UserError, match=r"optim\.name adamw -> muon"):
+        resume_as(now | {"optim": {"zero_stage": 1, "name": "muon"}})
+    with pytest.raises(UserError, match=r"digest None -> abc"):  # without a default
+        resume_as(now | {"digest": "abc"})
+
+
 def test_a_run_of_the_other_stage(tmp_path):
     save(tmp_path, 1, config=IDENTITY | {"stage": "pretraining"})
     with pytest.raises(UserError, match=r"pretraining.* --run\.name .*fine-tuning"):

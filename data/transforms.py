@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 from configs.errors import UserError
 from configs.preprocessing import Preprocessing
 from configs.schema import Augment, Data
+from data.colors import recolor
 from data.sampler import SAMPLES
 
 RESIZING = {  # torchvision's NEAREST is half a pixel off PIL's
@@ -139,22 +140,21 @@ class PretrainTransform:
 
 @dataclass(frozen=True)
 class ViewTransform:
-    """A random crop with other colours, one of the views of an image that are compared (2002.05709, appendix A).
+    """One of the views of an image that are compared: a random crop in other colours, and its mask [gy, gx].
 
-    `color_jitter` changes brightness, contrast and saturation; `grayscale` is the probability of a grey crop.
+    `color_jitter`, `hue` and `grayscale` are those of `recolor`; all 0 leave the colours as they are.
     """
 
-    data: Data
+    pretrain: PretrainTransform
     color_jitter: float
+    hue: float
     grayscale: float
 
     def __call__(self, image: Tensor, target: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        image = random_crop(image, rng, self.data)
-        if self.color_jitter:
-            image = jitter(image, rng, self.color_jitter)
-        if self.grayscale and rng.random() < self.grayscale:
-            image = F.rgb_to_grayscale(image, num_output_channels=3)
-        return {"image": image}
+        entries = self.pretrain(image, target, rng)
+        if self.color_jitter or self.hue or self.grayscale:
+            entries["image"] = recolor(entries["image"], rng, self.color_jitter, self.hue, self.grayscale)
+        return entries
 
 
 class TrainTransform:

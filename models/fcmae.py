@@ -110,7 +110,10 @@ class FCMAE(MaskedPrediction):
 
     def forward(self, image: Tensor, visible: Tensor) -> Tensor:
         """Loss [], fp32, of normalised images [B, C, H, W] with masks [B, gy, gx] or [B, M, gy, gx]."""
-        output = self.predict(image, visible)
+        return self.pixel_loss(image, self.predict(image, visible))
+
+    def pixel_loss(self, image: Tensor, output: Output) -> Tensor:
+        """Mean squared error [], fp32, of the pixels predicted for hidden patches of images [B, C, H, W]."""
         return (output.prediction.float() - self.target(image, output.hidden)).square().mean()
 
 

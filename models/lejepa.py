@@ -1,58 +1,75 @@
 """LeJEPA: embeddings of the crops of an image agree, and all are distributed like an isotropic Gaussian.
 
 arXiv 2511.08544: the prediction loss (section 5) pulls the crops of an image together, and SIGReg (section 4), a test
-of normality along random directions, keeps embeddings from collapsing. Letters: B images, V crops of each, D features
-of an embedding, K directions.
+of normality along random directions, keeps embeddings from collapsing. Here the encoder sees the visible patches of a
+crop, as in FCMAE, and a decoder may predict the pixels of the others. Letters: B images, V crops of each, n of gy x gx
+patches visible, D features of an embedding, K directions.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import PretrainModel
-from models.convnext import ConvNeXt, init_weights
-from models.sparse.layouts import Dense
+from configs.schema import FCMAESettings, PretrainModel
+from models.fcmae import FCMAE
+from models.sparse.layouts import Layout
 
 POINTS, LARGEST = 17, 3.0  # of the characteristic functions' argument: from 0, as they are symmetric
-EPS = 1e-6
 
 
-class LeJEPA(nn.Module):
-    """A dense encoder, and a projector of its mean token to the embeddings that are compared.
+class LeJEPA(FCMAE):
+    """FCMAE, and a projector of the mean visible token to the embeddings that are compared.
 
     Args:
-        views: crops of an image, V
+        views: crops of an image, times masks of a crop: V
         width: of the projector's two hidden layers
         dim: of embeddings, D
-        weight: of SIGReg in the loss, lambda; 1 - weight is that of the agreement
+        weight: of SIGReg in LeJEPA's loss, lambda; 1 - weight is that of the agreement
+        pixel_weight: of FCMAE's loss, which is added
     Attributes:
-        scores: `agreement` and `sigreg` of the last forward pass, scalars on the device
+        scores: `agreement`, `sigreg` and `pixel_loss` of the last forward pass, scalars on the device
     """
 
-    def __init__(self, config: PretrainModel, views: int, width: int, dim: int, weight: float):
-        super().__init__()
-        self.encoder = ConvNeXt(config, recompute=config.recompute)
-        self.views, self.weight = views, weight
+    def __init__(
+        self, config: PretrainModel, settings: FCMAESettings, views: int, width: int, dim: int, weight: float,
+        pixel_weight: float,
+    ):  # fmt: skip
+        super().__init__(config, settings)
+        self.views, self.weight, self.pixel_weight = views, weight, pixel_weight
         sizes = (self.encoder.arch.dims[-1], width, width)
-        hidden = [(nn.Linear(a, b), nn.LayerNorm(b, EPS), nn.GELU()) for a, b in pairwise(sizes)]
+        hidden = [
+            (nn.Linear(a, b), nn.BatchNorm1d(b, track_running_stats=False), nn.GELU()) for a, b in pairwise(sizes)
+        ]
         self.projector = nn.Sequential(*(layer for layers in hidden for layer in layers), nn.Linear(width, dim))
-        self.projector.apply(init_weights)
         self.scores: dict[str, Tensor] = {}
 
-    def embed(self, image: Tensor) -> Tensor:
-        """Embeddings [B * V, D], fp32, of normalised crops [B * V, C, H, W]."""
-        tokens = self.encoder.forward_features(image, Dense())
-        return self.projector(tokens.float().mean((1, 2))).float()
+    def embed(self, image: Tensor, visible: Tensor) -> Tensor:
+        """Embeddings [B * V, D], fp32, of crops [B * V, C, H, W] with masks [B * V, gy, gx]."""
+        tokens, layout, shown, _ = self.encode(image, visible)
+        return self.project(tokens, layout, shown.shape[1])
 
-    def forward(self, image: Tensor, directions: Tensor) -> Tensor:
-        """Loss [], fp32, of crops [B * V, C, H, W], those of an image in sequence; directions [D, K] have length 1."""
-        views = self.embed(image).unflatten(0, (-1, self.views))
+    def project(self, tokens: Tensor, layout: Layout, n: int) -> Tensor:
+        """Embeddings [B * V, D], fp32, of the mean of the n visible patches' tokens, which have the layout's shape."""
+        with torch.autocast(tokens.device.type, enabled=False):  # SIGReg compares distributions: no rounding to bf16
+            grid = layout.to_grid(tokens.float(), tokens.new_zeros(tokens.shape[-1]))
+            return self.projector(grid.sum((1, 2)) / n)
+
+    def forward(self, image: Tensor, visible: Tensor, directions: Tensor) -> Tensor:
+        """Loss [], fp32, of crops [B * V, C, H, W], those of an image in sequence.
+
+        Masks `visible` are [B * V, gy, gx]; directions [D, K] have length 1.
+        """
+        tokens, layout, shown, hidden = self.encode(image, visible)
+        views = self.project(tokens, layout, shown.shape[1]).unflatten(0, (-1, self.views))
         agreement = (views - views.mean(1, keepdim=True)).square().mean()
         gaussian = torch.stack([sigreg(view, directions) for view in views.unbind(1)]).mean()
-        self.scores = {"agreement": agreement.detach(), "sigreg": gaussian.detach()}
-        return (1 - self.weight) * agreement + self.weight * gaussian
+        pixel = self.pixel_loss(image, self.decode(tokens, layout, hidden))
+        scores = {"agreement": agreement, "sigreg": gaussian, "pixel_loss": pixel}
+        self.scores = {name: score.detach() for name, score in scores.items()}
+        return (1 - self.weight) * agreement + self.weight * gaussian + self.pixel_weight * pixel
 
 
 def sigreg(x: Tensor, directions: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 The `start_` functions raise `UserError` if the file contains another model; it names the keys to set.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -51,15 +52,15 @@ def start_encoder(model: ConvNeXt, init: Opened) -> None:
     load_strict(model, _adapted(init, model.arch).encoder, init.path, "head.")
 
 
-def start_parts(model: nn.Module, init: Opened, objective: str, parts: Tensors) -> bool:
-    """Load the encoder of `--init` into `model.encoder` and, if the file is of this objective, the model's other parts.
+def start_parts(model: nn.Module, init: Opened, parts: Mapping[str, Tensors]) -> bool:
+    """Load the encoder of `--init` into `model.encoder` and, if the file has them, other parts of the model.
 
-    `parts` are those of the model, by name. They are loaded if the file has the same, in the same shapes; returns
-    whether they are.
+    `parts` are those of the model, by name, that are loaded from a file of an objective. They are loaded if the file
+    has the same, in the same shapes; returns whether they are.
     """
     start_encoder(model.encoder, init)
-    stored = init.weights.decoder if init.weights.objective == objective else {}
-    if {name: x.shape for name, x in stored.items()} != {name: x.shape for name, x in parts.items()}:
+    wanted, stored = parts.get(init.weights.objective or "fcmae"), init.weights.decoder
+    if wanted is None or {name: x.shape for name, x in stored.items()} != {name: x.shape for name, x in wanted.items()}:
         return False
     model.load_state_dict(stored, strict=False)
     return True

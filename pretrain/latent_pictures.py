@@ -5,8 +5,7 @@ from torch import Tensor
 
 from data.sheets import Sheet
 from models.latent import Latent, normalize_stages
-from models.sparse.layouts import patchify, unpatchify
-from pretrain.pictures import image_rows
+from pretrain.pictures import image_rows, visible_pixels
 
 COLUMNS = (("input",), ("visible",), ("target features",), ("predicted features",))
 NOTE = "colours: the three main components of the targets of these images; hatched: hidden, or not predicted"
@@ -33,13 +32,12 @@ def feature_sheet(
         target, predicted: features [B, gy, gx, D]; NaN = not predicted
         mean, std: of the images' channels
     """
-    grid = tuple(visible.shape[1:])
-    side = image.shape[2] // grid[0]
+    side = image.shape[2] // visible.shape[1]
     colours = [x.permute(0, 3, 1, 2) for x in as_colours(target.cpu(), predicted.cpu())]
-    pixels = (image.float() * std[:, None, None] + mean[:, None, None]).cpu()
-    shown = patchify(pixels, grid).masked_fill(~visible.cpu()[..., None, None, None], float("nan"))
+    everything = torch.ones_like(visible)
+    pixels, shown = (visible_pixels(image, mask, mean, std) for mask in (everything, visible))
     enlarged = [x.repeat_interleave(side, 2).repeat_interleave(side, 3) for x in colours]
-    return image_rows([pixels, unpatchify(shown), *enlarged], COLUMNS, NOTE)
+    return image_rows([pixels, shown, *enlarged], COLUMNS, NOTE)
 
 
 def as_colours(target: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from functools import partial
 from statistics import mean
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -50,15 +51,25 @@ def reconstruction_grid(model: FCMAE, image: Tensor, visible: Tensor, mean: Tens
 
 def image_rows(parts: Sequence[Tensor], columns: Sequence[tuple[str]], note: str) -> Sheet:
     """A row for each image, of its pictures in `parts`: [B, C, H, W] from 0 to 1; missing pixels, NaN, are hatched."""
-    zoom, drawn = max(1, -(-CELL // max(parts[0].shape[2:]))), []
-    for x in parts:
-        x = x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-        missing = x.isnan().any(1, keepdim=True)
-        hatched = torch.from_numpy(hatching(*x.shape[2:])).permute(2, 0, 1)
-        drawn.append([F.to_pil_image(picture) for picture in torch.where(missing, hatched, to_rgb(x.nan_to_num()))])
-    rows = zip(*drawn, strict=True)
+    rows = zip(*map(hatched_pictures, parts), strict=True)
     groups = [Group("", [Cell(*cell) for cell in zip(row, columns, strict=True)], together=True) for row in rows]
     return Sheet(groups, note, across=2)
+
+
+def hatched_pictures(x: Tensor) -> list[Image.Image]:
+    """Images [B, C, H, W] from 0 to 1 as pictures whose longer side is `CELL` or more; missing pixels are hatched."""
+    zoom = max(1, -(-CELL // max(x.shape[2:])))
+    x = x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    hatched = torch.from_numpy(hatching(*x.shape[2:])).permute(2, 0, 1)
+    drawn = torch.where(x.isnan().any(1, keepdim=True), hatched, to_rgb(x.nan_to_num()))
+    return [F.to_pil_image(picture) for picture in drawn]
+
+
+def visible_pixels(image: Tensor, visible: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Pixels from 0 to 1 of normalised images [B, C, H, W], on the CPU; NaN where masks [B, gy, gx] hide them."""
+    pixels = (image.float() * std[:, None, None] + mean[:, None, None]).cpu()
+    patches = patchify(pixels, tuple(visible.shape[1:]))
+    return unpatchify(patches.masked_fill(~visible.cpu()[..., None, None, None], float("nan")))
 
 
 def feature_distance(encoder: ConvNeXt, image: Tensor) -> dict[str, float]:

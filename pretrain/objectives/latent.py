@@ -76,7 +76,7 @@ class Objective(fcmae.Objective):
         """Load the encoder, also into the teacher, and the decoder if the file has one of the same shape."""
         from models.start import start_parts
 
-        if not start_parts(model, init, "latent", self.decoder(model)[0]):
+        if not start_parts(model, init, {"latent": self.decoder(model)[0]}):
             say(f"{init.path} has no decoder for these targets: a new one is trained")
         model.reset_teacher()
 

@@ -81,7 +81,7 @@ class Objective(fcmae.Objective):
         """Load the encoder, and the other parts if the file has them in the same shapes."""
         from models.start import start_parts
 
-        if not start_parts(model, init, "teacher", self.decoder(model)[0]):
+        if not start_parts(model, init, {"teacher": self.decoder(model)[0]}):
             say(f"{init.path} has no decoder for these targets: a new one is trained")
 
     def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:

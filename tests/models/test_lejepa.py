@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from configs.schema import FCMAESettings
+from models.fcmae import FCMAE
 from models.lejepa import LARGEST, POINTS, LeJEPA, draw_directions, sigreg
-from models.sparse.layouts import Dense
-from tests.models.helpers import random_weights, tiny
+from models.sparse.layouts import Masked
+from tests.models.helpers import masks, random_weights, tiny
 
 
 def closed_form(x: torch.Tensor) -> float:
@@ -27,12 +29,34 @@ def test_the_statistic_of_epps_and_pulley():
         assert float(sigreg(x, directions)) == pytest.approx(expected, rel=0.03)
 
 
-def by_loops(model: LeJEPA, image: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+def small(views: int = 2, **settings) -> LeJEPA:
+    config, _ = tiny(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    settings = FCMAESettings(mask_ratio=0.5, decoder_dim=8, **settings)
+    model = LeJEPA(config, settings, views, width=12, dim=5, weight=0.3, pixel_weight=0.7)
+    random_weights(model)
+    return model
+
+
+def project(layers: torch.nn.Sequential, rows: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The projector on one row after another; batch norm by its definition."""
+    for layer in layers:
+        if isinstance(layer, torch.nn.BatchNorm1d):
+            mean = sum(rows) / len(rows)
+            std = (sum((row - mean).square() for row in rows) / len(rows) + layer.eps).sqrt()
+            rows = [(row - mean) / std * layer.weight + layer.bias for row in rows]
+        else:
+            rows = [layer(row) for row in rows]
+    return rows
+
+
+def by_loops(model: LeJEPA, image: torch.Tensor, visible: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     """The loss of an image after another, and of a direction after another."""
-    embeddings = []
-    for crop in image:
-        token = model.encoder.forward_features(crop[None], Dense()).mean((1, 2))
-        embeddings.append(model.projector(token)[0])
+    means, pixel = [], 0
+    for crop, mask in zip(image, visible, strict=True):
+        tokens = model.encoder.forward_features(crop[None], Masked(mask[None]))
+        means.append(tokens[0, mask].mean(0))
+        pixel = pixel + FCMAE.forward(model, crop[None], mask[None]) / len(image)
+    embeddings = project(model.projector, means)
     images = [embeddings[i : i + model.views] for i in range(0, len(embeddings), model.views)]
     agreement = 0
     for views in images:
@@ -49,21 +73,31 @@ def by_loops(model: LeJEPA, image: torch.Tensor, directions: torch.Tensor) -> to
                 imaginary = sum((t * p).sin() for p in projected) / len(projected)
                 gaussian = gaussian + 2 * len(projected) * width * normal * (real**2 + imaginary**2)
     gaussian = gaussian / model.views / directions.shape[1]
-    return (1 - model.weight) * agreement + model.weight * gaussian
+    return (1 - model.weight) * agreement + model.weight * gaussian + model.pixel_weight * pixel
 
 
 @pytest.mark.parametrize("views", [2, 3])
 def test_loss_and_gradients_are_those_of_loops(views):
-    config, _ = tiny(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
-    model = LeJEPA(config, views, width=12, dim=5, weight=0.3)
-    random_weights(model)
-    image, directions = torch.randn(4 * views, 3, 32, 32), draw_directions(5, 3, 1)
+    model = small(views)
+    image, directions = torch.randn(4 * views, 3, 16, 24), draw_directions(5, 3, 1)
+    visible = masks(4 * views, (2, 3), 0.5)
     found = []
-    for loss in (model(image, directions), by_loops(model, image, directions)):
+    for loss in (model(image, visible, directions), by_loops(model, image, visible, directions)):
         found.append((loss, torch.autograd.grad(loss, list(model.parameters()))))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
     for one, other in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_masks_of_a_crop_are_views_like_crops():
+    """Two masks of each of two crops: the loss of four crops, of which two are equal."""
+    model = small(4)
+    image, directions = torch.randn(6, 3, 16, 24), draw_directions(5, 3, 1)
+    visible = masks(12, (2, 3), 0.5)
+    torch.testing.assert_close(
+        model(image, visible.unflatten(0, (6, 2)), directions),
+        model(image.repeat_interleave(2, 0), visible, directions),
+    )
 
 
 def test_normal_embeddings_are_best_and_collapsed_ones_worst():

@@ -40,9 +40,8 @@ class LeJEPA(FCMAE):
         super().__init__(config, settings)
         self.views, self.weight, self.pixel_weight = views, weight, pixel_weight
         sizes = (self.encoder.arch.dims[-1], width, width)
-        hidden = [
-            (nn.Linear(a, b), nn.BatchNorm1d(b, track_running_stats=False), nn.GELU()) for a, b in pairwise(sizes)
-        ]
+        norm = partial(nn.BatchNorm1d, track_running_stats=False)  # over the micro batch in evaluation too
+        hidden = [(nn.Linear(a, b), norm(b), nn.GELU()) for a, b in pairwise(sizes)]
         self.projector = nn.Sequential(*(layer for layers in hidden for layer in layers), nn.Linear(width, dim))
         self.scores: dict[str, Tensor] = {}
 

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 PLOTS = {  # by title: labels of curves by their names in log.jsonl; other scores are shown under theirs
     "loss": {"loss": "training", "unlabelled/loss": "fixed images and masks"},
+    "parts of the loss, without weights": {
+        "lejepa/agreement": "agreement of crops", "lejepa/pixel_loss": "pixels",
+        "latent/latent_loss": "features", "latent/pixel_loss": "pixels",
+        "teacher/hidden_loss": "hidden patches", "teacher/visible_loss": "visible patches",
+        "teacher/pooled_loss": "whole image",
+    },
+    "SIGReg of embeddings (1: Gaussian)": {"lejepa/sigreg": "last micro batch"},
+    "spread of features (0: collapsed)": {"latent/target_spread": "targets", "latent/predicted_std": "predictions"},
     "top-1 accuracy": {"raw/top1": "raw weights", "ema/top1": "moving average"},
     "evaluation loss": {"raw/loss": "raw weights", "ema/loss": "moving average"},
     "RankMe": {"unlabelled/rankme": "without labels"},
@@ -29,7 +37,7 @@ PLOTS = {  # by title: labels of curves by their names in log.jsonl; other score
     "learning rate": {"lr": "before layer decay"},
     "gradient norm": {"grad_norm": "before clipping"},
     "images/s": {"images_per_s": "all ranks"},
-}
+}  # fmt: skip
 KINDS = {"raw": "raw weights", "ema": "moving average"}
 TITLES = {  # of other scores, by name
     "map": "mAP", "f1_micro": "micro F1", "f1_macro": "macro F1", "macro_f1": "macro F1", "miou": "mIoU",

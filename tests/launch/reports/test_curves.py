@@ -20,6 +20,14 @@ def test_curves():
     assert plots["top-1 accuracy"] == {"raw weights": ([2], [0.25])} and set(plots) <= set(PLOTS)
 
 
+def test_parts_of_an_objectives_loss():
+    found = curves_of([{"step": 4, "lejepa": {"agreement": 0.25, "sigreg": 2.5, "pixel_loss": 0.5}}])
+    assert found == {
+        "parts of the loss, without weights": {"agreement of crops": ([4], [0.25]), "pixels": ([4], [0.5])},
+        "SIGReg of embeddings (1: Gaussian)": {"last micro batch": ([4], [2.5])},
+    }
+
+
 def test_scores_of_any_task():
     lines = [
         {"step": 1, "start": {"parameters": 7}},

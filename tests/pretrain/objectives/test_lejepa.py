@@ -115,6 +115,7 @@ def test_files_of_a_run(whole):
     assert weights.objective == "lejepa" and weights.decoder_config["crops"] == 2
     assert open_encoder(whole / "lejepa.pt").model.arch.dims == (8, 16, 16, 16)
     assert '"sigreg"' in (whole / "log.jsonl").read_text()
+    assert "SIGReg of embeddings" in (whole / "report.html").read_text()
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, digits, tmp_path):

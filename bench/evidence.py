@@ -8,6 +8,7 @@ bash launch/evidence.sh bccd bccd/ --others photos/            detection of bloo
 bash launch/evidence.sh cpu cifar10.tar.xz --dry-run           only print the commands
 
 Parts: labels = fine-tuning with few labels, from FCMAE weights and from scratch, with probes during pretraining;
+objectives = other objectives and optimizers in the time of FCMAE;
 backends = the same pretraining on every backend; ablations = mask ratio, decoder depth, sparse convolution, GRN.
 On two CPU cores, two of these commands in parallel, each with OMP_NUM_THREADS=1, finish sooner than in sequence.
 
@@ -47,18 +48,18 @@ class Evidence:
         """Train as a run of this name, and return its summary."""
         return self.runner.train(stage, self.scale.recipe, SHARDS, name, *more)
 
-    def finetune(self, start: str, share: float, rate: float, seed: int) -> dict:
-        """Fine-tune from a pretraining, or from `scratch`, with a share of the labels."""
-        init = "none" if start == "scratch" else self.runner.runs / start / "fcmae.pt"
+    def finetune(self, start: str, share: float, rate: float, seed: int, objective: str = "fcmae") -> dict:
+        """Fine-tune from a pretraining with an objective, or from `scratch`, with a share of the labels."""
+        init = "none" if start == "scratch" else self.runner.runs / start / f"{objective}.pt"
         epochs, batch_size, eval_every = self.scale.budgets[share]
         words = ("--init", init, "--task.label_share", share, "--optim.lr", rate, "--run.seed", seed)
         words += ("--optim.epochs", epochs, "--optim.batch_size", batch_size, "--run.eval_every", eval_every)
         return self.train("finetune", run_name(start, share, rate, seed), *words)
 
-    def best_rate(self, start: str, share: float) -> float:
+    def best_rate(self, start: str, share: float, objective: str = "fcmae") -> float:
         """The learning rate with the best validation accuracy at the first seed."""
         return self.runner.best_rate(
-            self.scale.rates, lambda rate: self.finetune(start, share, rate, SEEDS[0])["best"]["top1"]
+            self.scale.rates, lambda rate: self.finetune(start, share, rate, SEEDS[0], objective)["best"]["top1"]
         )
 
     def test(self, name: str) -> None:
@@ -79,6 +80,18 @@ class Evidence:
         for run in chosen:
             self.test(run_name(*run))
 
+    def objectives(self) -> None:
+        """Objectives and optimizers at equal time: two seeds of each, fine-tuned with few labels as in `labels`."""
+        for name, (_, recipe, objective, *options) in self.scale.objectives.items():
+            starts = {seed: f"objective-{name}-seed-{seed}" for seed in SEEDS[:2]}
+            for seed, start in starts.items():
+                self.runner.train("pretrain", recipe, SHARDS, start, *options, "--run.seed", seed)
+            for share in sorted(self.scale.budgets)[:2]:
+                rate = self.best_rate(starts[SEEDS[0]], share, objective)
+                for seed, start in starts.items():
+                    self.finetune(start, share, rate, seed, objective)
+                    self.test(run_name(start, share, rate, seed))
+
     def backends(self) -> None:
         """The same pretraining on every backend."""
         epochs = ("--optim.epochs", self.scale.backend_epochs)
@@ -93,7 +106,12 @@ class Evidence:
                 self.finetune(name, FEW, self.scale.ablation_rate, seed)
 
 
-PARTS = {"labels": Evidence.labels, "backends": Evidence.backends, "ablations": Evidence.ablations}
+PARTS = {
+    "labels": Evidence.labels,
+    "objectives": Evidence.objectives,
+    "backends": Evidence.backends,
+    "ablations": Evidence.ablations,
+}
 CHOICES = (*PARTS, *ABLATIONS)
 
 
@@ -104,7 +122,7 @@ class Options:
     experiment: Literal[(*SCALES, *DOMAINS)] = argument(f"{' or '.join(SCALES)}: CIFAR-10; or {', '.join(DOMAINS)}")
     source: Path = argument("CIFAR-10 as a tar or folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or the folder")
     parts: tuple[Literal[CHOICES], ...] = argument(
-        f"of CIFAR-10: any of {', '.join(CHOICES)}; default: the first three", default=()
+        f"of CIFAR-10: any of {', '.join(CHOICES)}; default: the first four", default=()
     )
     others: Path | None = option(None, f"of {' and '.join(DOMAINS)}: other images to pretrain on, for comparison")
     dry_run: bool = option(False, "only print the commands")

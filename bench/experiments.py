@@ -28,6 +28,7 @@ class Scale:
     ablation_rate: float  # base learning rate of their fine-tuning
     ablation_seeds: int  # number of seeds of their fine-tuning
     backend_epochs: int  # of the pretrainings that compare backends
+    objectives: dict[str, tuple]  # by name: title, recipe in configs/pretrain, objective, options; all take equal time
 
 
 SCALES = {
@@ -40,6 +41,11 @@ SCALES = {
         ablation_rate=16e-3,
         ablation_seeds=1,
         backend_epochs=4,
+        objectives={
+            "adamw": ("FCMAE, AdamW", "cifar10-small", "fcmae"),
+            "muon": ("FCMAE, Muon", "cifar10-small", "fcmae", "--optim.name", "muon", "--optim.lr", 16e-3),
+            "lejepa": ("FCMAE and LeJEPA, Muon", "cifar10-small-lejepa", "lejepa"),
+        },
     ),
     "gpu": Scale(
         recipe="cifar10",
@@ -50,5 +56,6 @@ SCALES = {
         ablation_rate=2e-3,
         ablation_seeds=3,
         backend_epochs=10,
+        objectives={},
     ),
 }

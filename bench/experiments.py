@@ -44,7 +44,7 @@ SCALES = {
         objectives={
             "adamw": ("FCMAE, AdamW", "cifar10-small", "fcmae"),
             "muon": ("FCMAE, Muon", "cifar10-small", "fcmae", "--optim.name", "muon", "--optim.lr", 16e-3),
-            "lejepa": ("FCMAE and LeJEPA, Muon", "cifar10-small-lejepa", "lejepa"),
+            "contrastive": ("FCMAE and contrastive learning, Muon", "cifar10-small-contrastive", "contrastive"),
         },
     ),
     "gpu": Scale(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import broadcast
 
-# pointwise layers of blocks, and 2x2 downsampling with stride 2, a product with [C_out, 4 C_in]; wherever they are
-MATRICES = ("*.mlp.fc1.weight", "*.mlp.fc2.weight", "*.downsample.1.weight")
+# pointwise layers of blocks, and 2x2 downsampling with stride 2, a product with [C_out, 4 C_in], wherever they are;
+# hidden layers of the projector of an objective
+MATRICES = ("*.mlp.fc[12].weight", "*.downsample.1.weight", "projector.[03].weight")
 MOMENTUM = 0.95  # with Nesterov, as in both sources
 
 

@@ -1,9 +1,15 @@
-"""What pages on experiments share: saved summaries, scores, tables, links."""
+"""What pages on experiments share: saved summaries, scores, tables, links, plots."""
 
 import json
 from statistics import mean
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
 from bench.options import RESULTS
+from configs.style import SERIES
+
+K = "top1_k20"  # the number of neighbours in tables and pictures
 
 
 def load(name: str) -> dict[str, dict]:
@@ -26,3 +32,32 @@ def mean_and_range(values: list[float]) -> str:
 def table(head: list[str], rows: list[list]) -> str:
     """A Markdown table."""
     return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in (head, ["---"] * len(head), *rows))
+
+
+def last(by_epoch: dict):
+    """The value of the last epoch."""
+    return list(by_epoch.values())[-1]
+
+
+def probed(run: dict) -> list[str]:
+    """kNN and linear accuracy at the end of a pretraining; - if not evaluated."""
+    return [f"{last(run[kind])[key]:.2%}" if run[kind] else "-" for kind, key in (("knn", K), ("linear", "top1"))]
+
+
+def speed(run: dict) -> str:
+    """Mean images/s of a pretraining."""
+    return f"{mean(run['images_per_s'].values()):,.0f}"
+
+
+def plot(title: str, x: str, lines: dict[str, tuple], style: str = "o-", percent: bool = True) -> Figure:
+    """A figure of one or more lines, given as {label: (x values, y values)}."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.add_subplot(xlabel=x)
+    for (label, values), colour in zip(lines.items(), SERIES, strict=False):
+        axes.plot(*map(list, values), style, color=colour, label=label)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=9)
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure

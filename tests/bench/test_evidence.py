@@ -150,7 +150,8 @@ def test_dry_run(scale, started, capsys, monkeypatch, tmp_path):
     commands = [shlex.split(line[len("\033[1m$ ") : -len("\033[0m")]) for line in capsys.readouterr().out.splitlines()]
     assert not started and not (tmp_path / "runs").exists()
     assert commands[0][1:3] == ["data/prepare.py", str(tmp_path)]
-    assert sum(words[1] == "pretrain/main.py" for words in commands) == 1 + 3 + len(ABLATIONS)
+    objectives = 2 * len(SCALES[scale].objectives)
+    assert sum(words[1] == "pretrain/main.py" for words in commands) == 1 + objectives + 3 + len(ABLATIONS)
     for words in commands:
         assert (ROOT / words[1]).exists()
 
@@ -188,10 +189,15 @@ def test_page(started, tmp_path):
         Dense(name, tmp_path, tmp_path / "others", dry=False, save=True).run()
     text, pictures = evidence_page.page()
     assert "unfinished" not in text and text.count("| gain, points |") == 1 + len(DOMAINS)
-    assert len(pictures) == 3 and text.count("Not measured yet") == 1  # the GPU's
+    assert len(pictures) == 4 and text.count("Not measured yet") == 1  # the GPU's
     assert "| dense convolutions, hidden patches set to zero | 75.0% |" in text
     assert "| without (V1) | 10 | 0.100 | 0.200 | 0.300 | 0.400 |" in text
     assert "| masked | 0.250000 | 0.0e+00 | 100 |" in text
+    same = "50.00% (50.00% to 50.00%)"
+    assert (
+        f"| FCMAE, Muon | 50 | 1 | 35.00% (35.00% to 35.00%) | 40.00% (40.00% to 40.00%) | {same} | {same} | 2 |"
+        in text
+    )
 
 
 def test_measures_without_labels_appear_only_if_results_have_them():

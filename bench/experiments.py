@@ -43,8 +43,8 @@ SCALES = {
         backend_epochs=4,
         objectives={
             "adamw": ("FCMAE, AdamW", "cifar10-small", "fcmae"),
-            "muon": ("FCMAE, Muon", "cifar10-small", "fcmae", "--optim.name", "muon", "--optim.lr", 16e-3),
-            "contrastive": ("FCMAE and contrastive learning, Muon", "cifar10-small-contrastive", "contrastive"),
+            "muon": ("FCMAE, Muon", "cifar10-small", "fcmae", "--optim.name", "muon", "--optim.lr", 16e-3, "--optim.epochs", 45),
+            "lejepa": ("FCMAE and LeJEPA, Muon", "cifar10-small-lejepa", "lejepa"),
         },
     ),
     "gpu": Scale(

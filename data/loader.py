@@ -22,7 +22,7 @@ from data.reading import MAX_PIXELS, ImageError
 from data.remote import Remote
 from data.sampler import SUBSTITUTES, EpochOrder, EvalBatches, TrainBatches
 from data.shards import Split
-from data.transforms import RowTransform, crop_shrink, sample_rng, to_float
+from data.transforms import RowTransform, crop_shrink, is_small, sample_rng, to_float
 
 MAX_WORKERS = 8
 MAX_REPLACEMENTS = 20  # images tried in place of a damaged one
@@ -87,7 +87,8 @@ class Samples(Dataset):
         if self.views > 1:
             if not self._last or self._last[0] != (epoch, loaded):
                 self._last = (epoch, loaded), self._decoded(epoch, loaded)
-            image, target, damaged = copy.deepcopy(self._last[1])  # transforms may change them in place
+            image, target, damaged = self._last[1]
+            image, target = image.clone(), copy.deepcopy(target)  # transforms may change them in place
         else:
             image, target, damaged = self._decoded(epoch, loaded)
         if sample < 0 or (damaged and self.score):
@@ -102,6 +103,8 @@ class Samples(Dataset):
 
     def _shrink(self, epoch: int, sample: int, height: int, width: int) -> int:
         """The factor by which an image may be smaller for the crops of all views, also of those on other ranks."""
+        if is_small(self.crops, height, width):
+            return 1
         rngs = (sample_rng(self.seed, epoch, sample, view) for view in range(self.views))
         return min(crop_shrink(self.crops, rng, height, width) for rng in rngs)
 

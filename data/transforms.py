@@ -59,6 +59,11 @@ def random_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def is_small(data: Data, height: int, width: int) -> bool:
+    """Whether an image of this size is too small for `crop_shrink` to be more than 1, whatever the crop."""
+    return min(height / data.height_width[0], width / data.height_width[1]) < 2 * SPARE
+
+
 def crop_shrink(data: Data, rng: np.random.Generator, height: int, width: int) -> int:
     """Factor 1, 2, 4 or 8 by which an image may be smaller while its crop is at least `SPARE` times `data.size`.
 
@@ -116,9 +121,10 @@ def draw_masks(rng: np.random.Generator, grid: tuple[int, int], n: int, masks: i
     together they show the whole image if masks x n is at least gy x gx.
     """
     order = rng.permutation(grid[0] * grid[1])
-    visible = torch.zeros(masks, len(order), dtype=torch.bool)
-    visible.scatter_(1, torch.from_numpy(np.resize(order, (masks, n))), True)
-    return visible.view(masks, *grid)
+    visible = np.zeros((masks, len(order)), bool)
+    for mask in range(masks):
+        visible[mask, order[np.arange(mask * n, (mask + 1) * n) % len(order)]] = True
+    return torch.from_numpy(visible).view(masks, *grid)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Pictures of crops that are compared."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.sheets import Cell, Group, Sheet
-from models.contrastive import Contrastive
+from models.lejepa import LeJEPA
 from pretrain.pictures import hatched_pictures, visible_pixels
 
 NOTE = (
@@ -12,14 +13,14 @@ NOTE = (
 )
 
 
-def view_sheet(model: Contrastive, image: Tensor, visible: Tensor, crops: int, mean: Tensor, std: Tensor) -> Sheet:
+def view_sheet(model: LeJEPA, image: Tensor, visible: Tensor, crops: int, mean: Tensor, std: Tensor) -> Sheet:
     """A row for each image, of what the encoder sees of its crops, with their similarities.
 
     The normalised crops in `image` are [B * crops, C, H, W], their masks [B * crops, gy, gx].
     """
     whole = len(image) // crops * crops
     image, visible = image[:whole], visible[:whole]
-    x = model.embed(image, visible).unflatten(0, (-1, crops))
+    x = F.normalize(model.embed(image, visible), dim=1).unflatten(0, (-1, crops))
     same, other = ((x * first[:, None]).sum(2).tolist() for first in (x[:, 0], x[:, 0].roll(-1, 0)))
     pictures = hatched_pictures(visible_pixels(image, visible, mean, std))
     groups = []

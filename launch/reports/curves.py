@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 PLOTS = {  # by title: labels of curves by their names in log.jsonl; other scores are shown under theirs
     "loss": {"loss": "training", "unlabelled/loss": "fixed images and masks"},
     "parts of the loss, without weights": {
-        "contrastive/contrastive_loss": "contrastive", "contrastive/pixel_loss": "pixels",
+        "lejepa/agreement": "agreement of crops", "lejepa/pixel_loss": "pixels",
         "latent/latent_loss": "features", "latent/pixel_loss": "pixels",
         "teacher/hidden_loss": "hidden patches", "teacher/visible_loss": "visible patches",
         "teacher/pooled_loss": "whole image",
     },
-    "crops matched to their image": {"contrastive/matched": "last micro batch"},
+    "SIGReg of embeddings (1: Gaussian)": {"lejepa/sigreg": "last micro batch"},
     "spread of features (0: collapsed)": {"latent/target_spread": "targets", "latent/predicted_std": "predictions"},
     "top-1 accuracy": {"raw/top1": "raw weights", "ema/top1": "moving average"},
     "evaluation loss": {"raw/loss": "raw weights", "ema/loss": "moving average"},

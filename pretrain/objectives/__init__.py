@@ -3,6 +3,6 @@
 An objective is a module with `Settings` and `Objective`; see docs/architecture.md, "Add something".
 """
 
-from pretrain.objectives import contrastive, fcmae, latent, teacher
+from pretrain.objectives import fcmae, latent, lejepa, teacher
 
-OBJECTIVES = {"fcmae": fcmae, "contrastive": contrastive, "latent": latent, "teacher": teacher}
+OBJECTIVES = {"fcmae": fcmae, "latent": latent, "lejepa": lejepa, "teacher": teacher}

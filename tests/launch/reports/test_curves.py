@@ -21,10 +21,10 @@ def test_curves():
 
 
 def test_parts_of_an_objectives_loss():
-    found = curves_of([{"step": 4, "contrastive": {"contrastive_loss": 2.5, "matched": 0.25, "pixel_loss": 0.5}}])
+    found = curves_of([{"step": 4, "lejepa": {"agreement": 0.25, "sigreg": 2.5, "pixel_loss": 0.5}}])
     assert found == {
-        "parts of the loss, without weights": {"contrastive": ([4], [2.5]), "pixels": ([4], [0.5])},
-        "crops matched to their image": {"last micro batch": ([4], [0.25])},
+        "parts of the loss, without weights": {"agreement of crops": ([4], [0.25]), "pixels": ([4], [0.5])},
+        "SIGReg of embeddings (1: Gaussian)": {"last micro batch": ([4], [2.5])},
     }
 
 

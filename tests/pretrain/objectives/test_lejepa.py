@@ -1,4 +1,4 @@
-"""Contrastive learning as an objective: settings, views in a batch, pictures, runs that resume or use several ranks."""
+"""LeJEPA as an objective: settings, views in a batch, pictures, runs that resume or use several ranks."""
 
 from dataclasses import replace
 
@@ -12,26 +12,17 @@ from data.transforms import sample_rng
 from models.opening import Opened, open_encoder, open_weights
 from models.weights import Weights, cpu_state
 from pretrain.objectives import fcmae
-from pretrain.objectives.contrastive import Objective, Settings
+from pretrain.objectives.lejepa import Objective, Settings
 from tests.conftest import QUICK, TINY, has, losses, names, run, run_ranks
 from tests.models.helpers import random_weights, tiny
 
-CONTRASTIVE = [
-    "--objective.name",
-    "contrastive",
-    "--objective.width",
-    "16",
-    "--objective.dim",
-    "8",
-    "--data.repeats",
-    "2",
-]
+LEJEPA = ["--objective.name", "lejepa", "--objective.width", "16", "--objective.dim", "8", "--data.repeats", "2"]
 UNCOLOURED = {"color_jitter": 0.0, "hue": 0.0, "grayscale": 0.0}
 
 
 def made(repeats: int = 2, channels: int = 3, **settings) -> Objective:
     model, _ = tiny(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), channels=channels)
-    settings = Settings(name="contrastive", **{"width": 16, "dim": 8, "decoder_dim": 8} | settings)
+    settings = Settings(name="lejepa", **{"width": 16, "dim": 8, "decoder_dim": 8} | settings)
     data = Data(size=(16, 24), repeats=repeats)
     return Objective(Pretrain(data=data, model=model, objective=settings, optim=Optim(batch_size=6)))
 
@@ -62,8 +53,16 @@ def test_views_differ_in_colour_place_and_mask_and_repeat():
     assert torch.equal(plain["visible"], again["visible"]) and not torch.equal(plain["image"], again["image"])
 
 
+def test_directions_depend_on_the_samples_only():
+    objective, image, entries = made(), torch.zeros(4, 3, 16, 24), made().example(4)
+    samples = ([1, 1, 2, 2], [1, 1, 2, 3])
+    first, second = (objective.inputs(image, entries | {"sample": torch.tensor(s)})[2] for s in samples)
+    assert first.shape == (8, 256) and not torch.equal(first, second)
+    assert torch.equal(first, objective.inputs(image, entries | {"sample": torch.tensor([1, 1, 2, 2])})[2])
+
+
 def test_init_keeps_decoder_and_projector_of_the_same_shape(capsys):
-    """From a file of this objective all, of FCMAE all but the projector; with another decoder the encoder."""
+    """From a file of LeJEPA all, of FCMAE all but the projector, from a decoder of another shape the encoder."""
 
     def loaded(source_of, name, **settings) -> set[str]:
         source, model = source_of.build(), made(**settings).build()
@@ -77,11 +76,11 @@ def test_init_keeps_decoder_and_projector_of_the_same_shape(capsys):
         }
 
     decoder = {"proj", "mask_token", "decoder", "pred"}
-    assert loaded(made(), "contrastive") == {"encoder", "projector", *decoder}
+    assert loaded(made(), "lejepa") == {"encoder", "projector", *decoder}
     config = replace(made().config, objective=FCMAEChoice("fcmae", mask_ratio=0.5, decoder_dim=8))
     assert loaded(fcmae.Objective(config), None) == loaded(fcmae.Objective(config), "fcmae") == {"encoder", *decoder}
     assert "new one" not in capsys.readouterr().out
-    assert loaded(made(), "contrastive", decoder_dim=16) == {"encoder"}
+    assert loaded(made(), "lejepa", decoder_dim=16) == {"encoder"}
     assert "new one" in capsys.readouterr().out
 
 
@@ -100,30 +99,30 @@ def test_picture(masks):
 def words(digits, folder, name, *more):
     where = ["--data.path", digits, "--run.folder", folder, "--run.name", name, "--optim.epochs", "2"]
     colours = [word for key in UNCOLOURED for word in (f"--objective.{key}", "0")]
-    return ["pretrain/main.py", *where, *TINY, *QUICK, *CONTRASTIVE, *colours, *more]
+    return ["pretrain/main.py", *where, *TINY, *QUICK, *LEJEPA, *colours, *more]
 
 
 @pytest.fixture(scope="module")
 def whole(digits, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("contrastive")
+    folder = tmp_path_factory.mktemp("lejepa")
     run("python", *words(digits, folder, "whole"))
     return folder / "whole"
 
 
 def test_files_of_a_run(whole):
-    assert {"contrastive.pt", "reconstruction.png", "report.html"} < names(whole)
-    weights = open_weights(whole / "contrastive.pt").weights
-    assert weights.objective == "contrastive" and weights.decoder_config["crops"] == 2
-    assert open_encoder(whole / "contrastive.pt").model.arch.dims == (8, 16, 16, 16)
-    assert '"matched"' in (whole / "log.jsonl").read_text()
-    assert "crops matched to their image" in (whole / "report.html").read_text()
+    assert {"lejepa.pt", "reconstruction.png", "report.html"} < names(whole)
+    weights = open_weights(whole / "lejepa.pt").weights
+    assert weights.objective == "lejepa" and weights.decoder_config["crops"] == 2
+    assert open_encoder(whole / "lejepa.pt").model.arch.dims == (8, 16, 16, 16)
+    assert '"sigreg"' in (whole / "log.jsonl").read_text()
+    assert "SIGReg of embeddings" in (whole / "report.html").read_text()
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(whole, digits, tmp_path):
     run("python", *words(digits, tmp_path, "stopped", "--run.max_steps", "4"))
     run("python", *words(digits, tmp_path, "stopped", "--resume", "must"))
     assert losses(tmp_path / "stopped") == losses(whole)
-    one, other = (open_weights(folder / "contrastive.pt").weights for folder in (whole, tmp_path / "stopped"))
+    one, other = (open_weights(folder / "lejepa.pt").weights for folder in (whole, tmp_path / "stopped"))
     assert all(torch.equal(tensor, other.encoder[name]) for name, tensor in one.encoder.items())
     assert all(torch.equal(tensor, other.decoder[name]) for name, tensor in one.decoder.items())  # batch norm too
 

@@ -1,7 +1,8 @@
-"""Contrastive learning beside FCMAE, for features that are good as they are; see models/contrastive.py."""
+"""LeJEPA beside FCMAE: crops of an image get alike embeddings. For frozen use; see models/lejepa.py."""
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from data.sheets import Sheet
     from data.transforms import ViewTransform
     from launch.training.trainer import Report
-    from models.contrastive import Contrastive
+    from models.lejepa import LeJEPA
     from models.opening import Opened
     from models.weights import Tensors
 
@@ -34,8 +35,9 @@ class Settings(FCMAESettings, Choice):
     """FCMAE's masks and decoder; embeddings, losses, colours of crops. `data.repeats` is the crops of an image."""
 
     mask_ratio: Ratio = fixed(0.5, "share of each crop's patches hidden from the encoder")
+    sigreg_weight: Ratio = fixed(0.05, "weight of SIGReg in LeJEPA's loss; the rest is that of agreement between crops")
     pixel_weight: PositiveFloat = fixed(1.0, "weight of FCMAE's loss of pixels, which is added")
-    temperature: PositiveFloat = fixed(0.2, "temperature of the softmax over the crops of a batch")
+    directions: PositiveInt = fixed(256, "random directions in which SIGReg compares embeddings with a Gaussian")
     width: PositiveInt = fixed(512, "hidden width of the projector from features to embeddings")
     dim: PositiveInt = fixed(64, "features of an embedding")
     color_jitter: Probability = fixed(0.4, "max. relative change of brightness, contrast, saturation; 3 channels")
@@ -44,7 +46,7 @@ class Settings(FCMAESettings, Choice):
 
 
 class Objective(fcmae.Objective):
-    """FCMAE on crops, whose embeddings tell an image from the others.
+    """FCMAE on crops of an image, whose embeddings agree, while all embeddings are Gaussian.
 
     Raises:
         UserError: as FCMAE; one crop of an image, or changes of colours without three channels
@@ -57,7 +59,7 @@ class Objective(fcmae.Objective):
         self.crops, channels = config.data.repeats, config.model.channels
         if self.crops < 2:
             raise UserError(
-                f"objective.name contrastive compares crops of an image: set data.repeats to 2, not {self.crops}"
+                f"objective.name lejepa compares crops of an image: set data.repeats to 2, not {self.crops}"
             )
         for key in COLOURS:
             if getattr(config.objective, key) and channels != 3:
@@ -77,35 +79,48 @@ class Objective(fcmae.Objective):
         own = self.config.objective
         return ViewTransform(super().transform(), own.color_jitter, own.hue, own.grayscale)
 
-    def build(self) -> Contrastive:
-        from models.contrastive import Contrastive
+    def build(self) -> LeJEPA:
+        from models.lejepa import LeJEPA
 
         own, views = self.config.objective, self.crops * self.masks
-        return Contrastive(self.config.model, own, views, own.width, own.dim, own.temperature, own.pixel_weight)
+        return LeJEPA(self.config.model, own, views, own.width, own.dim, own.sigreg_weight, own.pixel_weight)
 
-    def load(self, model: Contrastive, init: Opened) -> None:
+    def load(self, model: LeJEPA, init: Opened) -> None:
         """Load the encoder, and decoder and projector of the same shape; a file of FCMAE has the former."""
         from models.start import start_parts
         from models.weights import split_by_prefix
 
         parts, _ = self.decoder(model)
         _, decoder = split_by_prefix(parts, "projector.")
-        if not start_parts(model, init, {"contrastive": parts, "fcmae": decoder}):
+        if not start_parts(model, init, {"lejepa": parts, "fcmae": decoder}):
             say(f"{init.path} has no decoder of this shape: a new one is trained")
 
-    def monitor(self, model: Contrastive) -> Report:
-        """Losses and matched crops of the last micro batch, mean over ranks."""
+    def inputs(self, image: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Crops, masks, and directions drawn from the numbers of the batch's samples."""
+        from models.lejepa import draw_directions
+
+        own, seed = self.config.objective, zlib.crc32(batch["sample"].numpy().tobytes())
+        directions = draw_directions(own.dim, own.directions, seed)
+        return *super().inputs(image, batch), directions.to(image.device, non_blocking=True)
+
+    def example(self, count: int) -> dict[str, Tensor]:
+        import torch
+
+        return super().example(count) | {"sample": torch.arange(count)}
+
+    def monitor(self, model: LeJEPA) -> Report:
+        """The parts of the loss of the last micro batch, mean over ranks."""
         from launch.training.trainer import Report
         from launch.training.world import mean_over_ranks
 
-        return Report(scores={"contrastive": mean_over_ranks(model.scores)})
+        return Report(scores={"lejepa": mean_over_ranks(model.scores)})
 
-    def picture(self, model: Contrastive, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Sheet]:
+    def picture(self, model: LeJEPA, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Sheet]:
         from pretrain.view_pictures import view_sheet
 
-        sheet = view_sheet(model, *self.first_mask(*inputs), self.crops, mean, std)
+        sheet = view_sheet(model, *self.first_mask(*inputs[:2]), self.crops, mean, std)
         return "visible patches of crops, and how alike their embeddings are", sheet
 
-    def decoder(self, model: Contrastive) -> tuple[Tensors, dict]:
+    def decoder(self, model: LeJEPA) -> tuple[Tensors, dict]:
         tensors, _ = super().decoder(model)
         return tensors, to_dict(self.config.model) | own_settings(self.config.objective) | {"crops": self.crops}

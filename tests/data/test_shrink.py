@@ -13,7 +13,7 @@ from configs.schema import Data, Optim
 from data.decode import decode
 from data.loader import train_loader
 from data.shards import open_split
-from data.transforms import PretrainTransform, crop_shrink, random_box, sample_rng
+from data.transforms import PretrainTransform, crop_shrink, is_small, random_box, sample_rng
 from tests.conftest import ROOT, run
 
 
@@ -69,6 +69,15 @@ def test_no_crop_has_fewer_pixels_than_asked_for(size, scale, side, factors):
         assert factor == 1 or (height >= data.height_width[0] and width >= data.height_width[1])
         seen.add(factor)
     assert seen == factors
+    assert not is_small(data, *side) or seen == {1}
+
+
+@pytest.mark.parametrize(("side", "small"), [((32, 32), True), ((95, 500), True), ((96, 96), False), ((500, 95), True)])
+def test_small_images_need_no_crop_to_tell(side, small):
+    """At 3 times the size, the whole image would still have 1.5 times the pixels at half its size."""
+    data = Data(size=32, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    assert is_small(data, *side) == small
+    assert (crop_shrink(data, sample_rng(0, 0, 0), 96, 96) > 1) and not is_small(data, 96, 96)
 
 
 def test_the_loader_does_it_unless_switched_off(tmp_path):

@@ -8,7 +8,7 @@ bash launch/evidence.sh bccd bccd/ --others photos/            detection of bloo
 bash launch/evidence.sh cpu cifar10.tar.xz --dry-run           only print the commands
 
 Parts: labels = fine-tuning with few labels, from FCMAE weights and from scratch, with probes during pretraining;
-objectives = other objectives and optimizers in the time of FCMAE;
+objectives = other objectives and optimizers in the time of FCMAE; masks = mask ratios with several seeds;
 backends = the same pretraining on every backend; ablations = mask ratio, decoder depth, sparse convolution, GRN.
 On two CPU cores, two of these commands in parallel, each with OMP_NUM_THREADS=1, finish sooner than in sequence.
 
@@ -92,6 +92,15 @@ class Evidence:
                     self.finetune(start, share, rate, seed, objective)
                     self.test(run_name(start, share, rate, seed))
 
+    def masks(self) -> None:
+        """Mask ratios at equal time, with all seeds of pretraining, fine-tuned with few labels."""
+        for ratio, epochs in self.scale.masks.items():
+            for seed in SEEDS:
+                name = f"masks-{ratio}-seed-{seed}"
+                words = ("--objective.mask_ratio", ratio, "--optim.epochs", epochs, "--run.seed", seed)
+                self.train("pretrain", name, *words)
+                self.finetune(name, FEW, self.scale.ablation_rate, seed)
+
     def backends(self) -> None:
         """The same pretraining on every backend."""
         epochs = ("--optim.epochs", self.scale.backend_epochs)
@@ -109,6 +118,7 @@ class Evidence:
 PARTS = {
     "labels": Evidence.labels,
     "objectives": Evidence.objectives,
+    "masks": Evidence.masks,
     "backends": Evidence.backends,
     "ablations": Evidence.ablations,
 }
@@ -122,7 +132,7 @@ class Options:
     experiment: Literal[(*SCALES, *DOMAINS)] = argument(f"{' or '.join(SCALES)}: CIFAR-10; or {', '.join(DOMAINS)}")
     source: Path = argument("CIFAR-10 as a tar or folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or the folder")
     parts: tuple[Literal[CHOICES], ...] = argument(
-        f"of CIFAR-10: any of {', '.join(CHOICES)}; default: the first four", default=()
+        f"of CIFAR-10: any of {', '.join(CHOICES)}; default: the first five", default=()
     )
     others: Path | None = option(None, f"of {' and '.join(DOMAINS)}: other images to pretrain on, for comparison")
     dry_run: bool = option(False, "only print the commands")

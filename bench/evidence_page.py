@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 from bench.dense_page import dense
 from bench.experiments import ABLATIONS, BACKENDS, FEW, SCALES
 from bench.options import ROOT
-from bench.tables import K, last, load, mean_and_range, plot, probed, recipe_links, speed, table
+from bench.tables import K, frozen, last, load, mean_and_range, plot, probed, recipe_links, speed, table
 from configs.files import write_atomic
 from configs.schema import visible_patches
 
@@ -126,10 +126,9 @@ def objectives(runs: Runs, scale: str) -> Section:
             continue
         tests = [matching(runs, f"objective-{name}-seed-[0-9]-labels-{share:g}-lr-*-test") for share in shares]
         tuned = [[runs[test]["scores"]["top1"] for test in found] for found in tests]
-        frozen = [[last(run["knn"])[K] for run in trained], [last(run["linear"])["top1"] for run in trained]]
-        cells = [mean_and_range(top1) if top1 else "-" for top1 in (*frozen, *tuned)]
+        cells = [mean_and_range(top1) if top1 else "-" for top1 in tuned]
         minutes = mean(run["seconds"] for run in trained) / 60
-        rows.append([title, trained[0]["epochs"], f"{minutes:.0f}", *cells, len(trained)])
+        rows.append([title, trained[0]["epochs"], f"{minutes:.0f}", *frozen(trained), *cells, len(trained)])
         epochs = list(trained[0]["knn"])
         x = [minutes * int(epoch) / int(epochs[-1]) for epoch in epochs]
         lines[title] = x, [mean(run["knn"][epoch][K] for run in trained) for epoch in epochs]
@@ -142,6 +141,26 @@ def objectives(runs: Runs, scale: str) -> Section:
     tuned = [f"{share:.0%} of the labels" for share in shares]
     head = ["pretraining", "epochs", "minutes", "kNN, k = 20", "linear", *tuned, "seeds"]
     return text + table(head, rows), plot("kNN top-1 by time of pretraining, mean of the seeds", "minutes", lines)
+
+
+def masks(runs: Runs, scale: str) -> Section:
+    """Mask ratios at equal time."""
+    rows = []
+    for ratio, epochs in SCALES[scale].masks.items():
+        trained = [runs[name] for name in matching(runs, f"masks-{ratio}-seed-[0-9]")]
+        if not trained:
+            continue
+        tuned = [runs[name]["best"]["top1"] for name in matching(runs, f"masks-{ratio}-seed-*-labels-*-seed-[0-9]")]
+        minutes = mean(run["seconds"] for run in trained) / 60
+        cells = [*frozen(trained), mean_and_range(tuned) if tuned else "-"]
+        rows.append([ratio, epochs, f"{minutes:.0f}", *cells, len(trained)])
+    if not rows:
+        return None
+    text = (
+        f"Pretrainings in equal time, each seed fine-tuned with {FEW:.0%} of the labels at the same learning rate. "
+        "Accuracies are on the validation images.\n\n"
+    )
+    return text + table(["mask ratio", "epochs", "minutes", "kNN, k = 20", "linear", "fine-tuned", "seeds"], rows), None
 
 
 def unlabelled(runs: Runs, scale: str) -> Section:
@@ -257,6 +276,7 @@ SECTIONS = {
     "Fewer labels": labels,
     "Features during pretraining": probes,
     "Objectives and optimizers": objectives,
+    "Mask ratio": masks,
     "Measures without labels": unlabelled,
     "Feature collapse": collapse,
     "Backends": backends,

@@ -29,6 +29,7 @@ class Scale:
     ablation_rate: float  # base learning rate of their fine-tuning
     ablation_seeds: int  # number of seeds of their fine-tuning
     backend_epochs: int  # of the pretrainings that compare backends
+    masks: dict[float, int]  # mask ratio: epochs, which take equal time, of the comparison with several seeds
     objectives: dict[str, tuple]  # by name: title, recipe in configs/pretrain, objective, options; all take equal time
 
 
@@ -42,6 +43,7 @@ SCALES = {
         ablation_rate=16e-3,
         ablation_seeds=1,
         backend_epochs=4,
+        masks={0.6: 8, 0.75: 10},
         objectives={
             "adamw": ("FCMAE, AdamW", "cifar10-small", "fcmae"),
             "muon": ("FCMAE, Muon", "cifar10-small", "fcmae", *MUON, "--optim.epochs", 45),
@@ -57,6 +59,7 @@ SCALES = {
         ablation_rate=2e-3,
         ablation_seeds=3,
         backend_epochs=10,
+        masks={0.6: 100, 0.75: 120},
         objectives={},
     ),
 }

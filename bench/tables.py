@@ -44,6 +44,11 @@ def probed(run: dict) -> list[str]:
     return [f"{last(run[kind])[key]:.2%}" if run[kind] else "-" for kind, key in (("knn", K), ("linear", "top1"))]
 
 
+def frozen(trained: list[dict]) -> list[str]:
+    """kNN and linear accuracy at the end of the pretrainings of several seeds."""
+    return [mean_and_range([last(run[kind])[key] for run in trained]) for kind, key in (("knn", K), ("linear", "top1"))]
+
+
 def speed(run: dict) -> str:
     """Mean images/s of a pretraining."""
     return f"{mean(run['images_per_s'].values()):,.0f}"

@@ -150,8 +150,8 @@ def test_dry_run(scale, started, capsys, monkeypatch, tmp_path):
     commands = [shlex.split(line[len("\033[1m$ ") : -len("\033[0m")]) for line in capsys.readouterr().out.splitlines()]
     assert not started and not (tmp_path / "runs").exists()
     assert commands[0][1:3] == ["data/prepare.py", str(tmp_path)]
-    objectives = 2 * len(SCALES[scale].objectives)
-    assert sum(words[1] == "pretrain/main.py" for words in commands) == 1 + objectives + 3 + len(ABLATIONS)
+    more = 2 * len(SCALES[scale].objectives) + len(SEEDS) * len(SCALES[scale].masks)
+    assert sum(words[1] == "pretrain/main.py" for words in commands) == 1 + more + 3 + len(ABLATIONS)
     for words in commands:
         assert (ROOT / words[1]).exists()
 

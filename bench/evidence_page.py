@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 from bench.dense_page import dense
 from bench.experiments import ABLATIONS, BACKENDS, FEW, SCALES
 from bench.options import ROOT
-from bench.tables import K, frozen, last, load, mean_and_range, plot, probed, recipe_links, speed, table
+from bench.tables import K, by_hand, frozen, last, load, mean_and_range, plot, probed, recipe_links, speed, table
 from configs.files import write_atomic
 from configs.schema import visible_patches
 
@@ -67,6 +67,7 @@ def page() -> tuple[str, dict[str, Figure]]:
                 name = f"results-{scale}-{section.__name__}.svg"
                 pictures[name] = figure
                 text.append(f"\n![{figure.get_suptitle()}]({name})\n")
+        text.append(by_hand(f"cifar10-{scale}-tried"))
     return "".join(text) + dense(), pictures
 
 

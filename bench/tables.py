@@ -17,6 +17,12 @@ def load(name: str) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / name).glob("*.json"))}
 
 
+def by_hand(name: str) -> str:
+    """A section on what was tried outside of this project; empty if there is none."""
+    path = RESULTS / f"{name}.md"
+    return path.read_text() if path.exists() else ""
+
+
 def recipe_links(recipe: str) -> str:
     """Links to the recipes of this name for both stages."""
     names = [f"{stage}/{recipe}" for stage in ("pretrain", "finetune")]

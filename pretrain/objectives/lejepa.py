@@ -34,7 +34,6 @@ COLOURS = ("color_jitter", "hue", "grayscale")  # keys of changes of colours
 class Settings(FCMAESettings, Choice):
     """FCMAE's masks and decoder; embeddings, losses, colours of crops. `data.repeats` is the crops of an image."""
 
-    mask_ratio: Ratio = fixed(0.5, "share of each crop's patches hidden from the encoder")
     sigreg_weight: Ratio = fixed(0.05, "weight of SIGReg in LeJEPA's loss; the rest is that of agreement between crops")
     pixel_weight: PositiveFloat = fixed(1.0, "weight of FCMAE's loss of pixels, which is added")
     directions: PositiveInt = fixed(256, "random directions in which SIGReg compares embeddings with a Gaussian")

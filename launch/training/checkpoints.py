@@ -186,7 +186,7 @@ class Checkpoints:
         if config.get("stage") != self.identity.get("stage"):
             other = f"choose another --run.name for {self.identity['stage']}"
             raise UserError(f"{self.folder.parent} is a {config['stage']} run: {other}")
-        found = differences(with_defaults(config, self.defaults), self.identity)
+        found = differences(*(with_defaults(values, self.defaults) for values in (config, self.identity)))
         changed = [line for line in found if line.split()[0] not in self.may_change]
         if changed:
             raise UserError(

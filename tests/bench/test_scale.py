@@ -9,6 +9,7 @@ from configs.errors import UserError
 from tests.conftest import run
 
 
+@pytest.mark.slow
 def test_json(tmp_path):
     small = ["--shards", "20", "--images", "2", "--rounds", "1", "--models", "convnextv2_atto", "--json"]
     result = json.loads(run("python", "bench/scale.py", "--folder", tmp_path, *small).stdout)

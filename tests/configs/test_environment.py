@@ -41,6 +41,7 @@ def test_the_users_own_settings_stay():
     assert variables(OMP_WAIT_POLICY="active") == {"OMP_WAIT_POLICY": "active"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or os.cpu_count() < 2, reason="needs two cores of Linux")
 def test_a_busy_neighbour_slows_a_step_little():
     """Two threads on two cores, one of them shared with a busy process. Spinning threads take 10 to 30 times."""

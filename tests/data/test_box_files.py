@@ -100,6 +100,7 @@ def test_three_formats_give_the_same_targets(kind, tmp_path):
     assert json.loads((tmp_path / "out/index.json").read_text())["classes"] is None
 
 
+@pytest.mark.slow
 def test_resized_and_turned(tmp_path):
     """An annotation of the stored picture is turned with it; both follow --resize."""
     out = io.BytesIO()
@@ -143,6 +144,7 @@ def test_an_image_of_another_shape_is_left_out(tmp_path):
     assert has((tmp_path / "out/skipped.txt").read_text(), "c.png 40x30 30x30")
 
 
+@pytest.mark.slow
 def test_splits_with_files_of_their_own_and_equal_names(tmp_path):
     """As COCO and Roboflow have it: the same file name in two splits."""
     for split in ("train", "valid"):
@@ -167,6 +169,7 @@ def test_the_option_is_named(kind, tmp_path):
     assert f"({kind.upper()}): add --boxes {tmp_path / 'in' / place}\n" in out
 
 
+@pytest.mark.slow
 def test_other_boxes_are_another_data_set(tmp_path, refused):
     images(tmp_path / "in")
     prepare(tmp_path / "in", tmp_path / "out", "--boxes", coco(tmp_path / "boxes.json"))
@@ -223,6 +226,7 @@ def test_a_class_that_train_does_not_have(tmp_path, refused):
     assert has(line, "two.json ring one.json bar")
 
 
+@pytest.mark.slow
 def test_tiles_have_the_parts_of_boxes_that_are_in_them(tmp_path):
     """20 % of a box must be in a tile; a tile without a box is a negative. Also of pictures that are turned."""
     exif = Image.Exif()

@@ -304,6 +304,7 @@ def test_any_damage(seed, shards):
     verify(shards, Pool(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["in place", "from the source", "new folder"])
 def test_killed_at_every_moment(way, made, shards, tmp_path):
     """The folder has the old index or the new one; the next run has the same result as one that was never killed."""

@@ -55,6 +55,7 @@ def test_files_and_scores_of_a_run(folder):
     assert losses(folder / "mask")[-1][1] < losses(folder / "mask")[0][1], (first, last)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(folder, tmp_path):
     """torchvision samples proposals at random: the generator is seeded in each step."""
     more = ["--model.drop_path", "0.2", "--augment.ema", "0.9", "--optim.micro_batch", "2", *MASKS]

@@ -132,7 +132,7 @@ class Options:
     experiment: Literal[(*SCALES, *DOMAINS)] = argument(f"{' or '.join(SCALES)}: CIFAR-10; or {', '.join(DOMAINS)}")
     source: Path = argument("CIFAR-10 as a tar or folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or the folder")
     parts: tuple[Literal[CHOICES], ...] = argument(
-        f"of CIFAR-10: any of {', '.join(CHOICES)}; default: the first five", default=()
+        f"of CIFAR-10: any of {', '.join(CHOICES)}; default: {', '.join(PARTS)}", default=()
     )
     others: Path | None = option(None, f"of {' and '.join(DOMAINS)}: other images to pretrain on, for comparison")
     dry_run: bool = option(False, "only print the commands")

@@ -1,6 +1,7 @@
 """What pages on experiments share: saved summaries, scores, tables, links, plots."""
 
 import json
+from itertools import cycle
 from statistics import mean
 
 from matplotlib.figure import Figure
@@ -10,6 +11,7 @@ from bench.options import RESULTS
 from configs.style import SERIES
 
 K = "top1_k20"  # the number of neighbours in tables and pictures
+PROBES = (("knn", K), ("linear", "top1"))  # where summaries have the accuracies of frozen features
 
 
 def load(name: str) -> dict[str, dict]:
@@ -47,12 +49,12 @@ def last(by_epoch: dict):
 
 def probed(run: dict) -> list[str]:
     """kNN and linear accuracy at the end of a pretraining; - if not evaluated."""
-    return [f"{last(run[kind])[key]:.2%}" if run[kind] else "-" for kind, key in (("knn", K), ("linear", "top1"))]
+    return [f"{last(run[kind])[key]:.2%}" if run[kind] else "-" for kind, key in PROBES]
 
 
 def frozen(trained: list[dict]) -> list[str]:
     """kNN and linear accuracy at the end of the pretrainings of several seeds."""
-    return [mean_and_range([last(run[kind])[key] for run in trained]) for kind, key in (("knn", K), ("linear", "top1"))]
+    return [mean_and_range([last(run[kind])[key] for run in trained]) for kind, key in PROBES]
 
 
 def speed(run: dict) -> str:
@@ -65,7 +67,7 @@ def plot(title: str, x: str, lines: dict[str, tuple], style: str = "o-", percent
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     figure.suptitle(title, fontsize=11)
     axes = figure.add_subplot(xlabel=x)
-    for (label, values), colour in zip(lines.items(), SERIES, strict=False):
+    for (label, values), colour in zip(lines.items(), cycle(SERIES), strict=False):
         axes.plot(*map(list, values), style, color=colour, label=label)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)

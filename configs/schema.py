@@ -26,7 +26,7 @@ class Optim:
 
     name: Literal["adamw", "muon"] = fixed(
         "adamw",
-        "muon = Muon for the matrices of blocks and downsampling, AdamW for the rest; lr and weight_decay carry over",
+        "muon = Muon for the matrices of hidden layers, AdamW for the rest; lr and weight_decay carry over",
     )
     lr: PositiveFloat = fixed(1.5e-4, "base learning rate; the actual one is lr x batch_size / 256")
     batch_size: PositiveInt = fixed(4096, "images per optimizer step, over all ranks; fewer if there are fewer images")

@@ -2,7 +2,7 @@
 
 arXiv 2511.08544: the prediction loss (section 5) pulls the crops of an image together, and SIGReg (section 4), a test
 of normality along random directions, keeps embeddings from collapsing. Here the encoder sees the visible patches of a
-crop, as in FCMAE, and a decoder may predict the pixels of the others. Letters: B images, V crops of each, n of gy x gx
+crop, as in FCMAE, and a decoder predicts the pixels of the others. Letters: B images, V crops of each, n of gy x gx
 patches visible, D features of an embedding, K directions.
 """
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from data.sheets import Sheet
 from models.latent import Latent, normalize_stages
-from pretrain.pictures import image_rows, visible_pixels
+from pretrain.pictures import hide, image_rows, pixels_of
 
 COLUMNS = (("input",), ("visible",), ("target features",), ("predicted features",))
 NOTE = "colours: the three main components of the targets of these images; hatched: hidden, or not predicted"
@@ -34,10 +34,9 @@ def feature_sheet(
     """
     side = image.shape[2] // visible.shape[1]
     colours = [x.permute(0, 3, 1, 2) for x in as_colours(target.cpu(), predicted.cpu())]
-    everything = torch.ones_like(visible)
-    pixels, shown = (visible_pixels(image, mask, mean, std) for mask in (everything, visible))
+    pixels = pixels_of(image, mean, std)
     enlarged = [x.repeat_interleave(side, 2).repeat_interleave(side, 3) for x in colours]
-    return image_rows([pixels, shown, *enlarged], COLUMNS, NOTE)
+    return image_rows([pixels, hide(pixels, visible), *enlarged], COLUMNS, NOTE)
 
 
 def as_colours(target: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:

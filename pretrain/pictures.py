@@ -44,8 +44,7 @@ def reconstruct(model: FCMAE, image: Tensor, visible: Tensor) -> tuple[Tensor, T
 
 def reconstruction_grid(model: FCMAE, image: Tensor, visible: Tensor, mean: Tensor, std: Tensor) -> Sheet:
     """The four `COLUMNS` for each of normalised images [B, C, H, W]; missing pixels are hatched."""
-    mean, std = (x[:, None, None].cpu() for x in (mean, std))
-    parts = [x.float().cpu() * std + mean for x in (image, *reconstruct(model, image, visible))]
+    parts = [pixels_of(x, mean, std) for x in (image, *reconstruct(model, image, visible))]
     return image_rows(parts, COLUMNS, f"{NOTE}; {NORM_NOTE}" if model.settings.norm_pix else NOTE)
 
 
@@ -65,9 +64,13 @@ def hatched_pictures(x: Tensor) -> list[Image.Image]:
     return [F.to_pil_image(picture) for picture in drawn]
 
 
-def visible_pixels(image: Tensor, visible: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Pixels from 0 to 1 of normalised images [B, C, H, W], on the CPU; NaN where masks [B, gy, gx] hide them."""
-    pixels = (image.float() * std[:, None, None] + mean[:, None, None]).cpu()
+def pixels_of(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Pixels from 0 to 1 of normalised images [B, C, H, W], on the CPU."""
+    return (image.float() * std[:, None, None] + mean[:, None, None]).cpu()
+
+
+def hide(pixels: Tensor, visible: Tensor) -> Tensor:
+    """Images [B, C, H, W] on the CPU, with NaN where masks [B, gy, gx] hide them."""
     patches = patchify(pixels, tuple(visible.shape[1:]))
     return unpatchify(patches.masked_fill(~visible.cpu()[..., None, None, None], float("nan")))
 

@@ -15,8 +15,8 @@ def parameter_groups(model: nn.Module, optim: Optim, lr_scale: Callable[[str], f
 
     Parameters of one dimension (biases, norms, GRN, layer scale, mask token) have no weight decay. `optim.decay_rules`
     overrides decays by name; `UserError` if one matches no parameter. `lr_scale` maps a parameter's name to its factor
-    of the learning rate (layer decay). With `optim.name` muon, `optimizer` is muon for the matrices of blocks and
-    downsampling, otherwise adamw; `UserError` if there are none.
+    of the learning rate (layer decay). With `optim.name` muon, `optimizer` is muon for the matrices that
+    `is_matrix` names, otherwise adamw; `UserError` if there are none.
     """
     rules = optim.decay_rules or {}
     names = [name for name, _ in model.named_parameters()]

@@ -17,6 +17,7 @@ from launch.training.precision import LossScale
 from launch.training.world import World
 from models.convnext import ConvNeXt, Mlp
 from models.fcmae import FCMAE
+from models.lejepa import LeJEPA
 from tests.models.helpers import tiny
 from tests.processes import on_ranks
 
@@ -208,6 +209,14 @@ def test_which_parameters_get_muon():
     others |= {"encoder.stages.0.blocks.0.conv_dw.weight", "encoder.stages.0.blocks.0.mlp.grn.weight"}
     assert not muon & others and others < {name for name, _ in model.named_parameters()}
     assert len(muon) == 2 * 6 + 3  # five blocks of the encoder and one of the decoder, three downsamplings
+
+
+def test_hidden_layers_of_a_projector_get_muon():
+    model = LeJEPA(*tiny(), views=2, width=8, dim=4, weight=0.05, pixel_weight=1)
+    groups = parameter_groups(model, Optim(name="muon"))
+    muon = {p for group in groups if group["optimizer"] == "muon" for p in group["params"]}
+    layers = [layer for layer in model.projector if isinstance(layer, torch.nn.Linear)]
+    assert [layer.weight in muon for layer in layers] == [True, True, False]  # the last one has the embeddings
 
 
 def test_what_is_refused():

@@ -37,7 +37,7 @@ SCALES = {
     "cpu": Scale(
         recipe="cifar10-small",
         budgets={0.01: (80, 50, 10), 0.1: (24, 100, 4)},
-        rates=(2e-3, 4e-3, 8e-3),
+        rates=(8e-3, 16e-3, 32e-3),
         base="mask-0.75",
         ablation=("--optim.epochs", 10, "--run.picture_every", 2),
         ablation_rate=16e-3,

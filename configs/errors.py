@@ -32,6 +32,13 @@ class LostProcess(UserError):  # noqa: N818  # as UserError
     """A process of this run has died, so a restart may help."""
 
 
+class LostLoader(LostProcess):
+    """A loader process has died, which `error` shows."""
+
+    def __init__(self, error: Exception):
+        super().__init__(f"a loader process died ({reason(error)}): lower data.workers if memory ran out")
+
+
 class LostPeer(LostProcess):
     """Another rank has ended and printed the reason, so this rank waits before it prints its own error."""
 

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from configs.errors import UserError
+from configs.errors import LostLoader, UserError
 from configs.schema import Data, Optim
 from data.cache import RemoteUserError
 from data.decode import Shrink, decode
@@ -27,6 +28,7 @@ from data.transforms import RowTransform, crop_shrink, is_small, sample_rng, to_
 MAX_WORKERS = 8
 MAX_REPLACEMENTS = 20  # images tried in place of a damaged one
 WORKER_GRACE = 25  # seconds until a loader process ends after SIGTERM
+DEATH_SECONDS = 1  # until the end of a killed process shows, after its connection is lost
 
 OBJECT = "object_"  # first letters of entries with one row per object, as many as the image has objects
 
@@ -141,7 +143,7 @@ class Loader:
 
     `workers` are loader processes: 0 = load in this process, None = this rank's share of the cores, at most 8. `part`
     are the consecutive samples that the batches of an evaluation are from, None = all; only their shards are fetched.
-    Iterating raises `UserError` for damaged data, also for errors in a loader process.
+    Iterating raises `UserError` for damaged data, also for errors in a loader process, and `LostLoader` if one died.
     """
 
     def __init__(
@@ -178,6 +180,11 @@ class Loader:
             yield from batches
         except UserError as error:  # torch adds the worker's traceback to the message
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
+        except (EOFError, OSError) as error:
+            # a process that was killed while it sent a batch; torch has asked too early whether it still runs
+            if self.workers and wait([worker.sentinel for worker in batches._workers], DEATH_SECONDS):
+                raise LostLoader(error) from error
+            raise
         finally:
             if self.workers:
                 # torch shuts them down when the iterator is collected: late if a traceback refers to it, and then it

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from configs.compare import differences
-from configs.errors import LostPeer, LostProcess, UserError, reason
+from configs.errors import LostLoader, LostPeer, LostProcess, UserError, reason
 from configs.schema import Run
 from launch.training.malloc import keep_memory
 from launch.training.precision import exact_products
@@ -149,15 +149,14 @@ def check_ranks_match(world: World, folder: Path, identity: dict) -> None:
 
 @contextmanager
 def process_errors() -> Iterator[None]:
-    """Context manager: a lost connection to a rank becomes `LostPeer`, a dead loader process `LostProcess`."""
+    """Context manager: a lost connection to a rank becomes `LostPeer`, a dead loader process `LostLoader`."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.distributed.DistBackendError) or any(text in str(error) for text in GLOO_LOST):
             raise LostPeer("another rank ended: see its output for the reason") from error
         if str(error).startswith(LOADER_DIED):  # raised by a signal handler, anywhere in the training
-            advice = "lower data.workers if memory ran out"
-            raise LostProcess(f"a loader process died ({reason(error)}): {advice}") from error
+            raise LostLoader(error) from error
         raise
 
 

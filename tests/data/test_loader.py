@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from configs.errors import UserError
+from configs.errors import LostLoader, UserError
 from configs.schema import Data, Optim, Pretrain
 from data import loader as module
 from data.decode import decode
@@ -53,6 +54,20 @@ def test_batches_do_not_depend_on_workers(shards):
         for a, b in zip(alone[first:], loader(shards, workers).iterate(first), strict=True):
             assert a.keys() == b.keys()
             assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(("killed", "error"), [(True, LostLoader), (False, ConnectionResetError)])
+def test_a_loader_process_that_is_killed_while_it_sends_a_batch(shards, monkeypatch, killed, error):
+    """Torch looks once whether a process has died, here before it did."""
+
+    def lose(batches) -> None:
+        if killed:
+            batches._workers[0].kill()
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_get_data", lose)
+    with pytest.raises(error, match="reset by peer"):
+        next(loader(shards, 1).iterate())
 
 
 def test_an_iteration_draws_one_number_from_the_global_generator(shards):

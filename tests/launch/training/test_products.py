@@ -10,8 +10,10 @@ from launch.training import precision
 
 @pytest.fixture(autouse=True)
 def _as_before():
+    threads = torch.get_num_threads()
     yield
     torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(threads)
 
 
 def products(x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
@@ -41,7 +43,8 @@ def test_fp32_stays_fp32_whatever_the_cpu(maker, monkeypatch):
 
 
 def test_the_faster_exact_route_is_taken():
-    """Both routes in turn, so that a busy neighbour slows both."""
+    """Both routes in turn and with one thread, so that a busy neighbour slows both."""
+    torch.set_num_threads(1)
     precision.exact_products()
     chosen, inputs = torch.get_float32_matmul_precision(), tensors()
     seconds: dict[str, list[float]] = {route: [] for route in ("highest", chosen)}

@@ -18,8 +18,11 @@ class Domain:
     title: str
     budgets: dict[float, tuple[int, int]]  # share of the labels: epochs, epochs between evaluations
     rates: tuple[float, ...]  # base learning rates to select from; extended while the best is the first or last
+    rivals: dict[str, tuple]  # other pretrainings on the same images in the same time, by name: objective, options
 
 
+MUON = ("--optim.name", "muon", "--optim.lr")
+LEJEPA = ("lejepa", "--objective.name", "lejepa", "--objective.mask_ratio", 0.6, "--data.repeats", 4, *MUON)
 DOMAINS = {
     "camvid": Domain(
         recipe="camvid",
@@ -29,6 +32,10 @@ DOMAINS = {
         title="mIoU of segmentation",
         budgets={0.1: (80, 20), 1.0: (15, 5)},
         rates=(1.6e-2, 3.2e-2, 6.4e-2),
+        rivals={
+            "muon": ("fcmae", *MUON, 3.2e-2, "--optim.epochs", 260),
+            "lejepa": (*LEJEPA, 1e-2, "--objective.decoder_dim", 256, "--optim.batch_size", 120, "--optim.epochs", 300),
+        },
     ),
     "bccd": Domain(
         recipe="bccd",
@@ -38,12 +45,13 @@ DOMAINS = {
         title="AP50 of detection",
         budgets={0.1: (100, 25), 1.0: (12, 4)},
         rates=(1e-2, 2e-2, 4e-2),
+        rivals={},
     ),
 }
 
 
 class Dense:
-    """Fine-tuning on a domain from FCMAE on its images, from scratch and, if given, from FCMAE on `others`."""
+    """Fine-tuning on a domain from pretraining on its images, from scratch and, if given, from FCMAE on `others`."""
 
     def __init__(self, name: str, source: Path, others: Path | None, dry: bool, save: bool):
         self.domain, self.source, self.others = DOMAINS[name], source, others
@@ -54,9 +62,11 @@ class Dense:
         """Prepare and pretrain; select the learning rate of each start and run all seeds; then start from `others`."""
         self.prepare(self.shards, self.source / self.domain.images, *map(self.place, self.domain.targets))
         self.pretrain("fcmae", self.shards)
+        for name, (_, *options) in self.domain.rivals.items():
+            self.pretrain(name, self.shards, *options)
         rates = {}
         for share in self.domain.budgets:
-            for start in ("fcmae", "scratch"):
+            for start in ("fcmae", "scratch", *self.domain.rivals):
                 rates[start, share] = self.best_rate(start, share)
                 for seed in SEEDS[1:]:
                     self.finetune(start, share, rates[start, share], seed)
@@ -77,9 +87,9 @@ class Dense:
         """An option of prepare, or the path of a file or folder of the collection."""
         return self.source / word if word.endswith("/") or "." in word else word
 
-    def pretrain(self, name: str, shards: Path) -> None:
+    def pretrain(self, name: str, shards: Path, *options: object) -> None:
         """Pretrain by the recipe of the domain."""
-        self.runner.train("pretrain", self.domain.recipe, shards, name)
+        self.runner.train("pretrain", self.domain.recipe, shards, name, *options)
 
     def best_rate(self, start: str, share: float) -> float:
         """The learning rate with the best score at the first seed."""
@@ -87,7 +97,8 @@ class Dense:
 
     def finetune(self, start: str, share: float, rate: float, seed: int) -> float:
         """The best score of a fine-tuning."""
-        init = "none" if start == "scratch" else self.runner.runs / start / "fcmae.pt"
+        objective, *_ = self.domain.rivals.get(start, ("fcmae",))
+        init = "none" if start == "scratch" else self.runner.runs / start / f"{objective}.pt"
         epochs, every = self.domain.budgets[share]
         words = ("--init", init, "--task.label_share", share, "--optim.lr", rate, "--run.seed", seed)
         words += ("--optim.epochs", epochs, "--optim.warmup_epochs", max(1, epochs // 15), "--run.eval_every", every)

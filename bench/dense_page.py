@@ -7,7 +7,13 @@ from bench.dense_evidence import DOMAINS
 from bench.experiments import SEEDS
 from bench.tables import load, mean_and_range, recipe_links, table
 
-STARTS = {"scratch": "from scratch", "fcmae": "FCMAE on the same images", "fcmae-others": "FCMAE on other photographs"}
+STARTS = {
+    "scratch": "from scratch",
+    "fcmae": "FCMAE on the same images",
+    "muon": "FCMAE with Muon",
+    "lejepa": "FCMAE and LeJEPA with Muon",
+    "fcmae-others": "FCMAE on other photographs",
+}
 
 
 def dense() -> str:
@@ -21,7 +27,8 @@ def _domain(name: str) -> str:
     runs = load(name)
     if not runs:
         return f"**Not measured yet.** Run `bash launch/evidence.sh {name} {name}/ --save`.\n"
-    rows = [row for share in sorted(domain.budgets) if (row := _row(runs, name, share))]
+    starts = [start for start in STARTS if matching(runs, f"{start}-labels-*")]
+    rows = [row for share in sorted(domain.budgets) if (row := _row(runs, name, share, starts))]
     hardware = "; ".join(sorted({run["hardware"] for run in runs.values()}))
     steps = "; ".join(
         f"{share:.0%} of the labels: {epochs} epochs" for share, (epochs, _) in sorted(domain.budgets.items())
@@ -29,9 +36,9 @@ def _domain(name: str) -> str:
     text = (
         f"{hardware}. Recipes {recipe_links(domain.recipe)}; {steps}. Scores are {domain.title} on the validation "
         "images, of the best evaluation of a run. The learning rate of each start is the best at the first seed; other "
-        "photographs take that of the same images.\n\n"
+        f"photographs take that of the same images. Pretraining took {_minutes(runs, starts)}.\n\n"
     )
-    head = ["labels", *STARTS.values(), "gain, points"]
+    head = ["labels", *(STARTS[start] for start in starts), "gain of FCMAE on the same images, points"]
     return text + table(head, rows) + "\n" + table(["run", "base lr", "score"], _all(runs, domain.metric))
 
 
@@ -43,10 +50,18 @@ def _found(runs: dict, start: str, share: float) -> dict[str, list[dict]]:
     return found
 
 
-def _row(runs: dict, name: str, share: float) -> list[str] | None:
+def _minutes(runs: dict, starts: list[str]) -> str:
+    """Times of the pretrainings."""
+    pretrained = {STARTS[start]: runs[start] for start in starts if start in runs}
+    return "; ".join(
+        f"{run['seconds'] / 60:.0f} minutes ({title}, {run['hardware']})" for title, run in pretrained.items()
+    )
+
+
+def _row(runs: dict, name: str, share: float, starts: list[str]) -> list[str] | None:
     """The scores of all seeds at the learning rate that has the most of them; the best if none has more than one."""
     metric, values = DOMAINS[name].metric, {}
-    for start in STARTS:
+    for start in starts:
         by_rate = _found(runs, start, share)
         if by_rate:
             rate, chosen = max(by_rate.items(), key=lambda item: (len(item[1]), item[1][0]["best"][metric]))
@@ -54,7 +69,7 @@ def _row(runs: dict, name: str, share: float) -> list[str] | None:
     if not {"scratch", "fcmae"} <= values.keys():
         return None
     cells = [
-        f"{mean_and_range(values[start][0])}, lr {values[start][1]}" if start in values else "-" for start in STARTS
+        f"{mean_and_range(values[start][0])}, lr {values[start][1]}" if start in values else "-" for start in starts
     ]
     scratch, fcmae = values["scratch"][0], values["fcmae"][0]
     done = len(scratch) == len(fcmae) == len(SEEDS)

@@ -113,10 +113,10 @@ def test_labels(started):
 def test_it_resumes(started):
     Evidence("cpu", dry=False, save=False).labels()
     done = list(started)
-    Path("runs/evidence-cifar10-cpu/done/fcmae-labels-0.1-lr-0.004-seed-0.json").unlink()
-    runner.shutil.rmtree("runs/evidence-cifar10-cpu/fcmae-labels-0.1-lr-0.004-seed-0")
+    Path("runs/evidence-cifar10-cpu/done/fcmae-labels-0.1-lr-0.016-seed-0.json").unlink()
+    runner.shutil.rmtree("runs/evidence-cifar10-cpu/fcmae-labels-0.1-lr-0.016-seed-0")
     Evidence("cpu", dry=False, save=False).labels()
-    assert started[len(done) :] == ["fcmae-labels-0.1-lr-0.004-seed-0"]
+    assert started[len(done) :] == ["fcmae-labels-0.1-lr-0.016-seed-0"]
 
 
 def test_it_stops_at_a_failed_command(started, monkeypatch):
@@ -132,15 +132,16 @@ def test_dense(name, started, tmp_path):
     """A learning rate for each start and share; other images take that of the images; all seeds."""
     Dense(name, tmp_path, tmp_path / "others", dry=False, save=True).run()
     shares, rates = list(DOMAINS[name].budgets), DOMAINS[name].rates
-    assert started[:2] == [name, "fcmae"] and len(started) == len(set(started)), "prepared once"
+    pretrained = ["fcmae", *DOMAINS[name].rivals]
+    assert started[: 1 + len(pretrained)] == [name, *pretrained] and len(started) == len(set(started)), "prepared once"
     tuned = [run for run in started if "-labels-" in run]
-    for start in ("fcmae", "scratch", "fcmae-others"):
+    for start in ("scratch", *pretrained, "fcmae-others"):
         for share in shares:
             mine = [run for run in tuned if run.startswith(f"{start}-labels-{share:g}-")]
             tried = {run.split("-lr-")[1].split("-seed-")[0] for run in mine}
             assert len(mine) == len(SEEDS) + (len(tried) - 1), (start, share)
             assert (len(tried) == 1) == (start == "fcmae-others") and (len(tried) >= len(rates) or len(tried) == 1)
-    assert {path.stem for path in (tmp_path / f"results/{name}").iterdir()} == {"fcmae", "fcmae-others", *tuned}
+    assert {path.stem for path in (tmp_path / f"results/{name}").iterdir()} == {*pretrained, "fcmae-others", *tuned}
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -188,7 +189,9 @@ def test_page(started, tmp_path):
         assert f": {name}\n\n**Not measured yet.**" in text
         Dense(name, tmp_path, tmp_path / "others", dry=False, save=True).run()
     text, pictures = evidence_page.page()
-    assert "unfinished" not in text and text.count("| gain, points |") == 1 + len(DOMAINS)
+    assert (
+        "unfinished" not in text and text.count("| gain, points |") == 1 and text.count("gain of FCMAE") == len(DOMAINS)
+    )
     assert len(pictures) == 4 and text.count("Not measured yet") == 1  # the GPU's
     assert "| dense convolutions, hidden patches set to zero | 75.0% |" in text
     assert "| without (V1) | 10 | 0.100 | 0.200 | 0.300 | 0.400 |" in text

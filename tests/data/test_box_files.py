@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 from data.folder import sample_names
 from data.prepare import main
 from data.shards import Split
-from tests.conftest import has, run
+from tests.conftest import has
+from tests.data.test_prepare import prepared
 
 NAMES = ["ring", "bar"]
 BOXES = {  # image -> (class, x, y, width, height)
@@ -72,7 +74,10 @@ def yolo(folder, boxes=BOXES):
 
 
 def prepare(*words):
-    return run("python", "data/prepare.py", *words, "--workers", "1").stdout
+    """What a preparation in this process prints."""
+    with redirect_stdout(io.StringIO()) as out:
+        prepared(*words)
+    return out.getvalue()
 
 
 def targets(folder, split="train"):

@@ -54,5 +54,5 @@ def make_shards(folder: Path, **counts: int) -> Path:
     """Shards of scenes in splits train and val."""
     source = write_scenes(folder / "scenes", counts or {"train": 12, "val": 7})
     more = ["--boxes", source / "train.json", "--val-boxes", source / "val.json", "--workers", "1"]
-    run("python", "data/prepare.py", source, folder / "shards", *more)
+    run("python", "data/prepare.py", source, folder / "shards", "--no-plan", *more)
     return folder / "shards"

@@ -188,7 +188,17 @@ def test_bad_data(folder, digits, tmp_path, refused):
 
 def test_images_that_were_not_annotated(folder, tmp_path, refused):
     source = folder / "scenes"
-    run("python", "data/prepare.py", source, tmp_path / "part", "--boxes", source / "train.json", "--workers", "1")
+    run(
+        "python",
+        "data/prepare.py",
+        source,
+        tmp_path / "part",
+        "--boxes",
+        source / "train.json",
+        "--workers",
+        "1",
+        "--no-plan",
+    )
     assert has(refused(main, *words(tmp_path / "part", tmp_path, "bad")), "val 7 not annotated")
 
 

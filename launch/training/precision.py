@@ -36,8 +36,8 @@ def autocast(device: torch.device, kind: str) -> torch.autocast:
 def exact_products() -> None:
     """Choose who computes matrix products in fp32 on a CPU: MKL, or oneDNN where that is faster and as exact.
 
-    On CPUs of other makers than Intel, MKL takes a slow path: on two EPYCs, oneDNN was 1.1 and 2.2 times as fast. Torch asks
-    oneDNN under the precision "medium", which allows bf16; where oneDNN makes use of that, MKL stays.
+    On CPUs of other makers than Intel, MKL takes a slow path: on two EPYCs, oneDNN was 1.1 and 2.2 times as fast. Torch
+    asks oneDNN under the precision "medium", which allows bf16; where oneDNN makes use of that, MKL stays.
     """
     torch.set_float32_matmul_precision("highest")
     if cpu_maker() == "GenuineIntel":

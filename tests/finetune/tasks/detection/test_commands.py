@@ -140,8 +140,17 @@ def test_predictions_of_pictures(folder, tmp_path):
     assert has(out.stdout, "7 of 7 images")  # predictions are annotations to correct
 
 
-@pytest.mark.parametrize("to", ["onnx", "torchscript", "torch-export"])
-@pytest.mark.parametrize("name", ["box", "mask"])
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("mask", "onnx"),
+        ("box", "torch-export"),
+        pytest.param("mask", "torchscript", marks=pytest.mark.slow),
+        pytest.param("mask", "torch-export", marks=pytest.mark.slow),
+        pytest.param("box", "onnx", marks=pytest.mark.slow),
+        pytest.param("box", "torchscript", marks=pytest.mark.slow),
+    ],
+)
 def test_export(name, to, folder, tmp_path):
     """NMS is inside; outputs equal those of the model on real images."""
     out = tmp_path / f"x{ {'onnx': '.onnx', 'torchscript': '.pt', 'torch-export': '.pt2'}[to] }"

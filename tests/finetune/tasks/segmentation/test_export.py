@@ -37,7 +37,14 @@ def test_onnx_with_other_sizes_and_batches(head, image, tmp_path):
         assert (torch.from_numpy(found) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("words", [("torch-export", "x.pt2"), ("torchscript", "y.pt"), ("onnx", "x.onnx", "--fp16")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("torch-export", "x.pt2"),
+        pytest.param(("torchscript", "y.pt"), marks=pytest.mark.slow),
+        pytest.param(("onnx", "x.onnx", "--fp16"), marks=pytest.mark.slow),
+    ],
+)
 def test_other_formats(words, image, tmp_path, capsys):
     """`export` itself compares outputs, also with larger images."""
     weights_file(tmp_path / "x.pt", config("upernet"))

@@ -20,7 +20,7 @@ from configs.schema import PATCH_PER_STEM_STRIDE, FCMAESettings, MaskedSettings,
 from models.convnext import Block, ConvNeXt, init_weights
 from models.sparse.layouts import Dense, Layout, layout_of, patchify, split_patches, take_patches
 
-SETTINGS = [field.name for field in fields(FCMAESettings)]
+SETTINGS, MODEL = ([field.name for field in fields(section)] for section in (FCMAESettings, PretrainModel))
 VARIANCE_EPS = 1e-6  # of the per-patch pixel normalisation
 
 
@@ -145,6 +145,6 @@ def flat_config(config: PretrainModel, settings: FCMAESettings) -> dict:
 
 
 def from_flat(flat: dict) -> tuple[PretrainModel, FCMAESettings]:
-    """The inverse of `flat_config`; missing keys take their defaults."""
-    settings = FCMAESettings(**{key: flat[key] for key in SETTINGS if key in flat})
-    return PretrainModel(**{key: value for key, value in flat.items() if key not in SETTINGS}), settings
+    """The inverse of `flat_config`; missing keys take their defaults, keys of other objectives are ignored."""
+    config, settings = ({key: flat[key] for key in keys if key in flat} for keys in (MODEL, SETTINGS))
+    return PretrainModel(**config), FCMAESettings(**settings)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from configs.errors import UserError
@@ -75,6 +76,23 @@ def test_models_of_pixels_have_no_remark_on_statistics(grid, weights, photos, tm
     content.decoder_config["norm_pix"] = False
     save(weights, content)
     assert "variance" not in grid(photos, "--weights", weights, "--out", tmp_path / "x.png")
+
+
+def test_objectives_that_add_to_fcmae_have_its_decoder(grid, weights, photos, tmp_path):
+    content = open_weights(weights).weights
+    content.decoder |= {"projector.0.weight": torch.zeros(2, 16)}
+    content.decoder_config |= {"sigreg_weight": 0.05}
+    for objective in ("lejepa", "latent"):
+        content.objective = objective
+        save(tmp_path / f"{objective}.pt", content)
+    words = [photos / "0.png", "--out", tmp_path / "x.png", "--weights"]
+    grid(*words, weights)
+    expected = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "x.png").unlink()
+    grid(*words, tmp_path / "lejepa.pt")
+    assert (tmp_path / "x.png").read_bytes() == expected
+    with pytest.raises(UserError, match=r"latent\.pt has no decoder of pixels"):
+        grid(*words, tmp_path / "latent.pt")
 
 
 def test_bad_input(grid, weights, photos, tmp_path):

@@ -25,8 +25,6 @@ from pretrain.online_eval import OnlineEval
 from pretrain.pictures import feature_distance
 from pretrain.unlabelled_eval import UnlabelledEval
 
-PICTURES = 8  # images per picture
-
 
 class Objective(Protocol):
     """A self-supervised objective: one module in pretrain/objectives.
@@ -35,6 +33,7 @@ class Objective(Protocol):
     """
 
     per_image: bool  # the loss is a mean over images, which can be taken over held-out ones too
+    pictured: int  # first images of a batch that `picture` gets
 
     def describe(self) -> str:
         """Part of the run's first line."""
@@ -110,7 +109,7 @@ class Pretraining(Stage):
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         image = normalize(batch["image"].to(self.world.device, non_blocking=True), self.mean, self.std)
         inputs, self.step = self.objective.inputs(image, batch), step
-        self.last = tuple(tensor[:PICTURES] for tensor in inputs)
+        self.last = tuple(tensor[: self.objective.pictured] for tensor in inputs)
         return self.engine(*inputs)
 
     def after_update(self) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Hooks:
     """Base of objectives: methods of `pretrain.pretraining.Objective` that do nothing."""
 
-    per_image = True
+    per_image, pictured = True, 8
 
     def check_batch(self, micro: int) -> None:
         """Any micro batch will do."""

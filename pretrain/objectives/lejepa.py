@@ -56,6 +56,7 @@ class Objective(fcmae.Objective):
     def __init__(self, config: Pretrain):
         super().__init__(config)
         self.crops, channels = config.data.repeats, config.model.channels
+        self.pictured = super().pictured * self.crops
         if self.crops < 2:
             raise UserError(
                 f"objective.name lejepa compares crops of an image: set data.repeats to 2, not {self.crops}"

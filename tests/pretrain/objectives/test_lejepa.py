@@ -92,7 +92,7 @@ def test_picture(masks):
     random_weights(model)
     inputs = objective.inputs(torch.randn(8, 3, 16, 24), objective.example(8))
     _, sheet = objective.picture(model, inputs, torch.zeros(3), torch.ones(3))
-    assert [len(group.cells) for group in sheet.groups] == [3, 3]  # the third image is not whole
+    assert objective.pictured == 24 and [len(group.cells) for group in sheet.groups] == [3, 3]  # the third is not whole
     assert all(group.cells[0].lines[0].startswith("1.00 (") for group in sheet.groups)
 
 

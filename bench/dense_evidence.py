@@ -18,11 +18,11 @@ class Domain:
     title: str
     budgets: dict[float, tuple[int, int]]  # share of the labels: epochs, epochs between evaluations
     rates: tuple[float, ...]  # base learning rates to select from; extended while the best is the first or last
-    rivals: dict[str, tuple]  # other pretrainings on the same images in the same time, by name: objective, options
+    rivals: dict[str, tuple]  # other pretrainings on the same images in the same time, by name: options
 
 
 MUON = ("--optim.name", "muon", "--optim.lr")
-LEJEPA = ("lejepa", "--objective.name", "lejepa", "--objective.mask_ratio", 0.6, "--data.repeats", 4, *MUON)
+LEJEPA = ("--objective.name", "lejepa", "--objective.mask_ratio", 0.6, "--data.repeats", 4, *MUON)
 DOMAINS = {
     "camvid": Domain(
         recipe="camvid",
@@ -33,7 +33,7 @@ DOMAINS = {
         budgets={0.1: (80, 20), 1.0: (15, 5)},
         rates=(1.6e-2, 3.2e-2, 6.4e-2),
         rivals={
-            "muon": ("fcmae", *MUON, 3.2e-2, "--optim.epochs", 260),
+            "muon": (*MUON, 3.2e-2, "--optim.epochs", 260),
             "lejepa": (*LEJEPA, 1e-2, "--objective.decoder_dim", 256, "--optim.batch_size", 120, "--optim.epochs", 300),
         },
     ),
@@ -62,7 +62,7 @@ class Dense:
         """Prepare and pretrain; select the learning rate of each start and run all seeds; then start from `others`."""
         self.prepare(self.shards, self.source / self.domain.images, *map(self.place, self.domain.targets))
         self.pretrain("fcmae", self.shards)
-        for name, (_, *options) in self.domain.rivals.items():
+        for name, options in self.domain.rivals.items():
             self.pretrain(name, self.shards, *options)
         rates = {}
         for share in self.domain.budgets:
@@ -97,8 +97,7 @@ class Dense:
 
     def finetune(self, start: str, share: float, rate: float, seed: int) -> float:
         """The best score of a fine-tuning."""
-        objective, *_ = self.domain.rivals.get(start, ("fcmae",))
-        init = "none" if start == "scratch" else self.runner.runs / start / f"{objective}.pt"
+        init = "none" if start == "scratch" else self.runner.runs / start / "fcmae.pt"
         epochs, every = self.domain.budgets[share]
         words = ("--init", init, "--task.label_share", share, "--optim.lr", rate, "--run.seed", seed)
         words += ("--optim.epochs", epochs, "--optim.warmup_epochs", max(1, epochs // 15), "--run.eval_every", every)

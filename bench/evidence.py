@@ -48,18 +48,18 @@ class Evidence:
         """Train as a run of this name, and return its summary."""
         return self.runner.train(stage, self.scale.recipe, SHARDS, name, *more)
 
-    def finetune(self, start: str, share: float, rate: float, seed: int, objective: str = "fcmae") -> dict:
-        """Fine-tune from a pretraining with an objective, or from `scratch`, with a share of the labels."""
-        init = "none" if start == "scratch" else self.runner.runs / start / f"{objective}.pt"
+    def finetune(self, start: str, share: float, rate: float, seed: int) -> dict:
+        """Fine-tune from a pretraining, or from `scratch`, with a share of the labels."""
+        init = "none" if start == "scratch" else self.runner.runs / start / "fcmae.pt"
         epochs, batch_size, eval_every = self.scale.budgets[share]
         words = ("--init", init, "--task.label_share", share, "--optim.lr", rate, "--run.seed", seed)
         words += ("--optim.epochs", epochs, "--optim.batch_size", batch_size, "--run.eval_every", eval_every)
         return self.train("finetune", run_name(start, share, rate, seed), *words)
 
-    def best_rate(self, start: str, share: float, objective: str = "fcmae") -> float:
+    def best_rate(self, start: str, share: float) -> float:
         """The learning rate with the best validation accuracy at the first seed."""
         return self.runner.best_rate(
-            self.scale.rates, lambda rate: self.finetune(start, share, rate, SEEDS[0], objective)["best"]["top1"]
+            self.scale.rates, lambda rate: self.finetune(start, share, rate, SEEDS[0])["best"]["top1"]
         )
 
     def test(self, name: str) -> None:
@@ -82,14 +82,14 @@ class Evidence:
 
     def objectives(self) -> None:
         """Objectives and optimizers at equal time: two seeds of each, fine-tuned with few labels as in `labels`."""
-        for name, (_, recipe, objective, *options) in self.scale.objectives.items():
+        for name, (_, recipe, *options) in self.scale.objectives.items():
             starts = {seed: f"objective-{name}-seed-{seed}" for seed in SEEDS[:2]}
             for seed, start in starts.items():
                 self.runner.train("pretrain", recipe, SHARDS, start, *options, "--run.seed", seed)
             for share in sorted(self.scale.budgets)[:2]:
-                rate = self.best_rate(starts[SEEDS[0]], share, objective)
+                rate = self.best_rate(starts[SEEDS[0]], share)
                 for seed, start in starts.items():
-                    self.finetune(start, share, rate, seed, objective)
+                    self.finetune(start, share, rate, seed)
                     self.test(run_name(start, share, rate, seed))
 
     def masks(self) -> None:

@@ -71,6 +71,7 @@ def make_plan(source: str, name: str, out: Path, wanted: str) -> None:
     from launch.plans.measure import measure, start_device
     from launch.plans.text import commands, recipe, summary
     from launch.training.summary import hardware
+    from pretrain.objectives import OBJECTIVES
 
     say(f"planning for {printable(source)}: looking at images")
     facts, images = find_facts(source)
@@ -81,7 +82,7 @@ def make_plan(source: str, name: str, out: Path, wanted: str) -> None:
     if os.getloadavg()[0] > BUSY * len(os.sched_getaffinity(0)):
         machine += ", busy with other work while measuring"
         say("this machine is busy: measuring takes longer, and the times are too long")
-    stages = list(measure(facts, choices, images, device, ranks))
+    stages = list(measure(facts, choices, images, device, ranks, OBJECTIVES))
     lines = commands(out, choices, ranks > 1)
     write_atomic(out, recipe(facts, choices, stages, machine, lines).encode())
     for line in summary(facts, choices, stages):

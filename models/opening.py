@@ -96,7 +96,7 @@ def open_autoencoder(path: str, mask_ratio: float | None = None, size: Size | No
     weights = open_weights(path).weights
     decoder, _ = split_by_prefix(weights.decoder, DECODER)  # without what an objective adds to FCMAE
     if not decoder or weights.objective not in PIXELS:
-        raise UserError(f"{path} has no decoder of pixels: give the fcmae.pt or lejepa.pt of a pretraining run")
+        raise UserError(f"{path} has no decoder of pixels: give the fcmae.pt of a pretraining run")
     weights = replace(weights, preprocessing=_preprocessing(path, weights, size), decoder=decoder, ema=None)
     config, settings = from_flat(weights.decoder_config | {"backend": "packed", "recompute": "none"})
     model = FCMAE(config, settings if mask_ratio is None else replace(settings, mask_ratio=mask_ratio))

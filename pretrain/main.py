@@ -1,6 +1,6 @@
 """Self-supervised pretraining of a ConvNeXt (FCMAE, or another objective) on shards of images.
 
-Writes runs/NAME/fcmae.pt (named after the objective), summary.json and report.html.
+Writes runs/NAME/fcmae.pt (objectives latent and teacher: latent.pt, teacher.pt), summary.json and report.html.
 
 deepspeed pretrain/main.py                                              built-in digits
 deepspeed pretrain/main.py --config configs/pretrain/cifar10.yaml
@@ -112,13 +112,13 @@ def main() -> None:
 
     with engine.whole_weights():
         if world.first:
-            path = trainer.folder / f"{config.objective.name}.pt"
+            path = trainer.folder / objective.file
             preprocessing = Preprocessing(data.height_width, config.model.channels, *statistics)
             weights = Weights(model.encoder.arch, preprocessing, cpu_state(model.encoder), *objective.decoder(model))
             save(path, replace(weights, classes=split.classes, objective=config.objective.name))
             lines = after_pretraining(path, config, given_recipe(RECIPE), split)
-            summary = summarize(trainer.folder / "log.jsonl", config, trainer.steps_per_epoch) | {"next": lines}
-            write_summary(trainer.folder, config, world, seconds, summary)
+            summary = summarize(trainer.folder / "log.jsonl", config, trainer.steps_per_epoch)
+            write_summary(trainer.folder, config, world, seconds, summary | {"weights": path.name, "next": lines})
             say(f"wrote {path}: encoder and decoder")
             say(f"wrote {write_report(trainer.folder)}: open it in a browser")
             say("\n".join(lines))

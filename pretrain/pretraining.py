@@ -34,6 +34,7 @@ class Objective(Protocol):
 
     per_image: bool  # the loss is a mean over images, which can be taken over held-out ones too
     pictured: int  # first images of a batch that `picture` gets
+    file: str  # name of the weight file; fcmae.pt has FCMAE's decoder, whatever else was trained
 
     def describe(self) -> str:
         """Part of the run's first line."""

@@ -30,7 +30,7 @@ class Options(FileOptions):
 
     images: tuple[str, ...] = argument("pictures or .npy arrays; folders, zips, tars or tables of them; shards")
     split: str = option("val", "split of shards and collections")
-    weights: str = option(REQUIRED, "fcmae.pt or lejepa.pt, or an official sparse checkpoint")
+    weights: str = option(REQUIRED, "fcmae.pt, or an official sparse checkpoint")
     out: Path = option(REQUIRED, "PNG picture to write")
     ratio: Ratio | None = option(None, "share of the patches to hide (default: as in pretraining)")
     seed: NonNegativeInt = option(0, "of the masks")

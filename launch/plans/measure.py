@@ -4,28 +4,30 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.errors import UserError, counted
-from configs.schema import Encoder, Finetune, Pretrain, visible_patches
+from configs.schema import Encoder, Finetune, Pretrain
 from configs.values import build
 from data.folder import Folder
 from data.loader import MAX_WORKERS, Samples, Transform, collate
 from data.shards import Split
-from data.transforms import PretrainTransform, TrainTransform, normalize
+from data.transforms import TrainTransform, normalize
 from launch.plans.choices import Choices, Entries
 from launch.plans.facts import Facts
 from launch.training.fit import Check, Room, any_batch, largest, room_on
 from launch.training.memory import GIB
+from launch.training.muon import make_optimizer
 from launch.training.parameter_groups import parameter_groups
 from launch.training.precision import autocast, precision
 from launch.training.world import prepare_cpu
 from models import kernels
 from models.convnext import ConvNeXt
-from models.fcmae import FCMAE
 from models.sizes import resolve
 
 SECONDS = 7.0  # for the steps of a stage, after the first one
@@ -79,15 +81,23 @@ def start_device(wanted: str) -> tuple[torch.device, int]:
 
 
 def measure(
-    facts: Facts, choices: Choices, images: Split | Folder, device: torch.device, ranks: int
-) -> Iterator[Stage]:
-    """Run a few steps of each stage of a plan. Sets the micro batch of a stage whose batch does not fit into memory."""
-    config = build(Pretrain(), choices.common.values() | choices.pretrain.values())
-    optim, cost = config.optim, pretraining_cost(config, images, device, ranks)
+    facts: Facts, choices: Choices, images: Split | Folder, device: torch.device, ranks: int,
+    objectives: dict[str, ModuleType],
+) -> Iterator[Stage]:  # fmt: skip
+    """Run a few steps of each stage of a plan. Sets the micro batch of a stage whose batch does not fit into memory.
+
+    `objectives` are the modules of pretrain/objectives by name.
+    """
+    values, config = choices.common.values() | choices.pretrain.values(), Pretrain()
+    name = values.get("objective.name", config.objective.name)
+    config = build(replace(config, objective=objectives[name].Settings(name)), values)
+    optim, cost = config.optim, pretraining_cost(objectives[name].Objective(config), images, device, ranks)
     _fit(choices.pretrain, cost, optim.batch_size // ranks)
     steps = optim.epochs * (facts.images // optim.batch_size)
     seconds = steps * optim.batch_size * cost.image_seconds(device.type, ranks)
-    size = f"{optim.epochs:,} epochs, {steps:,} steps of {counted(optim.batch_size, 'image')}"
+    repeats = config.data.repeats
+    crops = f"{repeats} crops of " if repeats > 1 else ""
+    size = f"{optim.epochs:,} epochs, {steps:,} steps of {crops}{counted(optim.batch_size // repeats, 'image')}"
     yield Stage("pretraining", cost, seconds, size)
     if choices.finetune is None:
         return
@@ -118,18 +128,15 @@ def _fit(entries: Entries, cost: Cost, share: int) -> None:
         entries.set("optim.micro_batch", cost.micro, f"a rank's {share} images do not fit at once: {free}")
 
 
-def pretraining_cost(config: Pretrain, images: Split | Folder, device: torch.device, ranks: int) -> Cost:
-    """The cost of pretraining, from some of its images."""
-    rows, columns = grid = config.data.grid(config.model.stem_stride)
-    count = visible_patches(rows * columns, config.objective.mask_ratio)
-    visible = torch.arange(rows * columns).view(grid) < count
-    model = FCMAE(config.model, config.objective)
+def pretraining_cost(objective: Any, images: Split | Folder, device: torch.device, ranks: int) -> Cost:
+    """The cost of pretraining with an objective (`pretrain.pretraining.Objective`), from some of its images."""
+    model = objective.build()
 
     def inputs(image: Tensor) -> tuple[Tensor, ...]:
-        return image, visible.expand(len(image), -1, -1).to(image.device)
+        return objective.inputs(image, objective.example(len(image)))
 
-    transform = PretrainTransform(config.data, grid, count)
-    return _cost(config, model, model, inputs, images, transform, device, ranks)
+    more = objective.transform(), device, ranks, objective.check_batch
+    return _cost(objective.config, model, model, inputs, images, *more)
 
 
 def finetuning_cost(
@@ -165,7 +172,7 @@ def _cost(
     mean, std = (torch.tensor(values, device=device) for values in (config.data.mean, config.data.std))
     arguments = inputs(normalize(image, mean, std))
     kind = precision(config.optim, device, isinstance(config, Pretrain))
-    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    optimizer = make_optimizer(groups, config.optim)
 
     def step() -> float:
         began = time.perf_counter()

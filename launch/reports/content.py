@@ -83,7 +83,7 @@ def preview(shards: Path) -> list[str]:
 def next_commands(run: Path, config: dict) -> dict[str, str]:
     """Commands to continue with, by purpose."""
     shards, objective = config["data"]["path"], config.get("objective", {}).get("name")
-    best, pretrained = run / "best.pt", run / f"{objective}.pt"
+    best, pretrained = run / "best.pt", run / _recorded(run).get("weights", f"{objective}.pt")
     if best.exists():
         split = ("--split", config["eval_split"])
         evaluate = command("finetune/evaluate.py", best, shards, *split)
@@ -95,20 +95,20 @@ def next_commands(run: Path, config: dict) -> dict[str, str]:
             "use it in transformers": command("models/convert.py", best, run / "hf", "--to", "transformers"),
         }
     if pretrained.exists():
-        following = _recorded(run)
+        lines = _recorded(run).get("next", [])  # what the pretraining has printed at its end
+        following = next((line.removeprefix("next: ") for line in lines if line.startswith("next: ")), "")
         evaluated = config.get("probe", {}).get("eval_split", "val")
         probe = command("finetune/probe.py", pretrained, shards, "--eval-split", evaluated)
         grid = command("pretrain/reconstruct.py", "photos/", "--weights", pretrained, "--out", "grid.png")
         return {
             **({"continue": following} if following else {}),
             **({"evaluate its features by labels": probe} if "finetune/main.py" in following else {}),
-            **({"draw reconstructions of images in photos/": grid} if objective == "fcmae" else {}),
+            **({"draw reconstructions of images in photos/": grid} if pretrained.name == "fcmae.pt" else {}),
             "use it in transformers": command("models/convert.py", pretrained, run / "hf", "--to", "transformers"),
         }
     return {"resume it": "run the command that started it again"}
 
 
-def _recorded(run: Path) -> str:
-    """The command that a pretraining has printed at its end; empty if it recorded none, as earlier versions."""
-    lines = json.loads((run / "summary.json").read_text()).get("next", []) if (run / "summary.json").exists() else []
-    return next((line.removeprefix("next: ") for line in lines if line.startswith("next: ")), "")
+def _recorded(run: Path) -> dict:
+    """The summary of a run; empty before its end. Those of earlier versions have fewer keys."""
+    return json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Optim
-from launch.training.muon import MuonAdamW
+from launch.training.muon import MuonAdamW, make_optimizer
 from launch.training.precision import LossScale, autocast, precision
 from launch.training.world import World
 
@@ -54,12 +54,8 @@ class Engine:
             "steps_per_print": 1 << 40,
             "timers": {"throughput": {"enabled": False}},  # it would synchronise with the GPU twice a step
         }
-        if optim.name == "muon":
-            place = (world.rank, world.ranks) if optim.zero_stage else (0, 1)
-            optimizer = MuonAdamW(groups, optim.betas, *place)
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
-        self.optimizer = optimizer
+        place = (world.rank, world.ranks) if optim.zero_stage else (0, 1)
+        self.optimizer = optimizer = make_optimizer(groups, optim, *place)
         if self.zero_stage == 0:
             optimizer.register_step_pre_hook(lambda *_: _clip_or_skip(optimizer, optim.clip_grad, self._loss_scale))
         wrapped = _Autocast(self.model, self.autocast())

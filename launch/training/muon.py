@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import broadcast
 
+from configs.schema import Optim
+
 # pointwise layers of blocks, and 2x2 downsampling with stride 2, a product with [C_out, 4 C_in], wherever they are;
 # hidden layers of the projector of an objective
 MATRICES = ("*.mlp.fc[12].weight", "*.downsample.1.weight", "projector.[03].weight")
@@ -39,6 +41,13 @@ def owners(groups: Sequence[dict], ranks: int) -> dict[nn.Parameter, int]:
         owner[parameter] = rank = loads.index(min(loads))
         loads[rank] += sizes[parameter]
     return owner
+
+
+def make_optimizer(groups: list[dict], optim: Optim, rank: int = 0, ranks: int = 1) -> torch.optim.Optimizer:
+    """The optimizer of `optim.name` for groups of `parameter_groups`; schedules set its learning rate."""
+    if optim.name == "muon":
+        return MuonAdamW(groups, optim.betas, rank, ranks)
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -30,6 +30,8 @@ class Objective(Hooks):
         UserError: the image size is not a multiple of the patch, or the mask ratio hides no patch
     """
 
+    file = "fcmae.pt"
+
     def __init__(self, config: Pretrain):
         self.config = config
         self.grid = config.data.grid(config.model.stem_stride)

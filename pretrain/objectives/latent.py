@@ -51,6 +51,8 @@ class Objective(fcmae.Objective):
         UserError: as FCMAE; or ZeRO 3
     """
 
+    file = "latent.pt"
+
     def __init__(self, config: Pretrain):
         super().__init__(config)
         self.collapsed = False  # at the last check

@@ -53,6 +53,8 @@ class Objective(fcmae.Objective):
         UserError: as FCMAE; or there is no teacher
     """
 
+    file = "teacher.pt"
+
     def __init__(self, config: Pretrain):
         super().__init__(config)
         name = config.objective.teacher

@@ -12,6 +12,7 @@ from data import prepare
 from launch import plan
 from launch.plans.text import duration
 from tests.conftest import ROOT, names, run
+from tests.data.helpers import as_folder, picture
 
 
 def scans(folder, labels=("ill", "it's well"), count=40, bits=12):
@@ -57,6 +58,21 @@ def test_the_printed_commands_of_grey_16_bit_images(tmp_path):
     resolved = yaml.safe_load((tmp_path / "runs/scratch/config.yaml").read_text())
     recipe = load_recipe(tmp_path / "shards/it's/plan.yaml", "pretrain")
     assert resolved["data"]["mean"] == recipe["data.mean"] and recipe["data.mean"][0] < 0.05
+
+
+@pytest.mark.slow
+def test_the_printed_commands_of_colour_images(tmp_path):
+    """Without a GPU, crops are compared; the file is FCMAE's all the same."""
+    source = as_folder(
+        {f"{label}/{i}.png": picture(i, (28, 24), kind="png") for label in "ab" for i in range(150)}, tmp_path / "in"
+    )
+    done = run("python", ROOT / "data/prepare.py", source, "shards", "--val-fraction", "0.1", cwd=tmp_path)
+    words, later = pasted(done, "ready: "), pasted(done, "then: ")
+    assert load_recipe(tmp_path / "shards/plan.yaml", "pretrain")["objective.name"] == "lejepa"
+    quick = ["--run.log_every", "1", "--data.workers", "0", "--run.max_steps", "1"]
+    done = run(*words, *quick, cwd=tmp_path)
+    assert pasted(done, "next: ") == later and "runs/shards/fcmae.pt" in later
+    run(*later, *quick, cwd=tmp_path)
 
 
 def test_a_folder_without_labels(tmp_path):

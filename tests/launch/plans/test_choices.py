@@ -13,7 +13,6 @@ from finetune.tasks import TASKS
 from launch.plans.choices import choose, fitting_batch
 from launch.plans.facts import Facts
 from pretrain.objectives import OBJECTIVES
-from pretrain.objectives.fcmae import Objective
 
 OPTIONS = {"pretrain": (Pretrain, "", "", {"objective": OBJECTIVES}), "finetune": (Finetune, "", "", {"task": TASKS})}
 
@@ -49,7 +48,8 @@ def test_every_plan_is_a_recipe_of_both_stages(device, side, images, tmp_path):
         found[stage] = parse(*OPTIONS[stage], ["--config", str(tmp_path / "r.yaml")])
         assert found[stage].optim.batch_size <= max(2, images + 1)
     config = found["pretrain"]
-    Objective(config)  # the size is a multiple of the patch, and patches are hidden
+    objective = OBJECTIVES[config.objective.name].Objective(config)  # the size is a multiple of the patch, ...
+    objective.check_batch(config.optim.batch_size)
     assert config.optim.warmup_epochs < config.optim.epochs and config.run.save_every <= config.optim.epochs
 
 
@@ -61,13 +61,15 @@ def test_small_images_as_in_the_guide():
 
 
 @pytest.mark.parametrize(
-    ("device", "base", "images", "side"), [("cpu", "cifar10-small", 45_000, 32), ("cuda", "cifar10", 45_000, 32)]
+    ("device", "base", "channels"),
+    [("cpu", "cifar10-small-lejepa", 3), ("cpu", "cifar10-small", 1), ("cuda", "cifar10", 3)],
 )
-def test_it_agrees_with_the_recipe_for_such_images(device, base, images, side):
-    found = values(facts(images, side), device)
+def test_it_agrees_with_the_recipe_for_such_images(device, base, channels):
+    found = values(facts(45_000, 32, channels), device)
     recipe = load_recipe(RECIPES / f"pretrain/{base}.yaml", "pretrain")
     same = recipe.keys() - {"data.path", "data.mean", "data.std", "data.workers", "optim.precision", "run.name"}
-    same -= {"optim.warmup_epochs", "run.log_every", *(key for key in recipe if key.startswith("probe."))}
+    same -= {"model.channels", "optim.warmup_epochs", "run.log_every"}
+    same -= {key for key in recipe if key.startswith("probe.")}
     default = {"data.crop_scale": [0.2, 1.0]}
     assert {key: found.get(key, default.get(key)) for key in same} == {key: recipe[key] for key in same}
 
@@ -79,6 +81,23 @@ def test_few_images_small_batch_many_epochs():
     assert few["model.name"] == some["model.name"] == "convnextv2_atto" and many["model.name"] == "convnextv2_pico"
     assert (many["optim.batch_size"], many["data.size"]) == (1024, 160)  # configs/pretrain/one-gpu.yaml
     assert values(facts(1_300_000), "cpu")["model.name"] == "convnextv2_atto"
+
+
+@pytest.mark.parametrize(
+    ("images", "channels", "deep", "device", "compared"),
+    [
+        (367, 3, False, "cpu", True), (255, 3, False, "cpu", False), (5000, 1, False, "cpu", False),
+        (5000, 3, True, "cpu", False), (5000, 3, False, "cuda", False),
+    ],
+)  # fmt: skip
+def test_crops_are_compared_where_that_was_measured_to_pay(images, channels, deep, device, compared):
+    found = values(facts(images, channels=channels, deep=deep), device)
+    assert (found.get("objective.name") == "lejepa", found.get("optim.name") == "muon") == (compared, compared)
+    if compared:
+        assert (found["optim.batch_size"], found["data.repeats"]) == (120, 4)
+        assert found["optim.lr"] * 120 / 256 == pytest.approx(5e-3, rel=0.04)  # that of the recipe, rounded
+    more = values(facts(images, channels=channels, deep=deep), device, ranks=3)
+    assert more["optim.batch_size"] % (3 * more.get("data.repeats", 1)) == 0
 
 
 def test_batches_divide_by_the_ranks():

@@ -96,18 +96,22 @@ def test_scores_and_pictures_of_any_task(finished):
     assert "error 2.0, in epoch 2 of 3 (raw weights)" in page and ">errors.png</figcaption>" in page
 
 
-@pytest.mark.parametrize(("objective", "reconstructs"), [("fcmae", True), ("blur", False)])
-def test_the_commands_after_any_objective(objective, reconstructs, tmp_path):
+@pytest.mark.parametrize(
+    ("objective", "weights", "reconstructs"),
+    [("fcmae", None, True), ("fcmae", "fcmae.pt", True), ("more", "fcmae.pt", True), ("blur", "blur.pt", False)],
+)
+def test_the_commands_after_any_objective(objective, weights, reconstructs, tmp_path):
+    """Summaries of earlier versions do not name the weights, whose name is that of the objective."""
     (tmp_path / "config.yaml").write_text(
         f"run: {{name: x}}\ndata: {{path: shards/x}}\nobjective: {{name: {objective}}}\n"
     )
-    (tmp_path / f"{objective}.pt").write_bytes(b"")
+    (tmp_path / (weights or f"{objective}.pt")).write_bytes(b"")
     following = {
         "stage": "pretraining",
         "seconds": 1,
         "hardware": "x",
         "next": ["why", "next: python finetune/main.py --a b"],
-    }
+    } | ({"weights": weights} if weights else {})
     (tmp_path / "summary.json").write_text(json.dumps(following))
     page = write_report(tmp_path).read_text()
     assert "python finetune/main.py --a b" in page and "probe.py" in page and ("reconstruct.py" in page) == reconstructs

@@ -110,10 +110,10 @@ def whole(digits, tmp_path_factory):
 
 
 def test_files_of_a_run(whole):
-    assert {"lejepa.pt", "reconstruction.png", "report.html"} < names(whole)
-    weights = open_weights(whole / "lejepa.pt").weights
+    assert {"fcmae.pt", "reconstruction.png", "report.html"} < names(whole)
+    weights = open_weights(whole / "fcmae.pt").weights
     assert weights.objective == "lejepa" and weights.decoder_config["crops"] == 2
-    assert open_encoder(whole / "lejepa.pt").model.arch.dims == (8, 16, 16, 16)
+    assert open_encoder(whole / "fcmae.pt").model.arch.dims == (8, 16, 16, 16)
     assert '"sigreg"' in (whole / "log.jsonl").read_text()
     assert "SIGReg of embeddings" in (whole / "report.html").read_text()
 
@@ -122,7 +122,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, digits, tmp_path):
     run("python", *words(digits, tmp_path, "stopped", "--run.max_steps", "4"))
     run("python", *words(digits, tmp_path, "stopped", "--resume", "must"))
     assert losses(tmp_path / "stopped") == losses(whole)
-    one, other = (open_weights(folder / "lejepa.pt").weights for folder in (whole, tmp_path / "stopped"))
+    one, other = (open_weights(folder / "fcmae.pt").weights for folder in (whole, tmp_path / "stopped"))
     assert all(torch.equal(tensor, other.encoder[name]) for name, tensor in one.encoder.items())
     assert all(torch.equal(tensor, other.decoder[name]) for name, tensor in one.decoder.items())  # batch norm too
 

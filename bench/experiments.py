@@ -30,7 +30,7 @@ class Scale:
     ablation_seeds: int  # number of seeds of their fine-tuning
     backend_epochs: int  # of the pretrainings that compare backends
     masks: dict[float, int]  # mask ratio: epochs, which take equal time, of the comparison with several seeds
-    objectives: dict[str, tuple]  # by name: title, recipe in configs/pretrain, options; all take equal time
+    objectives: dict[str, tuple]  # by name: title, recipe in configs/pretrain, options; in the time of `labels`
 
 
 SCALES = {
@@ -45,7 +45,6 @@ SCALES = {
         backend_epochs=4,
         masks={0.6: 8, 0.75: 10},
         objectives={
-            "adamw": ("FCMAE, AdamW", "cifar10-small"),
             "muon": ("FCMAE, Muon", "cifar10-small", *MUON, "--optim.epochs", 45),
             "lejepa": ("FCMAE and LeJEPA, Muon", "cifar10-small-lejepa"),
         },

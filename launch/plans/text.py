@@ -34,7 +34,7 @@ def recipe(facts: Facts, choices: Choices, stages: list[Stage], hardware: str, l
     head += [_titled(i, "Command", line) for i, line in enumerate(lines)]
     head.append(f"Hardware:  {hardware}; on other hardware, make another plan")
     head += [_titled(i, "Expect", f"{s.title} {duration(s.seconds)}, {s.size}") for i, s in enumerate(stages)]
-    head.append("           the loss of pretraining starts near 1 and falls; see docs/guide/own-images.md")
+    head.append("           the loss of pretraining starts at 1 to 2 and falls; see docs/guide/own-images.md")
     head += [_titled(i, "Measured", measured(stage)) for i, stage in enumerate(stages)]
     text = [f"# {line}" for line in head]
     text += _sections(choices.common, "")

@@ -95,9 +95,9 @@ def _resumed(machines: list[Machine]) -> int:
 
 
 def accuracy(shards: Path, folder: Path) -> float:
-    """kNN top-1 of a run's encoder on the split val, in percent."""
+    """kNN top-1 (k = 20) of a run's encoder on the split val."""
     run("python", "finetune/probe.py", folder / "fcmae.pt", shards, "--out", folder / "probe.json")
-    return json.loads((folder / "probe.json").read_text())["knn"]["top1"]
+    return json.loads((folder / "probe.json").read_text())["knn"]["20"]["top1"]
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def main() -> None:
     seconds = sorted(seconds for _, seconds in events)
     print(f"{len(events)} kills; seconds until resumed: median {seconds[len(seconds) // 2]:.0f}, max {seconds[-1]:.0f}")
     for name in ("killed", "quiet"):
-        print(f"{name}: loss {logged(given.folder / name)[-1][1]}, kNN {accuracy(shards, given.folder / name)} %")
+        print(f"{name}: loss {logged(given.folder / name)[-1][1]}, kNN {accuracy(shards, given.folder / name):.1%}")
 
 
 if __name__ == "__main__":

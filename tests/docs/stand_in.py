@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 TRAINING = ("pretrain/main.py", "finetune/main.py", "finetune/crossval.py")
-SMALL, MOST_STEPS, STEPS_KEY = ["--optim.batch_size", "4", "--optim.micro_batch", "2"], 2, "--run.max_steps"
+SMALL, MOST_STEPS, STEPS_KEY = ["--optim.batch_size", "8", "--optim.micro_batch", "4"], 2, "--run.max_steps"
 BUCKET = "s3://bucket/"
 NODES, RANKS = 4, 8  # of the clusters in the guides: machines, and GPUs of each
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.experiments import SEEDS
+from bench.experiments import MUON, SEEDS
 from bench.runner import Runner, run_name
 
 
@@ -21,7 +21,6 @@ class Domain:
     rivals: dict[str, tuple]  # other pretrainings on the same images in the same time, by name: options
 
 
-MUON = ("--optim.name", "muon", "--optim.lr")
 LEJEPA = ("--objective.name", "lejepa", "--objective.mask_ratio", 0.6, "--data.repeats", 4, *MUON)
 DOMAINS = {
     "camvid": Domain(

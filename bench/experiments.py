@@ -11,7 +11,7 @@ ABLATIONS = {  # title and options
     "decoder-4": ("decoder of 4 blocks", "--objective.decoder_depth", 4),
     "without-grn": ("ConvNeXt V1 blocks: layer scale, no GRN", "--model.name", "convnext_atto"),
 }
-MUON = ("--optim.name", "muon", "--optim.lr", 16e-3)
+MUON = ("--optim.name", "muon", "--optim.lr")  # and the rate
 BACKENDS = ("packed", "masked", "minkowski")
 # options for comparing backends: a tenth of the images, fp32, no probe
 COMPARED = ("--data.split", "val", "--optim.precision", "fp32", "--probe.every", 0, "--run.log_every", 1)
@@ -45,7 +45,7 @@ SCALES = {
         backend_epochs=4,
         masks={0.6: 8, 0.75: 10},
         objectives={
-            "muon": ("FCMAE, Muon", "cifar10-small", *MUON, "--optim.epochs", 45),
+            "muon": ("FCMAE, Muon", "cifar10-small", *MUON, 16e-3, "--optim.epochs", 45),
             "lejepa": ("FCMAE and LeJEPA, Muon", "cifar10-small-lejepa"),
         },
     ),

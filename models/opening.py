@@ -18,10 +18,9 @@ from models.convnext import ConvNeXt
 from models.fcmae import FCMAE, from_flat
 from models.formats.hub import digest
 from models.formats.read import read_weights
-from models.weights import DECODER, Weights, load_strict, split_by_prefix, use_ema
+from models.weights import Weights, load_strict, use_ema
 
 Size = int | tuple[int, int]
-PIXELS = (None, "fcmae", "lejepa")  # objectives whose decoder predicts pixels; None in older files
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,10 @@ def open_encoder(path: str, ema: bool = False, size: Size | None = None) -> Trai
 
 def open_autoencoder(path: str, mask_ratio: float | None = None, size: Size | None = None) -> Trained:
     """Build the masked autoencoder of a file; `mask_ratio` overrides the file's. Errors: see `open_classifier`."""
-    weights = open_weights(path).weights
-    decoder, _ = split_by_prefix(weights.decoder, DECODER)  # without what an objective adds to FCMAE
-    if not decoder or weights.objective not in PIXELS:
+    weights = open_weights(path).weights.known()
+    if not weights.decoder:
         raise UserError(f"{path} has no decoder of pixels: give the fcmae.pt of a pretraining run")
-    weights = replace(weights, preprocessing=_preprocessing(path, weights, size), decoder=decoder, ema=None)
+    weights = replace(weights, preprocessing=_preprocessing(path, weights, size), ema=None)
     config, settings = from_flat(weights.decoder_config | {"backend": "packed", "recompute": "none"})
     model = FCMAE(config, settings if mask_ratio is None else replace(settings, mask_ratio=mask_ratio))
     encoder = {f"encoder.{name}": tensor for name, tensor in weights.encoder.items()}

@@ -24,6 +24,7 @@ FORMAT = "convnext-fcmae/1"
 MAX_LISTED = 20  # names in an error message
 ENCODER = ("stem.", "stages.")  # prefixes of its tensors
 DECODER = ("proj.", "mask_token", "decoder.", "pred.")
+WITH_FCMAE = ("lejepa",)  # objectives that have FCMAE's decoder beside other parts
 Tensors = dict[str, Tensor]
 
 
@@ -50,8 +51,12 @@ class Weights:
         return len(head["head.fc.bias"]) if "head.fc.bias" in head else 0
 
     def known(self) -> "Weights":
-        """Without another objective's decoder and another task's head: those check and load theirs themselves."""
-        decoder, settings = (self.decoder, self.decoder_config) if self.objective in (None, "fcmae") else ({}, {})
+        """Only FCMAE's decoder and a classifier's head: other objectives and tasks check and load theirs."""
+        decoder, settings = self.decoder, self.decoder_config
+        if self.objective in WITH_FCMAE:
+            decoder, _ = split_by_prefix(decoder, DECODER)
+        elif self.objective not in (None, "fcmae"):
+            decoder, settings = {}, {}
         head = self.head if self.task in (None, "classification") else {}
         return replace(self, decoder=decoder, decoder_config=settings, head=head)
 

@@ -83,7 +83,8 @@ def preview(shards: Path) -> list[str]:
 def next_commands(run: Path, config: dict) -> dict[str, str]:
     """Commands to continue with, by purpose."""
     shards, objective = config["data"]["path"], config.get("objective", {}).get("name")
-    best, pretrained = run / "best.pt", run / _recorded(run).get("weights", f"{objective}.pt")
+    recorded = _recorded(run)
+    best, pretrained = run / "best.pt", run / recorded.get("weights", f"{objective}.pt")
     if best.exists():
         split = ("--split", config["eval_split"])
         evaluate = command("finetune/evaluate.py", best, shards, *split)
@@ -95,7 +96,7 @@ def next_commands(run: Path, config: dict) -> dict[str, str]:
             "use it in transformers": command("models/convert.py", best, run / "hf", "--to", "transformers"),
         }
     if pretrained.exists():
-        lines = _recorded(run).get("next", [])  # what the pretraining has printed at its end
+        lines = recorded.get("next", [])  # what the pretraining has printed at its end
         following = next((line.removeprefix("next: ") for line in lines if line.startswith("next: ")), "")
         evaluated = config.get("probe", {}).get("eval_split", "val")
         probe = command("finetune/probe.py", pretrained, shards, "--eval-split", evaluated)

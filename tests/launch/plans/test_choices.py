@@ -48,7 +48,8 @@ def test_every_plan_is_a_recipe_of_both_stages(device, side, images, tmp_path):
         found[stage] = parse(*OPTIONS[stage], ["--config", str(tmp_path / "r.yaml")])
         assert found[stage].optim.batch_size <= max(2, images + 1)
     config = found["pretrain"]
-    objective = OBJECTIVES[config.objective.name].Objective(config)  # the size is a multiple of the patch, ...
+    objective = OBJECTIVES[config.objective.name].Objective(config)
+    # the size is a multiple of the patch, patches are hidden, and a batch has all crops of its images
     objective.check_batch(config.optim.batch_size)
     assert config.optim.warmup_epochs < config.optim.epochs and config.run.save_every <= config.optim.epochs
 

@@ -84,6 +84,19 @@ def test_init_keeps_decoder_and_projector_of_the_same_shape(capsys):
     assert "new one" in capsys.readouterr().out
 
 
+def test_fcmae_continues_with_the_decoder(capsys):
+    objective, source = made(), made().build()
+    random_weights(source)
+    parts = objective.decoder(source)
+    weights = Weights(source.encoder.arch, None, cpu_state(source.encoder), *parts, objective="lejepa")
+    config = replace(objective.config, objective=FCMAEChoice("fcmae", mask_ratio=0.5, decoder_dim=8))
+    model = fcmae.Objective(config).build()
+    fcmae.Objective(config).load(model, Opened("x.pt", weights))
+    theirs = source.state_dict()
+    assert all(torch.equal(x, theirs[key]) for key, x in model.state_dict().items())
+    assert "new one" not in capsys.readouterr().out
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("masks", [1, 2])
 def test_picture(masks):

@@ -65,6 +65,7 @@ class Stage:
     cost: Cost
     seconds: float
     size: str  # what it consists of
+    unit: str = "image"  # of `cost`: image, or crop of one
 
 
 def start_device(wanted: str) -> tuple[torch.device, int]:
@@ -96,9 +97,9 @@ def measure(
     steps = optim.epochs * (facts.images // optim.batch_size)
     seconds = steps * optim.batch_size * cost.image_seconds(device.type, ranks)
     repeats = config.data.repeats
-    crops = f"{repeats} crops of " if repeats > 1 else ""
+    crops, unit = (f"{repeats} crops of ", "crop") if repeats > 1 else ("", "image")
     size = f"{optim.epochs:,} epochs, {steps:,} steps of {crops}{counted(optim.batch_size // repeats, 'image')}"
-    yield Stage("pretraining", cost, seconds, size)
+    yield Stage("pretraining", cost, seconds, size, unit)
     if choices.finetune is None:
         return
     values = choices.common.values() | choices.finetune.values()

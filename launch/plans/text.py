@@ -78,10 +78,10 @@ def _scalar(value: Any) -> str:
 
 def measured(stage: Stage) -> str:
     """What the expected time and memory of a stage come from."""
-    cost = stage.cost
+    cost, unit = stage.cost, stage.unit
     memory = f"about {cost.room.need.bytes(cost.batch) / GIB:.2g} GiB"
-    steps = f"{counted(cost.steps, 'step')} of {counted(cost.batch, 'image')}, {memory}, {1 / cost.step:,.0f} images/s"
-    return f"{stage.title}, {steps}; its loader {1 / cost.load:,.0f} images/s per core"
+    steps = f"{counted(cost.steps, 'step')} of {counted(cost.batch, unit)}, {memory}, {1 / cost.step:,.0f} {unit}s/s"
+    return f"{stage.title}, {steps}; its loader {1 / cost.load:,.0f} {unit}s/s per core"
 
 
 def _titled(number: int, title: str, text: str) -> str:

@@ -68,7 +68,8 @@ def test_the_printed_commands_of_colour_images(tmp_path):
     )
     done = run("python", ROOT / "data/prepare.py", source, "shards", "--val-fraction", "0.1", cwd=tmp_path)
     words, later = pasted(done, "ready: "), pasted(done, "then: ")
-    assert load_recipe(tmp_path / "shards/plan.yaml", "pretrain")["objective.name"] == "lejepa"
+    plan = tmp_path / "shards/plan.yaml"
+    assert load_recipe(plan, "pretrain")["objective.name"] == "lejepa" and "crops/s" in plan.read_text()
     quick = ["--run.log_every", "1", "--data.workers", "0", "--run.max_steps", "1"]
     done = run(*words, *quick, cwd=tmp_path)
     assert pasted(done, "next: ") == later and "runs/shards/fcmae.pt" in later

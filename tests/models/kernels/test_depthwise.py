@@ -51,10 +51,10 @@ def compare(layout, x, conv, norm, tolerance: float) -> None:
     [
         pytest.param(8, 12, torch.float32, 1e-5, marks=pytest.mark.slow),
         pytest.param(8, 12, torch.bfloat16, 2e-2, marks=pytest.mark.slow),
-        (4, 5, torch.float32, 1e-5),
+        pytest.param(4, 5, torch.float32, 1e-5, marks=pytest.mark.slow),
         pytest.param(4, 5, torch.bfloat16, 2e-2, marks=pytest.mark.slow),
         (2, 9, torch.float32, 1e-5),
-        (2, 9, torch.bfloat16, 2e-2),
+        pytest.param(2, 9, torch.bfloat16, 2e-2, marks=pytest.mark.slow),
         (1, 130, torch.float32, 1e-5),
         (1, 130, torch.bfloat16, 2e-2),
     ],

@@ -47,7 +47,7 @@ def test_large_values_do_not_overflow(fused):  # noqa: F811
     assert torch.isfinite(Dense().gelu_grn(h, GRN(8).to(DEVICE))).all()
 
 
-@pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_atto"])
+@pytest.mark.parametrize("name", ["convnextv2_atto", pytest.param("convnext_atto", marks=pytest.mark.slow)])
 def test_a_whole_autoencoder(name, fused):  # noqa: F811
     """Loss and all gradients of the packed encoder and the dense decoder, through every kernel."""
     model = FCMAE(*tiny(name, depths=(1, 1, 1, 1), dims=(3, 4, 5, 6), decoder_dim=4, mask_ratio=0.7)).to(DEVICE)

@@ -56,10 +56,10 @@ class Evidence:
         words += ("--optim.epochs", epochs, "--optim.batch_size", batch_size, "--run.eval_every", eval_every)
         return self.train("finetune", run_name(start, share, rate, seed), *words)
 
-    def best_rate(self, start: str, share: float) -> float:
-        """The learning rate with the best validation accuracy at the first seed."""
+    def best_rate(self, start: str, share: float, rates: tuple[float, ...] = ()) -> float:
+        """The learning rate, of `rates` or the scale's, with the best validation accuracy at the first seed."""
         return self.runner.best_rate(
-            self.scale.rates, lambda rate: self.finetune(start, share, rate, SEEDS[0])["best"]["top1"]
+            rates or self.scale.rates, lambda rate: self.finetune(start, share, rate, SEEDS[0])["best"]["top1"]
         )
 
     def test(self, name: str) -> None:
@@ -95,11 +95,13 @@ class Evidence:
     def masks(self) -> None:
         """Mask ratios at equal time, with all seeds of pretraining, fine-tuned with few labels."""
         for ratio, epochs in self.scale.masks.items():
-            for seed in SEEDS:
-                name = f"masks-{ratio}-seed-{seed}"
+            starts = {seed: f"masks-{ratio}-seed-{seed}" for seed in SEEDS}
+            for seed, start in starts.items():
                 words = ("--objective.mask_ratio", ratio, "--optim.epochs", epochs, "--run.seed", seed)
-                self.train("pretrain", name, *words)
-                self.finetune(name, FEW, self.scale.ablation_rate, seed)
+                self.train("pretrain", start, *words)
+            rate = self.best_rate(starts[SEEDS[0]], FEW, self.scale.mask_rates)
+            for seed, start in starts.items():
+                self.finetune(start, FEW, rate, seed)
 
     def backends(self) -> None:
         """The same pretraining on every backend."""

@@ -30,6 +30,7 @@ class Scale:
     ablation_seeds: int  # number of seeds of their fine-tuning
     backend_epochs: int  # of the pretrainings that compare backends
     masks: dict[float, int]  # mask ratio: epochs, which take equal time, of the comparison with several seeds
+    mask_rates: tuple[float, ...]  # as `rates`, after these short pretrainings
     objectives: dict[str, tuple]  # by name: title, recipe in configs/pretrain, options; in the time of `labels`
 
 
@@ -44,6 +45,7 @@ SCALES = {
         ablation_seeds=1,
         backend_epochs=4,
         masks={0.6: 8, 0.75: 10},
+        mask_rates=(4e-3, 8e-3),
         objectives={
             "muon": ("FCMAE, Muon", "cifar10-small", *MUON, 16e-3, "--optim.epochs", 45),
             "lejepa": ("FCMAE and LeJEPA, Muon", "cifar10-small-lejepa"),
@@ -59,6 +61,7 @@ SCALES = {
         ablation_seeds=3,
         backend_epochs=10,
         masks={0.6: 100, 0.75: 120},
+        mask_rates=(1e-3, 2e-3),
         objectives={},
     ),
 }

@@ -1,6 +1,6 @@
 """Self-supervised pretraining of a ConvNeXt (FCMAE, or another objective) on shards of images.
 
-Writes runs/NAME/fcmae.pt (objectives latent and teacher: latent.pt, teacher.pt), summary.json and report.html.
+Writes runs/NAME/fcmae.pt (objective teacher: teacher.pt), summary.json and report.html.
 
 deepspeed pretrain/main.py                                              built-in digits
 deepspeed pretrain/main.py --config configs/pretrain/cifar10.yaml

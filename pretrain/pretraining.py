@@ -63,9 +63,6 @@ class Objective(Protocol):
     def example(self, count: int) -> dict[str, Tensor]:
         """Everything but `image` of a batch of `count` images, for the memory estimate of --dry-run."""
 
-    def after_update(self, model: nn.Module, step: int) -> None:
-        """Called after each update of the weights on all ranks alike, but not after a skipped step; step 0 is first."""
-
     def monitor(self, model: nn.Module) -> Report:
         """Scores and warnings of the last step, every `run.log_every` steps. All ranks call this."""
 
@@ -77,7 +74,7 @@ class Objective(Protocol):
 
 
 class Pretraining(Stage):
-    """Trains an objective. What an objective averages is in its model.
+    """Trains an objective.
 
     `intro` is the first line of the console, `statistics` are mean and standard deviation per channel.
     """
@@ -109,12 +106,12 @@ class Pretraining(Stage):
 
     def loss(self, batch: dict[str, Tensor], step: int, micro: int) -> Tensor:
         image = normalize(batch["image"].to(self.world.device, non_blocking=True), self.mean, self.std)
-        inputs, self.step = self.objective.inputs(image, batch), step
+        inputs = self.objective.inputs(image, batch)
         self.last = tuple(tensor[: self.objective.pictured] for tensor in inputs)
         return self.engine(*inputs)
 
     def after_update(self) -> None:
-        self.objective.after_update(self.engine.model, self.step)
+        """Nothing: no objective averages weights."""
 
     def monitor(self) -> Report:
         return self.objective.monitor(self.engine.model)

@@ -21,12 +21,10 @@ PLOTS = {  # by title: labels of curves by their names in log.jsonl; other score
     "loss": {"loss": "training", "unlabelled/loss": "fixed images and masks"},
     "parts of the loss, without weights": {
         "lejepa/agreement": "agreement of crops", "lejepa/pixel_loss": "pixels",
-        "latent/latent_loss": "features", "latent/pixel_loss": "pixels",
         "teacher/hidden_loss": "hidden patches", "teacher/visible_loss": "visible patches",
         "teacher/pooled_loss": "whole image",
     },
     "SIGReg of embeddings (1: Gaussian)": {"lejepa/sigreg": "last micro batch"},
-    "spread of features (0: collapsed)": {"latent/target_spread": "targets", "latent/predicted_std": "predictions"},
     "top-1 accuracy": {"raw/top1": "raw weights", "ema/top1": "moving average"},
     "evaluation loss": {"raw/loss": "raw weights", "ema/loss": "moving average"},
     "RankMe": {"unlabelled/rankme": "without labels"},

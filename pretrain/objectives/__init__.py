@@ -3,6 +3,6 @@
 An objective is a module with `Settings` and `Objective`; see docs/architecture.md, "Add something".
 """
 
-from pretrain.objectives import fcmae, latent, lejepa, teacher
+from pretrain.objectives import fcmae, lejepa, teacher
 
-OBJECTIVES = {"fcmae": fcmae, "latent": latent, "lejepa": lejepa, "teacher": teacher}
+OBJECTIVES = {"fcmae": fcmae, "lejepa": lejepa, "teacher": teacher}

@@ -24,9 +24,6 @@ class Hooks:
     def identity(self) -> dict[str, str]:
         return {}
 
-    def after_update(self, model: nn.Module, step: int) -> None:
-        """Nothing follows an update."""
-
     def monitor(self, model: nn.Module) -> Report:
         from launch.training.trainer import Report
 

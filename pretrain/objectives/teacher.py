@@ -109,7 +109,7 @@ class Objective(fcmae.Objective):
 
     def picture(self, model: Distilled, inputs: tuple[Tensor, ...], mean: Tensor, std: Tensor) -> tuple[str, Sheet]:
         from models.fcmae import normalize_features
-        from pretrain.latent_pictures import feature_sheet
+        from pretrain.feature_pictures import feature_sheet
 
         image, visible, patches, _ = inputs
         image, visible = self.first_mask(image, visible)

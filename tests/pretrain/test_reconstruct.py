@@ -82,7 +82,7 @@ def test_objectives_that_add_to_fcmae_have_its_decoder(grid, weights, photos, tm
     content = open_weights(weights).weights
     content.decoder |= {"projector.0.weight": torch.zeros(2, 16)}
     content.decoder_config |= {"sigreg_weight": 0.05}
-    for objective in ("lejepa", "latent"):
+    for objective in ("lejepa", "teacher"):
         content.objective = objective
         save(tmp_path / f"{objective}.pt", content)
     words = [photos / "0.png", "--out", tmp_path / "x.png", "--weights"]
@@ -91,8 +91,8 @@ def test_objectives_that_add_to_fcmae_have_its_decoder(grid, weights, photos, tm
     (tmp_path / "x.png").unlink()
     grid(*words, tmp_path / "lejepa.pt")
     assert (tmp_path / "x.png").read_bytes() == expected
-    with pytest.raises(UserError, match=r"latent\.pt has no decoder of pixels"):
-        grid(*words, tmp_path / "latent.pt")
+    with pytest.raises(UserError, match=r"teacher\.pt has no decoder of pixels"):
+        grid(*words, tmp_path / "teacher.pt")
 
 
 def test_bad_input(grid, weights, photos, tmp_path):

@@ -15,7 +15,7 @@ from launch.training.parameter_groups import parameter_groups
 from models.convnext import ConvNeXt
 from models.opening import Opened, open_encoder, open_weights
 from models.weights import Weights, cpu_state, save
-from pretrain.latent_pictures import COLUMNS
+from pretrain.feature_pictures import COLUMNS
 from pretrain.objectives.teacher import Objective, Settings
 from tests.conftest import QUICK, TINY, has, losses, names, run, run_ranks
 from tests.models.helpers import random_weights, tiny

@@ -1,24 +1,14 @@
-"""Pictures of features: those of a teacher and the student's predictions of them, as colours."""
+"""Pictures of a teacher's features and the student's predictions of them, as colours."""
 
 import torch
 from torch import Tensor
 
 from data.sheets import Sheet
-from models.latent import Latent, normalize_stages
 from pretrain.pictures import hide, image_rows, pixels_of
 
 COLUMNS = (("input",), ("visible",), ("target features",), ("predicted features",))
 NOTE = "colours: the three main components of the targets of these images; hatched: hidden, or not predicted"
 SPAN = 2.5  # standard deviations of a component from black to full
-
-
-def feature_grid(model: Latent, image: Tensor, visible: Tensor, mean: Tensor, std: Tensor) -> Sheet:
-    """The four `COLUMNS` for each of normalised images [B, C, H, W] with masks [B, gy, gx]."""
-    output, target = model.predict(image, visible), normalize_stages(model.features(image))
-    features, _ = model.split(output.prediction)
-    predicted = torch.full_like(target, float("nan")).flatten(1, 2)
-    predicted = predicted.scatter(1, output.hidden[..., None].expand_as(features), features).view_as(target)
-    return feature_sheet(image, visible, target, predicted, mean, std)
 
 
 def feature_sheet(

@@ -256,7 +256,7 @@ def ablations(runs: Runs, scale: str) -> Section:
     text = (
         f"Pretrainings of {epochs} epochs that differ from the recipe in one setting, fine-tuned with {FEW:.0%} of the "
         "labels at the same learning rate. Accuracies are on the validation images. Losses are comparable only at the "
-        "same mask ratio.\n\n"
+        "same mask ratio. With one seed, a few points between two settings may be chance.\n\n"
     )
     return text + table(["pretraining", "hidden patches", "loss", "kNN, k = 20", "linear", "fine-tuned"], rows), None
 

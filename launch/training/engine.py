@@ -131,8 +131,6 @@ class Engine:
             self._deepspeed._config.load_universal_checkpoint = False
         if path is None:
             raise UserError(f"{folder} could not be loaded: delete it to resume from the checkpoint before it")
-        if universal:
-            self._load_frozen(folder / tag)
         self._share_loss_scale()  # loading has replaced the optimizer's scaler
         if self._loss_scale:
             vars(self._loss_scale).update(content["loss_scale"])
@@ -140,15 +138,6 @@ class Engine:
 
     def close(self) -> None:
         self._deepspeed.destroy()
-
-    def _load_frozen(self, folder: Path) -> None:
-        """Load the parameters that are not trained: of a universal checkpoint, DeepSpeed loads the optimizer's only."""
-        module = self._deepspeed.module
-        frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-        if frozen:
-            [file] = folder.glob("mp_rank_*_model_states.pt")
-            stored = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["module"]
-            module.load_state_dict({name: stored[name] for name in frozen}, strict=False)
 
     def _share_loss_scale(self) -> None:
         if self._loss_scale and self.zero_stage:

@@ -1,5 +1,6 @@
 """Run tasks in several processes of this machine, or on a Ray cluster, with a progress bar."""
 
+import gc
 import multiprocessing
 import shlex
 import signal
@@ -86,5 +87,6 @@ def _run_here(
 
 
 def _start(done) -> None:
+    gc.freeze()  # never delete here what the parent left behind: it may wait for threads, which only the parent has
     start_counting(done)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from configs.errors import run_main
+from data.sources import open_zip
 from launch.training.world import free_port
 from tests.processes import Process, ranks
 from tests.sampling import sampled
@@ -209,11 +210,15 @@ def cluster():
 
 @pytest.fixture(autouse=True)
 def _alone():
-    """Each test has the same random numbers, and leaves no variable (RANK, ...) and no process group to the next."""
+    """Each test has the same random numbers, and leaves no variable (RANK, ...), process group or open zip to the next.
+
+    The next one's `tmp_path` may have the same name.
+    """
     torch.manual_seed(0)
     with mock.patch.dict(os.environ):
         yield
     _leave_process_group()
+    open_zip.cache_clear()
 
 
 def _leave_process_group() -> None:

@@ -30,6 +30,7 @@ def pasted(done, begins):
     return shlex.split([line for line in done.stdout.splitlines() if line.startswith(begins)][-1][len(begins) :])
 
 
+@pytest.mark.slow
 def test_the_printed_commands_of_grey_16_bit_images(tmp_path):
     """From a folder outside of the project, with blanks and quotes in the names."""
     scans(tmp_path / "my scans")

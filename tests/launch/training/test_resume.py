@@ -160,9 +160,10 @@ mount -o remount,rw "$0/run/checkpoints"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "says"),
-    [(SMALL_DISK, "no space left on device"), pytest.param(READ_ONLY, "read-only file system", marks=pytest.mark.slow)],
+    [(SMALL_DISK, "no space left on device"), (READ_ONLY, "read-only file system")],
 )
 def test_a_full_or_read_only_disk(script, says, digits, tmp_path):
     """On a real small tmpfs, in its own mount namespace: the previous checkpoint remains, and the run resumes."""

@@ -105,7 +105,8 @@ def test_a_run_that_was_suspended_as_a_whole_goes_on(digits, tmp_path):
         job.wait_for_step(last + 20)
 
 
-@pytest.mark.parametrize("fault", ["kill", pytest.param("suspend", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["kill", "suspend"])
 def test_a_loader_process_that_dies_or_hangs_is_an_error(fault, digits, tmp_path):
     with Job(digits, tmp_path / "run", 2, "--run.hang_minutes", ".1", "--data.workers", "1") as job:
         job.wait_for_step(8)

@@ -143,7 +143,7 @@ def test_predictions_of_pictures(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "to"),
     [
-        ("mask", "onnx"),
+        pytest.param("mask", "onnx", marks=pytest.mark.slow),
         ("box", "torch-export"),
         pytest.param("mask", "torchscript", marks=pytest.mark.slow),
         pytest.param("mask", "torch-export", marks=pytest.mark.slow),

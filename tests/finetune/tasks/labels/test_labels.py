@@ -59,6 +59,7 @@ def test_evaluation_equals_sklearn_on_any_number_of_ranks(trained, tagged, tmp_p
     assert found == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_ranks_train_alike_and_score_alike(tagged, tmp_path):
     for ranks in (1, 2, 3):
         run_ranks(ranks, "finetune/main.py", *words(tagged, tmp_path, f"{ranks}", "labels", epochs=1))

@@ -63,6 +63,7 @@ def test_evaluation_equals_sklearn_on_any_number_of_ranks(trained, measured, tmp
     assert results[0]["numbers"][0]["images"] == len(rows) < 72 == results[0]["scores"]["images"]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(measured, tmp_path):
     found = killed_and_resumed(lambda name: words(measured, tmp_path, name, "numbers", *MORE, epochs=4), tmp_path)
     *_, whole, killed = found

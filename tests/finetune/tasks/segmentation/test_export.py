@@ -20,7 +20,7 @@ def image(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("head", ["fpn", "upernet"])
+@pytest.mark.parametrize("head", ["fpn", pytest.param("upernet", marks=pytest.mark.slow)])
 def test_onnx_with_other_sizes_and_batches(head, image, tmp_path):
     """The file is used outside of the project: other batches, heights and widths, names and sizes inside."""
     model = weights_file(tmp_path / "x.pt", config(head, auxiliary=True))

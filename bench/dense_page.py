@@ -5,7 +5,7 @@ from statistics import mean
 
 from bench.dense_evidence import DOMAINS
 from bench.experiments import SEEDS
-from bench.tables import load, mean_and_range, recipe_links, table
+from bench.tables import at_best_rate, load, mean_and_range, recipe_links, table
 
 STARTS = {
     "scratch": "from scratch",
@@ -42,14 +42,6 @@ def _domain(name: str) -> str:
     return text + table(head, rows) + "\n" + table(["run", "base lr", "score"], _all(runs, domain.metric))
 
 
-def _found(runs: dict, start: str, share: float) -> dict[str, list[dict]]:
-    """The runs of a start and share, by learning rate."""
-    found: dict[str, list[dict]] = {}
-    for name in matching(runs, f"{start}-labels-{share:g}-lr-*"):
-        found.setdefault(name.split("-lr-")[1].split("-seed-")[0], []).append(runs[name])
-    return found
-
-
 def _minutes(runs: dict, starts: list[str]) -> str:
     """Times of the pretrainings."""
     pretrained = {STARTS[start]: runs[start] for start in starts if start in runs}
@@ -59,13 +51,11 @@ def _minutes(runs: dict, starts: list[str]) -> str:
 
 
 def _row(runs: dict, name: str, share: float, starts: list[str]) -> list[str] | None:
-    """The scores of all seeds at the learning rate that has the most of them; the best if none has more than one."""
+    """The scores of all seeds of each start at its best learning rate."""
     metric, values = DOMAINS[name].metric, {}
     for start in starts:
-        by_rate = _found(runs, start, share)
-        if by_rate:
-            rate, chosen = max(by_rate.items(), key=lambda item: (len(item[1]), item[1][0]["best"][metric]))
-            values[start] = [run["best"][metric] for run in chosen], rate
+        if found := at_best_rate(runs, start, share, metric):
+            values[start] = found
     if not {"scratch", "fcmae"} <= values.keys():
         return None
     cells = [

@@ -25,9 +25,22 @@ from matplotlib.ticker import PercentFormatter
 from scipy.stats import spearmanr
 
 from bench.dense_page import dense
-from bench.experiments import ABLATIONS, BACKENDS, FEW, SCALES, SEEDS
+from bench.experiments import ABLATIONS, BACKENDS, FEW, SCALES
 from bench.options import ROOT
-from bench.tables import K, by_hand, frozen, last, load, mean_and_range, plot, probed, recipe_links, speed, table
+from bench.tables import (
+    K,
+    at_best_rate,
+    by_hand,
+    frozen,
+    last,
+    load,
+    mean_and_range,
+    plot,
+    probed,
+    recipe_links,
+    speed,
+    table,
+)
 from configs.files import write_atomic
 from configs.schema import visible_patches
 
@@ -155,12 +168,9 @@ def masks(runs: Runs, scale: str) -> Section:
         trained = [runs[name] for name in matching(runs, f"masks-{ratio}-seed-[0-9]")]
         if not trained:
             continue
-        top1 = {name: runs[name]["best"]["top1"] for name in matching(runs, f"masks-{ratio}-seed-*-labels-*")}
-        tried = matching(top1, f"masks-{ratio}-seed-{SEEDS[0]}-*")
-        rate = max(tried, key=top1.get).split("-lr-")[1].split("-")[0] if tried else "-"
-        tuned = [top1[name] for name in matching(top1, f"*-lr-{rate}-seed-*")]
+        tuned = at_best_rate(runs, f"masks-{ratio}-seed-*", FEW, "top1")
         minutes = mean(run["seconds"] for run in trained) / 60
-        cells = [*frozen(trained), f"{mean_and_range(tuned)}, lr {rate}" if tuned else "-"]
+        cells = [*frozen(trained), f"{mean_and_range(tuned[0])}, lr {tuned[1]}" if tuned else "-"]
         rows.append([ratio, epochs, f"{minutes:.0f}", *cells, len(trained)])
     if not rows:
         return None

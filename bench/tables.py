@@ -1,6 +1,7 @@
 """What pages on experiments share: saved summaries, scores, tables, links, plots."""
 
 import json
+from fnmatch import filter as matching
 from itertools import cycle
 from statistics import mean
 
@@ -35,6 +36,20 @@ def mean_and_range(values: list[float]) -> str:
     """Mean and range over seeds, in per cent."""
     seeds = "one seed" if len(values) == 1 else f"{min(values):.2%} to {max(values):.2%}"
     return f"{mean(values):.2%} ({seeds})"
+
+
+def at_best_rate(runs: dict[str, dict], start: str, share: float, metric: str) -> tuple[list[float], str] | None:
+    """Best scores of the fine-tunings from a start, or from all that match a pattern, and their learning rate.
+
+    It is the rate with the most seeds; the best one if none has more than one.
+    """
+    by_rate: dict[str, list[float]] = {}
+    for name in matching(runs, f"{start}-labels-{share:g}-lr-*-seed-[0-9]"):
+        by_rate.setdefault(name.split("-lr-")[1].split("-seed-")[0], []).append(runs[name]["best"][metric])
+    if not by_rate:
+        return None
+    rate, scores = max(by_rate.items(), key=lambda item: (len(item[1]), item[1][0]))
+    return scores, rate
 
 
 def table(head: list[str], rows: list[list]) -> str:

@@ -110,9 +110,6 @@ class Pretraining(Stage):
         self.last = tuple(tensor[: self.objective.pictured] for tensor in inputs)
         return self.engine(*inputs)
 
-    def after_update(self) -> None:
-        """Nothing: no objective averages weights."""
-
     def monitor(self) -> Report:
         return self.objective.monitor(self.engine.model)
 

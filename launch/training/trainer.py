@@ -50,7 +50,7 @@ class Stage(Protocol):
         """Loss [] of a micro batch; `step` counts from 0, `micro` within the step."""
 
     def after_update(self) -> None:
-        """Called after each update of the weights."""
+        """Called after each update of the weights; nothing unless defined."""
 
     def monitor(self) -> Report:
         """What the last step showed, every `run.log_every` steps and at the end of an epoch; nothing unless defined."""

@@ -1,10 +1,12 @@
-"""What Linux says of this machine."""
+"""What the system says of this machine and this process."""
 
+import resource
+import sys
 from pathlib import Path
 
 import psutil
 
-CPU_INFO = Path("/proc/cpuinfo")
+CPU_INFO, STATUS = Path("/proc/cpuinfo"), Path("/proc/self/status")
 OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # files of a memory limit, of what is in use, and prefix of the file caches in memory.stat; by version
 CGROUP_FILES = {1: ("limit_in_bytes", "usage_in_bytes", "total_"), 2: ("max", "current", "")}
@@ -12,7 +14,21 @@ CGROUP_FILES = {1: ("limit_in_bytes", "usage_in_bytes", "total_"), 2: ("max", "c
 
 def cpu_info(*names: str) -> str:
     """The first value of a field with one of these names in /proc/cpuinfo; empty if there is none."""
-    fields = (line.partition(":") for line in (CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else ()))
+    return _field(CPU_INFO, *names)
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has held.
+
+    Where Linux has no VmHWM, and on macOS, it counts what the process that started this one had held by then too.
+    """
+    if own := _field(STATUS, "VmHWM"):
+        return int(own.removesuffix("kB")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _field(path: Path, *names: str) -> str:
+    fields = (line.partition(":") for line in (path.read_text().splitlines() if path.exists() else ()))
     return next((value.strip() for name, _, value in fields if name.strip() in names), "")
 
 

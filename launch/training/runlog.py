@@ -2,8 +2,6 @@
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 
+from configs import machine
 from configs.errors import printable
 from configs.files import write_atomic
 from launch.training.trackers import Trackers
@@ -151,8 +150,7 @@ def peak_memory() -> float:
     """Peak memory of this rank so far, GiB: of its GPU, or of the process on a CPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    return kilobytes / (2**30 if sys.platform == "darwin" else 2**20)
+    return machine.peak_memory() / 2**30
 
 
 def read_log(path: Path) -> Iterator[dict]:

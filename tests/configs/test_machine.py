@@ -1,9 +1,13 @@
-"""Free memory within the limits of cgroups, in files like the kernel's."""
+"""Free memory within the limits of cgroups, in files like the kernel's; peak memory of a process."""
+
+import subprocess
+import sys
 
 import psutil
 import pytest
 
 from configs import machine
+from tests.conftest import ROOT
 
 GIB = 2**30
 FREE = 64 * GIB  # of the machine
@@ -63,3 +67,15 @@ def test_version_1(kernel):
 
 def test_this_machine():
     assert 0 < machine.available_memory() <= psutil.virtual_memory().total
+
+
+def test_peak_memory_is_not_that_of_the_process_that_starts_this_one():
+    """The kernel hands the peak of getrusage on to a started program."""
+    held = bytearray(b"1") * (GIB // 2)
+    code = (
+        "from configs.machine import peak_memory\n"
+        f"before = peak_memory(); more = bytearray(b'1') * {GIB // 4}; print(before, peak_memory())"
+    )
+    started = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(int, started.stdout.split())
+    assert before < GIB // 4 < after < len(held) < machine.peak_memory()

@@ -265,9 +265,10 @@ def test_ranks_of_a_machine_share_its_memory():
 
 # three real steps: bytes by the estimate, and the peak of the process above what it had before
 STEPS = """
-import json, resource, sys
+import json, sys
 sys.path[:0] = [sys.argv[1]]
 import psutil, torch
+from configs.machine import peak_memory
 from configs.schema import Data, FCMAESettings, Optim, Pretrain, PretrainModel, Run
 from launch.training.engine import Engine
 from launch.training.fit import measure_need
@@ -287,7 +288,7 @@ estimate = measure_need(config, model, groups, 1, inputs).bytes(micro)
 engine = Engine(model, groups, config.optim, world)
 for _ in range(3):
     engine.step(engine(*inputs(torch.rand(micro, 3, 224, 224))))
-print(json.dumps([estimate, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
+print(json.dumps([estimate, peak_memory() - before]))
 destroy_world()
 """
 

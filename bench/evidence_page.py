@@ -247,7 +247,7 @@ def backends(runs: Runs, scale: str) -> Section:
         f"The same {compared['packed']['steps']} steps in fp32 on 5,000 images, with the same initial weights and "
         "masks: mean loss of the last epoch, and the largest relative difference of an epoch's loss from packed's.\n\n"
     )
-    return text + table(["backend", "loss", "difference", "images/s"], rows), None
+    return text + table(["backend", "loss", "difference", "per second"], rows), None
 
 
 def ablations(runs: Runs, scale: str) -> Section:
@@ -285,7 +285,7 @@ def all_runs(runs: Runs, scale: str) -> Section:
             share = (config.get("task") or config)["label_share"]  # older results have it at the top
             cells = [f"{share:.0%}", f"{config['optim']['lr']:g}", config["run"]["seed"], f"{run['best']['top1']:.2%}"]
             tuned.append([name, *cells, f"{test['scores']['top1']:.2%}" if test else "-", *end])
-    first = table(["pretraining", "epochs", "loss", "kNN", "linear", "images/s", "time", "hardware"], pretrained)
+    first = table(["pretraining", "epochs", "loss", "kNN", "linear", "per second", "time", "hardware"], pretrained)
     second = table(["fine-tuning", "labels", "base lr", "seed", "validation", "test", "time", "hardware"], tuned)
     return f"{first}\n{second}", None
 

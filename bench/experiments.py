@@ -47,7 +47,7 @@ SCALES = {
         masks={0.6: 8, 0.75: 10},
         mask_rates=(4e-3, 8e-3),
         objectives={
-            "muon": ("FCMAE, Muon", "cifar10-small", *MUON, 16e-3, "--optim.epochs", 45),
+            "muon": ("FCMAE, Muon", "cifar10-small-muon"),
             "lejepa": ("FCMAE and LeJEPA, Muon", "cifar10-small-lejepa"),
         },
     ),

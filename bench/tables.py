@@ -73,8 +73,9 @@ def frozen(trained: list[dict]) -> list[str]:
 
 
 def speed(run: dict) -> str:
-    """Mean images/s of a pretraining."""
-    return f"{mean(run['images_per_s'].values()):,.0f}"
+    """Mean images/s of a pretraining, or crops/s."""
+    unit = "crops" if "crops_per_s" in run else "images"
+    return f"{mean(run[f'{unit}_per_s'].values()):,.0f} {unit}"
 
 
 def plot(title: str, x: str, lines: dict[str, tuple], style: str = "o-", percent: bool = True) -> Figure:

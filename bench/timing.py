@@ -2,7 +2,6 @@
 
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from statistics import median
@@ -10,9 +9,10 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from bench.options import PATCH, ROOT
+from bench.options import PATCH
 from configs.errors import UserError
 from configs.schema import visible_patches
+from launch.training.facts import commit
 from launch.training.summary import cpu_name
 from launch.training.world import prepare_cpu
 from models import kernels
@@ -152,12 +152,10 @@ def peak_memory(runs: dict[str, Callable[[], object]], device: str) -> dict:
 
 def machine(device: str) -> dict:
     """The device and the versions that a measurement belongs to; a + after the commit means that files differ."""
-    git = ["git", "describe", "--always", "--dirty=+"]
-    described = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "device": cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": described.stdout.strip() or "unknown",
+        "commit": commit().replace("-dirty", "+") or "unknown",
     }

@@ -28,6 +28,13 @@ def check_new(path: Path) -> None:
     check_parent(path)
 
 
+def check_png(path: Path) -> None:
+    """Check that a picture to be written is named as a PNG, and that its folder exists."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path} is to be a PNG picture: end its name with .png")
+    check_parent(path)
+
+
 def check_parent(path: str | Path) -> None:
     """Check that the folder that a file is to be written to exists."""
     folder = Path(path).parent

@@ -16,7 +16,7 @@ from configs.compare import to_dict
 from configs.errors import UserError, nearest
 from configs.keys import REQUIRED, fields_of, keys, require
 from configs.log import say
-from configs.recipes import RECIPES, check_keys, load_recipe
+from configs.recipes import RECIPES, check_values, load_recipe
 from configs.values import Config, build, from_text, is_list, notation, word_types
 
 
@@ -82,7 +82,7 @@ def parse(
     )
     add = parser.add_argument
     add("--config", metavar="RECIPE.yaml", help=f"YAML file of the keys below, which these override; else {built_in}")
-    plan = "only print the plan for so many ranks (default: this machine's): steps, parameter groups, memory"
+    plan = "only print the plan for this many ranks (default: this machine's): steps, parameter groups, memory"
     add("--dry-run", nargs="?", metavar="RANKS", help=plan)
     add("--parameters", action="store_true", help="with --dry-run: also shape, weight decay and rate of each parameter")
     add("--print_config", action="store_true", help="print the resulting configuration, itself a recipe")
@@ -90,7 +90,7 @@ def parse(
     add("--restarts", metavar="N", help=again)
     _add_keys(parser, config, {f"{key}.name": f"{{{','.join(modules)}}}" for key, modules in choices.items()})
     flags = vars(parser.parse_args(argv))
-    check_keys(path, values, [key for key, _ in keys(config)])
+    check_values(path, values, dict(keys(config)))
     config = build(config, values | flags)
     if "print_config" in flags:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")

@@ -32,7 +32,7 @@ def parse_hub(source: str) -> HubName:
     file = match[2] if match else None
     if not match or SECRET.search(match[0]) or any(part in ("", ".", "..") for part in (file or "x").split("/")):
         shown = SECRET.sub("...", source.removeprefix("hf://"))
-        raise UserError(f"hf://{shown} is no name on a hub: use hf://USER/REPO[/FILE][@REVISION]")
+        raise UserError(f"hf://{shown} is not a valid name on a hub: use hf://USER/REPO[/FILE][@REVISION]")
     return HubName(match[1], file, match[3])
 
 

@@ -58,7 +58,7 @@ def require(ok: bool, key: str, value: object, rule: str) -> None:
 class Choice:
     """Base of a section that is chosen by name, such as `objective`. The module of this name adds its own keys."""
 
-    name: str = fixed("", "which one; its own keys follow")
+    name: str = fixed("", "its name; the keys below are its own")
 
 
 def fields_of(schema: Any) -> tuple[dataclasses.Field, ...]:

@@ -20,7 +20,7 @@ def cpu_info(*names: str) -> str:
 def peak_memory() -> int:
     """The most bytes of memory that this process has held.
 
-    Where Linux has no VmHWM, and on macOS, it counts what the process that started this one had held by then too.
+    Without VmHWM in /proc, as on macOS, the value includes the peak of the process that started this one.
     """
     if own := _field(STATUS, "VmHWM"):
         return int(own.removesuffix("kB")) * 1024

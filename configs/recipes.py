@@ -3,7 +3,9 @@
 A recipe may be for both stages: keys in a block `pretrain:` or `finetune:` are of that stage only, the others of both.
 """
 
-from collections.abc import Iterable
+import os
+from dataclasses import Field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import yaml
 from configs.errors import UserError, nearest
 from configs.keys import keys
 from configs.secrets import WAY_OUT, has_secret
-from configs.values import Config, build, read_yaml
+from configs.values import Config, build, checked, read_yaml
 
 RECIPES = Path(__file__).parent
 BLOCKS = ("pretrain", "finetune")
@@ -48,7 +50,8 @@ def _read(path: Path) -> dict[str, Any]:
         content = read_yaml(path.read_text())
     except OSError as error:
         known = sorted(str(p.relative_to(RECIPES.parent)) for p in RECIPES.rglob("*.yaml"))
-        hint = f" {close}" if (close := nearest(str(path), known)).startswith("(nearest") else ""
+        close = get_close_matches(str(path), known, n=1, cutoff=0.5)
+        hint = f" (nearest: {os.path.relpath(RECIPES.parent / close[0])})" if close else ""
         raise UserError(f"recipe {path}: {error.strerror.lower()}{hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
@@ -73,14 +76,15 @@ def recipe_section(path: Path, section: str, kind: type[Config]) -> Config:
     """
     prefix = f"{section}."
     values = {key: value for key, value in load_recipe(path, "pretrain").items() if f"{key}.".startswith(prefix)}
-    check_keys(path, values, [key for key, _ in keys(kind(), prefix)])
+    check_values(path, values, dict(keys(kind(), prefix)))
     return build(kind(), values, prefix)
 
 
-def check_keys(path: Path, found: Iterable[str], valid: list[str]) -> None:
-    """Raise a `UserError` for keys that are not valid, with the nearest one that is."""
-    for key in found:
-        if any(name.startswith(f"{key}.") for name in valid):
+def check_values(path: Path, found: dict[str, Any], fields: dict[str, Field]) -> None:
+    """Raise a `UserError` for unknown keys, with the nearest valid one, and for values of a wrong type."""
+    for key, value in found.items():
+        if any(name.startswith(f"{key}.") for name in fields):
             raise UserError(f"{path}: section {key} holds no keys: give it some, or leave it out")
-        if key not in valid:
-            raise UserError(f"{path}: unknown key {key} {nearest(key, valid)}")
+        if key not in fields:
+            raise UserError(f"{path}: unknown key {key} {nearest(key, fields)}")
+        checked(f"{path}: {key}", fields[key].type, value)

@@ -99,12 +99,14 @@ class Run:
     log_every: PositiveInt = free(10, "steps between log lines")
     picture_every: PositiveInt = free(10, "epochs between reconstruction pictures (pretraining)")
     eval_every: PositiveInt = free(1, "epochs between evaluations; the last epoch is always evaluated (fine-tuning)")
-    patience: NonNegativeInt = free(0, "stop after so many epochs without a better score; 0 = never (fine-tuning)")
-    max_steps: PositiveInt | None = free(None, "stop after so many steps as if the run were complete: to try a recipe")
+    patience: NonNegativeInt = free(0, "stop after this many epochs without a better score; 0 = never (fine-tuning)")
+    max_steps: PositiveInt | None = free(None, "stop after this many steps as if training were complete: a trial")
     save_every: PositiveInt = free(1, "epochs between checkpoints")
     save_minutes: NonNegativeFloat = free(30.0, "also save within an epoch if the last checkpoint is this old; 0 = off")
     keep: PositiveInt = free(2, "checkpoints to keep, besides the best (fine-tuning)")
-    hang_minutes: PositiveFloat = free(10.0, "end a run without progress for so long, and name the rank it waits for")
+    hang_minutes: PositiveFloat = free(
+        10.0, "minutes without progress after which the run ends and names the rank it waits for"
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = free(
         ("tensorboard",),
         "where to send the values of log.jsonl as well: a list of tensorboard, wandb, mlflow; [] = none",
@@ -125,7 +127,9 @@ class Probe:
 
     every: NonNegativeInt = free(0, "epochs between evaluations, and one after the last epoch; 0 = none; needs labels")
     unlabelled_every: NonNegativeInt = free(
-        0, "the same for RankMe, alpha-ReQ and the loss of eval_split, or of training images; 0 = none; needs no labels"
+        0,
+        "epochs between evaluations without labels: RankMe, alpha-ReQ and loss, of eval_split if there is one, else "
+        "of training images; 0 = none",
     )
     unlabelled_images: PositiveInt = free(
         2048, "maximum number of images for unlabelled_every, evenly spaced; RankMe is at most this number"

@@ -10,9 +10,9 @@ URL = re.compile(
 )
 HIDDEN = "***"
 WAY_OUT = (
-    "logs and the folder of the run would show them: leave them out if the address works without (?download=1), or put "
-    "credentials where the protocol's package reads them (~/.aws/credentials, AWS_ACCESS_KEY_ID, ~/.netrc); fetch the "
-    "file of a signed URL first"
+    "they would end up in logs and run folders: drop them if the URL works without (?download=1), store credentials "
+    "where the protocol's package reads them (~/.aws/credentials, AWS_ACCESS_KEY_ID, ~/.netrc), or download the file "
+    "of a signed URL first"
 )
 
 

@@ -79,7 +79,7 @@ class MaskedSettings:
     decoder_depth: int = fixed(1, "ConvNeXt V2 blocks of the decoder")
 
     def __post_init__(self):
-        require(0 < self.mask_ratio < 1, "objective.mask_ratio", self.mask_ratio, "between 0 and 1")
+        require(0 < self.mask_ratio < 1, "objective.mask_ratio", self.mask_ratio, "above 0 and below 1")
         require(self.decoder_dim > 0, "objective.decoder_dim", self.decoder_dim, "positive")
         require(self.decoder_depth > 0, "objective.decoder_depth", self.decoder_depth, "positive")
 
@@ -128,7 +128,9 @@ class Data:
     )
     hflip: Probability = fixed(0.5, "probability of a horizontal flip")
     vflip: Probability = fixed(0.0, "probability of a vertical flip, for aerial or microscopic images")
-    repeats: PositiveInt = fixed(1, "random crops of each image in a global batch, which then has fewer images")
+    repeats: PositiveInt = fixed(
+        1, "crops of an image in a batch; batch_size counts crops, so a batch has batch_size / repeats images"
+    )
     mean: tuple[float, ...] | None = fixed(
         None, "mean per channel, of pixels from 0 to 1; null = that of --init, else ImageNet's for 3 channels, or .5"
     )
@@ -142,7 +144,7 @@ class Data:
     max_damaged: Probability = free(0.01, "share of images that may be unreadable; they are replaced and reported")
 
     folds: NonNegativeInt = fixed(
-        0, "cross-validation: divide data.split into so many parts, alike in their labels; 0 = off (fine-tuning)"
+        0, "cross-validation: number of parts of data.split, stratified by label; 0 = off (fine-tuning)"
     )
     fold: NonNegativeInt = fixed(0, "the part that is evaluated, from 0; the others are trained on (fine-tuning)")
 
@@ -153,6 +155,11 @@ class Data:
         require(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "two shares with 0 < min <= max <= 1")
         low, high = self.crop_ratio
         require(0 < low <= high, "data.crop_ratio", self.crop_ratio, "two ratios with 0 < min <= max")
+
+    @property
+    def unit(self) -> str:
+        """What batch sizes and rates count: image, or crop of one."""
+        return "crop" if self.repeats > 1 else "image"
 
     @property
     def height_width(self) -> tuple[int, int]:

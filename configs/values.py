@@ -22,7 +22,15 @@ BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most", "mult
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.1, but 1e-3 is a number, as in YAML 1.2."""
+    """YAML 1.1, but 1e-3 is a number and a key that is written twice an error, as in YAML 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        first = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key.value, str) and first.setdefault(key.value, line) != line:
+                raise yaml.YAMLError(f"{key.value} is written twice, in lines {first[key.value]} and {line}")
+        return super().construct_mapping(node, deep)
 
 
 Loader.add_implicit_resolver(
@@ -106,7 +114,11 @@ def checked(name: str, kind: Any, value: Any) -> Any:
             raise ValueError  # pydantic takes true for Literal[1]
         return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)  # a JSON list is a tuple
     except ValueError:
-        raise UserError(f"{name} is {value}: it must be {in_words(kind)}") from None
+        text = value
+        if isinstance(value, str) and value != "":
+            with suppress(yaml.YAMLError):
+                text = value if isinstance(read_yaml(value), str) else f'the text "{value}", in quotes'
+        raise UserError(f"{name} is {text}: it must be {in_words(kind)}") from None
 
 
 def build(config: Config, values: dict[str, Any], prefix: str = "") -> Config:

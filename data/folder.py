@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.errors import UserError, nearest, printable
+from configs.errors import UserError, counted, nearest, printable
 from configs.log import say
 from configs.schema import Data
 from configs.shell import quote
@@ -57,7 +57,7 @@ class Folder:
             way_out = f"make folders train/ and {name}/ in it, or shards in a new folder OUT with {make}"
             raise UserError(f"{self.folder} has no split {name}: {way_out}")
         else:
-            say(f"{self.folder} has no split folders: using all {len(catalog.rows):,} images as split {name}")
+            say(f"{self.folder} has no split folders: using its {counted(len(catalog.rows), 'image')} as split {name}")
         self._numbers = np.flatnonzero(catalog.rows["split"] == number)  # of the samples in the catalog
         self._labels = catalog.rows["label"][self._numbers]
         self.digest = catalog.digests[number]  # of names, labels, sizes and times of the images, compared on resume

@@ -1,5 +1,6 @@
 """Index the tars of other tools; verify and describe a folder of shards."""
 
+import re
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from data.tars import read_rows
 from data.vectors import stored_targets
 
 MAX_SHOWN = 10  # names of targets
+NUMBER = re.compile(r"[-_.]*\d*([-_]of[-_]\d+)?$")  # of a tar
 
 
 def describe(folder: Path) -> None:
@@ -32,7 +34,8 @@ def describe(folder: Path) -> None:
 
 
 def index_folder(folder: Path, pool: Pool) -> None:
-    """Index WebDataset tars of other tools. A tar's split is its name without the number (train-0001.tar -> train).
+    """Index WebDataset tars of other tools. A tar's split is its name without the number: of train-0001.tar and
+    train-00001-of-00010.tar it is train.
 
     Raises `UserError` for no tars, a damaged one, no images, or too few lines in classes.txt.
     """
@@ -44,7 +47,7 @@ def index_folder(folder: Path, pool: Pool) -> None:
     shards = run_tasks(_index_one, tars, pool, len(tars), folder)
     splits, max_label = defaultdict(list), -1
     for tar, shard in zip(tars, shards, strict=True):
-        split = tar.stem.rstrip("0123456789").rstrip("-_.") or "train"
+        split = NUMBER.sub("", tar.stem) or "train"
         splits[split].append(shard)
         if shard.samples:
             max_label = max(max_label, int(np.load(index_file(tar), allow_pickle=False)["label"].max()))

@@ -5,7 +5,7 @@
     CAT/1.jpg        DOG/more/2.jpg     the next folder is the class, if every image of the split is in one
     1.jpg            2.jpg              no classes
 
-What could mean several things is refused; `--splits` and `--no-splits` say what is meant.
+Ambiguous layouts are refused; `--splits` and `--no-splits` resolve them.
 """
 
 import re

@@ -296,7 +296,7 @@ def _mask_of(image: tuple[str, bytes], name: str, data: bytes, item: Item, optio
     turn = 1 if options.no_exif or sniff(data) not in KEPT else orientation(data)
     if turn != 1:
         if not swaps(turn) or full[0] == full[1]:
-            problem = "is turned by EXIF, and its size does not tell whether its mask is turned"
+            problem = "has an EXIF rotation, and its size cannot show whether its mask is rotated too"
             raise ImageError(
                 f"{problem}: save both upright, or use --no-exif if masks fit the stored pixels", UNSUPPORTED
             )

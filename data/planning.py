@@ -59,7 +59,7 @@ class PrepareOptions(Reading):
         "or all black (means below 8)",
     )
     shard_size: ShardSize = option(5000, "maximum images, or tiles before background is dropped, in a shard")
-    workers: Workers = option(os.cpu_count(), "processes")
+    workers: Workers = option(len(os.sched_getaffinity(0)), "processes")
     ray: str | None = option(None, RAY_HELP, alone="auto")
     val_fraction: BelowOne = option(0.0, "hold out this share of each class as split val")
     only: Path | None = option(None, "use only the images whose names this file lists (see docs/guide/embed.md)")

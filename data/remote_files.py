@@ -75,7 +75,7 @@ class _RemoteFile(io.RawIOBase):
             return
         self.size = _call(url, "SOURCE", lambda files, path: files.info(path)["size"])
         if self.size is None:
-            raise RemoteUserError(f"{url}: its server does not tell its size: download it, and give the local file")
+            raise RemoteUserError(f"{url}: its server does not report the size: download the file, and give its path")
 
     def readable(self) -> bool:
         return True

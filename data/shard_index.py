@@ -15,7 +15,7 @@ from pydantic import Field, Strict, TypeAdapter, ValidationError
 
 from configs.errors import UserError
 from configs.files import write_atomic
-from configs.shell import quote
+from configs.shell import command, quote
 from data.remote import Remote
 from data.tars import BLOCK_BYTES, READABLE, ROW, TARGET_ROW
 
@@ -129,7 +129,7 @@ def _no_index(folder: Path) -> str:
         return f"{folder} has no index.json, so it is not a folder of shards: {make}{more}"
     if tars:
         return f"{folder} has tars but no index.json: run `python data/prepare.py {quote(str(folder))} --index`"
-    return f"no shards at {folder}: make them with `python data/prepare.py SOURCE {quote(str(folder))}`"
+    return f"no shards at {folder}: make them with `{command('data/prepare.py', 'SOURCE', folder)}`"
 
 
 def _is_image(name: str) -> bool:

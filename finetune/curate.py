@@ -22,7 +22,7 @@ from pydantic import PositiveInt
 from rich.console import Console
 from rich.progress import track
 
-from configs.checks import check_exists, check_parent, check_weights
+from configs.checks import check_exists, check_parent, check_png, check_weights
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import Share, argument, option
@@ -45,12 +45,12 @@ class Options:
         None,
         "list images whose cosine similarity to an earlier image that remains is at least this",
     )
-    outliers: PositiveInt | None = option(None, "list so many images, those farthest from their nearest images")
-    subset: PositiveInt | None = option(None, "list so many images, as evenly as possible from all clusters")
+    outliers: PositiveInt | None = option(None, "list this many images, those farthest from their nearest images")
+    subset: PositiveInt | None = option(None, "list this many images, as evenly as possible from all clusters")
     nearest: str | None = option(None, "list the images most similar to this one: a name in FEATURES, or a file")
     k: PositiveInt = option(10, "nearest images: averaged by --outliers, listed by --nearest")
     clusters: PositiveInt | None = option(None, "k-means clusters of --subset (default: square root of the images)")
-    seed: int = option(0, "of --subset")
+    seed: int = option(0, "random seed of --subset")
     sheet: Path | None = option(None, "write a PNG of the first images of the list; duplicates beside what remains")
     source: str | None = option(None, "images of --sheet (default: as recorded in FEATURES)")
     weights: str | None = option(None, "weights for --nearest FILE (default: as recorded in FEATURES)")
@@ -79,8 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     check_exists(options.features, "a file that finetune/embed.py wrote")
     if options.out in (options.features, options.sheet):
         raise UserError(f"{options.out} is given twice: choose another name for OUT")
-    for path in filter(None, (options.out, options.sheet)):
-        check_parent(path)
+    if options.out:
+        check_parent(options.out)
+    if options.sheet:
+        check_png(options.sheet)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("finetune/curate.py runs in one process: start it with python, not with a launcher")
 
@@ -191,7 +193,7 @@ def embed_file(table: "FeatureTable", options: Options) -> "Tensor":
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     image = EvalTransform.of(trained.preprocessing)(image)["image"][None]
-    x = mean_tokens(trained.model, image, 1, trained.mean, trained.std, "fp32")[0]
+    x = mean_tokens(trained.model, image, 1, trained.mean, trained.std, table.origin.precision)[0]
     if not bool(torch.isfinite(x).all()):
         raise UserError(f"{weights} gives features that are not finite: use other weights")
     return F.normalize(x, dim=0)

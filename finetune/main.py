@@ -96,6 +96,7 @@ def main() -> None:
     loader = train_loader(*train, weights=weights, read_target=read_target)
     val_loader = eval_loader(eval_split, task.eval_transform(), channels, data, micro, *place, read_target=read_target)
     digests = {"data_digest": train_split.digest, "init_digest": init.digest if init else "none"}
+    digests["eval_digest"] = eval_split.digest
     identity = to_dict(config) | {"stage": "fine-tuning"} | digests
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
     source = f"from {config.init if init else 'scratch'}; {images:,} images, evaluated on {len(eval_split):,}"
@@ -112,7 +113,8 @@ def main() -> None:
     if world.first:
         task.draw(trainer.folder, stage.best_predictions)
         say(f"wrote {write_report(trainer.folder)}: open it in a browser")
-        say(f"next: {command('finetune/evaluate.py', path, data.path, '--split', config.eval_split)}")
+        if not data.folds:  # a fold is no split
+            say(f"next: {command('finetune/evaluate.py', path, data.path, '--split', config.eval_split)}")
         release_spares()
     destroy_world()
 

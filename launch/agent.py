@@ -103,7 +103,7 @@ def _join_again(place: Place, where: str, agent, command: list[str]) -> int:
         print(f"no connection to the first machine at {where}: trying {minutes}", file=sys.stderr, flush=True)
     elif time.time() - place.lost > RETURN_SECONDS:
         raise UserError(
-            f"no connection to the first machine at {where}, which lists the others: if it is lost, run the same "
+            f"no connection to the first machine at {where}, which all others need: if it is lost, run the same "
             "command on the machines that are left, with another MASTER_ADDR, to resume"
         )
     time.sleep(RETRY_SECONDS)

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(Options, __doc__, argv)
     source, local = options.source, not is_url(options.source)
     if not is_collection(source):
-        read_index(open_folder(Data(source)))  # raises for what are no shards
+        read_index(open_folder(Data(source)))  # raises unless these are shards
 
     name = run_name(source)
     shards = local and not is_collection(source)

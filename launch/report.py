@@ -35,11 +35,12 @@ def main() -> None:
     if options.out:
         check_parent(options.out)
     from launch.reports.page import write_page
+    from launch.training.summary import REPORT
 
     if options.out:
         out = options.out
     elif len(options.runs) == 1:
-        out = options.runs[0] / "report.html"
+        out = options.runs[0] / REPORT
     else:
         out = Path(os.path.commonpath([run.resolve().parent for run in options.runs])) / "comparison.html"
     write_page(options.runs, out)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 from dataclasses import asdict, dataclass
@@ -57,24 +58,33 @@ def start_agent(argv: list[str] | None = None) -> None:
     os.execve(sys.executable, words, kept)
 
 
+def tasks_on_node(env: dict[str, str], per_node: str) -> str:
+    """srun's tasks on this machine, from those on every machine as SLURM abbreviates them, like `4(x2),3`."""
+    counts = [n for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node) for _ in range(int(times or 1))]
+    return counts[int(env.get("SLURM_NODEID", "0"))]
+
+
 def find_place(env: dict[str, str], number: int) -> Place:
     """The place that a launcher's variables describe: those of DeepSpeed, which torchrun.sh sets too, or of srun."""
     if "CROSS_SIZE" in env:
-        least, _, most = env["CROSS_SIZE"].rpartition(":")
+        low, _, high = env["CROSS_SIZE"].rpartition(":")
         first, ranks = env["CROSS_RANK"] == "0", env["LOCAL_SIZE"]
     elif "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
-        least, most = "1", env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1"))
-        first, ranks = env.get("SLURM_NODEID", "0") == "0", env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0]
+        low, high = "1", env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1"))
+        first, ranks = (
+            env.get("SLURM_NODEID", "0") == "0",
+            tasks_on_node(env, env.get("SLURM_STEP_TASKS_PER_NODE", "1")),
+        )
     else:
-        least, most, first, ranks = "1", "1", True, "1"
-    if not (most.isdecimal() and (least or "1").isdecimal() and 1 <= int(least or 1) <= int(most)):
+        low, high, first, ranks = "1", "1", True, "1"
+    if not (high.isdecimal() and (low or "1").isdecimal() and 1 <= int(low or 1) <= int(high)):
         raise UserError(f"NODES is {env.get('CROSS_SIZE')}: use the number of machines, like 4, or MIN:MAX, like 2:4")
-    if most == "1":
+    if high == "1":
         return Place(1, 1, ranks, True, "127.0.0.1", 0, number)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in env:
-            raise UserError(f"--restarts on {most} machines without {name}: set it, as launch/nodes/slurm.sh does")
-    return Place(int(least or 1), int(most), ranks, first, env["MASTER_ADDR"], int(env["MASTER_PORT"]), number)
+            raise UserError(f"--restarts on {high} machines without {name}: set it, as launch/nodes/slurm.sh does")
+    return Place(int(low or 1), int(high), ranks, first, env["MASTER_ADDR"], int(env["MASTER_PORT"]), number)
 
 
 def own_address(place: Place) -> str:

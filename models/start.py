@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from configs.errors import UserError
+from configs.errors import UserError, counted
 from configs.log import say
 from configs.schema import Data, Encoder
 from models.convnext import ConvNeXt
@@ -109,7 +109,7 @@ def _adapted(init: Opened, arch: Encoder) -> Weights:
         raise UserError(f"{init.path} contains another model than the configuration: set {flags.translate(BRACKETS)}")
     if stored.channels == arch.channels:
         return weights
-    say(f"{init.path} has {stored.channels} input channels, the model {arch.channels}: stem adapted")
+    say(f"{init.path} has {counted(stored.channels, 'input channel')}, the model {arch.channels}: stem adapted")
     return other_channels(weights, arch.channels)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.errors import UserError, reason
+from configs.errors import UserError, counted, reason
 from models.networks import Network, open_network
 from models.weights import check_finite
 
@@ -59,7 +59,7 @@ class Teacher(nn.Module):
         mean, std = (torch.tensor(values) for values in statistics)
         if network.channels != len(mean):
             raise UserError(
-                f"objective.teacher {source} takes images of {network.channels} channels, model.channels is "
+                f"objective.teacher {source} takes images of {counted(network.channels, 'channel')}, model.channels is "
                 f"{len(mean)}: use a teacher for such images"
             )
         own_mean, own_std = torch.tensor(network.mean), torch.tensor(network.std)

@@ -151,8 +151,9 @@ class Pretraining(Stage):
 
 
 def summarize(log: Path, config: Pretrain, steps_per_epoch: int) -> dict:
-    """Results of a finished run by epoch (0 = initial weights), from log.jsonl; loss and images/s are means."""
-    results: dict = {"loss": {}, "images_per_s": {}, "knn": {}, "linear": {}, "feature_distance": {}, "unlabelled": {}}
+    """Results of a finished run by epoch (0 = initial weights), from log.jsonl; loss and speed are means."""
+    rate = f"{config.data.unit}s_per_s"
+    results: dict = {"loss": {}, rate: {}, "knn": {}, "linear": {}, "feature_distance": {}, "unlabelled": {}}
     step, parts = 0, defaultdict(list)  # by epoch: steps of each logged mean, and the means
     for line in read_log(log):
         epoch = -(-line["step"] // steps_per_epoch)
@@ -160,12 +161,12 @@ def summarize(log: Path, config: Pretrain, steps_per_epoch: int) -> dict:
             if name in line:
                 results[name][epoch] = line[name]
         if "loss" in line:
-            parts[epoch].append((line["step"] - step, line["loss"], line["images_per_s"]))
+            parts[epoch].append((line["step"] - step, line["loss"], line[rate]))
             step = line["step"]
     for epoch, means in parts.items():
         weights, losses, rates = zip(*means, strict=True)
         results["loss"][epoch] = float(np.average(losses, weights=weights))
-        results["images_per_s"][epoch] = float(np.average(rates, weights=weights))
+        results[rate][epoch] = float(np.average(rates, weights=weights))
     if results["unlabelled"]:
         results["verdict"] = verdict(results["unlabelled"])
     return {"stage": "pretraining", "steps": step, "epochs": config.optim.epochs} | results

@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this 
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from configs.checks import check_parent, check_weights
+from configs.checks import check_png, check_weights
 from configs.command import parse_options
 from configs.errors import UserError, run_main
 from configs.keys import REQUIRED, Ratio, argument, option
@@ -33,7 +33,7 @@ class Options(FileOptions):
     weights: str = option(REQUIRED, "fcmae.pt, or an official sparse checkpoint")
     out: Path = option(REQUIRED, "PNG picture to write")
     ratio: Ratio | None = option(None, "share of the patches to hide (default: as in pretraining)")
-    seed: NonNegativeInt = option(0, "of the masks")
+    seed: NonNegativeInt = option(0, "random seed of the masks")
     size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = option(
         None, "image side in pixels, or [height,width] (default: from the file)"
     )
@@ -43,7 +43,7 @@ class Options(FileOptions):
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_options(Options, __doc__, argv)
-    check_parent(options.out)
+    check_png(options.out)
     check_weights(options.weights)
     for path in options.images:
         if not Path(path).is_file():

@@ -2,7 +2,7 @@
 # Train on several machines with SLURM, one task per GPU. Two minutes before the time limit, SLURM sends SIGUSR1: the
 # run saves and exits with code 75, and the job is requeued and resumes. --requeue does the same after a node failure.
 # With --restarts N after the script, lost ranks are restarted without requeueing; with `sbatch --no-kill` as well, the
-# run goes on without a node that fails, unless it is the first.
+# run continues without a node that fails, unless it is the first.
 #   sbatch --nodes 4 launch/nodes/slurm.sh pretrain/main.py --config configs/pretrain/photos.yaml
 #SBATCH --job-name=fcmae
 #SBATCH --gpus-per-node=8

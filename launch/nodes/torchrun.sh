@@ -3,7 +3,7 @@
 #   NODES=4 NODE_RANK=0 MASTER_ADDR=gpu01 bash launch/nodes/torchrun.sh pretrain/main.py --config configs/pretrain/photos.yaml
 # NODE_RANK counts the machines from 0. RANKS is the number of processes on this machine (default: one per GPU).
 # With --restarts N, the run restarts up to N times on the machines that are left, and again when one comes back: run the
-# same line there. NODES=2:4 waits for at least two. Machine 0 lists the others, which wait ten minutes if it is lost.
+# same line there. NODES=2:4 waits for at least two. The others connect to machine 0, and wait ten minutes if it is lost.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${NODES:?set it to the number of machines}" "${NODE_RANK:?set it to the index of this machine, from 0}"

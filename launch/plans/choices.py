@@ -18,16 +18,18 @@ MANY = 1_000_000  # images of configs/pretrain/one-gpu.yaml and more
 FEW = 4_096  # images below which a batch of 512 would give less than 8 steps an epoch
 MIN_STEPS = 8  # of an epoch
 MIN_BATCH = 16
-PASSES = {"cpu": 45_000 * 50, "cuda": 45_000 * 200}  # images x epochs of cifar10-small.yaml and of cifar10.yaml
+PASSES = {"cpu": 45_000 * 45, "cuda": 45_000 * 200}  # images x epochs of cifar10-small-muon.yaml and of cifar10.yaml
+MUON = "cifar10-small-muon"  # the recipe of FCMAE without a GPU
 CROPS = "cifar10-small-lejepa"  # the recipe whose objective compares crops of an image
 CROPS_PASSES = 45_000 * 28  # its crops x epochs
 CROPS_BATCH, CROPS_IMAGES = 120, 256  # fewest crops in a step, and images: fewer give no distribution to compare
 EPOCHS = {"cpu": (10, 2000), "cuda": (100, 2000)}  # of one-gpu.yaml, and of docs/guide/own-images.md
 WARMUP = 0.05  # of the epochs
-OF_CROPS = ("data.crop_scale", "data.repeats", "objective.name", "objective.mask_ratio", "optim.name")
-KEPT = (*OF_CROPS, "data.vflip", "objective.decoder_dim", "model.depths", "model.dims")
+OF_CROPS = ("data.crop_scale", "data.repeats", "objective.name", "objective.mask_ratio")
+KEPT = (*OF_CROPS, "data.vflip", "objective.decoder_dim", "model.depths", "model.dims", "optim.name")
 WHY = {
     "data.repeats": "crops of an image in a step; batch and epochs count crops",
+    "optim.name": "learns more in the same time than AdamW, measured without a GPU (docs/results.md)",
     "objective.name": "fcmae too, and crops of an image get alike features: better ones (docs/results.md)",
 }
 NOT_KEPT = (
@@ -117,6 +119,8 @@ def _pretrain(facts: Facts, device: str, ranks: int, base: str, stride: int) -> 
     crops = _compares_crops(facts, device)
     if crops:
         recipe |= {key: value for key, value in crops.items() if key in OF_CROPS}
+    if device == "cpu":
+        recipe["optim.name"] = "muon"
     found, images = Entries(), facts.images
     if facts.split != "train":
         found.set("data.split", facts.split, "the largest split; pretraining ignores labels")
@@ -134,7 +138,7 @@ def _pretrain(facts: Facts, device: str, ranks: int, base: str, stride: int) -> 
             found.set(key, recipe[key], WHY.get(key, same))
     batch, by_batch = _batch(images, device, ranks, base, crops)
     found.set("optim.batch_size", batch, by_batch)
-    found.set("optim.lr", *_rate(images, batch, base, crops))
+    found.set("optim.lr", *_rate(images, batch, device, base, crops))
     lowest, highest = EPOCHS[device]
     passes = CROPS_PASSES if crops else PASSES[device]
     epochs = _two_digits(min(highest, max(lowest, passes / images)))
@@ -167,13 +171,14 @@ def _batch(images: int, device: str, ranks: int, base: str, crops: dict[str, Any
     ), f"at most {cap}, and at least {MIN_STEPS} steps an epoch where images allow it"
 
 
-def _rate(images: int, batch: int, base: str, crops: dict[str, Any]) -> tuple[float, str]:
+def _rate(images: int, batch: int, device: str, base: str, crops: dict[str, Any]) -> tuple[float, str]:
     """Base learning rate, and why."""
     if crops:
         recipe, what = CROPS, "crops"
         lr = float(f"{crops['optim.lr'] * crops['optim.batch_size'] / batch:.2g}")  # the same step for any batch
     else:
-        recipe, what = "cifar10-small" if batch <= 128 else "one-gpu" if images >= MANY else base, "images"
+        small = MUON if device == "cpu" else "cifar10-small"
+        recipe, what = small if batch <= 128 else "one-gpu" if images >= MANY else base, "images"
         lr = load_recipe(RECIPES / f"pretrain/{recipe}.yaml", "pretrain")["optim.lr"]
     return lr, f"for 256 {what}, the actual one is {lr * batch / 256:.2g}; as configs/pretrain/{recipe}.yaml"
 

@@ -24,6 +24,7 @@ from data.transforms import to_float
 LOOKED = 500  # images that are decoded
 ENOUGH = 256  # pixels: JPEGs are decoded at a fraction of their size that keeps the shorter side this long
 DIGITS = 4  # of mean and std
+SECOND_SPLIT = "fine-tuning needs a second split to evaluate on: prepare the images with --val-fraction 0.1"
 TASKS = {  # by the kind of targets: task, and recipe in configs/finetune
     "mask": ("segmentation", "streets"),
     "labels": ("labels", "photos"),
@@ -154,15 +155,20 @@ def target_kind(path: str) -> str | None:
     return targets["kind"] if targets else None
 
 
-def why_no_finetuning(splits: dict[str, Counter], eval_split: str | None) -> str | None:
-    """Why classification cannot be trained on these splits, and what helps; None if it can."""
+def why_no_finetuning(splits: dict[str, Counter], eval_split: str | None, kind: str | None = None) -> str | None:
+    """Why fine-tuning cannot be trained on these splits, and what helps; None if classification can.
+
+    `kind` is that of the targets of another task, if there are any.
+    """
+    if kind and eval_split is None:
+        return SECOND_SPLIT
     train = splits.get("train")
     if train is None or set(train) == {None}:
         return "fine-tuning needs labels: folders of classes, or a table (data/prepare.py --labels); see docs/data.md"
     if len(train) == 1:
         return "fine-tuning needs images of several classes"
     if eval_split is None:
-        return "fine-tuning needs a second split to evaluate on: prepare the images with --val-fraction 0.1"
+        return SECOND_SPLIT
     for name in ("train", eval_split):
         if None in splits[name]:
             missing = f"{splits[name][None]:,} of {splits[name].total():,}"

@@ -34,7 +34,7 @@ def after_pretraining(weights: Path, config: Pretrain, recipe: Path, images: Spl
             recipe = Path(os.path.relpath(RECIPES / f"finetune/{name}.yaml"))
             flags = ["--task.name", task, *_flags(load_recipe(recipe, "finetune"), config, images, evaluated)]
             return [f"next: {command('finetune/main.py', '--config', recipe, '--init', weights, *flags)}"]
-        if problem := why_no_finetuning(splits, evaluated):
+        if problem := why_no_finetuning(splits, evaluated, kind):
             words = (weights, config.data.path, f"{config.run.name}.parquet", "--split", config.data.split)
             return [problem, f"next: {command('finetune/embed.py', *words)}"]
         recipe = recipe if has_block(recipe, "finetune") else finetuning_recipe(recipe)
@@ -45,10 +45,17 @@ def after_pretraining(weights: Path, config: Pretrain, recipe: Path, images: Spl
 
 
 def finetuning_recipe(recipe: Path) -> Path:
-    """The fine-tuning recipe of the same name as a pretraining recipe; that of photographs if there is none."""
-    same = recipe.parent.with_name("finetune") / recipe.name
-    known = recipe.absolute().is_relative_to(RECIPES) and same.exists()
-    return same if known else Path(os.path.relpath(RECIPES / "finetune/photos.yaml"))
+    """The recipe in configs/finetune that follows one in configs/pretrain: of the same name, with `-1k` (ImageNet), or
+    without last words (`cifar10-small-lejepa` is for the images of `cifar10-small`); else that of photographs."""
+    pretraining = RECIPES / "pretrain"
+    if recipe.absolute().is_relative_to(pretraining):
+        folder = RECIPES / "finetune" / recipe.absolute().parent.relative_to(pretraining)
+        words = recipe.stem.split("-")
+        shorter = ("-".join(words[:count]) for count in range(len(words), 0, -1))
+        for name in (f"{recipe.stem}-1k", *shorter):
+            if (folder / f"{name}.yaml").exists():
+                return Path(os.path.relpath(folder / f"{name}.yaml"))
+    return Path(os.path.relpath(RECIPES / "finetune/photos.yaml"))
 
 
 def _flags(values: dict[str, Any], config: Pretrain, images: Split | Folder, evaluated: str) -> list[str]:

@@ -97,9 +97,9 @@ def measure(
     steps = optim.epochs * (facts.images // optim.batch_size)
     seconds = steps * optim.batch_size * cost.image_seconds(device.type, ranks)
     repeats = config.data.repeats
-    crops, unit = (f"{repeats} crops of ", "crop") if repeats > 1 else ("", "image")
+    crops = f"{repeats} crops of " if repeats > 1 else ""
     size = f"{optim.epochs:,} epochs, {steps:,} steps of {crops}{counted(optim.batch_size // repeats, 'image')}"
-    yield Stage("pretraining", cost, seconds, size, unit)
+    yield Stage("pretraining", cost, seconds, size, config.data.unit)
     if choices.finetune is None:
         return
     values = choices.common.values() | choices.finetune.values()
@@ -165,9 +165,10 @@ def _cost(
         free = f"{room.free / GIB:.2g} GiB of memory are free"
         raise UserError(f"{model.__class__.__name__} does not fit: {free}; free some, or train on another machine")
     batch = min(micro, CPU_BATCH if device.type == "cpu" else share)
-    samples = Samples(images, len(config.data.mean), 0, transform, crops=config.data)
+    data, repeats = config.data, config.data.repeats
+    samples = Samples(images, len(data.mean), 0, transform, views=repeats, max_pixels=data.max_pixels, crops=data)
     started = time.perf_counter()
-    loaded = [samples[0, i, 0] for i in range(min(LOADED, len(images)))]
+    loaded = [samples[0, i // repeats, i % repeats] for i in range(min(LOADED, repeats * len(images)))]
     load = (time.perf_counter() - started) / len(loaded)
     image = collate([loaded[i % len(loaded)] for i in range(batch)])["image"].to(device)
     mean, std = (torch.tensor(values, device=device) for values in (config.data.mean, config.data.std))

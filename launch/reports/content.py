@@ -24,7 +24,8 @@ def facts_of(config: dict, starts: list[dict]) -> dict[str, str]:
     if last.get("classes") and "task" not in last:
         found["classes"] = f"{last['classes']:,}"
     if optim:
-        found["training"] = f"{counted(optim['epochs'], 'epoch')} in batches of {counted(optim['batch_size'], 'image')}"
+        unit = "crop" if config["data"].get("repeats", 1) > 1 else "image"
+        found["training"] = f"{counted(optim['epochs'], 'epoch')} in batches of {counted(optim['batch_size'], unit)}"
     found["precision"] = last.get("precision", "")
     if first.get("date"):
         again = f", resumed {counted(len(starts) - 1, 'time')}" if len(starts) > 1 else ""

@@ -35,6 +35,7 @@ PLOTS = {  # by title: labels of curves by their names in log.jsonl; other score
     "learning rate": {"lr": "before layer decay"},
     "gradient norm": {"grad_norm": "before clipping"},
     "images/s": {"images_per_s": "all ranks"},
+    "crops/s": {"crops_per_s": "all ranks"},
 }  # fmt: skip
 KINDS = {"raw": "raw weights", "ema": "moving average"}
 TITLES = {  # of other scores, by name

@@ -17,6 +17,7 @@ from launch.reports.content import facts_of, next_commands, preview, results
 from launch.reports.curves import Run, colour_rules, draw_plots
 from launch.reports.pictures import Picture, read_pictures
 from launch.training.runlog import read_log
+from launch.training.summary import REPORT
 from launch.training.trackers import flat
 
 FOLDER = Path(__file__).parent
@@ -46,8 +47,8 @@ class Entry:
 
 def write_report(run: Path) -> Path:
     """Write RUN/report.html from the run's files and return its path. Raises `UserError` if RUN is not a run."""
-    write_page([run], run / "report.html")
-    return run / "report.html"
+    write_page([run], run / REPORT)
+    return run / REPORT
 
 
 def write_page(runs: Sequence[Path], out: Path) -> None:

@@ -25,6 +25,7 @@ from configs.files import sha256, sync_folder, write_atomic
 from configs.log import say
 from configs.schema import Run
 from launch.training.engine import Engine, to_universal
+from launch.training.summary import REPORT
 from launch.training.world import World, barrier, broadcast, gather, process_errors
 
 UNIVERSAL = ".universal"  # folder of a checkpoint that is being converted to another number of ranks
@@ -166,8 +167,14 @@ class Checkpoints:
             damaged.append(f"{name}: {damage}")
         if mode == "must" or damaged:
             details = f" ({'; '.join(damaged)})" if damaged else ""
+            way_out = "choose another --run.name to start anew"
+            if not damaged:
+                way_out = "correct --run.name, or leave out --resume to start anew"
+            raise UserError(f"{self.folder} has no complete checkpoint{details}: {way_out}")
+        if broadcast((self.folder.parent / REPORT).exists()):
+            way_out = "choose another --run.name, or delete the folder to train anew"
             raise UserError(
-                f"{self.folder} has no complete checkpoint{details}: choose another --run.name to start anew"
+                f"{self.folder.parent} is a finished run without checkpoints, so it cannot resume: {way_out}"
             )
         return 0, {}
 

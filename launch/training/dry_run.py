@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from configs.errors import counted
 from configs.schema import Finetune, Optim, Pretrain
 from launch.training.fit import Check, any_batch, fit_batch, frozen_bytes, largest, measured_counts, room_on
 from launch.training.memory import GIB, Inputs, group_bytes
@@ -45,7 +46,7 @@ def plan(
     Raises:
         UserError: the batch does not divide, or bf16 on a GPU without it
     """
-    ranks = ranks or torch.cuda.device_count() or 1
+    ranks = ranks or torch.cuda.devicecounted() or 1
     optim = fit_batch(config.optim, images, ranks, config.data.repeats, check)
     counts = " and ".join(map(str, measured_counts(optim, ranks, config.data.repeats)))
     device = torch.device("cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -68,9 +69,9 @@ def plan(
     if device.type == "cpu":
         notes += [] if config.run.kernels == "fused" and kernels.compiled() else [ON_CPU]
         notes += [AUTO.format(kind=kind)] if optim.precision == "auto" and kind != "bf16" else []
-    lines = [f"{config.run.name} on {_count(ranks, 'rank')}; nothing is started or written\n"]
+    lines = [f"{config.run.name} on {counted(ranks, 'rank')}; nothing is started or written\n"]
     lines += [f"model   {encoder.arch.name}, {parameters / 1e6:.1f}M parameters, images of {height}x{width}"]
-    lines += schedule(optim, images, ranks)
+    lines += schedule(optim, images, ranks, config.data.repeats)
     lines += ["\nparameter groups", *group_table(model, groups, optim)]
     lines += ["\nmemory per rank, GiB", *memory_table(groups, ranks, optim.zero_stage, extra)]
     enough = f"enough for micro batches of {best}" if best else "too little for any micro batch"
@@ -82,18 +83,21 @@ def plan(
     return "\n".join(lines + notes)
 
 
-def schedule(optim: Optim, images: int, ranks: int) -> list[str]:
+def schedule(optim: Optim, images: int, ranks: int, repeats: int = 1) -> list[str]:
     """Lines on the global batch, the learning rate and the number of steps."""
     micro, accumulation = optim.accumulation(ranks)
     steps, dropped = divmod(images, optim.batch_size)
     total = steps * optim.epochs
     warmup = min(total, math.ceil(optim.warmup_epochs * steps))
+    shown = f"each epoch drops {dropped:,}, chosen anew"
+    if repeats > 1:
+        shown = f"each epoch has {repeats} crops of {steps * optim.batch_size // repeats:,}, chosen anew"
     return [
-        f"batch   micro batch {micro} x accumulation {accumulation} x {_count(ranks, 'rank')} = {optim.batch_size}",
+        f"batch   micro batch {micro} x accumulation {accumulation} x {counted(ranks, 'rank')} = {optim.batch_size}",
         f"lr      {optim.lr:g} x {optim.batch_size} / 256 = {optim.scaled(optim.lr):.3g} after warm-up, "
         f"{optim.scaled(optim.min_lr):.3g} at the end",
-        f"images  {images:,}; each epoch drops {dropped:,}, chosen anew",
-        f"steps   {steps:,} per epoch x {_count(optim.epochs, 'epoch')} = {total:,}; the first {warmup:,} are warm-up",
+        f"images  {images:,}; {shown}",
+        f"steps   {steps:,} per epoch x {counted(optim.epochs, 'epoch')} = {total:,}; the first {warmup:,} are warm-up",
     ]
 
 
@@ -134,10 +138,6 @@ def memory_table(groups: list[dict], ranks: int, stage: int, extra: dict[str, in
         cells = [f"{count / GIB:.2f}" for count in (*parts, sum(parts))]
         rows.append((f"{row}", *cells, "<- this run" if row == stage else ""))
     return _aligned(rows)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from configs.errors import UserError
+from configs.errors import UserError, counted
 from configs.log import say
 from configs.schema import Finetune, Optim, Pretrain
 from launch.training.memory import (
@@ -26,6 +26,7 @@ from launch.training.precision import precision
 from launch.training.world import World, barrier, gather
 
 MARGIN = 1.75  # memory of real steps over the estimate, see `fit_memory`
+LESS = "use data.repeats 1"
 SILENCE = 1.0  # seconds until a line says what takes so long
 Check = Callable[[int], None]  # raises `UserError` for a micro batch that the task cannot use
 
@@ -87,15 +88,15 @@ def fit_batch(
         return optim
     micro = optim.micro_batch
     shares = [share for share in range(images // ranks, 0, -1) if share * ranks % repeats == 0]
-    if not shares:
-        rest = f" and data.repeats {repeats}" if repeats > 1 else ""
-        raise UserError(
-            f"{_count(images, 'image')} cannot be divided by {_count(ranks, 'rank')}{rest}: start fewer ranks"
-            f"{', or use data.repeats 1' if rest else ''}"
-        )
     usable = [share for share in shares if accepts(check, share)]
-    if not usable:
+    if shares and not usable and repeats == 1:
         check(shares[0])
+    if not usable:
+        crops = f" with data.repeats {repeats}" if repeats > 1 else ""
+        fewer = ranks > 1 and any(share % repeats == 0 and accepts(check, share) for share in range(images, 0, -1))
+        ways = [*(["start fewer ranks"] if fewer else ["add images"]), *([LESS] if crops and accepts(check, 1) else [])]
+        few = "is too few" if images == 1 else "are too few"
+        raise UserError(f"{counted(images, 'image')} {few} for {counted(ranks, 'rank')}{crops}: {', or '.join(ways)}")
     if isinstance(micro, int):
         usable = [share for share in shares if share % micro == 0] or usable
     batch = usable[0] * ranks
@@ -144,8 +145,8 @@ def fit_memory(
     auto = optim.micro_batch == "auto"
     if auto and best:
         wanted = _chosen(best, limit, share, recorded or {})
-        say(f"optim.micro_batch auto: {wanted}, of {_count(share, 'image')} per rank")
-    tight = f"a micro batch of {_count(wanted, 'image')} needs {_compared(rooms[rank], wanted, rank, world)}"
+        say(f"optim.micro_batch auto: {wanted}, of {counted(share, 'image')} per rank")
+    tight = f"a micro batch of {counted(wanted, 'image')} needs {_compared(rooms[rank], wanted, rank, world)}"
     if wanted > limit:
         raise UserError(f"{tight}: {f'add --optim.micro_batch {best}' if best else _remedies(config)}")
     if wanted > roomy:
@@ -277,7 +278,3 @@ def _remedies(config: Pretrain | Finetune) -> str:
 
 def _gib(count: float) -> str:
     return f"{count / GIB:.1f}" if count >= GIB else f"{count / GIB:.2g}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

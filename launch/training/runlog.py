@@ -26,18 +26,20 @@ class RunLog:
         config: resolved configuration, written to config.yaml
         steps: optimizer steps of the whole run
         first_step: steps already done; later entries of an interrupted process are removed
+        per_step: images, or crops, of a step
         active: whether this rank writes
         trackers: names in `TRACKERS`
+        unit: image or crop
 
     Raises:
         UserError: a tracker cannot begin
     """
 
     def __init__(
-        self, folder: Path, config: dict, steps: int, first_step: int, images_per_step: int, active: bool,
-        trackers: Sequence[str] = ("tensorboard",),
+        self, folder: Path, config: dict, steps: int, first_step: int, per_step: int, active: bool,
+        trackers: Sequence[str] = ("tensorboard",), unit: str = "image",
     ):  # fmt: skip
-        self.active, self.steps, self.images_per_step = active, steps, images_per_step
+        self.active, self.steps, self.per_step, self.unit = active, steps, per_step, f"{unit}s"
         self.restart_clock(first_step)
         self.began = self.last_time
         if not active:
@@ -61,17 +63,17 @@ class RunLog:
         total, count = sum_over_ranks(losses.take()).tolist()
         if not self.active:
             return
-        rate = (step - self.last_step) * self.images_per_step / max(time.perf_counter() - self.last_time, 1e-9)
+        rate = (step - self.last_step) * self.per_step / max(time.perf_counter() - self.last_time, 1e-9)
         self.restart_clock(step)
         mean = total / count if count else math.nan
-        values = {"loss": mean, "lr": lr, "grad_norm": grad_norm, "images_per_s": rate}
+        values = {"loss": mean, "lr": lr, "grad_norm": grad_norm, f"{self.unit}_per_s": rate}
         values = {name: value for name, value in values.items() if math.isfinite(value)} | {"peak_gib": peak_memory()}
         self.file.write(json.dumps({"step": step, **values, "seconds": round(self.seconds(), 1)}) + "\n")
         self.trackers.scalars(step, values)
-        text = f"loss {mean:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
+        text = f"loss {mean:.4f}  lr {lr:.2e}  {rate:,.0f} {self.unit}/s"
         self.bar.update(self.task, completed=step, description=epoch, text=text)
         if not self.console.is_terminal:
-            minutes, seconds = divmod(int((self.steps - step) * self.images_per_step / rate), 60)
+            minutes, seconds = divmod(int((self.steps - step) * self.per_step / rate), 60)
             left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
             print(f"{epoch}  step {step}/{self.steps}  {text}  {left}", flush=True)
 
@@ -80,7 +82,7 @@ class RunLog:
         return time.perf_counter() - self.began
 
     def restart_clock(self, step: int) -> None:
-        """Measure images/s from now on, so without the evaluation, pictures and checkpoints since the last `train`."""
+        """Measure the speed from now on, so without the evaluation, pictures and checkpoints since the last `train`."""
         self.last_step, self.last_time = step, time.perf_counter()
 
     def scores(self, step: int, name: str, values: dict[str, float]) -> None:

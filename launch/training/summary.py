@@ -13,6 +13,8 @@ from configs.machine import cpu_info
 from configs.schema import Finetune, Pretrain
 from launch.training.world import World
 
+REPORT = "report.html"  # of a run; training writes it last
+
 
 def write_summary(folder: Path, config: Pretrain | Finetune, world: World, seconds: float, results: dict) -> None:
     """Write FOLDER/summary.json: `results` (plain values), seconds, hardware, configuration."""

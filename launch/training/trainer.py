@@ -120,8 +120,9 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder, self.engine, self.identity, world, *rules)
         self.step, state = self.checkpoints.resume(config.resume)
         self._check_length()
-        known, images = to_dict(config), config.optim.batch_size
-        self.log = RunLog(self.folder, known, self.steps, self.step, images, world.first, config.run.trackers)
+        known, per_step = to_dict(config), config.optim.batch_size
+        more = config.run.trackers, config.data.unit
+        self.log = RunLog(self.folder, known, self.steps, self.step, per_step, world.first, *more)
         if self.step < self.steps:
             self.log.record(self.step, "start", {"steps_per_epoch": self.steps_per_epoch, **self.about})
         self.faults = Faults(config.optim.max_skipped, config.data.max_damaged, self.splits, self.log)
@@ -134,8 +135,14 @@ class Trainer:
             self.stage.load_state(state["stage"])
 
     def _check_length(self) -> None:
-        """Print which schedule follows if `optim.epochs` has changed. Raises `UserError` if more epochs are done."""
+        """Print which schedule follows if `optim.epochs` has changed.
+
+        Raises `UserError` if more epochs are done, or for a run of one step whose learning rate is 0.
+        """
         optim, before = self.config.optim, self.checkpoints.epochs
+        if self.steps == 1 and not optim.lr_at(0, self.steps_per_epoch) and self.config.run.max_steps is None:
+            way_out = "train for more epochs, or set optim.warmup_epochs to 0"
+            raise UserError(f"the run has one step, and its learning rate is 0, the first of the warm-up: {way_out}")
         if before in (None, optim.epochs):
             return
         done = -(-self.step // self.steps_per_epoch)

@@ -1,7 +1,6 @@
 """The ranks of a run: process group, collectives, errors of other processes."""
 
 import os
-import re
 import secrets
 import socket
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch import Tensor
 from configs.compare import differences
 from configs.errors import LostLoader, LostPeer, LostProcess, UserError, reason
 from configs.schema import Run
+from launch.restarts import tasks_on_node
 from launch.training.malloc import keep_memory
 from launch.training.precision import exact_products
 from models import kernels
@@ -114,7 +114,7 @@ def _launcher_variables() -> dict[str, str]:
             "launch/nodes/slurm.sh does"
         )
     per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", tasks))
-    local = {"LOCAL_RANK": env["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": re.split("[(,]", per_node)[0]}  # like 4(x2)
+    local = {"LOCAL_RANK": env["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": tasks_on_node(env, per_node)}
     return {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": tasks, **local}
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import re
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from configs.errors import UserError, reason
 
+OTHER_FILE = "copy it again, or give a file of torch.save or safetensors"
 HEAD_BYTES = 512  # enough to recognise a file
 OTHERS = {  # how other files begin, in lower case; what they are and the remedy
     b"version https://git-lfs": "is a Git LFS pointer, not the weights: run `git lfs pull`",
@@ -70,14 +72,15 @@ def _unpickle(path: Path, head: bytes) -> dict:
                 content = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             if not is_zip and "global" not in str(error).lower():
-                raise UserError(f"{path} is truncated or not a weight file: copy it again") from None
+                raise UserError(f"{path} is truncated or not a weight file: {OTHER_FILE}") from None
             forbidden = ""
             with suppress(Exception), path.open("rb") as file:  # the pickle may be damaged as well
                 forbidden = f" ({torch.serialization.get_unsafe_globals_in_checkpoint(file)[0]})"
             problem = f"contains code or objects besides tensors and plain values{forbidden}"
             raise UserError(f"{path} {problem}: refused, nothing was executed; save its state_dict alone") from None
         except Exception as error:  # damaged bytes can raise anything in the reader
-            raise UserError(f"{path} is truncated or not a weight file ({reason(error)}): copy it again") from None
+            why = f" ({reason(error)})" if re.search("[a-z]", reason(error)) else ""  # that of a KeyError is a number
+            raise UserError(f"{path} is truncated or not a weight file{why}: {OTHER_FILE}") from None
     if isinstance(content, list | tuple):  # such as (model, optimizer)
         content = {str(i): value for i, value in enumerate(content)}
     if not isinstance(content, dict):

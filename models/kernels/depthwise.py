@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models import kernels
 
@@ -44,6 +45,7 @@ class DepthwiseNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, taps, norm_weight, normed, rstd = ctx.saved_tensors
         passes = kernels.passes(x, "depthwise")

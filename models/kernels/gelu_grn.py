@@ -13,6 +13,7 @@ exact (erf), in bf16 on a CPU to 1e-5. The plain twin is in `Layout.gelu_grn`, m
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models import kernels
 
@@ -29,6 +30,7 @@ class GeluGRN(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         passes = kernels.passes(grad, "gelu_grn")
         out, grad_gamma, grad_beta = passes.backward(grad.contiguous(), *ctx.saved_tensors, ctx.over_batch)

@@ -107,7 +107,7 @@ def test_dry_run_of_no_number_of_ranks(value):
         (["--objective.name", "fcma"], r"objective\.name is fcma: .*\(nearest: fcmae\)"),
         (["--optim.lr", "-1"], r"optim\.lr is -1: it must be a number above 0"),
         (["--model.stem_stride", "3"], r"^model\.stem_stride is 3: it must be 1, 2 or 4$"),
-        (["--objective.mask_ratio", "1"], r"objective\.mask_ratio is 1\.0: it must be between 0 and 1"),
+        (["--objective.mask_ratio", "1"], r"objective\.mask_ratio is 1\.0: it must be above 0 and below 1"),
         (["--resume", "maybe"], "resume.*maybe"),
         (["--parameters"], r"--parameters .*--dry-run"),
         (["--optim.epochs", "1.5"], r"optim\.epochs is 1\.5: .*whole number"),

@@ -237,6 +237,15 @@ def test_foreign_shards(tmp_path):
     assert (folder / "lost.txt").read_text().startswith("x-7.tar: image 1, key './x/1', byte ")
 
 
+def test_splits_from_names_of_tars(tmp_path):
+    """The words and numbers that other tools use."""
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "val_7", "test", "in-1k.003"):
+        as_tar({"a.png": picture(0, kind="png")}, tmp_path / f"{name}.tar")
+    index_folder(tmp_path, Pool(1))
+    shards = {name: len(shards) for name, shards in read_index(tmp_path).splits.items()}
+    assert shards == {"train": 2, "val": 1, "test": 1, "in-1k": 1}
+
+
 def test_an_image_whose_name_is_lost(tmp_path):
     tar = as_tar({f"{i}.png": picture(i, kind="png") for i in range(3)}, tmp_path / "x-0.tar")
     index_folder(tmp_path, Pool(1))

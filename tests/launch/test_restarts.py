@@ -96,6 +96,11 @@ def test_a_signal_to_the_agent_reaches_the_ranks(tmp_path):
              "SLURM_STEP_TASKS_PER_NODE": "8(x2)"},
             Place(1, 2, "8", False, "a", 9, 3),
         ),
+        (
+            {"SLURM_PROCID": "10", "SLURM_NTASKS": "11", "SLURM_NNODES": "3", "SLURM_NODEID": "2",
+             "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"},
+            Place(1, 3, "3", False, "a", 9, 3),
+        ),
     ],
 )  # fmt: skip
 def test_the_place_that_launchers_describe(variables, place):

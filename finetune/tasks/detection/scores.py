@@ -4,6 +4,7 @@ Boxes are [x, y, width, height] in pixels of the image as it is in the shard. Th
 """
 
 import io
+import math
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -44,10 +45,14 @@ class Predictions:
     true_crowd: np.ndarray  # [T] bool
 
     def scores(self) -> dict[str, float]:
-        """COCO's AP, AP50 and AP75 from 0 to 1, of boxes and with `masks` of outlines; numbers of images and boxes."""
+        """COCO's AP, AP50 and AP75 from 0 to 1, of boxes and with `masks` of outlines; numbers of images and boxes.
+
+        NaN if no image has a box.
+        """
         found = {}
         for prefix, kind in (("", "bbox"), ("mask_", "segm")) if self.masks else (("", "bbox"),):
             stats = self.evaluated(kind).stats
+            stats = np.where(stats < 0, math.nan, stats)
             found |= {f"{prefix}{name}": float(stats[i]) for i, name in enumerate(("ap", "ap50", "ap75"))}
         return found | {"images": len(self.image_sample), "boxes": len(self.true_sample)}
 

@@ -54,14 +54,16 @@ class Predictions:
         return 2 * both / np.maximum(1, predicted.sum(0) + self.label.sum(0))
 
     def scores(self) -> dict[str, float]:
-        """Mean average precision of labels with images, F1 over all decisions and mean over labels, loss."""
+        """Mean average precision and mean F1 of labels with images, F1 over all decisions, loss."""
         loss, images = float(self.loss.mean(dtype=np.float64)), len(self.label)
         if not self.finite:
             return {"map": math.nan, "f1_micro": math.nan, "f1_macro": math.nan, "loss": math.nan, "images": images}
-        precision, predicted = self.average_precision(), self.predicted()
-        map_ = float(precision[self.label.any(0)].mean()) if self.label.any() else 0.0
+        predicted, present = self.predicted(), self.label.any(0)
+        map_, macro = (
+            float(values[present].mean()) if present.any() else 0.0 for values in (self.average_precision(), self.f1())
+        )
         micro = float(2 * (predicted & self.label).sum() / max(1, predicted.sum() + self.label.sum()))
-        return {"map": map_, "f1_micro": micro, "f1_macro": float(self.f1().mean()), "loss": loss, "images": images}
+        return {"map": map_, "f1_micro": micro, "f1_macro": macro, "loss": loss, "images": images}
 
 
 def best_threshold(label: np.ndarray, probability: np.ndarray) -> float:

@@ -38,6 +38,6 @@ def number_names(images) -> tuple[list[str], tuple[float, ...] | None]:
         try:
             return ["number"], tuple(map(float, classes))
         except ValueError:
-            problem = f"{images.folder}: task numbers needs numbers, but class {classes[0]} is none"
+            problem = f"{images.folder}: task numbers needs numbers, but class {classes[0]} is not a number"
             raise UserError(f"{problem}: use --task.name classification, or a table with --label-column") from None
     return target_names(images, "numbers"), None

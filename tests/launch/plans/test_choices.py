@@ -63,7 +63,7 @@ def test_small_images_as_in_the_guide():
 
 @pytest.mark.parametrize(
     ("device", "base", "channels"),
-    [("cpu", "cifar10-small-lejepa", 3), ("cpu", "cifar10-small", 1), ("cuda", "cifar10", 3)],
+    [("cpu", "cifar10-small-lejepa", 3), ("cpu", "cifar10-small-muon", 1), ("cuda", "cifar10", 3)],
 )
 def test_it_agrees_with_the_recipe_for_such_images(device, base, channels):
     found = values(facts(45_000, 32, channels), device)
@@ -93,7 +93,9 @@ def test_few_images_small_batch_many_epochs():
 )  # fmt: skip
 def test_crops_are_compared_where_that_was_measured_to_pay(images, channels, deep, device, compared):
     found = values(facts(images, channels=channels, deep=deep), device)
-    assert (found.get("objective.name") == "lejepa", found.get("optim.name") == "muon") == (compared, compared)
+    assert (found.get("objective.name") == "lejepa", found.get("optim.name") == "muon") == (compared, device == "cpu")
+    if device == "cpu" and not compared:
+        assert found["optim.lr"] == load_recipe(RECIPES / "pretrain/cifar10-small-muon.yaml", "pretrain")["optim.lr"]
     if compared:
         assert (found["optim.batch_size"], found["data.repeats"]) == (120, 4)
         assert found["optim.lr"] * 120 / 256 == pytest.approx(5e-3, rel=0.04)  # that of the recipe, rounded

@@ -113,6 +113,8 @@ def test_schedule():
         "images  45,000; each epoch drops 456, chosen anew",
         "steps   87 per epoch x 200 epochs = 17,400; the first 870 are warm-up",
     ]
+    images = schedule(optim, 45_000, 16, repeats=4)[2]  # 87 x 512 / 4
+    assert images == "images  45,000; each epoch has 4 crops of 11,136, chosen anew"
 
 
 def test_warm_up_of_part_of_an_epoch_and_longer_than_the_run():

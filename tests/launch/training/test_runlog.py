@@ -35,6 +35,15 @@ def test_a_mean_over_the_interval(tmp_path, capsys):
     assert "step 2/10  loss 2.5000" in capsys.readouterr().out
 
 
+def test_a_rate_of_crops_is_named_so(tmp_path, capsys):
+    log = RunLog(tmp_path, {}, 10, 0, 32, active=True, unit="crop")
+    log.train(1, "epoch 1/1", losses(1.0), 0.1, 2.0)
+    log.close()
+    entry = json.loads(log.path.read_text())
+    assert entry["crops_per_s"] > 0 and "images_per_s" not in entry
+    assert " crops/s  0:" in capsys.readouterr().out
+
+
 def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
     write(tmp_path, [1, 2, 3, 4])
     with (tmp_path / "log.jsonl").open("a") as file:

@@ -41,6 +41,14 @@ def test_packed(shape, scope, dtype, tolerance, fused):  # noqa: F811
         assert torch.equal(first, again), f"{name} differs from run to run"
 
 
+def test_a_second_derivative_is_an_error(fused):  # noqa: F811
+    """The kernels have none; without an error, it would be as if their gradients were constants."""
+    h = torch.randn(1, 4, 4, 8, device=DEVICE, requires_grad=True)
+    grad = torch.autograd.grad(Dense().gelu_grn(h, GRN(8).to(DEVICE)).square().sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(grad[0].sum(), h)
+
+
 def test_large_values_do_not_overflow(fused):  # noqa: F811
     """The norm is computed in fp32: in fp16 the sum of squares would overflow."""
     h = torch.full((1, 4, 4, 8), 200.0, dtype=torch.float16, device=DEVICE)

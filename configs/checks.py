@@ -1,5 +1,6 @@
 """Cheap checks of paths, before torch is imported. All raise `UserError`."""
 
+import os
 from pathlib import Path
 
 from configs.errors import UserError
@@ -36,7 +37,11 @@ def check_png(path: Path) -> None:
 
 
 def check_parent(path: str | Path) -> None:
-    """Check that the folder that a file is to be written to exists."""
+    """Check that a file can be written: its folder exists and is writable, and it is no folder itself."""
     folder = Path(path).parent
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: create it first")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file in it")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} is not writable: choose another folder")

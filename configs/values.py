@@ -28,8 +28,11 @@ class Loader(yaml.SafeLoader):
         first = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            if isinstance(key.value, str) and first.setdefault(key.value, line) != line:
-                raise yaml.YAMLError(f"{key.value} is written twice, in lines {first[key.value]} and {line}")
+            if isinstance(key.value, str) and key.value in first:
+                lines = sorted({first[key.value], line})
+                where = f"line{'s' * (len(lines) > 1)} {' and '.join(map(str, lines))}"
+                raise yaml.YAMLError(f"{key.value} is written twice, in {where}")
+            first[str(key.value)] = line
         return super().construct_mapping(node, deep)
 
 

@@ -6,8 +6,9 @@ YOLO: a txt for each image in a folder `labels`, with data.yaml, classes.txt or 
 of the sides.
 """
 
-import json
+import math
 import xml.etree.ElementTree as ElementTree
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -17,8 +18,8 @@ import yaml
 
 from configs.errors import UserError, printable, reason
 from data.boxes import Target
+from data.coco import KEYS, categories_of, read_coco
 
-COCO_KEYS = ("images", "annotations", "categories")
 YOLO_NAMES = ("data.yaml", "data.yml", "classes.txt", "obj.names")
 LOOK_ABOVE = 3  # folders in which YOLO's names are searched
 HEAD = 4096  # bytes that tell a file's kind
@@ -53,9 +54,9 @@ def read_boxes(path: Path, source: Path) -> BoxFile:
     if path.is_file():
         kind = kind_of(path)
         if path.name in YOLO_NAMES:
-            return _yolo(path, sorted(path.parent.rglob("*.txt")), path, source)
+            return _yolo(path, _with_suffix(path.parent, ".txt"), path, source)
         if kind is None:
-            way_out = f"give a COCO json ({', '.join(COCO_KEYS)}), or a folder of VOC xml or YOLO txt files"
+            way_out = f"give a COCO json ({', '.join(KEYS)}), or a folder of VOC xml or YOLO txt files"
             raise UserError(f"{path} has no boxes: {way_out}")
         found = {kind: [path]}
     else:
@@ -79,8 +80,8 @@ def kind_of_bytes(name: str, head: bytes) -> str | None:
     if suffix == ".xml":
         return "VOC" if b"<annotation" in head else None
     if suffix == ".json":
-        text = head.lstrip()
-        return "COCO" if text[:1] == b"{" and any(b'"%b"' % key.encode() in head for key in COCO_KEYS) else None
+        text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        return "COCO" if text[:1] == b"{" and any(b'"%b"' % key.encode() in head for key in KEYS) else None
     if suffix == ".txt" and name not in YOLO_NAMES:
         lines = head.decode("utf-8", "replace").splitlines()
         lines = [line.split() for line in (lines[:-1] if len(head) == HEAD else lines) if line.strip()]
@@ -92,7 +93,7 @@ def _kinds_in(folder: Path) -> dict[str, list[Path]]:
     """Files of boxes in a folder, by kind; of COCO's own files only the instances."""
     found: dict[str, list[Path]] = {}
     for suffix in ("json", "xml", "txt"):
-        files = sorted(folder.rglob(f"*.{suffix}"))
+        files = _with_suffix(folder, f".{suffix}")
         if suffix == "json":
             files = [file for file in files if kind_of(file)]
             files = [file for file in files if file.name.startswith("instances")] or files
@@ -101,6 +102,10 @@ def _kinds_in(folder: Path) -> dict[str, list[Path]]:
         if files:
             found[{"json": "COCO", "xml": "VOC", "txt": "YOLO"}[suffix]] = files
     return found
+
+
+def _with_suffix(folder: Path, suffix: str) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() == suffix)
 
 
 def _inside(file: Path, source: Path) -> str:
@@ -116,57 +121,28 @@ def _coco(path: Path, files: list[Path], _: Any, source: Path) -> BoxFile:
     names: dict[str, int] = {}
     images, remarks = [], []
     for file in files:
-        content = _read_coco(file)
-        categories = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
-        used = {entry["category_id"] for entry in content["annotations"]}
-        if unknown := sorted(used - categories.keys(), key=str):
-            known = ", ".join(map(str, sorted(categories)[:10]))
-            raise UserError(f"{file}: category_id {unknown[0]} is not one of its categories ({known})")
-        groups = {entry.get("supercategory") for entry in content["categories"]}
-        for number, name in list(categories.items()):
-            if number not in used and name in groups and len(categories) > 1:  # Roboflow's category 0
-                del categories[number]
-                remarks.append(f"category {name} of {file.name} is the group of the others and has no boxes: left out")
+        content = read_coco(file)
+        categories = categories_of(file, content, remarks)
         if names and (new := [name for name in categories.values() if name not in names]):
             raise UserError(f"{file}: category {new[0]} is not one of {files[0]}: give files of one data set")
         names |= {name: number for number, name in sorted(categories.items())} if not names else {}
-        by_image: dict[Any, list] = {entry["id"]: [] for entry in content["images"]}
+        by_image: dict[Any, list] = {image.id: [] for image in content.images}
         lost = 0
-        for entry in content["annotations"]:
-            box = {"class": categories[entry["category_id"]], "box": [float(x) for x in entry["bbox"]]}
-            box |= {"crowd": True} if entry.get("iscrowd") else {}
-            box |= {"segmentation": entry["segmentation"]} if entry.get("segmentation") else {}
-            if entry["image_id"] in by_image:
-                by_image[entry["image_id"]].append(box)
+        for found in content.annotations:
+            box = {"class": categories[found.category_id], "box": list(found.bbox)}
+            box |= {"crowd": True} if found.iscrowd else {}
+            box |= {"segmentation": found.segmentation} if found.segmentation else {}
+            if found.image_id in by_image:
+                by_image[found.image_id].append(box)
             else:
                 lost += 1
         if lost:
             remarks.append(f"{file.name}: {lost:,} boxes of an image_id that it does not list: left out")
         prefix = _inside(file, source)
-        for entry in content["images"]:
-            size = {key: entry.get(key) for key in ("height", "width")}
-            name = str(entry["file_name"])
-            images.append(Annotated((prefix + name, name), {**size, "boxes": by_image[entry["id"]]}))
+        for image in content.images:
+            target = {"height": image.height, "width": image.width, "boxes": by_image[image.id]}
+            images.append(Annotated((prefix + image.file_name, image.file_name), target))
     return BoxFile(str(path), "COCO", list(names), list(names.values()), images, files, remarks)
-
-
-def _read_coco(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_bytes())
-        for key in COCO_KEYS:
-            if not isinstance(content[key], list):
-                raise TypeError(f"{key} is not a list")
-        for entry in content["annotations"]:
-            if len(entry["bbox"]) != 4 or not _numbers(entry["bbox"]):
-                raise ValueError(f"bbox {entry['bbox']}")
-            entry["image_id"], entry["category_id"]
-        for key, keys in {"images": ("id", "file_name"), "categories": ("id", "name")}.items():
-            [entry[name] for entry in content[key] for name in keys]
-        return content
-    except KeyError as error:
-        raise UserError(f"{file} is not COCO json: no {error.args[0]}") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} is not COCO json ({printable(reason(error))})") from None
 
 
 def _voc(path: Path, files: list[Path], _: Any, source: Path) -> BoxFile:
@@ -174,14 +150,16 @@ def _voc(path: Path, files: list[Path], _: Any, source: Path) -> BoxFile:
     for file in files:
         try:
             root = ElementTree.parse(file).getroot()
-            size = {key: int(float(root.findtext(f"size/{key}") or 0)) or None for key in ("height", "width")}
-            boxes = []
-            for entry in root.iter("object"):
-                x0, y0, x1, y1 = (float(entry.find("bndbox").findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
-                boxes.append({"class": entry.findtext("name").strip(), "box": [x0, y0, x1 - x0, y1 - y0]})
-                difficult += entry.findtext("difficult", "0").strip() == "1"
-        except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+        except ElementTree.ParseError as error:
             raise UserError(f"{file} is not Pascal VOC xml ({printable(reason(error))})") from None
+        size = {key: round(_voc_number(file, root, f"size/{key}", "0")) or None for key in ("height", "width")}
+        boxes = []
+        for entry in root.iter("object"):
+            if not (name := entry.findtext("name", "").strip()):
+                raise UserError(f"{file}: an object has no name: write it as <name>")
+            x0, y0, x1, y1 = (_voc_number(file, entry, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax"))
+            boxes.append({"class": name, "box": [x0, y0, x1 - x0, y1 - y0]})
+            difficult += entry.findtext("difficult", "0").strip() == "1"
         names |= {box["class"] for box in boxes}
         paths = [
             _inside(file, source) + file.stem,
@@ -193,22 +171,39 @@ def _voc(path: Path, files: list[Path], _: Any, source: Path) -> BoxFile:
     return BoxFile(str(path), "VOC", sorted(names), None, images, files, remarks)
 
 
+def _voc_number(file: Path, element: ElementTree.Element, name: str, default: str = "") -> float:
+    """The number of an element inside another. Raises `UserError` if it is none, or a size that is none."""
+    text = element.findtext(name, default).strip() or default
+    with suppress(ValueError):
+        if math.isfinite(value := float(text)) and (value >= 0 or not name.startswith("size")):
+            return value
+    raise UserError(f"{file}: {name} is {printable(text) or 'missing'}: write a number")
+
+
 def _yolo(path: Path, files: list[Path], names_file: Path | None, source: Path) -> BoxFile:
     names_file = names_file or _names_file(path)
     names = _yolo_names(names_file)
+    if wrong := [name for name in names if not name or names.count(name) > 1]:
+        problem = f"names {printable(wrong[0])} twice" if wrong[0] else "has a name that is empty"
+        raise UserError(f"{names_file} {problem}: give each class its own name")
     images, used = [], []
     for file in files:
-        if file.name in YOLO_NAMES or (kind_of(file) is None and file.read_text("utf-8", "replace").strip()):
-            continue  # lists of files, notes
-        boxes = []
-        for number, line in enumerate(file.read_text("utf-8", "replace").splitlines(), 1):
-            if words := line.split():
-                boxes.append(_yolo_box(words, names, f"{file}, line {number}", names_file))
+        if file.name in YOLO_NAMES:
+            continue
+        target: dict = {"height": 1, "width": 1, "boxes": []}
+        try:
+            for number, line in enumerate(file.read_text("utf-8-sig", "replace").splitlines(), 1):
+                if words := line.split():
+                    target["boxes"].append(_yolo_box(words, names, f"{file}, line {number}", names_file))
+        except UserError as error:
+            if kind_of(file):
+                raise
+            target["problem"] = str(error)  # of boxes, if there is an image of this name; else lists of files, notes
         parts = PurePosixPath(_inside(file, source) + file.stem).parts
         if "labels" in parts:
             last = len(parts) - 1 - parts[::-1].index("labels")
             parts = (*parts[:last], "images", *parts[last + 1 :])
-        images.append(Annotated(("/".join(parts), file.stem), {"height": 1, "width": 1, "boxes": boxes}))
+        images.append(Annotated(("/".join(parts), file.stem), target))
         used.append(file)
     return BoxFile(str(path), "YOLO", names, None, images, [*used, names_file], [])
 
@@ -243,9 +238,16 @@ def _yolo_names(file: Path) -> list[str]:
     if file.suffix not in (".yaml", ".yml"):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        names = yaml.safe_load(text)["names"]
-        return [str(names[i]) for i in range(len(names))]  # a list, or a mapping from 0 on
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+        names = yaml.load(text, yaml.BaseLoader)["names"]  # all values are text: `no` is a name
+        if isinstance(names, dict):
+            names = [names[str(i)] for i in range(len(names))]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("a list of names, or a mapping of numbers to names")
+        return [name.strip() for name in names]
+    except KeyError as error:
+        problem = "no `names`" if error.args[0] == "names" else f"no name for class {error.args[0]}; they count from 0"
+        raise UserError(f"{file} has {problem}") from None
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{file} has no list `names` ({printable(reason(error))})") from None
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from configs.errors import UserError, counted, printable
 from data.box_files import Annotated, BoxFile, kind_of_bytes, read_boxes
-from data.boxes import ROUNDING, Target, beyond, clipped, usable
+from data.boxes import ROUNDING, Target, beyond, clipped, outline_problem, usable
 from data.cache import RemoteUserError
 from data.exif import orientation, swaps
 from data.labels import Paths, set_apart
@@ -25,6 +25,7 @@ NO_AREA, OUTSIDE, CLIPPED = (
     "{:,} outside of their image left out, such as of {}",
     "{:,} reaching beyond their image clipped, such as of {}",
 )
+OUTLINE = "{{:,}} without their outline, which {}, such as of {{}}"
 CROWD = "{:,} crowd regions: not trained on, ignored in evaluation, such as of {}"
 HINTED = ("json", "xml", "txt")  # files that may have boxes
 HEAD = 4096
@@ -63,7 +64,10 @@ def box_items(items: list[Item], path: Path, listing: Listing, notes: list[str])
     for image in found.images:
         at = next((i for name in image.paths if (i := paths.find(name, str(path))) is not None), None)
         if at is None:
-            missing.append(image)
+            if "problem" not in image.target:
+                missing.append(image)
+        elif "problem" in image.target:
+            raise UserError(image.target["problem"])
         elif at in by_image:
             raise UserError(f"{path}: {printable(items[at].name)} is annotated twice: give one file for each image")
         else:
@@ -115,6 +119,9 @@ def _checked(item: Item, target: Target, problems: Problems) -> Target:
             continue
         if beyond(box, height, width) > rounding:
             problems.add(CLIPPED, item.name)
+        if (outline := entry.get("segmentation")) and (wrong := outline_problem(outline, height, width)):
+            problems.add(OUTLINE.format(wrong), item.name)
+            entry = {key: value for key, value in entry.items() if key != "segmentation"}
         if entry.get("crowd"):
             problems.add(CROWD, item.name)
         boxes.append({**entry, "box": inside})

@@ -24,6 +24,7 @@ Target = dict[str, Any]
 Points = Callable[[np.ndarray], np.ndarray]  # [N, 2] (x, y) to their new places
 Pixels = Callable[[np.ndarray], np.ndarray]  # a mask [H, W] to the new one
 TILE_SHARE = 0.2  # of a box's area: a box with less of it in a tile is left out there
+MAX_REACH = 1.5  # of an outline from the middle of its image, in sides
 ROUNDING = 0.5  # pixels: a box that reaches less far beyond its image was rounded
 
 
@@ -97,6 +98,50 @@ def beyond(box: list[float], height: float, width: float) -> float:
 def usable(box: list[float]) -> bool:
     """Whether a box has an area."""
     return all(map(math.isfinite, box)) and min(box[2:]) > 0
+
+
+def outline_problem(outline: Any, height: int, width: int, reach: float = MAX_REACH) -> str | None:
+    """What is wrong with an object's polygons or RLE in an image of this size; None if they can be drawn.
+
+    pycocotools checks nothing: it crashes, or takes all memory, for some of what is refused here. Polygons may reach as
+    many sides from the middle of the image as `reach`.
+    """
+    if isinstance(outline, dict):
+        size, counts = outline.get("size"), outline.get("counts")
+        if size != [height, width]:
+            return "is a mask of another size"
+        runs = _runs(counts) if isinstance(counts, str) else counts
+        whole = isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs)
+        return None if whole and sum(runs) == height * width else "is a mask whose counts do not add up to its pixels"
+    if not isinstance(outline, list) or not all(isinstance(polygon, list) for polygon in outline):
+        return "is neither a list of polygons nor a mask"
+    for polygon in outline:
+        if len(polygon) < 6 or len(polygon) % 2:
+            return "has a polygon that is not at least three points x, y"
+        try:
+            points = np.array(polygon, float).reshape(-1, 2) / (width, height)
+        except (TypeError, ValueError):
+            return "has a polygon with other values than numbers"
+        if not np.isfinite(points).all():
+            return "has a polygon with a value that is not finite"
+        if np.abs(points - 0.5).max() > reach:
+            return "reaches far beyond its image"
+    return None
+
+
+def _runs(counts: str) -> list[int]:
+    """Run lengths of a compressed RLE: 5 bits a character; from the third on, differences to that two before."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts.encode(errors="replace"):
+        bits = character - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (1 << shift) if bits & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs if not shift else []
 
 
 def box_target(

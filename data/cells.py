@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from configs.errors import counted, printable
+from configs.errors import UserError, counted, printable
 from data.tables import TARGETS, Columns, Row
 
 MISSING = {"na", "n/a", "nan", "null", "none", "-1", "?"}  # labels that may mean that there is none
@@ -23,6 +23,8 @@ def cell_reader(
     numeric = all(number_in(v) is not None for row in values for v in row if not empty(v))
     whole = numeric and all(number_in(v).is_integer() for row in values for v in row if not empty(v))
     several, what = len(columns.labels) > 1, ""
+    if not numeric:
+        _check_numbers(columns.labels, rows, name, several)
     flags = several and whole and {number_in(v) for row in values for v in row if not empty(v)} <= {0, 1}
     if not several and any(isinstance(row[0], (list, tuple)) or "|" in str(row[0]) for row in values):
         kind, what = _several_labels, f"has several labels per image, {LABELS_TASK}"
@@ -46,6 +48,21 @@ def cell_reader(
         return label, {column: row[column] for column in kept if not empty(row.get(column))} | targets
 
     return read
+
+
+def _check_numbers(columns: tuple[str, ...], rows: list[Row], name: str, several: bool) -> None:
+    """Raise `UserError` for a cell among numbers that is none; whole numbers of one column may be names of classes."""
+    for column in columns:
+        cells = [row.get(column) for row in rows if not empty(row.get(column))]
+        numbers = [number for cell in cells if (number := number_in(cell)) is not None]
+        odd = [cell for cell in cells if number_in(cell) is None]
+        if odd and len(numbers) > len(odd) and (several or not all(number.is_integer() for number in numbers)):
+            where = f"{printable(name)}, column {printable(column)}"
+            way_out = "correct the cell, or leave it empty"
+            raise UserError(f"{where}: {printable(str(odd[0])[:80])} is no number, but most cells are: {way_out}")
+        if odd and len(odd) == len(cells) and all(re.fullmatch(r"-?\d+,\d+", str(cell).strip()) for cell in cells):
+            way_out = "write 1.5 for numbers, a|b for several labels"
+            raise UserError(f"{printable(name)}, column {printable(column)} has cells like {cells[0]}: {way_out}")
 
 
 def _single(values: list, columns: Columns) -> tuple[str | None, dict]:

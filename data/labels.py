@@ -48,6 +48,10 @@ def label_by_table(items: list[Item], rows: list[Row], columns: Columns, name: s
         labels = list(dict.fromkeys(label for label, _ in values if label is not None))
         targets: dict[str, Any] = {}
         for _, more in values:
+            for key in more.keys() & targets.keys() - {"labels"}:
+                if more[key] != targets[key]:
+                    both = f"{_cell(targets[key])} and {_cell(more[key])}"
+                    raise UserError(f"{printable(name)}: {printable(item.name)} has {key} {both}: remove one row")
             if "labels" in targets and "labels" in more:  # of several rows
                 more = more | {"labels": [*targets["labels"], *more["labels"]]}
             targets |= more

@@ -141,6 +141,12 @@ def _by_path(items: list[Item], masks: list[Item], where: str, common: Callable 
             both = " and ".join(printable(mask.name) for mask in found[:2])
             raise UserError(f"--masks {where}: {printable(item.name)} may have {both}: remove one")
         pairs |= {i: found[0]} if found else {}
+    first: dict[str, int] = {}
+    for i, mask in pairs.items():
+        if (other := first.setdefault(mask.name, i)) != i:
+            both = " and ".join(printable(items[j].name) for j in (other, i))
+            way_out = "remove one, or give a table with columns path and mask as --labels"
+            raise UserError(f"--masks {where}: {printable(mask.name)} may be of {both}: {way_out}")
     return pairs
 
 

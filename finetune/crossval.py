@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the project, not this folder
 
 from configs.command import Parser, parse
-from configs.errors import UserError, run_main
+from configs.errors import MISTAKE, UserError, run_main
 from configs.files import write_atomic
 from configs.log import say
 from configs.schema import Finetune
@@ -73,7 +73,8 @@ def train(launcher: str, words: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in child])
     child.append(subprocess.Popen([*program, str(ROOT / "finetune/main.py"), *words]))
     if code := child[0].wait():
-        print(f"the fold ended with exit code {code}; the same command resumes it", file=sys.stderr)
+        if code != MISTAKE:
+            print(f"the fold ended with exit code {code}; the same command resumes it", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
 
 

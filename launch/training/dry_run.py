@@ -46,7 +46,7 @@ def plan(
     Raises:
         UserError: the batch does not divide, or bf16 on a GPU without it
     """
-    ranks = ranks or torch.cuda.devicecounted() or 1
+    ranks = ranks or torch.cuda.device_count() or 1
     optim = fit_batch(config.optim, images, ranks, config.data.repeats, check)
     counts = " and ".join(map(str, measured_counts(optim, ranks, config.data.repeats)))
     device = torch.device("cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu")

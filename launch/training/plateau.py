@@ -16,11 +16,11 @@ def verdict(history: dict[int, dict[str, float]]) -> str:
     """
     trained = {epoch: values for epoch, values in history.items() if epoch}
     ranks = {epoch: values["rankme"] for epoch, values in trained.items() if "rankme" in values}
-    if ranks and list(ranks.values())[-1] < ALIKE:
-        return f"features are all alike, RankMe is below {ALIKE:g}: they have collapsed, or the images are all alike"
     if ranks and list(ranks.values())[-1] < COLLAPSED * max(ranks.values()):
         peak = max(ranks, key=ranks.__getitem__)
         return f"features may be collapsing: RankMe is below {COLLAPSED:.0%} of epoch {peak}'s"
+    if ranks and list(ranks.values())[-1] < ALIKE:
+        return f"features are all alike, RankMe is below {ALIKE:g}: they have collapsed, or the images are all alike"
     if len(trained) <= PATIENCE:
         return "too early to tell"
     since = max(last_improvement(trained, name, sign) for name, sign in BETTER.items())

@@ -195,7 +195,7 @@ def test_page(started, tmp_path):
     assert len(pictures) == 4 and text.count("Not measured yet") == 1  # the GPU's
     assert "| dense convolutions, hidden patches set to zero | 75.0% |" in text
     assert "| without (V1) | 10 | 0.100 | 0.200 | 0.300 | 0.400 |" in text
-    assert "| masked | 0.250000 | 0.0e+00 | 100 |" in text
+    assert "| masked | 0.250000 | 0.0e+00 | 100 images |" in text
     assert "| 31.00% (31.00% to 31.00%) | 36.00% (36.00% to 36.00%) | 32.10% (32.00% to 32.20%), lr 0.016 | 3 |" in text
     cells = [f"{top1:.2%} ({top1:.2%} to {top1:.2%})" for top1 in (0.34, 0.39, 0.5, 0.5)]  # last evaluated in epoch 40
     assert f"| FCMAE, Muon | 45 | 1, two cores | {' | '.join(cells)} | 2 |" in text

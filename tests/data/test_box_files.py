@@ -188,11 +188,32 @@ def test_other_boxes_are_another_data_set(tmp_path, refused):
     [
         (lambda p: coco(p / "x.json", {"a.png": [("cat", 1, 2, 3, 4)]}), "category_id 99 categories 3, 5"),
         (lambda p: coco(p / "x.json", {"z.png": [("bar", 1, 2, 3, 4)]}), "none of the images a.png z.png"),
-        (lambda p: coco(p / "x.json", {"a.png": [("bar", 1, 2, "w", 4)]}), "x.json COCO bbox"),
+        (lambda p: coco(p / "x.json", {"a.png": [("bar", 1, 2, "w", 4)]}), "x.json COCO annotations[0].bbox[2] number"),
+        (lambda p: edited(p, "images", width="wide"), "x.json images[0].width integer"),
+        (lambda p: edited(p, "images", height=float("nan")), "x.json images[0].height finite"),
+        (lambda p: edited(p, "images", width=-40), "x.json images[0].width greater"),
+        (lambda p: edited(p, "images", id=[1]), "x.json images[0].id string"),
+        (lambda p: edited(p, "images", id=1), "x.json two images id 1 a.png b.png"),
+        (lambda p: edited(p, "categories", id=5), "x.json two categories id 5"),
+        (lambda p: edited(p, "categories", id="ring"), "x.json categories[0].id integer"),
+        (lambda p: edited(p, "categories", name="bar"), "x.json categories 3 and 5 both bar"),
+        (lambda p: edited(p, "categories", name=" "), "x.json category 3 no name"),
+        (lambda p: edited(p, "categories", name=None), "x.json categories[0].name string"),
+        (lambda p: write(p / "x.json", "[1]"), "x.json no boxes COCO"),
         (lambda p: write(p / "x.json", '{"images": []}'), "x.json no annotations"),
         (lambda p: write(p / "x.json", '{"images": ['), "x.json COCO json"),
         (lambda p: write(p / "x.csv", "a,b"), "x.csv no boxes COCO VOC YOLO"),
         (lambda p: write(voc(p / "xml") / "a.xml", "<annotation><object></annotation>").parent, "a.xml VOC"),
+        (lambda p: changed(voc(p / "xml") / "a.xml", "<name>ring</name>", "<name/>"), "a.xml name"),
+        (lambda p: changed(voc(p / "xml") / "a.xml", "<xmax>12</xmax>", ""), "a.xml bndbox/xmax missing"),
+        (lambda p: changed(voc(p / "xml") / "a.xml", "<ymin>3", "<ymin>nan"), "a.xml bndbox/ymin nan"),
+        (lambda p: changed(voc(p / "xml") / "a.xml", "<width>40", "<width>inf"), "a.xml size/width inf"),
+        (lambda p: write(yolo(p / "y/labels") / "a.txt", "0 .5 .5 .1 .1\n1 .5 .5 .1").parent, "a.txt line 2 class x"),
+        (lambda p: write(yolo(p / "y/labels") / "a.txt", "0,.5,.5,.1,.1").parent, "a.txt line 1 class x"),
+        (lambda p: write(yolo(p / "y/labels") / "a.txt", "ring .5 .5 .1 .1").parent, "a.txt line 1 class x"),
+        (lambda p: write(yolo(p / "y/labels").parent / "data.yaml", "names: [a, a]"), "data.yaml a twice"),
+        (lambda p: write(yolo(p / "y/labels").parent / "data.yaml", "names: {1: a, 2: b}"), "data.yaml class 0"),
+        (lambda p: write(yolo(p / "y/labels").parent / "data.yaml", "names: 3"), "data.yaml names"),
         (lambda p: write(yolo(p / "y/labels") / "a.txt", "7 0.5 0.5 0.1 0.1").parent, "a.txt line 1 class 7 2 names"),
         (lambda p: (yolo(p / "y/labels"), (p / "y/data.yaml").unlink())[0] or p / "y/labels", "names data.yaml"),
         (lambda p: (voc(p / "m"), coco(p / "m/x.json"))[0], "COCO and VOC name"),
@@ -202,7 +223,7 @@ def test_other_boxes_are_another_data_set(tmp_path, refused):
 def test_bad_input(make, message, tmp_path, refused):
     images(tmp_path / "in")
     given = make(tmp_path)
-    given = given if hasattr(given, "name") else tmp_path / "y/labels"
+    given = tmp_path / "y/labels" if not hasattr(given, "name") or given.name == "data.yaml" else given
     assert has(refused(main, tmp_path / "in", tmp_path / "out", "--boxes", given), message)
     assert not (tmp_path / "out").exists()
 
@@ -211,6 +232,68 @@ def write(file, text):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     return file
+
+
+def edited(folder, key, **values):
+    """A COCO json whose first entry of `key` has other values."""
+    file = coco(folder / "x.json")
+    content = json.loads(file.read_text())
+    content[key][0] |= values
+    return write(file, json.dumps(content))
+
+
+def changed(file, old, new):
+    """The folder of a file in which text is replaced."""
+    assert old in file.read_text()
+    return write(file, file.read_text().replace(old, new)).parent
+
+
+def test_names_and_numbers_as_other_tools_write_them(tmp_path):
+    """COCO with numbers as text and a byte order mark; names that YAML would read as false; suffixes in upper case."""
+    images(tmp_path / "in")
+    content = json.loads(coco(tmp_path / "x.json").read_text())
+    for entry in content["images"]:
+        entry |= {"width": "40", "height": 30.0}
+    for entry in content["annotations"]:
+        entry |= {"image_id": str(entry["image_id"]), "category_id": str(entry["category_id"]), "iscrowd": "0"}
+    write(tmp_path / "x.json", "\ufeff" + json.dumps(content))
+    prepare(tmp_path / "in", tmp_path / "out", "--boxes", tmp_path / "x.json")
+    assert rows(targets(tmp_path / "out")["a.png"]) == sorted(BOXES["a.png"])
+    assert not any("crowd" in box for box in targets(tmp_path / "out")["a.png"]["boxes"])
+    folder = yolo(tmp_path / "y/labels")
+    write(tmp_path / "y/data.yaml", "names: [no, yes]")
+    write(folder / "notes.txt", "made by hand\n")
+    (folder / "a.txt").rename(folder / "a.TXT")
+    prepare(tmp_path / "in", tmp_path / "out2", "--boxes", folder)
+    assert {row[0] for row in rows(targets(tmp_path / "out2")["a.png"])} == {"no", "yes"}
+
+
+@pytest.mark.parametrize(
+    ("outline", "problem"),
+    [
+        ([[float("nan"), 1, 2, 3, 4, 5]], "not finite"),
+        ([[None, 1, 2, 3, 4, 5]], "not finite"),
+        ([[1e9, 1, 2, 3, 4, 5]], "far beyond"),
+        ([["x", 1, 2, 3, 4, 5]], "other values than numbers"),
+        ([[1, 2, 3, 4, 5]], "three points"),
+        ([[1, 2, 3, 4]], "three points"),
+        ([[]], "three points"),
+        ([1, 2, 3, 4, 5, 6], "neither"),
+        ("12 3", "neither"),
+        ({"size": [30, 40]}, "do not add up"),
+        ({"size": [10, 10], "counts": [100]}, "another size"),
+        ({"size": [30, 40], "counts": [1000, 100]}, "do not add up"),
+        ({"size": [30, 40], "counts": [1300, -100]}, "do not add up"),
+        ({"size": [30, 40], "counts": "abc"}, "do not add up"),
+    ],
+)
+def test_an_outline_that_cannot_be_drawn_is_left_out(outline, problem, tmp_path):
+    images(tmp_path / "in")
+    file = edited(tmp_path, "annotations", segmentation=outline)
+    out = prepare(tmp_path / "in", tmp_path / "out", "--boxes", file, "--resize", 20)
+    assert has(out, f"1 without their outline {problem} such as of a.png")
+    found = targets(tmp_path / "out")["a.png"]["boxes"]
+    assert len(found) == 2 and not any("segmentation" in box for box in found)
 
 
 def test_options_that_exclude_each_other(tmp_path, refused):

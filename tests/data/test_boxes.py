@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data.boxes import clipped, cut, decode_mask, encode_mask, fitted, mirrored, resized, turned
+from data.boxes import clipped, cut, decode_mask, encode_mask, fitted, mirrored, outline_problem, resized, turned
 from data.exif import upright
 from data.reading import ImageError
 
@@ -67,6 +67,20 @@ def test_a_cut_leaves_out_what_is_mostly_outside():
     assert cut(target(), 0, 14, 30, 26)["boxes"] == []
     assert cut(target(), 0, 12, 30, 26)["boxes"][0]["box"] == [0, 6, 2, 8]
     assert cut(target(), 0, 12, 30, 26, min_share=0.3)["boxes"] == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (37, 5), (300, 200)])
+def test_outlines_that_pycocotools_writes_are_sound(size, share):
+    pixels = (np.random.default_rng(0).random(size) < share).astype(np.uint8)
+    outline = encode_mask(pixels)
+    assert outline_problem(outline, *size) is None and (decode_mask(outline, *size) == pixels).all()
+    assert outline_problem({**outline, "counts": outline["counts"] + "1"}, *size)
+
+
+def test_polygons_of_a_tile_may_reach_beyond_it():
+    outline = [[-20_000, 0, 30_000, 0, 0, 30_000]]
+    assert "far beyond" in outline_problem(outline, 512, 512) and outline_problem(outline, 512, 512, 400) is None
 
 
 def test_targets_are_not_changed():

@@ -127,6 +127,10 @@ def test_a_table_beside_the_images_is_pointed_out(tmp_path, capsys):
         ("file,label\n", "no rows"),
         ("file,label,split\n0.jpg,x,fold1\n", "split fold1 train"),
         ("id,file,label\n1,0.jpg,x\n", "id, file --path-column"),
+        ("file,label\n0.jpg,.5\n1.jpg,1.5\n2.jpg,n/a\n", "column label n/a is no number leave it empty"),
+        ("file,label\n0.jpg,.5\n1.jpg,1.5\n2.jpg,inf\n", "column label inf is no number"),
+        ("file;label\n0.jpg;0,5\n1.jpg;1,5\n", "column label 0,5 1.5 a|b"),
+        ("file,label\n0.jpg,.5\n0.jpg,1.5\n", "0.jpg 0.5 and 1.5 remove one row"),
     ],
 )
 def test_tables_that_are_refused(text, words, tmp_path):

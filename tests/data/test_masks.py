@@ -227,6 +227,12 @@ def test_two_masks_of_one_image(tmp_path):
         prepare(as_folder(found, tmp_path / "x"), tmp_path)
 
 
+def test_one_mask_of_two_images(tmp_path):
+    found = files() | {"images/1.png": picture(7, kind="png")}
+    with pytest.raises(UserError, match=r"labels/1\.png may be of images/1\.jpg and images/1\.png: .*--labels"):
+        prepare(as_folder(found, tmp_path / "x"), tmp_path)
+
+
 def test_all_masks_wrong_stops_before_the_work(tmp_path):
     with pytest.raises(UserError, match="no image looked at can be used with its mask"):
         prepare(as_folder(files(), tmp_path / "x"), tmp_path, text="cat\n")

@@ -185,6 +185,13 @@ def test_rectangular_images_of_four_channels(tmp_path):
     assert open_weights(tmp_path / "npy/fcmae.pt").weights.arch.channels == 4
 
 
+def test_one_step_of_warm_up_alone_is_refused(digits, tmp_path, refused):
+    """Its learning rate is 0, so the result would be the initial weights."""
+    command = words(digits, tmp_path, "one", "--optim.batch_size", "10000", "--optim.warmup_epochs", "1", epochs=1)
+    assert has(refused(main, *command), "one step learning rate 0 optim.warmup_epochs more epochs")
+    assert not (tmp_path / "one/fcmae.pt").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs.errors import UserError, counted
 from configs.log import say
 from configs.schema import Encoder, Finetune
 from data.loader import Transform
@@ -37,6 +37,15 @@ def box_classes(split: Split) -> list[str]:
     return targets["names"]
 
 
+def has_boxes(split: Split, read_target: ReadTarget) -> bool:
+    """Whether any image of a split has a box; damaged samples are passed over."""
+    for sample in range(len(split)):
+        with suppress(UserError):
+            if any(not box.get("crowd") for box in read_target(split.read_target(sample))["boxes"]):
+                return True
+    return False
+
+
 def classes_with_boxes(split: Split, read_target: ReadTarget) -> set[str]:
     """Classes of a split's boxes; damaged samples are passed over, as in evaluation."""
     names = set()
@@ -56,6 +65,9 @@ class DetectionTask:
         self.classes, self.metric = box_classes(train), settings.metric
         box_classes(evaluation)
         self.read_target = ReadTarget(tuple(self.classes), settings.masks)
+        for split in (train, evaluation):
+            if not has_boxes(split, self.read_target):
+                raise UserError(f"{split.folder}, split {split.name}: no image has a box: add images with boxes")
         seen = classes_with_boxes(evaluation, self.read_target)
         self.unseen = [name for name in self.classes if name not in seen]
         keys = ("width", "hidden", "masks", "samples", "detections")
@@ -65,7 +77,7 @@ class DetectionTask:
 
     def describe(self) -> str:
         kind = "Mask R-CNN" if self.config.task.masks else "Faster R-CNN"
-        return f"{kind} of {len(self.classes)} classes"
+        return f"{kind} of {counted(len(self.classes), 'class', 'classes')}"
 
     def check_batch(self, micro: int) -> None:
         """Any micro batch will do."""

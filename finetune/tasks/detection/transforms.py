@@ -4,6 +4,7 @@ Images keep their shape: they are resized to fit into `data.size` and padded bel
 """
 
 import json
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +15,10 @@ from torchvision.transforms.v2 import functional as F
 from configs.errors import UserError
 from configs.preprocessing import Preprocessing
 from configs.schema import Augment, Data
-from data.boxes import Target, cut, decode_mask, mirrored, resized
+from data.boxes import Target, cut, decode_mask, mirrored, outline_problem, resized
 from data.transforms import RESIZING, jitter
 
+FAR = 2e5  # pixels that an outline may reach from the middle of its image, which may be a tile of a scene
 MIN_SIDE = 1  # pixels of an object in training
 
 
@@ -31,7 +33,9 @@ class ReadTarget:
         try:
             target = json.loads(data)
             boxes = [[float(x) for x in entry["box"]] for entry in target["boxes"]]
-            sound = all(len(box) == 4 for box in boxes) and min(target["height"], target["width"]) > 0
+            size = target["height"], target["width"]
+            sound = all(len(box) == 4 and all(map(math.isfinite, box)) for box in boxes) and min(size) > 0
+            reach = FAR / min(size) if sound else 0
         except (ValueError, KeyError, TypeError):
             sound = False
         if not sound:
@@ -39,6 +43,8 @@ class ReadTarget:
         for entry in target["boxes"]:
             if entry["class"] not in self.names:
                 raise UserError(f"has a box of class {entry['class']}, which index.json does not list")
+            if (outline := entry.get("segmentation")) and (wrong := outline_problem(outline, *size, reach)):
+                raise UserError(f"has a box of {entry['class']} with an outline that {wrong}")
             if self.masks and not entry.get("crowd") and not entry.get("segmentation"):
                 raise UserError(f"has a box of {entry['class']} without an outline, which task.masks needs")
         return target

@@ -21,6 +21,8 @@ def draw_confusion(path: Path, predictions: Predictions, names: list[str]) -> No
     """Write the confusion matrix of pixels; of many classes, those of the most frequent confusions."""
     matrix = predictions.confusion
     shown = np.flatnonzero(matrix.sum(0) + matrix.sum(1))
+    if not len(shown):  # no pixel has a class
+        return
     title = f"{len(shown)} classes"
     if len(shown) > MAX_CLASSES:
         title = f"the {CONFUSED_CLASSES} most often confused of {len(shown)} classes"

@@ -1,6 +1,7 @@
 """Training of a segmentation model: transforms, head, loss, scores."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, counted
 from configs.log import say
 from configs.schema import Encoder, Finetune
 from data.folder import Folder, names_of
@@ -38,6 +39,16 @@ def mask_targets(images: Split | Folder) -> dict:
     return targets
 
 
+def check_any_class(images: Split | Folder, read_mask: ReadMask) -> None:
+    """Raise `UserError` if no mask has a pixel of a class; damaged ones are passed over."""
+    for sample in range(len(images)):
+        with suppress(UserError):
+            if (read_mask(images.read_target(sample)) != read_mask.ignore).any():
+                return
+    way_out = "check --mask-classes and --ignore of data/prepare.py"
+    raise UserError(f"{images.folder}, split {images.name}: no mask has a pixel of a class: {way_out}")
+
+
 class SegmenterTask:
     """A `Segmenter`, its loss and mean IoU. Implements `finetune.finetuning.Task`.
 
@@ -56,6 +67,8 @@ class SegmenterTask:
             raise UserError(f"{config.data.path}: splits {train.name} and {evaluation.name} have other classes")
         self.weights = class_weights(config.task.class_weights, targets)
         self.read_target = ReadMask(len(self.classes), self.ignore)
+        for split in (train, evaluation):
+            check_any_class(split, self.read_target)
         settings, data = config.task, config.data
         about = {key: getattr(settings, key) for key in ("head", "width", "eval", "flips", "short_side")}
         self.head = HeadConfig(classes=len(self.classes), auxiliary=settings.auxiliary > 0, **about)
@@ -64,7 +77,7 @@ class SegmenterTask:
         self.run = partial(segment, config=self.head, window=data.height_width)
 
     def describe(self) -> str:
-        return f"{len(self.classes)} classes, head {self.head.head}"
+        return f"{counted(len(self.classes), 'class', 'classes')}, head {self.head.head}"
 
     def check_batch(self, micro: int) -> None:
         """Any micro batch will do."""

@@ -105,7 +105,7 @@ def test_the_file_latest_without_a_checkpoint(tmp_path):
 
 
 def test_wrong_resume_modes_and_configurations(tmp_path):
-    with pytest.raises(UserError, match="complete checkpoint"):
+    with pytest.raises(UserError, match=r"complete checkpoint: correct --run\.name, or leave out --resume"):
         resume(tmp_path, "must")
     other = IDENTITY | {"run": {"log_every": 5}}  # a key that may change
     save(tmp_path, 5, config=IDENTITY | {"run": {"log_every": 1}})
@@ -114,6 +114,14 @@ def test_wrong_resume_modes_and_configurations(tmp_path):
     with pytest.raises(UserError, match=r"--run\.name"):
         resume(tmp_path, "never")
     assert resume(tmp_path, config=other) == (5, {"at": 5})
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_anew(tmp_path):
+    """Its weights would be overwritten."""
+    (tmp_path / "report.html").touch()
+    for mode in ("auto", "never"):
+        with pytest.raises(UserError, match=r"finished run without checkpoints.*another --run\.name, or delete"):
+            resume(tmp_path, mode)
 
 
 def test_keys_that_a_checkpoint_of_an_earlier_version_lacks_have_their_defaults(tmp_path):

@@ -14,7 +14,7 @@ import yaml
 from configs.errors import UserError
 from configs.schema import Augment, Data, Encoder, Finetune, Optim, Pretrain, Run
 from launch.training import fit
-from launch.training.fit import MARGIN, announced, fit_batch, fit_memory, largest, measure_need
+from launch.training.fit import MARGIN, announced, any_batch, fit_batch, fit_memory, largest, measure_need
 from launch.training.memory import Activations, owner
 from launch.training.parameter_groups import parameter_groups
 from launch.training.world import World
@@ -83,10 +83,25 @@ def test_the_batch_suits_the_task():
         fit_batch(Optim(batch_size=512), 1, 1, check=even)
 
 
-@pytest.mark.parametrize(("images", "ranks", "repeats", "says"), [(1, 2, 1, "2 ranks"), (3, 1, 4, "data.repeats 4")])
-def test_too_few_images_for_any_batch(images, ranks, repeats, says):
+@pytest.mark.parametrize(
+    ("images", "ranks", "repeats", "check", "says"),
+    [
+        (1, 2, 1, any_batch, r"1 image is too few for 2 ranks: start fewer ranks$"),
+        (
+            3,
+            1,
+            4,
+            any_batch,
+            r"3 images are too few for 1 rank with data\.repeats 4: add images, or use data\.repeats 1$",
+        ),
+        (1, 1, 2, even, r"1 image is too few for 1 rank with data\.repeats 2: add images$"),
+        (3, 2, 2, even, r"3 images are too few for 2 ranks with data\.repeats 2: start fewer ranks$"),
+        (1, 1, 1, even, r"optim\.micro_batch 1 must be even"),
+    ],
+)
+def test_too_few_images_for_any_batch(images, ranks, repeats, check, says):
     with pytest.raises(UserError, match=says):
-        fit_batch(Optim(batch_size=512), images, ranks, repeats)
+        fit_batch(Optim(batch_size=512), images, ranks, repeats, check)
 
 
 def test_a_resumed_run_keeps_its_batch():

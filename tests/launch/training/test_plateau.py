@@ -52,6 +52,11 @@ def test_collapse_is_named_even_if_the_loss_falls():
     assert verdict(curve(falls_until(1000), lambda epoch: 61 * 0.99**epoch + 17)) == "still improving"  # and not this
 
 
+def test_alike_features_are_named_whatever_the_loss():
+    for history in (curve(falls_until(1000), lambda epoch: 1.0), {0: {"rankme": 30.0}, 1: {"rankme": 1.2}}):
+        assert "features are all alike, RankMe is below 2" in verdict(history)
+
+
 def test_too_few_evaluations():
     values = {epoch: {"loss": 1 / (1 + epoch), "rankme": 9.0} for epoch in range(4)}
     assert verdict(values) == verdict({}) == "too early to tell"

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from contextlib import redirect_stdout
 from functools import partial
 
@@ -193,6 +194,19 @@ def test_bad_data(folder, digits, tmp_path, refused):
     assert has(line, "no boxes --boxes")
     line = refused(evaluate.main, folder / "box/best.pt", folder / "scenes")
     assert has(line, "no boxes --boxes")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_a_box(split, folder, tmp_path, refused):
+    """Images without boxes are negatives, but without any box there is nothing to learn or to score."""
+    source = tmp_path / "scenes"
+    shutil.copytree(folder / "scenes", source)
+    content = json.loads((source / f"{split}.json").read_text())
+    (source / f"{split}.json").write_text(json.dumps(content | {"annotations": []}))
+    boxes = ["--boxes", source / "train.json", "--val-boxes", source / "val.json"]
+    run("python", "data/prepare.py", source, tmp_path / "shards", *boxes, "--workers", "1", "--no-plan")
+    assert has(refused(main, *words(tmp_path / "shards", tmp_path, "bad")), f"split {split} no image has a box")
+    assert not (tmp_path / "bad").exists()
 
 
 def test_images_that_were_not_annotated(folder, tmp_path, refused):

@@ -13,7 +13,7 @@ from finetune.predict import main as predict
 from models.opening import open_weights
 from tests.conftest import has, make_once, names, run, run_ranks
 from tests.finetune.resuming import killed_and_resumed
-from tests.finetune.tasks.segmentation.helpers import NAMES, config, scene, shards, weights_file
+from tests.finetune.tasks.segmentation.helpers import NAMES, config, png, scene, shards, source, weights_file
 from tests.finetune.test_evaluate import call
 
 SMALL = [
@@ -117,6 +117,15 @@ def test_bad_input(more, message, scenes, digits, tmp_path, refused):
     more = [word.format(digits=digits) for word in more]
     assert has(refused(main, *words(scenes, tmp_path, "bad", *more)), message)
     assert not (tmp_path / "bad").exists()
+
+
+def test_masks_without_a_pixel_of_a_class(tmp_path, refused):
+    made = source(tmp_path / "source")
+    for mask in (made / "labels/val").iterdir():
+        mask.write_bytes(png(np.full((40, 56), 9, np.uint8)))
+    more = ["--masks", "labels", "--mask-classes", made / "classes.txt", "--ignore", "9", "--workers", "1", "--no-plan"]
+    run("python", "data/prepare.py", made, tmp_path / "shards", *more)
+    assert has(refused(main, *words(tmp_path / "shards", tmp_path, "bad")), "split val no mask pixel class --ignore")
 
 
 def test_a_plan_counts_the_loss(scenes, tmp_path):

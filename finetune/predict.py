@@ -10,15 +10,17 @@ For detection, --json writes a COCO file with all boxes, --csv and --annotate ta
 
 Folders are searched recursively; `-` reads paths from standard input, one a line. Size, crop, normalisation and class
 names come from the weights. --tta hflip averages over mirrored pictures as well. Of a segmentation model, --annotate
-writes masks (index PNG) and pictures in their colours; the table has each class's share of the pixels. Unreadable
-pictures are reported on standard error; the others are predicted, and the exit code is 2. Control characters and bytes
-that are not UTF-8 are printed and written to tables like \\xe9; --json has names as they are.
+writes masks (index PNG) and pictures in their colours; the table has each class's share of the pixels; --tile is for
+scenes and slides that are larger than the memory. Unreadable pictures are reported on standard error; the others are
+predicted, and the exit code is 2. Control characters and bytes that are not UTF-8 are printed and written to tables
+like \\xe9; --json has names as they are.
 """
 
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project, not this folder
 
@@ -27,12 +29,15 @@ from pydantic import PositiveInt
 from configs.checks import check_exists, check_parent, check_weights
 from configs.command import parse_options
 from configs.errors import UserError, printable, run_main
-from configs.keys import Probability, argument, option
+from configs.keys import Probability, argument, option, require
 from configs.log import say
 from configs.schema import Optim, Run
+from data.planning import Overlap, TileSize
 from finetune.options import STDIN, PredictionOptions
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from finetune.inference import Inference
 
 
@@ -47,9 +52,19 @@ class Options(PredictionOptions):
     cam_of: str | None = option(None, "class, label or number that --cam explains (default: the likeliest)")
     csv: Path | None = option(None, "write a table")
     json: Path | None = option(None, "write the same as a list of objects")
+    tile: TileSize | None = option(
+        None,
+        "segment each picture in tiles of this side, pixels, as data/prepare.py --tile cuts them, and assemble the "
+        "mask: for pictures larger than the memory",
+    )
+    overlap: Overlap = option(0, "minimum overlap of neighbouring tiles, pixels")
     min_score: Probability | None = option(None, "minimum score of a box that is shown (detection; default: 0.5)")
     batch: PositiveInt = option(32, "pictures per batch")
     classes: str | None = option(None, "file of class names, one a line, for weights without class names")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.overlap < (self.tile or 1), "--overlap", self.overlap, "less than --tile")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,8 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def classify(options: Options) -> tuple[int, int]:
     """Classify and print batch by batch, then write the files. Returns (unreadable pictures, all pictures)."""
-    from data.loader import collate  # slow imports, after parsing
-    from finetune.batches import PREFETCHED, find_pictures, picture_batches
+    from finetune.batches import find_pictures  # slow imports, after parsing
     from finetune.inference import output_of
     from finetune.tasks import make_inference
     from finetune.tta import with_views
@@ -87,6 +101,8 @@ def classify(options: Options) -> tuple[int, int]:
         task.min_score = options.min_score
     if options.cam or options.cam_of:
         check_cam(task, options)
+    if options.tile and not hasattr(task, "predict_scene"):
+        raise UserError(f"--tile is for segmentation, which {options.weights} does not predict: leave it out")
     averaged = with_views(task, options.tta)
     paths = find_pictures(options.images)
     for folder in filter(None, (options.annotate, options.cam)):
@@ -97,33 +113,55 @@ def classify(options: Options) -> tuple[int, int]:
     kind = precision(Optim(precision=options.precision), world.device)
     trained = task.trained
     model, mean, std = (x.to(world.device) for x in (averaged, trained.mean, trained.std))
-    prefetched = 0 if options.images == (STDIN,) else PREFETCHED  # answer whoever writes the paths at once
+
+    def run(batch: dict[str, "Tensor"]) -> Any:
+        return output_of(task, model, batch, mean, std, kind)
+
     kept = []
-    done = failed = 0
-    for pictures in picture_batches(paths, task, options.batch, prefetched, options):
-        readable = [picture for picture in pictures if not picture.error]
-        if readable:
-            batch = collate([picture.entries for picture in readable])
-            output = output_of(task, model, batch, mean, std, kind)
-            predictions = task.predict(output, batch, [picture.path for picture in readable], options.top)
-            for number, prediction in enumerate(predictions, done + 1):
-                say(f"{printable(prediction.path)}: {printable(', '.join(prediction.lines))}")
-                if options.annotate:
-                    task.annotate(options.annotate, number, prediction, options)
-            if options.cam:
-                draw_cams(task, batch, done, predictions, options)
-            kept += predictions if options.csv or options.json else []
+    done = failed = images = 0
+    for batch, predictions, problems in predicted(paths, task, run, options):
+        for number, prediction in enumerate(predictions, done + 1):
+            say(f"{printable(prediction.path)}: {printable(', '.join(prediction.lines))}")
+            if options.annotate:
+                task.annotate(options.annotate, number, prediction, options)
+        if options.cam and predictions:
+            draw_cams(task, batch, done, predictions, options)
+        kept += predictions if options.csv or options.json else []
         sys.stdout.flush()
-        for picture in pictures:
-            if picture.error:
-                print(f"error: {printable(picture.path)}: {printable(picture.error)}", file=sys.stderr)
-        done, failed = done + len(readable), failed + len(pictures) - len(readable)
+        for path, problem in problems:
+            print(f"error: {printable(path)}: {printable(problem)}", file=sys.stderr)
+        unreadable = {path for path, _ in problems}
+        images += len(unreadable | {prediction.path for prediction in predictions})
+        done, failed = done + len(predictions), failed + len(unreadable)
     if options.csv:
         task.write_csv(options.csv, kept, options.top)
     if options.json:
         task.write_json(options.json, kept)
     destroy_world()
-    return failed, done + failed
+    return failed, images
+
+
+def predicted(
+    paths: Iterator[Path], task: "Inference", run: Callable[[dict[str, "Tensor"]], Any], options: Options
+) -> Iterator[tuple[dict[str, "Tensor"], list, list[tuple[Path, str]]]]:
+    """Batches of pictures, with --tile one after another: the batch, predictions, what is unreadable and why."""
+    from data.loader import collate
+    from finetune.batches import PREFETCHED, picture_batches
+
+    if options.tile:
+        for path in paths:
+            more = options.tile, options.overlap, options.batch, options, options.top, run
+            prediction, problems = task.predict_scene(path, *more)
+            yield {}, [prediction] if prediction else [], [(path, problem) for problem in problems]
+        return
+    prefetched = 0 if options.images == (STDIN,) else PREFETCHED  # answer whoever writes the paths at once
+    for pictures in picture_batches(paths, task, options.batch, prefetched, options):
+        readable = [picture for picture in pictures if not picture.error]
+        batch, predictions = {}, []
+        if readable:
+            batch = collate([picture.entries for picture in readable])
+            predictions = task.predict(run(batch), batch, [picture.path for picture in readable], options.top)
+        yield batch, predictions, [(picture.path, picture.error) for picture in pictures if picture.error]
 
 
 def check_cam(task: "Inference", options: Options) -> None:

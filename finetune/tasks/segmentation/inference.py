@@ -1,6 +1,7 @@
 """Inference with a trained segmentation model: whole images or windows, scores, masks, output files."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from configs.files import atomic_file, write_atomic
 from configs.log import say
 from data.decode import decode
 from data.folder import Folder, read_image
+from data.loader import collate
 from data.masks import encode_mask
 from data.reading import Reading
 from data.shards import Split
@@ -28,6 +30,7 @@ from models.opening import Trained
 from models.weights import check_shapes, load_strict
 
 OVERLAP = 1 / 3  # of neighbouring windows, as in mmsegmentation
+Run = Callable[[dict[str, Tensor]], list[tuple[Tensor, bool]]]  # a batch as loaded to what `segment` returns
 NOT_FINITE = "gives outputs that are not finite: try other weights or --precision fp32"
 
 
@@ -77,22 +80,6 @@ def starts(side: int, window: int) -> list[int]:
     return [round(i * (side - window) / max(1, steps)) for i in range(steps + 1)]
 
 
-def assemble(tiles: list[tuple[int, int, np.ndarray]], height: int, width: int, void: int) -> np.ndarray:
-    """One mask [height, width] from those of tiles, (top, left, mask); where tiles overlap, the one whose border is
-    further away counts. Pixels without a tile are `void`.
-    """
-    whole, best = np.full((height, width), void, np.int64), np.zeros((height, width), np.int64)
-    for top, left, mask in tiles:
-        h, w = (min(n, limit - at) for n, limit, at in zip(mask.shape, (height, width), (top, left), strict=True))
-        rows, columns = (np.minimum(np.arange(n), n - 1 - np.arange(n)) + 1 for n in mask.shape)
-        inside = np.minimum(rows[:h, None], columns[None, :w])  # distance from the border
-        place = np.s_[top : top + h, left : left + w]
-        closer = inside > best[place]
-        whole[place] = np.where(closer, mask[:h, :w], whole[place])
-        best[place] = np.where(closer, inside, best[place])
-    return whole
-
-
 @dataclass(frozen=True)
 class Prediction:
     """A picture's mask as PNG, and its classes' shares of the pixels, the largest first."""
@@ -101,6 +88,8 @@ class Prediction:
     mask: bytes
     shares: list[tuple[str, float]]
     top: int
+    overview: Tensor | None = None  # of a scene that was segmented in tiles: a small copy [3, h, w], uint8
+    small_mask: bytes = b""  # at that size, as PNG
 
     @property
     def lines(self) -> list[str]:
@@ -197,26 +186,53 @@ class SegmenterInference:
 
     def predict(self, output: list, batch: dict[str, Tensor], paths: list[Path], top: int) -> list[Prediction]:
         """Masks of pictures. Raises `UserError` for outputs that are not finite."""
-        found = []
-        for path, (mask, finite) in zip(paths, output, strict=True):
-            if not finite:
-                raise UserError(f"{self.trained.path} {NOT_FINITE}")
-            shares = (torch.bincount(mask.flatten(), minlength=len(self.names)) / mask.numel()).tolist()
-            ordered = sorted(zip(self.names, shares, strict=True), key=lambda pair: -pair[1])
-            kind = np.uint8 if len(self.names) <= 256 else np.uint16
-            found.append(Prediction(path, encode_mask(mask.cpu().numpy().astype(kind)), ordered, top))
-        return found
+        masks = self._finite(output)
+        kind = np.uint8 if len(self.names) <= 256 else np.uint16
+        return [self._prediction(p, m.cpu().numpy().astype(kind), top) for p, m in zip(paths, masks, strict=True)]
+
+    def predict_scene(
+        self, path: Path, tile: int, overlap: int, batch: int, reading: Reading, top: int, run: Run
+    ) -> tuple[Prediction | None, list[str]]:
+        """The mask of a picture that is segmented in tiles, None if no tile is readable; and what could not be read.
+
+        `run` returns the task's output for a batch as loaded. Raises `UserError` for outputs that are not finite.
+        """
+        from finetune.tasks.segmentation.scenes import segment_scene
+
+        def masks(images: list[Tensor]) -> list[Tensor]:
+            return self._finite(run(collate([self.transform(image) for image in images])))
+
+        channels, classes = self.trained.preprocessing.channels, len(self.names)
+        mosaic, problems = segment_scene(path, tile, overlap, batch, reading, channels, classes, masks)
+        if mosaic is None:
+            return None, problems
+        prediction = self._prediction(path, mosaic.mask, top)
+        return replace(prediction, overview=mosaic.overview, small_mask=encode_mask(mosaic.small_mask())), problems
+
+    def _finite(self, output: list[tuple[Tensor, bool]]) -> list[Tensor]:
+        if not all(finite for _, finite in output):
+            raise UserError(f"{self.trained.path} {NOT_FINITE}")
+        return [mask for mask, _ in output]
+
+    def _prediction(self, path: Path, mask: np.ndarray, top: int) -> Prediction:
+        blocks = np.array_split(mask, -(-len(mask) // 1024))  # counting converts to int64
+        count = sum(np.bincount(block.ravel(), minlength=len(self.names))[: len(self.names)] for block in blocks)
+        shares = (count / max(1, count.sum())).tolist()
+        ordered = sorted(zip(self.names, shares, strict=True), key=lambda pair: -pair[1])
+        return Prediction(path, encode_mask(mask), ordered, top)
 
     def annotate(self, folder: Path, number: int, prediction: Prediction, reading: Reading) -> None:
         """Write the mask, NUMBER-NAME.png, and the picture in its colours, NUMBER-NAME-overlay.png."""
         from finetune.tasks.segmentation.pictures import draw_overlay  # matplotlib
 
-        path = prediction.path
-        image = decode(read_image(path, reading), self.trained.preprocessing.channels, max_pixels=reading.max_pixels)
+        path, image, mask = prediction.path, prediction.overview, prediction.small_mask
+        if image is None:
+            channels, mask = self.trained.preprocessing.channels, prediction.mask
+            image = decode(read_image(path, reading), channels, max_pixels=reading.max_pixels)
         name = f"{number:05}-{path.stem}"
         write_atomic(folder / f"{name}.png", prediction.mask)
         with atomic_file(folder / f"{name}-overlay.png") as file:
-            draw_overlay(image, prediction.mask, self.names).save(file, "png")
+            draw_overlay(image, mask, self.names).save(file, "png")
 
     def write_csv(self, file: Path, predictions: list[Prediction], top: int) -> None:
         rows = [[p.path, *(dict(p.shares)[name] for name in self.names)] for p in predictions]

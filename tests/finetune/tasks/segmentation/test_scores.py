@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, recall_score
 
-from finetune.tasks.segmentation.inference import assemble, class_shares, segment, starts
+from finetune.tasks.segmentation.inference import class_shares, segment, starts
 from finetune.tasks.segmentation.scores import EXAMPLES, Predictions, collect, join, restore
 from tests.finetune.tasks.segmentation.helpers import config
 
@@ -93,15 +93,3 @@ def test_images_are_segmented_at_full_size_without_their_padding():
         assert (found[1][0] == Coordinates()(image[1:2])[0].argmax(0)).all()
     image[1, 0, 0, 0] = torch.nan
     assert not segment(Coordinates(), image, batch, config(), (8, 8))[1][1]
-
-
-def test_tiles_are_assembled():
-    whole = np.random.default_rng(0).integers(0, 5, (20, 30))
-    places = [(top, left) for top in (0, 8, 12) for left in (0, 8, 16, 22)]
-    tiles = [(top, left, whole[top : top + 8, left : left + 8].copy()) for top, left in places]
-    assert (assemble(tiles, 20, 30, VOID) == whole).all()
-    wrong = [(top, left, np.pad(tile[1:-1, 1:-1], 1, constant_values=9)) for top, left, tile in tiles[:2]]
-    wrong[1] = (0, 4, np.pad(whole[1:7, 5:11], 1, constant_values=9))  # overlaps the first: its border loses
-    found = assemble(wrong, 8, 12, VOID)
-    assert (found[1:7, 1:11] == whole[1:7, 1:11]).all()
-    assert assemble(tiles[:1], 8, 9, VOID)[:, 8].tolist() == [VOID] * 8

@@ -5,10 +5,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench.options import RESULTS
+from configs.errors import UserError
 from configs.files import write_atomic
 
 
@@ -28,6 +29,8 @@ class Runner:
     def run(self, name: str, result: str, *words: object, keep: tuple[str, ...] = ()) -> dict:
         """Run a command unless it is done; the JSON that it wrote to RUNS/`result`: the keys in `keep`, () = all."""
         done = self.runs / f"done/{name}.json"
+        if done.exists() and json.loads(done.read_text())["command"] != shown(words):
+            raise UserError(f"{done} is of another command: remove it to run {name} again")
         if not done.exists():
             command = self.call(*words)
             if self.dry:
@@ -43,7 +46,7 @@ class Runner:
 
     def call(self, *words: object) -> str:
         """Print a command, run it unless this is a dry run, and return it. Exits if the command fails."""
-        command = shlex.join(["python", *map(str, words)])
+        command = shown(words)
         print(f"\033[1m$ {command}\033[0m", flush=True)
         if not self.dry and (code := subprocess.run([sys.executable, *map(str, words)], check=False).returncode):
             sys.exit(code)  # the command has printed why
@@ -64,6 +67,11 @@ class Runner:
             if self.dry or best not in (min(rates), max(rates)):
                 return best
             rates.append(best / 2 if best == min(rates) else best * 2)
+
+
+def shown(words: Iterable[object]) -> str:
+    """A command as it is recorded."""
+    return shlex.join(["python", *map(str, words)])
 
 
 def run_name(start: str, share: float, rate: float, seed: int) -> str:

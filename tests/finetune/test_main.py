@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -203,3 +204,14 @@ def test_weights_that_never_moved_are_no_result(tmp_path):
     done = run("python", "finetune/main.py", *words(tmp_path / "shards", tmp_path, "x", *more, epochs=1), code=2)
     assert has(done.stderr, "no step was applied all 2") and done.stderr.count("error: ") == 1
     assert not (tmp_path / "x/best.pt").exists() and not (tmp_path / "x/summary.json").exists()
+
+
+def test_other_validation_images_are_refused_on_resume(digits, tmp_path):
+    """Scores of the epochs before, which choose the best weights, are of the others."""
+    run("python", "finetune/main.py", *words(digits, tmp_path, "x", "--init", "none", epochs=1))
+    other = shutil.copytree(digits, tmp_path / "other")
+    index = json.loads((other / "index.json").read_text())
+    index["splits"]["val"][0]["sha256"] = "0" * 64
+    (other / "index.json").write_text(json.dumps(index))
+    command = words(other, tmp_path, "x", "--init", "none", epochs=2)
+    assert has(run("python", "finetune/main.py", *command, code=2).stderr, "another configuration eval_digest")

@@ -7,6 +7,7 @@ value (255 or 65535) marks pixels without a class.
 import colorsys
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -95,6 +96,8 @@ def _parse_classes(text: str, path: Path, ignore: tuple[int, ...]) -> MaskClasse
         raise UserError(f"{path} is empty: write the name of a class in each line")
     if len(header) not in (1, 3):
         names = [line.strip() for line in lines if line.strip()]
+        if wrong := next((name for name in names if re.search(r"[;\t]\s*\d+$", name)), None):
+            raise UserError(f"{path}: {printable(wrong)}: separate name and value by a comma, as `name,value`")
         if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
             raise UserError(f"{path} names {printable(twice)} twice: rename one, or give values as `name,value`")
         return MaskClasses(_checked(names, path), ignore)

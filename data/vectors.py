@@ -107,7 +107,8 @@ def preview_lines(splits: dict[str, list[Item]], targets: dict | None) -> list[s
             values = [numbers[i] for numbers in found if numbers[i] is not None]
             missing = f", {len(items) - len(values):,} missing" if len(values) < len(items) else ""
             about = f"{min(values):g} to {max(values):g}, mean {sum(values) / len(values):g}" if values else "no values"
-            lines.append(f"{split:<9} {printable(name)}: {about}{missing}")
+            constant = ", all alike" if len(set(values)) == 1 and len(values) > 1 else ""
+            lines.append(f"{split:<9} {printable(name)}: {about}{missing}{constant}")
     return lines
 
 

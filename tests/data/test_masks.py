@@ -197,7 +197,7 @@ def test_bad_masks_are_named_and_left_out(name, data, message, tmp_path, capsys)
         ("a\nb\na\n", "a twice"),
         ("name,value\na,x\n", "a,x name,value"),
         ("a;0\nb;1\n", "a;0 comma name,value"),
-        ("a\t0\nb\t1\n", "a\\t0 comma name,value"),
+        ("a\t0\nb\t1\n", "a 0 comma name,value"),
     ],
 )
 def test_bad_lists_of_classes(text, message, tmp_path):

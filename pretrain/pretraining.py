@@ -161,7 +161,8 @@ def summarize(log: Path, config: Pretrain, steps_per_epoch: int) -> dict:
             if name in line:
                 results[name][epoch] = line[name]
         if "loss" in line:
-            parts[epoch].append((line["step"] - step, line["loss"], line[rate]))
+            speed = line.get(rate, line.get("images_per_s"))  # older logs count crops as images
+            parts[epoch].append((line["step"] - step, line["loss"], speed))
             step = line["step"]
     for epoch, means in parts.items():
         weights, losses, rates = zip(*means, strict=True)

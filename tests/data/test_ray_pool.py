@@ -96,7 +96,7 @@ def test_workers_killed_while_shards_are_written(cluster, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_and_the_same_command_again(cluster, tmp_path):
     source = as_folder(collection({"cat": 400}), tmp_path / "photos")
-    options = ["--shard-size", "10", "--resize", "8"]
+    options = ["--shard-size", "2", "--resize", "8"]
     prepared(source, tmp_path / "one", *options)
     words = ["data/prepare.py", "--no-plan", source, tmp_path / "two", *options, "--ray", cluster]
     process = started(tmp_path / "log", *words)

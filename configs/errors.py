@@ -51,11 +51,16 @@ class Stopped(Exception):  # noqa: N818  # not an error
         self.code = code
 
 
+def closest(wrong: str, valid: Iterable[str]) -> str | None:
+    """The valid name that a misspelt one is close to, if there is one."""
+    return next(iter(get_close_matches(wrong, sorted(valid), n=1, cutoff=0.5)), None)
+
+
 def nearest(wrong: str, valid: Iterable[str]) -> str:
     """A hint for a misspelt name: `(nearest: x)`, or all valid names if none is close."""
     names = sorted(valid)
-    close = get_close_matches(wrong, names, n=1, cutoff=0.5)
-    return f"(nearest: {close[0]})" if close else f"(one of: {', '.join(names)})"
+    close = closest(wrong, names)
+    return f"(nearest: {close})" if close else f"(one of: {', '.join(names)})"
 
 
 def reason(error: Exception) -> str:

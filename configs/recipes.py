@@ -5,13 +5,12 @@ A recipe may be for both stages: keys in a block `pretrain:` or `finetune:` are 
 
 import os
 from dataclasses import Field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from configs.errors import UserError, nearest
+from configs.errors import UserError, closest, nearest
 from configs.keys import keys
 from configs.secrets import WAY_OUT, has_secret
 from configs.values import Config, build, checked, read_yaml
@@ -49,9 +48,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml(path.read_text())
     except OSError as error:
-        known = sorted(str(p.relative_to(RECIPES.parent)) for p in RECIPES.rglob("*.yaml"))
-        close = get_close_matches(str(path), known, n=1, cutoff=0.5)
-        hint = f" (nearest: {os.path.relpath(RECIPES.parent / close[0])})" if close else ""
+        close = closest(str(path), (str(p.relative_to(RECIPES.parent)) for p in RECIPES.rglob("*.yaml")))
+        hint = f" (nearest: {os.path.relpath(RECIPES.parent / close)})" if close else ""
         raise UserError(f"recipe {path}: {error.strerror.lower()}{hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None

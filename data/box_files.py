@@ -32,6 +32,7 @@ class Annotated:
 
     paths: tuple[str, ...]  # what the image may be called, in order
     target: Target
+    problem: str = ""  # of its file; without an image of this name, the file is a list or a note
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _yolo(path: Path, files: list[Path], names_file: Path | None, source: Path) 
     for file in files:
         if file.name in YOLO_NAMES:
             continue
-        target: dict = {"height": 1, "width": 1, "boxes": []}
+        target, problem = {"height": 1, "width": 1, "boxes": []}, ""
         try:
             for number, line in enumerate(file.read_text("utf-8-sig", "replace").splitlines(), 1):
                 if words := line.split():
@@ -198,12 +199,12 @@ def _yolo(path: Path, files: list[Path], names_file: Path | None, source: Path) 
         except UserError as error:
             if kind_of(file):
                 raise
-            target["problem"] = str(error)  # of boxes, if there is an image of this name; else lists of files, notes
+            problem = str(error)
         parts = PurePosixPath(_inside(file, source) + file.stem).parts
         if "labels" in parts:
             last = len(parts) - 1 - parts[::-1].index("labels")
             parts = (*parts[:last], "images", *parts[last + 1 :])
-        images.append(Annotated(("/".join(parts), file.stem), target))
+        images.append(Annotated(("/".join(parts), file.stem), target, problem))
         used.append(file)
     return BoxFile(str(path), "YOLO", names, None, images, [*used, names_file], [])
 

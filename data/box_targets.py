@@ -64,10 +64,9 @@ def box_items(items: list[Item], path: Path, listing: Listing, notes: list[str])
     for image in found.images:
         at = next((i for name in image.paths if (i := paths.find(name, str(path))) is not None), None)
         if at is None:
-            if "problem" not in image.target:
-                missing.append(image)
-        elif "problem" in image.target:
-            raise UserError(image.target["problem"])
+            missing += [] if image.problem else [image]
+        elif image.problem:
+            raise UserError(image.problem)
         elif at in by_image:
             raise UserError(f"{path}: {printable(items[at].name)} is annotated twice: give one file for each image")
         else:

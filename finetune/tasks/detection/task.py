@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from configs.errors import UserError, counted
 from configs.log import say
 from configs.schema import Encoder, Finetune
+from data.boxes import Target
 from data.loader import Transform
 from data.sampler import labelled_share
 from data.shards import Split
-from finetune.tasks.building import build_model
+from finetune.tasks.building import any_target, build_model
 from finetune.tasks.detection import scores
 from finetune.tasks.detection.model import Detector
 from finetune.tasks.detection.scores import Predictions
@@ -37,13 +38,9 @@ def box_classes(split: Split) -> list[str]:
     return targets["names"]
 
 
-def has_boxes(split: Split, read_target: ReadTarget) -> bool:
-    """Whether any image of a split has a box; damaged samples are passed over."""
-    for sample in range(len(split)):
-        with suppress(UserError):
-            if any(not box.get("crowd") for box in read_target(split.read_target(sample))["boxes"]):
-                return True
-    return False
+def has_boxes(target: Target) -> bool:
+    """Whether an image has a box that is not of a crowd region."""
+    return any(not box.get("crowd") for box in target["boxes"])
 
 
 def classes_with_boxes(split: Split, read_target: ReadTarget) -> set[str]:
@@ -66,7 +63,7 @@ class DetectionTask:
         box_classes(evaluation)
         self.read_target = ReadTarget(tuple(self.classes), settings.masks)
         for split in (train, evaluation):
-            if not has_boxes(split, self.read_target):
+            if not any_target(split, self.read_target, has_boxes):
                 raise UserError(f"{split.folder}, split {split.name}: no image has a box: add images with boxes")
         seen = classes_with_boxes(evaluation, self.read_target)
         self.unseen = [name for name in self.classes if name not in seen]

@@ -1,7 +1,6 @@
 """Training of a segmentation model: transforms, head, loss, scores."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from data.folder import Folder, names_of
 from data.loader import Transform
 from data.sampler import labelled_share
 from data.shards import Split
-from finetune.tasks.building import build_model
+from finetune.tasks.building import any_target, build_model
 from finetune.tasks.segmentation import scores
 from finetune.tasks.segmentation.inference import segment
 from finetune.tasks.segmentation.model import VOID, HeadConfig, Loss, Segmenter
@@ -41,12 +40,9 @@ def mask_targets(images: Split | Folder) -> dict:
 
 def check_any_class(images: Split | Folder, read_mask: ReadMask) -> None:
     """Raise `UserError` if no mask has a pixel of a class; damaged ones are passed over."""
-    for sample in range(len(images)):
-        with suppress(UserError):
-            if (read_mask(images.read_target(sample)) != read_mask.ignore).any():
-                return
-    way_out = "check --mask-classes and --ignore of data/prepare.py"
-    raise UserError(f"{images.folder}, split {images.name}: no mask has a pixel of a class: {way_out}")
+    if not any_target(images, read_mask, lambda mask: bool((mask != read_mask.ignore).any())):
+        way_out = "check --mask-classes and --ignore of data/prepare.py"
+        raise UserError(f"{images.folder}, split {images.name}: no mask has a pixel of a class: {way_out}")
 
 
 class SegmenterTask:

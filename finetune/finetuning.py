@@ -147,13 +147,11 @@ class Finetuning(Stage):
         with self.engine.whole_weights():
             predictions = predict(self.task, models, batches, self.world, self.mean, self.std, self.engine.precision)
         scores = {kind: part.scores() for kind, part in predictions.items()}
-        ranks = {kind: sign * values[metric] for kind, values in scores.items()}
-        ranks = {
-            kind: -math.inf if math.isnan(rank) else rank for kind, rank in ranks.items()
-        }  # of weights that diverged
-        winner = max(ranks, key=ranks.get)
+        signed = {kind: sign * values[metric] for kind, values in scores.items()}
+        signed = {kind: -math.inf if math.isnan(score) else score for kind, score in signed.items()}  # diverged
+        winner = max(signed, key=signed.get)
         best = self.best.get(metric, math.nan)  # of no epoch yet, or of weights that diverged
-        improved = self.moved and (math.isnan(best) or ranks[winner] > sign * best)
+        improved = self.moved and (math.isnan(best) or signed[winner] > sign * best)
         if improved:
             self.best_predictions = predictions[winner]
             self.best = {"epoch": epoch, "weights": winner, **scores[winner]}
@@ -173,7 +171,7 @@ class Finetuning(Stage):
             return Report(None, logged, lines=[f"{lines[0]}: of the initial weights, no step has changed them"])
         shown = f"{self.task.format(self.best)}{f'; {self.unseen_classes()}' if self.unseen else ''}"
         summary |= {"best": self.best, "last": scores, "shown": shown, "unseen_classes": self.unseen}
-        score = ranks[winner] if math.isfinite(ranks[winner]) else None
+        score = signed[winner] if math.isfinite(signed[winner]) else None
         return Report(score, logged, lines=lines, summary=summary)
 
     def check_best(self) -> None:

@@ -120,7 +120,7 @@ def _pretrain(facts: Facts, device: str, ranks: int, base: str, stride: int) -> 
     if crops:
         recipe |= {key: value for key, value in crops.items() if key in OF_CROPS}
     if device == "cpu":
-        recipe["optim.name"] = "muon"
+        recipe["optim.name"] = load_recipe(RECIPES / f"pretrain/{MUON}.yaml", "pretrain")["optim.name"]
     found, images = Entries(), facts.images
     if facts.split != "train":
         found.set("data.split", facts.split, "the largest split; pretraining ignores labels")

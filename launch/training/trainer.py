@@ -121,8 +121,8 @@ class Trainer:
         self.step, state = self.checkpoints.resume(config.resume)
         self._check_length()
         known, per_step = to_dict(config), config.optim.batch_size
-        more = config.run.trackers, config.data.unit
-        self.log = RunLog(self.folder, known, self.steps, self.step, per_step, world.first, *more)
+        trackers, unit = config.run.trackers, config.data.unit
+        self.log = RunLog(self.folder, known, self.steps, self.step, per_step, world.first, trackers, unit)
         if self.step < self.steps:
             self.log.record(self.step, "start", {"steps_per_epoch": self.steps_per_epoch, **self.about})
         self.faults = Faults(config.optim.max_skipped, config.data.max_damaged, self.splits, self.log)

@@ -1,6 +1,5 @@
 """Segment a picture that is larger than the memory: in tiles, as data/prepare.py --tile cuts them, assembled again."""
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
@@ -76,8 +75,7 @@ def segment_scene(
         run: predicted class [h, w] of each pixel of tiles [C, h, w]
     """
     options = PrepareOptions(
-        **asdict(reading_of(reading)), source=str(path), tile=tile, overlap=overlap, keep_empty=True,
-        workers=len(os.sched_getaffinity(0)),
+        **asdict(reading_of(reading)), source=str(path), tile=tile, overlap=overlap, keep_empty=True
     )  # fmt: skip
     item, mosaic, problems = Item(path.name, str(path)), None, []
     count = count_tiles(measure([item], options)[item], tile, overlap)
